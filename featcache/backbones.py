@@ -1,0 +1,373 @@
+"""Frozen backbones: from frames to patch tokens, at any tap, whichever library built the model.
+
+A *tap* names a place in the network: ``block12`` is the output of the twelfth block before the model's final
+norm, ``block12.norm`` the same after it, ``block9.key`` the key projection inside the ninth block's
+attention (before rotary embedding and any query/key norm), and ``layer3`` a stage of a convolutional
+network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+from featcache.errors import IncompatibleError, UsageError
+from featcache.registry import BackboneSpec, get_spec, is_plain_vit, list_backbones
+from featcache.weights import RANDOM_SEED, Weights, resolve_weights, tensors_sha256
+
+__all__ = ["Backbone", "BackboneSpec", "get_spec", "list_backbones", "load_backbone"]
+
+FACETS = ("query", "key", "value")
+_TAP = re.compile(r"block([1-9]\d*)(?:\.(\w+))?")
+# Parts of published checkpoints that patch tokens do not depend on.
+_UNUSED = ("head", "fc.", "fc_norm.", "attn_pool.", "mask_token", "decoder_", "proj", "norm_head", "ln_post_")
+
+
+@dataclass(frozen=True)
+class _Tap:
+    """One parsed tap: the block or stage by its index from 0, and which of its tensors."""
+
+    name: str
+    index: int
+    kind: str  # "output", "norm" or a facet
+
+
+@dataclass(frozen=True)
+class _Tower:
+    """What tapping needs of a model, whichever library built it."""
+
+    model: Any  # an nn.Module; the libraries' attributes are not typed
+    intermediates: Callable[[Tensor, list[int]], Sequence[Tensor]]
+    blocks: Sequence[nn.Module] = ()  # none in a convolutional network
+    norm: nn.Module | None = None
+
+
+class Backbone:
+    """A frozen model, its taps and its preprocessing. Made by `load_backbone`."""
+
+    def __init__(
+        self,
+        spec: BackboneSpec,
+        tower: _Tower,
+        taps: tuple[_Tap, ...],
+        input_size: int,
+        weights: Weights,
+        device: torch.device,
+    ) -> None:
+        self.spec = spec
+        self.input_size = input_size
+        self.device = device
+        self.taps = tuple(tap.name for tap in taps)
+        self._taps = taps
+        self._tower = tower
+        self.dims: dict[str, int] = {}
+        strides = {}
+        for tap in taps:
+            info = {} if tower.blocks else tower.model.feature_info[tap.index]
+            strides[tap.name] = int(info.get("reduction", spec.patch))
+            self.dims[tap.name] = int(info.get("num_chs", spec.dim))
+        if len(set(strides.values())) > 1:
+            listed = ", ".join(f"{name} every {stride} px" for name, stride in strides.items())
+            raise UsageError(f"taps of one store share one grid, but these differ: {listed}")
+        self.patch = next(iter(strides.values()))
+        _check_input_size(spec.name, input_size, self.patch)
+        self.grid = (input_size // self.patch, input_size // self.patch)
+        self.preprocessing: dict[str, Any] = {
+            "size": input_size,
+            "resize": "whole frame",
+            "interpolation": spec.interpolation,
+            "antialias": True,
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+        }
+        self.provenance: dict[str, Any] = {
+            "backbone": spec.name,
+            "library": spec.library,
+            "library_version": version({"timm": "timm", "open_clip": "open_clip_torch"}[spec.library]),
+            "model_id": spec.model_id,
+            "weights_tag": weights.tag,
+            "weights_origin": weights.origin,
+            "weights_sha256": weights.sha256,
+            "prefix_tokens_dropped": spec.prefix_tokens,
+            "position_antialias": spec.position_antialias,
+            "patch": self.patch,
+            "grid": list(self.grid),
+        }
+        mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
+        self._scale = (1 / (255 * std)).view(3, 1, 1).to(device)
+        self._shift = (-mean / std).view(3, 1, 1).to(device)
+
+    def preprocess(self, frames: Tensor) -> Tensor:
+        """Bring uint8 frames (B, H, W, 3) of any size to the model's input, float32 (B, 3, S, S).
+
+        The whole frame is resized, never cropped, so that masks of the frame and tokens cover the same
+        picture. A frame that is not square is squeezed.
+        """
+        if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+            raise UsageError(f"frames must be uint8 (B, H, W, 3), not {frames.dtype} {tuple(frames.shape)}")
+        images: Tensor = frames.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # (B, 3, H, W)
+        mode = InterpolationMode(self.spec.interpolation)
+        images = resize(images, [self.input_size, self.input_size], interpolation=mode, antialias=True)
+        return images.to(torch.float32).mul_(self._scale).add_(self._shift)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Patch tokens (B, N, D) of each tap for preprocessed images (B, 3, S, S), in one pass that ends with
+        the last block needed. Prefix tokens (class, registers) are dropped; N runs row by row."""
+        tower, inputs = self._tower, {}
+
+        def keep(index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                inputs[index] = args[0]  # (B, P + N, D), what the attention projects
+
+            return hook
+
+        faceted = {tap.index for tap in self._taps if tap.kind in FACETS}
+        handles = [_attention(tower.blocks[i]).register_forward_pre_hook(keep(i)) for i in sorted(faceted)]
+        indices = sorted({tap.index for tap in self._taps})
+        try:
+            outputs = dict(zip(indices, tower.intermediates(images, indices), strict=True))
+        finally:
+            for handle in handles:
+                handle.remove()
+        tokens = {}
+        for tap in self._taps:
+            if tap.kind in FACETS:
+                projected = _project(_attention(tower.blocks[tap.index]), tap.kind, inputs[tap.index])
+                tokens[tap.name] = projected[:, self.spec.prefix_tokens :]
+            elif tap.kind == "norm":
+                assert tower.norm is not None  # parsing the tap made sure
+                tokens[tap.name] = tower.norm(outputs[tap.index])
+            else:
+                tokens[tap.name] = outputs[tap.index]
+        expected = self.grid[0] * self.grid[1]
+        for name, value in tokens.items():
+            if value.shape[1] != expected:
+                raise IncompatibleError(
+                    f"{self.spec.name} gave {value.shape[1]} tokens at {name} of {tuple(images.shape)}, "
+                    f"not {expected}; feed preprocess(frames), {self.input_size} px"
+                )
+        return tokens
+
+
+def load_backbone(
+    name: str,
+    weights: str | None = None,
+    taps: Sequence[str] = (),
+    input_size: int | None = None,
+    device: str | torch.device = "cpu",
+) -> Backbone:
+    """Build a backbone ready to run.
+
+    Args:
+        name: see `get_spec`.
+        weights: see `featcache.weights.resolve_weights`.
+        taps: where to read tokens; none means the last block's output, before the final norm.
+        input_size: pixels a side; position embeddings are resampled to it.
+        device: where the model and its inputs live.
+
+    Raises:
+        UsageError: unknown name or tap, a size that the patch does not divide, taps of different grids.
+        DataError: weights that cannot be had or read.
+        IncompatibleError: a checkpoint of another model.
+    """
+    spec = get_spec(name)
+    size = spec.default_size if input_size is None else input_size
+    wanted = tuple(dict.fromkeys(taps)) or (spec.default_tap,)
+    if _TAP.fullmatch(spec.default_tap):
+        _check_input_size(spec.name, size, spec.patch)
+        for tap in wanted:  # before minutes go into a download
+            _parse_block_tap(tap, spec)
+    found = resolve_weights(spec, weights)
+    # The library's initialiser draws from the global generator: leave the caller's as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        build = _open_clip_tower if spec.library == "open_clip" else _timm_tower
+        tower = build(spec, size, found)
+    if found.state_dict is None:
+        found = dataclasses.replace(found, sha256=tensors_sha256(tower.model.state_dict()))
+    parsed = tuple(_parse_tap(tap, spec, tower) for tap in wanted)
+    target = torch.device(device)
+    tower.model.eval().requires_grad_(False).to(target)
+    return Backbone(spec, tower, parsed, size, dataclasses.replace(found, state_dict=None), target)
+
+
+# -- taps --------------------------------------------------------------------------------------------------
+
+
+def _parse_tap(text: str, spec: BackboneSpec, tower: _Tower) -> _Tap:
+    if tower.blocks:
+        tap = _parse_block_tap(text, spec)
+        if tap.kind == "norm" and tower.norm is None:
+            raise UsageError(f"{spec.name} has no final norm of tokens; use block{tap.index + 1}")
+        return tap
+    stages = [info["module"] for info in tower.model.feature_info]
+    if text not in stages:
+        raise UsageError(f"{spec.name} has no tap {text!r}; its taps are {', '.join(stages)}")
+    return _Tap(text, stages.index(text), "output")
+
+
+def _parse_block_tap(text: str, spec: BackboneSpec) -> _Tap:
+    match = _TAP.fullmatch(text)
+    if match is None:
+        raise UsageError(
+            f"no tap {text!r} in {spec.name}; write block1 to block{spec.depth}, or blockN.norm|query|key|value"
+        )
+    block, kind = int(match[1]), match[2] or "output"
+    if block > spec.depth:
+        raise UsageError(f"{spec.name} has no block {block} (tap {text!r}); its blocks are 1 to {spec.depth}")
+    if kind not in ("output", "norm", *FACETS):
+        raise UsageError(
+            f"no facet {kind!r} (tap {text!r}); after the block comes .norm, .query, .key or .value"
+        )
+    return _Tap(text, block - 1, kind)
+
+
+def _check_input_size(name: str, size: int, patch: int) -> None:
+    if size < patch or size % patch:
+        below = size // patch * patch
+        nearest = f"{below} and {below + patch}" if below else f"{patch}"
+        raise UsageError(
+            f"input size {size} is no multiple of the patch of {name}, {patch} px; nearest: {nearest}"
+        )
+
+
+def _attention(block: nn.Module) -> nn.Module:
+    attention = block.attn
+    assert isinstance(attention, nn.Module)
+    return attention
+
+
+def _project(attention: Any, facet: str, x: Tensor) -> Tensor:
+    """One of the three projections (B, L, D) of an attention's input ``x`` (B, L, D).
+
+    Computed again rather than hooked: fused layers are called as functions in several families (Eva, BEiT,
+    `nn.MultiheadAttention`), where a hook on them never fires, and one third of one layer costs little.
+    """
+    part = FACETS.index(facet)
+    weight = getattr(attention, "in_proj_weight", None)
+    bias = getattr(attention, "in_proj_bias", None)
+    if weight is None and getattr(attention, "qkv", None) is not None:
+        weight, bias = attention.qkv.weight, attention.qkv.bias
+        if getattr(attention, "q_bias", None) is not None:  # Eva and BEiT keep the biases apart
+            bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+    if weight is None:
+        return F.linear(x, *(_linear(attention, f"{facet[0]}_proj")))
+    return F.linear(x, weight.chunk(3)[part], None if bias is None else bias.chunk(3)[part])
+
+
+def _linear(attention: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    layer = getattr(attention, name, None)
+    if not isinstance(layer, nn.Linear):
+        raise UsageError(f"{type(attention).__name__} has no query, key and value projections to tap")
+    return layer.weight, layer.bias
+
+
+# -- building ----------------------------------------------------------------------------------------------
+
+
+def _timm_tower(spec: BackboneSpec, size: int, weights: Weights) -> _Tower:
+    import timm
+
+    plain = _TAP.fullmatch(spec.default_tap) is not None
+    try:
+        model: Any = timm.create_model(spec.model_id, num_classes=0, img_size=size)
+    except TypeError:
+        if plain:
+            raise
+        model = timm.create_model(spec.model_id, num_classes=0)  # convolutional networks take any size
+    if weights.state_dict is not None:
+        _fit(model, _converted(model, weights, spec), spec, weights)
+
+    def stages(images: Tensor, indices: list[int]) -> list[Tensor]:
+        maps = model.forward_intermediates(
+            images, indices=indices, stop_early=True, output_fmt="NCHW", intermediates_only=True
+        )
+        return [stage.flatten(2).transpose(1, 2) for stage in maps]  # (B, C, h, w) -> (B, h * w, C)
+
+    def tokens(images: Tensor, indices: list[int]) -> list[Tensor]:
+        # norm=False: the final norm acts on each token alone, so it is applied to the taps that want it
+        found: list[Tensor] = model.forward_intermediates(
+            images, indices=indices, norm=False, stop_early=True, output_fmt="NLC", intermediates_only=True
+        )
+        return found
+
+    if not plain:
+        return _Tower(model, stages)
+    assert is_plain_vit(model)
+    return _Tower(model, tokens, list(model.blocks), _norm(model.norm, spec))
+
+
+def _converted(model: nn.Module, weights: Weights, spec: BackboneSpec) -> Mapping[str, Tensor]:
+    """The checkpoint in timm's names and at the model's grid, by timm's own converter for that family."""
+    state = weights.state_dict or {}
+    convert = getattr(inspect.getmodule(type(model)), "checkpoint_filter_fn", None)
+    if convert is None:
+        return state
+    resamples = "antialias" in inspect.signature(convert).parameters
+    options = {"antialias": spec.position_antialias} if resamples else {}
+    try:
+        converted: dict[str, Tensor] = convert(dict(state), model, **options)
+    except Exception:  # it trips over another model's checkpoint in many ways; `_fit` says what is different
+        return state
+    return converted
+
+
+def _open_clip_tower(spec: BackboneSpec, size: int, weights: Weights) -> _Tower:
+    import open_clip
+    from open_clip.model import _build_vision_tower, resize_pos_embed
+
+    config = open_clip.get_model_config(spec.model_id)
+    # The image tower alone: `create_model` would build the text tower too, and warn that it is untrained.
+    visual: Any = _build_vision_tower(
+        config["embed_dim"], {**config["vision_cfg"], "image_size": size}, bool(config.get("quick_gelu"))
+    )
+    if weights.state_dict is not None:
+        state = {k: v for k, v in weights.state_dict.items() if k.startswith("visual.")}
+        resize_pos_embed(state, SimpleNamespace(visual=visual), antialias=spec.position_antialias)
+        _fit(visual, {k.removeprefix("visual."): v for k, v in state.items()}, spec, weights)
+
+    def tokens(images: Tensor, indices: list[int]) -> list[Tensor]:
+        found: list[Tensor] = visual.forward_intermediates(
+            images, indices=indices, stop_early=True, output_fmt="NLC", intermediates_only=True
+        )["image_intermediates"]
+        return found
+
+    return _Tower(visual, tokens, list(visual.transformer.resblocks), _norm(visual.ln_post, spec))
+
+
+def _norm(module: nn.Module, spec: BackboneSpec) -> nn.Module | None:
+    """The final norm if it is one over the tokens' width; models that pool first have it elsewhere."""
+    weight = getattr(module, "weight", None)
+    return module if isinstance(weight, Tensor) and weight.shape == (spec.dim,) else None
+
+
+def _fit(model: nn.Module, state: Mapping[str, Tensor], spec: BackboneSpec, weights: Weights) -> None:
+    """Load ``state``; `IncompatibleError` unless it has all that tokens depend on and no more."""
+    own = model.state_dict()
+    missing = [k for k in own if k not in state and not k.startswith(_UNUSED)]
+    unexpected = [k for k in state if k not in own and not k.startswith(_UNUSED)]
+    shapes = [k for k in own if k in state and state[k].shape != own[k].shape and not k.startswith(_UNUSED)]
+    if missing or unexpected or shapes:
+        parts = [
+            f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+            for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+            if keys
+        ]
+        raise IncompatibleError(
+            f"{weights.origin} does not fit {spec.name} ({spec.library} {spec.model_id}): {'; '.join(parts)}"
+        )
+    fitting = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    model.load_state_dict(fitting, strict=False)

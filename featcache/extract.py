@@ -1,0 +1,307 @@
+"""Extraction: videos -> decode -> preprocess -> forward -> store, overlapped and resumable.
+
+Decoding runs ahead in threads, the backbone runs in the calling thread, and encoding, statistics and durable
+writes follow in one more thread, so that the backbone waits for neither. Batches are cut from fixed groups of
+videos: which frames share a batch depends only on their position, never on where an earlier run stopped, and
+so a resumed store equals an unbroken one byte for byte.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from featcache.backbones import Backbone
+from featcache.errors import DataError, UsageError
+from featcache.precision import autocast, choose_precision
+from featcache.sources.base import Source, Video
+from featcache.stats import Moments
+from featcache.store import MAX_CHUNK_FRAMES, Dtype, FeatureStore, Precision, Split, SplitSpec, StoreSpec, TapSpec
+from featcache.writer import SplitWriter, StoreWriter, array_layouts
+
+READ_AHEAD = 2  # groups decoded ahead of the backbone, and written behind it
+MEASURED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+Progress = Callable[[str, int, int], None]  # split, frames done, frames in all
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """What to extract; the backbone and the source are given apart."""
+
+    splits: tuple[str, ...] = ()  # () is every split of the source
+    dtype: Dtype = "float16"
+    frame_stride: int = 1
+    max_videos: int | None = None
+    batch_size: int | None = None  # None measures
+    precision: Precision | Literal["auto"] = "auto"
+    frame_size: int | None = None  # side of the stored frames and masks; None keeps the source's
+
+    def __post_init__(self) -> None:
+        if self.frame_stride < 1:
+            raise UsageError(f"--frame-stride {self.frame_stride}: must be at least 1")
+        if self.max_videos is not None and self.max_videos < 1:
+            raise UsageError(f"--max-videos {self.max_videos}: must be at least 1")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UsageError(f"--batch-size {self.batch_size}: must be at least 1, or auto")
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """What one split still needs."""
+
+    name: str
+    spec: SplitSpec
+    videos_done: int
+    frames_left: int
+    bytes_left: int  # upper bound: frames and masks counted uncompressed
+
+
+@dataclass(frozen=True)
+class ExtractPlan:
+    """What an extraction would do, known before it starts."""
+
+    path: Path
+    spec: StoreSpec
+    splits: tuple[SplitPlan, ...]
+    bytes_free: int
+    resize_frames: bool = False  # the user asked for stored frames of a size of their own
+
+    @property
+    def frames_left(self) -> int:
+        return sum(split.frames_left for split in self.splits)
+
+    @property
+    def bytes_left(self) -> int:
+        return sum(split.bytes_left for split in self.splits)
+
+
+def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions) -> ExtractPlan:
+    """Settle the store's specification (measuring batch size and precision if asked) and the work left.
+
+    An existing store lends its measured batch size, so that a resumed run cuts the same batches.
+    """
+    names = options.splits or source.splits()
+    if unknown := [name for name in names if name not in source.splits()]:
+        raise UsageError(f"{source.location}: no split {unknown[0]!r}; it has: {', '.join(source.splits())}")
+    probes = {name: _strided(source.read(name, 0), options.frame_stride) for name in names}
+    store = FeatureStore.open(path) if (path / "zarr.json").exists() else None
+    sample = next(iter(probes.values())).frames
+    precision, batch_size = options.precision, options.batch_size
+    if precision == "auto":
+        precision = store.spec.precision if store else choose_precision(backbone, sample)
+    if batch_size is None:
+        batch_size = store.spec.batch_size if store else measure_batch_size(backbone, sample, precision)
+    spec = StoreSpec(
+        backbone=backbone.spec.name,
+        model=backbone.provenance,
+        preprocessing=backbone.preprocessing,
+        taps={tap: TapSpec(backbone.grid, backbone.dims[tap]) for tap in backbone.taps},
+        dtype=options.dtype,
+        frame_stride=options.frame_stride,
+        precision=precision,
+        source=source.location,
+        batch_size=batch_size,
+        versions={"python": platform.python_version(), **{p: version(p) for p in ("torch", "zarr", "slotlab")}},
+    )
+    splits = []
+    for name, probe in probes.items():
+        lengths = [-(-length // options.frame_stride) for length in source.lengths(name)]
+        chunk_frames = min(max(lengths), MAX_CHUNK_FRAMES)
+        height, width = (options.frame_size,) * 2 if options.frame_size else probe.frames.shape[1:3]
+        split_spec = SplitSpec(
+            source_fingerprint=source.fingerprint(name),
+            lengths=tuple(lengths[: options.max_videos]),
+            chunk_frames=chunk_frames,
+            frame_size=(height, width),
+            masks=probe.segmentations is not None,
+        )
+        done: Sequence[int] = store[name].videos if store and name in store.splits else ()
+        todo = sum(length for i, length in enumerate(split_spec.lengths) if i not in set(done))
+        frame_bytes = sum(
+            int(np.prod(layout.shape)) * np.dtype(layout.dtype).itemsize for layout in array_layouts(spec, split_spec)
+        )
+        splits.append(SplitPlan(name, split_spec, len(done), todo, todo * frame_bytes))
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    return ExtractPlan(path, spec, tuple(splits), shutil.disk_usage(existing).free, options.frame_size is not None)
+
+
+def extract(
+    plan: ExtractPlan, source: Source, backbone: Backbone, progress: Progress = lambda *_: None
+) -> FeatureStore:
+    """Carry out a plan and return the finished store.
+
+    Raises ``DataError`` when the disk is too small (before starting) or a video is damaged,
+    ``IncompatibleError`` when the store at this path holds something else.
+    """
+    if plan.bytes_left > plan.bytes_free:
+        raise DataError(
+            f"{plan.path}: needs up to {plan.bytes_left / 1e9:.1f} GB and {plan.bytes_free / 1e9:.1f} GB are free; "
+            "free space, or use --dtype int8, --frame-stride or --max-videos"
+        )
+    with StoreWriter(plan.path, plan.spec) as writer:
+        for split in plan.splits:
+            split_writer = writer.split(split.name, split.spec)
+            try:
+                _extract_split(split_writer, plan, source, backbone, progress)
+            finally:
+                split_writer.close()
+    return FeatureStore.open(plan.path)
+
+
+def _extract_split(
+    writer: SplitWriter, plan: ExtractPlan, source: Source, backbone: Backbone, progress: Progress
+) -> None:
+    spec = writer.spec
+    if spec.statistics_videos == len(spec.lengths) == len(writer.done):
+        progress(writer.name, sum(spec.lengths), sum(spec.lengths))
+        return
+    statistics = {tap: Moments.empty(dim) for tap, dim in backbone.dims.items()}
+    frames_done = 0
+
+    def record(index: int, video: Video | None, tokens: Mapping[str, torch.Tensor]) -> None:
+        """In the writing thread, in order: store what is new, read back what is old, count both."""
+        nonlocal frames_done
+        if index not in writer.done:
+            assert video is not None
+            where = f"{source.location}: {writer.name} video {index}"
+            tokens = writer.write(index, _fitted(video, spec, plan.resize_frames, where), tokens)
+        elif not tokens:
+            stored = Split(FeatureStore.open(plan.path), writer.name)
+            tokens = {tap: stored.tokens(tap, index) for tap in statistics}
+        for tap, values in tokens.items():
+            try:
+                statistics[tap] = statistics[tap] + Moments.from_tokens(values)
+            except ValueError as error:
+                raise DataError(f"{source.location}: {writer.name} video {index}, tap {tap}: {error}") from error
+        frames_done += spec.lengths[index]
+        progress(writer.name, frames_done, sum(spec.lengths))
+
+    with ThreadPoolExecutor(1, "write") as writing:
+        pending: list[Future[None]] = []
+        for indices, videos in _decoded_groups(source, writer, plan):
+            outputs = (
+                forward(backbone, [v.frames for v in videos], plan.spec.batch_size, plan.spec.precision)
+                if videos
+                else [{} for _ in indices]
+            )
+            for position, index in enumerate(indices):
+                video = videos[position] if videos else None
+                tokens = {} if index in writer.done else outputs[position]
+                pending.append(writing.submit(record, index, video, tokens))
+            while len(pending) > READ_AHEAD * len(indices):
+                pending.pop(0).result()
+        for future in pending:
+            future.result()
+    writer.finish(statistics)
+
+
+def _decoded_groups(source: Source, writer: SplitWriter, plan: ExtractPlan) -> Iterator[tuple[range, list[Video]]]:
+    """Fixed groups of videos, decoded ahead; a group that is finished comes without its videos."""
+    spec = writer.spec
+    size = max(1, plan.spec.batch_size // spec.chunk_frames)
+    groups = [range(i, min(i + size, len(spec.lengths))) for i in range(0, len(spec.lengths), size)]
+    done = set(writer.done)
+
+    def read(index: int) -> Video:
+        return _strided(source.read(writer.name, index), plan.spec.frame_stride)
+
+    with ThreadPoolExecutor(2, "decode") as decoding:
+        ahead: list[tuple[range, list[Future[Video]]]] = []
+        try:
+            for group in groups:
+                wanted = [] if done.issuperset(group) else list(group)
+                ahead.append((group, [decoding.submit(read, index) for index in wanted]))
+                if len(ahead) > READ_AHEAD:
+                    first, futures = ahead.pop(0)
+                    yield first, [future.result() for future in futures]
+            for first, futures in ahead:
+                yield first, [future.result() for future in futures]
+        finally:
+            decoding.shutdown(wait=True, cancel_futures=True)
+
+
+def forward(
+    backbone: Backbone, videos: Sequence[np.ndarray], batch_size: int, precision: Precision
+) -> list[dict[str, torch.Tensor]]:
+    """Patch tokens of several videos' frames (T, H, W, 3), each a dict of tap -> (T, N, D) on the device."""
+    with autocast(backbone.device, precision):
+        images = torch.cat([backbone.preprocess(torch.from_numpy(frames)) for frames in videos])
+        parts = [backbone(batch) for batch in torch.split(images, batch_size)]
+    lengths = [len(frames) for frames in videos]
+    tokens = {tap: torch.split(torch.cat([part[tap].float() for part in parts]), lengths) for tap in backbone.taps}
+    return [{tap: values[i] for tap, values in tokens.items()} for i in range(len(videos))]
+
+
+def measure_batch_size(backbone: Backbone, frames: np.ndarray, precision: Precision) -> int:
+    """Smallest batch within 5 % of the best rate; stops where memory or the gain ends."""
+    best_rate, best = 0.0, 1
+    for size in MEASURED_BATCHES:
+        batch = frames[np.arange(size) % len(frames)]
+        try:
+            forward(backbone, [batch], size, precision)
+            start = time.perf_counter()
+            forward(backbone, [batch], size, precision)[0][backbone.taps[0]].sum().item()
+            rate = size / (time.perf_counter() - start)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
+        if rate < 1.05 * best_rate:
+            break
+        best_rate, best = rate, size
+    return best
+
+
+def measure_seconds(plan: ExtractPlan, source: Source, backbone: Backbone) -> float:
+    """How long the frames left will take, from one batch of real frames after a warm-up."""
+    name, count = plan.splits[0].name, plan.spec.batch_size
+    frames = source.read(name, 0).frames
+    batch = frames[np.arange(count) % len(frames)]
+    forward(backbone, [batch], count, plan.spec.precision)
+    start = time.perf_counter()
+    forward(backbone, [batch], count, plan.spec.precision)[0][backbone.taps[0]].sum().item()
+    return (time.perf_counter() - start) / count * plan.frames_left
+
+
+def _strided(video: Video, stride: int) -> Video:
+    if stride == 1:
+        return video
+    instances = tuple(replace(i, visibility=i.visibility[::stride]) for i in video.instances)
+    masks = None if video.segmentations is None else video.segmentations[::stride]
+    return Video(video.id, video.frames[::stride], masks, instances)
+
+
+def _fitted(video: Video, spec: SplitSpec, resize: bool, where: str) -> Video:
+    """The video at the store's frame size, or ``DataError`` if it would have to be resized unasked."""
+    if (video.segmentations is not None) != spec.masks:
+        raise DataError(f"{where}: {'has' if not spec.masks else 'lacks'} masks, unlike the first video of its split")
+    if video.frames.shape[1:3] == spec.frame_size:
+        return video
+    height, width = spec.frame_size
+    if not resize:
+        raise DataError(
+            f"{where}: {video.frames.shape[1]}x{video.frames.shape[2]} frames in a store of {height}x{width}; "
+            "pass --frame-size N to store all frames at one size"
+        )
+
+    def resized(images: np.ndarray, how: Image.Resampling) -> np.ndarray:
+        return np.stack([np.asarray(Image.fromarray(i).resize((width, height), how)) for i in images])
+
+    masks = video.segmentations
+    return Video(
+        video.id,
+        resized(video.frames, Image.Resampling.BICUBIC),
+        None if masks is None else resized(masks, Image.Resampling.NEAREST),
+        video.instances,
+    )

@@ -1,0 +1,62 @@
+"""The one record that every data source gives, and the interface that extraction reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One object of a video. Labels are the data set's own words; an unknown one is the empty string."""
+
+    shape: str = ""
+    size: str = ""
+    color: str = ""
+    material: str = ""
+    visibility: tuple[int, ...] = ()  # pixels of the object in each frame
+
+
+@dataclass(frozen=True)
+class Video:
+    """Consecutive frames with their ground truth.
+
+    ``segmentations`` holds 0 for the background and ``k`` for ``instances[k - 1]``; it is ``None`` where the
+    source has no masks.
+    """
+
+    id: str
+    frames: npt.NDArray[np.uint8]  # (T, H, W, 3)
+    segmentations: npt.NDArray[np.uint8] | None = None  # (T, H, W)
+    instances: tuple[Instance, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
+            raise ValueError(f"frames must be uint8 (T, H, W, 3), not {self.frames.dtype} {self.frames.shape}")
+        if self.segmentations is not None and self.segmentations.shape != self.frames.shape[:3]:
+            raise ValueError(f"segmentations {self.segmentations.shape} do not match frames {self.frames.shape}")
+
+
+class Source(Protocol):
+    """Videos with random access, so that extraction can resume, repair and spread over workers.
+
+    Implementations are safe to call from several threads and cheap to open again in another process.
+    """
+
+    location: str  # what ``open_source`` gives the same source for
+
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits, for example ``("train", "validation")``."""
+
+    def lengths(self, split: str) -> Sequence[int]:
+        """Number of frames of each video, in order, without decoding any."""
+
+    def fingerprint(self, split: str) -> str:
+        """Short hash that changes when the split's files change."""
+
+    def read(self, split: str, index: int) -> Video:
+        """Decode one video. Raises ``DataError`` naming file, record and remedy when it is damaged."""

@@ -1,0 +1,122 @@
+"""One HDF5 file with ``video`` (N, T, H, W, 3) or ``image`` (N, H, W, 3), uint8, and optionally ``mask``.
+
+The arrays lie at the top, or in groups named train, validation (val, valid), test. Masks are numbers
+(N[, T], H, W[, 1]), or one-hot over K objects (N[, T], K, H, W[, 1]) with the background first, as public
+object-centric data sets keep them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from featcache.errors import DataError
+from featcache.sources.base import Video
+from featcache.sources.decode import (
+    as_mask,
+    check_index,
+    check_split,
+    digest,
+    file_digest,
+    split_folders,
+    unlabelled_instances,
+)
+
+FRAMES = ("video", "videos", "image", "images")
+MASKS = ("mask", "masks", "segmentations")
+
+
+class Hdf5Source:
+    """Random access by row. The file is opened at each call, so that threads and processes share no handle."""
+
+    def __init__(self, path: Path) -> None:
+        self.location = str(path)
+        self.path = path
+        self._groups: dict[str, tuple[str, str | None]] = {}  # split -> paths of frames and masks in the file
+        self._lengths: dict[str, tuple[int, ...]] = {}
+        with self._file() as file:
+            named = split_folders((k for k in file if isinstance(file[k], h5py.Group)), self.location)
+            for split, group in named.items() or (("train", "/"),):
+                self._add(split, file[group])
+
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self._groups)
+
+    def lengths(self, split: str) -> Sequence[int]:
+        check_split(self.location, split, self._groups)
+        return self._lengths[split]
+
+    def fingerprint(self, split: str) -> str:
+        check_split(self.location, split, self._groups)
+        return digest((split, *(name or "" for name in self._groups[split]), file_digest(self.path)))
+
+    def read(self, split: str, index: int) -> Video:
+        check_split(self.location, split, self._groups)
+        check_index(self.location, split, index, len(self._lengths[split]))
+        frames_path, masks_path = self._groups[split]
+        with self._file() as file:
+            frames = file[frames_path][index]
+            masks = file[masks_path][index] if masks_path else None
+        frames = frames.reshape(-1, *frames.shape[-3:])
+        name = f"{split}_{index:05d}"
+        if masks is None:
+            return Video(name, frames)
+        numbers = _numbers(masks, frames.shape, f"{self.path}: {masks_path} row {index}")
+        return Video(name, frames, numbers, unlabelled_instances(numbers))
+
+    def _add(self, split: str, group: h5py.Group) -> None:
+        frames = next((group[k] for k in FRAMES if isinstance(group.get(k), h5py.Dataset)), None)
+        masks = next((group[k] for k in MASKS if isinstance(group.get(k), h5py.Dataset)), None)
+        if frames is None:
+            raise DataError(
+                f"{self.path}: {group.name} holds {', '.join(group) or 'nothing'}; name the frames video or image"
+            )
+        where = f"{self.path}: {frames.name}"
+        if frames.dtype != np.uint8 or frames.ndim not in (4, 5) or frames.shape[-1] != 3:
+            raise DataError(
+                f"{where} is {frames.dtype} {frames.shape}; save it as uint8 (N, T, H, W, 3) or (N, H, W, 3)"
+            )
+        if 0 in frames.shape:
+            raise DataError(f"{where} is empty {frames.shape}; write the videos into it")
+        if masks is not None and not _layout(masks.shape, frames.shape):
+            raise DataError(
+                f"{self.path}: {masks.name} {masks.shape} does not match {frames.name} {frames.shape}; "
+                f"save it as {frames.shape[:-1]}"
+            )
+        self._groups[split] = (frames.name, masks.name if masks is not None else None)
+        self._lengths[split] = (1 if frames.ndim == 4 else frames.shape[1],) * len(frames)
+
+    @contextmanager
+    def _file(self) -> Iterator[Any]:
+        try:
+            with h5py.File(self.path, "r") as file:
+                yield file
+        except (OSError, RuntimeError) as error:
+            raise DataError(f"{self.path}: {error}; copy or write this file again") from error
+
+
+def _layout(masks: tuple[int, ...], frames: tuple[int, ...]) -> str:
+    """``numbers`` or ``one-hot`` when masks of that shape fit frames (..., H, W, 3); otherwise empty."""
+    *lead, height, width, _ = frames
+    shape = masks[:-1] if masks[-1] == 1 and masks[-3:-1] == (height, width) else masks
+    if shape == (*lead, height, width):
+        return "numbers"
+    return "one-hot" if shape == (*lead, *shape[len(lead) : len(lead) + 1], height, width) else ""
+
+
+def _numbers(masks: npt.NDArray[Any], frames: tuple[int, ...], where: str) -> npt.NDArray[np.uint8]:
+    """Masks of one row in either layout -> object numbers (T, H, W)."""
+    steps, height, width, _ = frames
+    if masks.size == steps * height * width:
+        return as_mask(masks.reshape(steps, height, width), where)
+    onehot = masks.reshape(steps, -1, height, width)
+    if not ((onehot != 0).sum(axis=1) == 1).all():
+        raise DataError(f"{where}: one-hot masks must name exactly one object a pixel; save object numbers 0..255")
+    return as_mask(onehot.argmax(axis=1), where)

@@ -1,0 +1,369 @@
+"""Mergeable moments of patch tokens, and the scale report that is read from them.
+
+Everything a trainer must know of a store's scale comes from one pass over its tokens: moments of two sets
+of frames add up to those of their union (Chan, Golub & LeVeque 1979), so that they can be gathered video by
+video while extracting, or block by block over a finished store, with the same result to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Float = npt.NDArray[np.float64]
+Int = npt.NDArray[np.int64]
+
+# Token norms are counted in log-spaced buckets (DDSketch, Masson et al. 2019): with a base g, bucket k holds
+# (g^(k-1), g^k], and 2 g^k / (g + 1) is within RELATIVE_ACCURACY of every norm in it. The edges are the same
+# for all stores, so two sketches merge by adding counts. Norms outside the range go to the end buckets.
+RELATIVE_ACCURACY = 0.005
+_LOG_GAMMA = math.log((1 + RELATIVE_ACCURACY) / (1 - RELATIVE_ACCURACY))
+_FIRST_BUCKET = math.floor(math.log(1e-8) / _LOG_GAMMA)  # holds everything up to 1e-8, zero too
+_LAST_BUCKET = math.ceil(math.log(1e8) / _LOG_GAMMA)
+BUCKETS = _LAST_BUCKET - _FIRST_BUCKET + 1
+
+# Frames are taken in blocks of about this many tokens, to bound the float64 copies of a long video.
+_BLOCK_TOKENS = 2**14
+
+# The norms of artefact ("register") tokens form a second mode far above the first (Darcet et al.
+# 2024, fig. 3). Their cut at 150 is for one model; twice the median is the same idea without a scale.
+OUTLIER_RATIO = 2.0
+
+
+class NonFiniteTokensError(ValueError):
+    """NaN or infinity among the tokens: how many values, and the first one's frame and patch."""
+
+    def __init__(self, count: int, frame: int, patch: int) -> None:
+        super().__init__(f"{count} non-finite values, the first at frame {frame}, patch {patch}")
+        self.count = count
+        self.frame = frame
+        self.patch = patch
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Moments of a set of frames' tokens, in float64 on the host. D channels.
+
+    ``within`` and ``between`` split the total co-moment (the sum over tokens of the outer product of
+    deviations from the overall mean): ``within`` takes deviations from the token's own frame's mean,
+    ``between`` those of the frames' means, weighted by their tokens. They sum to the total exactly.
+    """
+
+    frames: int
+    tokens: int
+    mean: Float  # (D,)
+    min: Float  # (D,); +inf when empty
+    max: Float  # (D,); -inf when empty
+    within: Float  # (D, D)
+    between: Float  # (D, D)
+    norm_counts: Int  # (BUCKETS,) token norms
+    norm_max: float  # exact, the sketch's is not
+
+    @classmethod
+    def empty(cls, dim: int) -> Self:
+        """Moments of no frames, the neutral element of ``merge``."""
+        return cls(
+            frames=0,
+            tokens=0,
+            mean=np.zeros(dim),
+            min=np.full(dim, np.inf),
+            max=np.full(dim, -np.inf),
+            within=np.zeros((dim, dim)),
+            between=np.zeros((dim, dim)),
+            norm_counts=np.zeros(BUCKETS, np.int64),
+            norm_max=0.0,
+        )
+
+    @classmethod
+    def from_tokens(cls, tokens: Tensor) -> Self:
+        """Moments of tokens (F, N, D) of any float type on any device, computed in float64 where they are.
+
+        Raises :class:`NonFiniteTokensError` (a ``ValueError``) if any value is NaN or infinite.
+        """
+        if tokens.ndim != 3 or not tokens.is_floating_point():
+            raise ValueError(f"expected float tokens (F, N, D), got {tokens.dtype} {tuple(tokens.shape)}")
+        frames, patches, dim = tokens.shape
+        total = cls.empty(dim)
+        if tokens.numel() == 0:
+            return total
+        if tokens.device.type == "mps":  # has no float64
+            tokens = tokens.cpu()
+        step = max(1, _BLOCK_TOKENS // patches)
+        for start in range(0, frames, step):
+            try:
+                total = total.merge(cls._from_block(tokens[start : start + step].detach()))
+            except NonFiniteTokensError:
+                # Located over all frames, not the block: the message must count them all.
+                bad = ~torch.isfinite(tokens)
+                frame, patch, _ = torch.nonzero(bad)[0].tolist()
+                raise NonFiniteTokensError(int(bad.sum()), frame, patch) from None
+        return total
+
+    @classmethod
+    def _from_block(cls, tokens: Tensor) -> Self:
+        frames, patches, dim = tokens.shape
+        x = tokens.to(torch.float64, copy=True)  # (F, N, D); ours to centre in place
+        low, high = x.aminmax(dim=1)  # (F, D) each; NaN and infinity show in these
+        low, high = low.amin(0), high.amax(0)
+        if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
+            raise NonFiniteTokensError(0, 0, 0)
+        norms = torch.linalg.vector_norm(x, dim=-1)  # (F, N)
+        means = x.mean(1)  # (F, D)
+        mean = means.mean(0)  # (D,)
+        # Centring before the product, never E[xx'] - mean mean': that cancels when the mean is large.
+        x -= means.unsqueeze(1)
+        flat = x.reshape(-1, dim)  # (F*N, D)
+        shift = means - mean  # (F, D)
+        return cls(
+            frames=frames,
+            tokens=frames * patches,
+            mean=_host(mean),
+            min=_host(low),
+            max=_host(high),
+            within=_host(flat.T @ flat),
+            between=_host(shift.T @ shift) * patches,
+            norm_counts=_count_norms(norms),
+            norm_max=float(norms.max()),
+        )
+
+    def merge(self, other: Moments) -> Self:
+        """Moments of both sets together. ``ValueError`` if their dimensions differ."""
+        if self.dim != other.dim:
+            raise ValueError(f"cannot merge moments of {self.dim} and {other.dim} channels")
+        tokens = self.tokens + other.tokens
+        share = other.tokens / tokens if tokens else 0.0
+        shift = other.mean - self.mean  # (D,)
+        # Pairwise update (Chan et al. 1979, eq. 2.1). A move of the mean is between frames, never within one.
+        gap = np.outer(shift, shift) * (self.tokens * share)
+        return type(self)(
+            frames=self.frames + other.frames,
+            tokens=tokens,
+            mean=self.mean + shift * share,
+            min=np.minimum(self.min, other.min),
+            max=np.maximum(self.max, other.max),
+            within=self.within + other.within,
+            between=self.between + other.between + gap,
+            norm_counts=self.norm_counts + other.norm_counts,
+            norm_max=max(self.norm_max, other.norm_max),
+        )
+
+    __add__ = merge
+
+    # -- storage ---------------------------------------------------------------------------------------
+
+    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Every field as an array (scalars as 0-d ones), lossless: ``from_arrays`` gives the moments back."""
+        return {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Self:
+        """Inverse of ``to_arrays``, whatever number type the counts were stored as."""
+        missing = {f.name for f in fields(cls)} - set(arrays)
+        if missing:
+            raise ValueError(f"statistics lack {', '.join(sorted(missing))}")
+        if arrays["norm_counts"].shape != (BUCKETS,):
+            raise ValueError(f"token norm sketch is {arrays['norm_counts'].shape}, expected ({BUCKETS},)")
+        names = ("mean", "min", "max", "within", "between")
+        return cls(
+            frames=int(arrays["frames"]),
+            tokens=int(arrays["tokens"]),
+            norm_counts=np.asarray(arrays["norm_counts"]).astype(np.int64),
+            norm_max=float(arrays["norm_max"]),
+            **{name: np.asarray(arrays[name], np.float64) for name in names},
+        )
+
+    # -- what is read from them --------------------------------------------------------------------------
+
+    @property
+    def dim(self) -> int:
+        return len(self.mean)
+
+    @property
+    def comoment(self) -> Float:
+        """Sum over tokens of outer products of deviations from the mean (D, D)."""
+        return self.within + self.between
+
+    @property
+    def covariance(self) -> Float:
+        """Population covariance of the tokens (D, D)."""
+        return self.comoment / self.tokens
+
+    @property
+    def variance(self) -> Float:
+        """Population variance of each channel (D,)."""
+        return (np.diagonal(self.within) + np.diagonal(self.between)) / self.tokens
+
+    @property
+    def std(self) -> Float:
+        """Population standard deviation of each channel (D,)."""
+        return np.sqrt(self.variance)
+
+    @property
+    def abs_max(self) -> float:
+        return float(np.maximum(-self.min, self.max).max())
+
+    def norm_quantile(self, q: float) -> float:
+        """The ``q`` quantile (0 to 1, the lower of two neighbours) of token norms, to RELATIVE_ACCURACY."""
+        if self.tokens == 0:
+            raise ValueError("no tokens, so no quantiles")
+        cumulative = np.cumsum(self.norm_counts)
+        bucket = int(np.searchsorted(cumulative, math.floor(q * (self.tokens - 1)), side="right"))
+        if bucket == 0:
+            return 0.0
+        gamma = math.exp(_LOG_GAMMA)
+        return min(2 * math.exp(_LOG_GAMMA * (bucket + _FIRST_BUCKET)) / (gamma + 1), self.norm_max)
+
+    def norm_share_above(self, threshold: float) -> float:
+        """Share of tokens whose norm is above ``threshold``, taken to within RELATIVE_ACCURACY."""
+        bucket = int(_buckets(torch.tensor([threshold], dtype=torch.float64)))
+        return float(self.norm_counts[bucket + 1 :].sum() / self.tokens)
+
+
+def _host(values: Tensor) -> Float:
+    # A copy, so that moments do not keep a larger tensor's memory alive.
+    return np.array(values.cpu().numpy())
+
+
+def _buckets(norms: Tensor) -> Tensor:
+    """Index of each norm's bucket, int64 in [0, BUCKETS)."""
+    powers = torch.ceil(torch.log(norms) / _LOG_GAMMA)  # -inf for 0
+    return (powers.clamp(_FIRST_BUCKET, _LAST_BUCKET) - _FIRST_BUCKET).long()
+
+
+def _count_norms(norms: Tensor) -> Int:
+    counts: Int = torch.bincount(_buckets(norms).flatten(), minlength=BUCKETS).cpu().numpy()
+    return counts
+
+
+# -- the scale report ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TokenNorm:
+    """Euclidean norms of tokens. ``max`` is exact, percentiles are within RELATIVE_ACCURACY."""
+
+    p1: float
+    p50: float
+    p99: float
+    max: float
+
+
+@dataclass(frozen=True)
+class ChannelStd:
+    """Spread of the channels' standard deviations."""
+
+    min: float
+    p50: float
+    max: float
+
+
+@dataclass(frozen=True)
+class VarianceShare:
+    """Share of the total variance in the one and the ten channels that vary most."""
+
+    top1: float
+    top10: float
+
+
+@dataclass(frozen=True)
+class FrameVariance:
+    """Shares of the total variance between frames' means and within frames; they sum to 1."""
+
+    between: float
+    within: float
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a plot draws; left out of ``as_dict``."""
+
+    channel_std: Float  # (D,)
+    eigenvalues: Float  # (D,) of the covariance, largest first
+    norm_levels: Float  # (Q,) in [0, 1]
+    norm_quantiles: Float  # (Q,)
+
+
+@dataclass(frozen=True)
+class ScaleReport:
+    """How large a store's features are and where their variance lies. Population statistics throughout."""
+
+    frames: int
+    patches: int
+    dim: int
+    mean: float  # over all entries
+    std: float  # over all entries: ``features.std()``
+    abs_max: float
+    token_norm: TokenNorm
+    outlier_tokens: float  # share of tokens with a norm above OUTLIER_RATIO times the median
+    channel_std: ChannelStd
+    variance_share: VarianceShare
+    effective_rank: float  # exp of the entropy of the covariance's spectrum (Roy & Vetterli 2007), 1 to D
+    mean_predictor_mse: float  # MSE of always predicting each channel's mean: what a decoder must beat
+    frame_variance: FrameVariance
+    curves: Curves = field(repr=False, compare=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers in nested dicts, ready for JSON."""
+        plain = asdict(self)
+        del plain["curves"]
+        return plain
+
+
+_NORM_LEVELS = np.concatenate([np.linspace(0, 0.98, 99), np.linspace(0.982, 1, 10)])
+
+
+def scale_report(moments: Moments) -> ScaleReport:
+    """The scale report of one tap's moments. ``ValueError`` if they cover no tokens."""
+    if moments.tokens == 0:
+        raise ValueError("no tokens, so no scale report")
+    variance = moments.variance  # (D,)
+    std = np.sqrt(variance)
+    ranked = np.sort(variance)[::-1]
+    total = float(variance.sum())
+    # Rounding leaves eigenvalues slightly below zero where the rank is not full.
+    eigenvalues = np.linalg.eigvalsh(moments.covariance)[::-1].clip(min=0)
+    mean = float(moments.mean.mean())
+    median = moments.norm_quantile(0.5)
+    quantiles = np.array([moments.norm_quantile(level) for level in _NORM_LEVELS])
+    quantiles[-1] = moments.norm_max
+    return ScaleReport(
+        frames=moments.frames,
+        patches=round(moments.tokens / moments.frames),
+        dim=moments.dim,
+        mean=mean,
+        std=math.sqrt(float(variance.mean() + np.square(moments.mean - mean).mean())),
+        abs_max=moments.abs_max,
+        token_norm=TokenNorm(
+            moments.norm_quantile(0.01), median, moments.norm_quantile(0.99), moments.norm_max
+        ),
+        outlier_tokens=moments.norm_share_above(OUTLIER_RATIO * median),
+        channel_std=ChannelStd(float(std.min()), float(np.median(std)), float(std.max())),
+        variance_share=VarianceShare(_share(ranked[0], total), _share(ranked[:10].sum(), total)),
+        effective_rank=effective_rank(eigenvalues),
+        mean_predictor_mse=float(variance.mean()),
+        frame_variance=FrameVariance(
+            _share(np.trace(moments.between), total * moments.tokens),
+            _share(np.trace(moments.within), total * moments.tokens),
+        ),
+        curves=Curves(std, eigenvalues, _NORM_LEVELS, quantiles),
+    )
+
+
+def effective_rank(eigenvalues: Float) -> float:
+    """exp of the Shannon entropy of the normalised spectrum (Roy & Vetterli 2007); 0 for constant data."""
+    positive = eigenvalues[eigenvalues > 0]
+    if len(positive) == 0:
+        return 0.0
+    p = positive / positive.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def _share(part: float, whole: float) -> float:
+    return float(part / whole) if whole > 0 else 0.0

@@ -1,0 +1,101 @@
+"""Run folders: readable without any tool, and never a pickle.
+
+::
+
+    runs/NAME/
+      config.toml           the configuration, complete
+      store.json            which store was trained on: path and identity
+      metrics.jsonl         a row a logged step
+      checkpoint/           model.safetensors, optimizer.safetensors, state.json
+      summary.json          written at the end
+
+A checkpoint is made in a folder beside, synced and swapped in by renaming, so that there is always one whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from featcache.errors import DataError, IncompatibleError
+from slotlab.config import Config, read_toml, validate
+
+FOLDER = "checkpoint"
+
+
+def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Write the checkpoint of a run, replacing the one before."""
+    fresh, old, final = (run / f"{FOLDER}{suffix}" for suffix in (".new", ".old", ""))
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, fresh / "model.safetensors")
+    tensors = {
+        f"{index}.{name}": value.contiguous()
+        for index, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+    save_file(tensors, fresh / "optimizer.safetensors")
+    (fresh / "state.json").write_text(json.dumps(state, indent=1))
+    for path in fresh.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    fresh.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def folder(run: Path) -> Path:
+    """The whole checkpoint of a run. ``DataError`` if it has none."""
+    for suffix in ("", ".old", ".new"):  # a crash between the two renames leaves the names in this order
+        if (run / f"{FOLDER}{suffix}" / "state.json").exists():
+            return run / f"{FOLDER}{suffix}"
+    raise DataError(f"{run}: no checkpoint; name a folder that slotlab train made (for example runs/demo)")
+
+
+def state(run: Path) -> dict[str, Any]:
+    path = folder(run) / "state.json"
+    try:
+        return dict(json.loads(path.read_text()))
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}); train again") from error
+
+
+def load_model(run: Path, model: nn.Module) -> None:
+    """Fill ``model``. ``IncompatibleError`` when the weights are of another model."""
+    path = folder(run) / "model.safetensors"
+    try:
+        model.load_state_dict(_tensors(path))
+    except RuntimeError as error:
+        raise IncompatibleError(f"{path}: weights of another model; {str(error).splitlines()[-1].strip()}") from error
+
+
+def load_optimizer(run: Path, optimizer: torch.optim.Optimizer) -> None:
+    raw = optimizer.state_dict()
+    raw["state"] = {}
+    for key, value in _tensors(folder(run) / "optimizer.safetensors").items():
+        index, _, name = key.partition(".")
+        raw["state"].setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict(raw)
+
+
+def load_run_config(run: Path) -> Config:
+    """The configuration a run was made with."""
+    path = run / "config.toml"
+    return validate(read_toml(path), str(path))
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: damaged ({error}); train again, or restore the file") from error

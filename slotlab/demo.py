@@ -1,0 +1,43 @@
+"""The whole job on the embedded sample: extract, statistics, train, evaluate, and a picture of the masks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from featcache.backbones import load_backbone
+from featcache.extract import ExtractOptions, Progress, extract, plan
+from featcache.sources import open_source
+from featcache.store import FeatureStore
+from slotlab.config import Config
+from slotlab.evaluate import evaluate, load_run
+from slotlab.sheet import draw_sheet
+from slotlab.train import Report, train
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    store: FeatureStore
+    run: Path
+    scores: dict[str, Any]
+    sheet: Path
+
+
+def extract_sample(cache: Path, device: str, progress: Progress) -> FeatureStore:
+    """DINOv2 ViT-S/14 features of the embedded sample; resumes or does nothing where they are there."""
+    source = open_source(None)
+    backbone = load_backbone("dinov2_vits14", device=device)
+    return extract(plan(cache, source, backbone, ExtractOptions()), source, backbone, progress)
+
+
+def train_and_score(config: Config, store: FeatureStore, out: Path, device: str, report: Report) -> DemoResult:
+    """Train anew (or resume what was interrupted), evaluate, draw."""
+    run = out / "run"
+    train(config, store, run, resume=(run / "checkpoint").exists(), device=device, report=report)
+    loaded = load_run(run, store.path, device)
+    scores = evaluate(loaded)
+    (run / f"eval-{scores['split']}.json").write_text(json.dumps(scores, indent=1))
+    sheet = draw_sheet(loaded, store[scores["split"]], out / "masks.png")
+    return DemoResult(store, run, scores, sheet)

@@ -1,0 +1,135 @@
+"""What a person sees: rich tables on stdout, live progress and logs on stderr, and no motion without a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+out = Console()
+err = Console(stderr=True)
+
+QUIET_SECONDS = 10.0  # between two lines of progress where nothing may animate
+
+
+class FrameRate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed:.1f} frames/s" if task.speed else "", style="cyan")
+
+
+class ExtractProgress:
+    """Frames done by split, with rate and time left; plain lines when stderr is no terminal."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), FrameRate(), TimeRemainingColumn(),
+            console=err, disable=not err.is_terminal,
+        )  # fmt: skip
+        self._tasks: dict[str, Any] = {}
+        self._said = self._began = time.monotonic()
+
+    def __enter__(self) -> ExtractProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def __call__(self, split: str, done: int, total: int) -> None:
+        if split not in self._tasks:
+            self._tasks[split] = self._bars.add_task(split, total=total)
+            self._began = time.monotonic()
+        self._bars.update(self._tasks[split], completed=done)
+        now = time.monotonic()
+        if not err.is_terminal and (now - self._said > QUIET_SECONDS or done == total):
+            self._said = now
+            rate = done / max(now - self._began, 1e-9)
+            print(f"{split}: {done}/{total} frames, {rate:.1f} frames/s", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def training_display(steps: int) -> Iterator[Any]:
+    """A callable that takes each logged row: a live table on a terminal, else a line now and then."""
+    began = said = time.monotonic()
+    history: list[Mapping[str, Any]] = []
+
+    def table() -> Table:
+        grid = Table(title=f"training, {steps} steps", title_justify="left", expand=False)
+        row = history[-1]
+        for name in row:
+            grid.add_column(name.replace("_", " "), justify="right")
+        for item in history[-8:]:
+            grid.add_row(*(f"{value:d}" if isinstance(value, int) else f"{value:.4g}" for value in item.values()))
+        left = (time.monotonic() - began) / max(row["step"], 1) * (steps - row["step"])
+        grid.caption = f"{row['step'] / steps:.0%} done, about {left:.0f} s left"
+        return grid
+
+    if err.is_terminal:
+        with Live(console=err, refresh_per_second=4) as live:
+
+            def show(row: Mapping[str, Any]) -> None:
+                history.append(row)
+                live.update(table())
+
+            yield show
+        return
+
+    def say(row: Mapping[str, Any]) -> None:
+        nonlocal said
+        now = time.monotonic()
+        if row["step"] in (1, steps) or now - said > QUIET_SECONDS:
+            said = now
+            print(
+                f"step {row['step']}/{steps}  loss {row['loss']:.4f}  "
+                f"{row['frames_per_second']:.0f} frames/s  waiting for data {row['wait_share']:.1%}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    yield say
+
+
+def number(value: Any) -> str:
+    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def scores_table(result: Mapping[str, Any]) -> Table:
+    """The evaluation of one run, with its ceiling and floors as rows beside it."""
+    keys = ("fg_ari", "mbo", "miou", "ari")
+    table = Table(title=f"{result['run']} on {result['split']}", title_justify="left")
+    table.add_column("masks")
+    for key in keys:
+        table.add_column({"fg_ari": "FG-ARI", "mbo": "mBO", "miou": "mIoU", "ari": "ARI"}[key], justify="right")
+
+    def add(name: str, values: Mapping[str, Any], style: str | None = None) -> None:
+        table.add_row(name, *(number(values.get(key)) for key in keys), style=style)
+
+    add("this run, per frame", result, "bold")
+    add("this run, per video", {key: result.get(f"{key}_video") for key in keys})
+    for name, values in result["by_material"].items():
+        add(f"  {name} objects only", values)
+    add("ceiling of the patch grid", result["reference"], "dim")
+    add("floor: k-means, raw tokens", result["floor"]["kmeans_raw"], "dim")
+    add("floor: k-means, whitened", result["floor"]["kmeans_whitened"], "dim")
+    table.caption = (
+        f"{result['frames']} frames of {result['videos']} videos, {result['skipped_frames']} without objects skipped; "
+        f"{result['effective_slots']:.1f} effective slots, mask similarity {result['mask_similarity']:.2f}"
+    )
+    return table
+
+
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> Table:
+    table = Table(title=title or None, title_justify="left")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(number(cell) for cell in row))
+    return table

@@ -1,0 +1,44 @@
+"""What a bug report or a first look needs to know about this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "slotlab", "torch", "torchvision", "timm", "open_clip_torch", "zarr", "h5py", "numpy", "dask",
+    "tensorflow-datasets", "typer", "rich",
+)  # fmt: skip
+
+
+def examine() -> dict[str, Any]:
+    """Findings by name, JSON-able; what is missing is said, not raised."""
+    import torch
+
+    from featcache.errors import FeatcacheError
+    from featcache.sources import open_source
+    from featcache.weights import cache_dir
+
+    findings: dict[str, Any] = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            findings[name] = version(name)
+        except PackageNotFoundError:
+            findings[name] = "missing; pip install slotlab again"
+    findings["tensorflow"] = "present" if importlib.util.find_spec("tensorflow") else "absent (only tfds: needs it)"
+    findings["cpus"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    findings["torch_threads"] = torch.get_num_threads()
+    findings["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or "none"
+    findings["disk_free_gb"] = round(shutil.disk_usage(Path.cwd()).free / 1e9, 1)
+    findings["weights_cache"] = str(cache_dir())
+    try:
+        sample = open_source(None)
+        findings["embedded_sample"] = {name: len(sample.lengths(name)) for name in sample.splits()}
+    except FeatcacheError as error:
+        findings["embedded_sample"] = str(error)
+    return findings

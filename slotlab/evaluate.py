@@ -1,0 +1,162 @@
+"""Scoring a run's masks against ground truth, beside a ceiling and a floor that make a score mean something."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from featcache.store import FeatureStore, Split
+from slotlab import checkpoint, metrics
+from slotlab.config import Config
+from slotlab.models.slot_model import Output, SlotModel
+from slotlab.normalise import Normaliser
+from slotlab.references import grid_reference, kmeans_floor
+from slotlab.scores import Scores
+from slotlab.train import check_store, seed_of
+
+MASKS = ("decoder", "attention")
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model with the configuration and store it belongs to."""
+
+    path: Path
+    config: Config
+    store: FeatureStore
+    tap: str
+    model: SlotModel
+
+    @torch.no_grad()
+    def segment(self, split: Split, video: int) -> Output:
+        """The model's output on all frames of one video; the same every time."""
+        device = next(self.model.parameters()).device
+        generator = torch.Generator().manual_seed(seed_of(self.config.seed, video))
+        return self.model(split.tokens(self.tap, video).to(device), generator)  # type: ignore[no-any-return]
+
+
+def load_run(run: Path, cache: Path | None = None, device: torch.device | str = "cpu") -> LoadedRun:
+    """Open a run folder; ``cache`` overrides the store that it was trained on."""
+    config = checkpoint.load_run_config(run)
+    trained_on = json.loads((run / "store.json").read_text())
+    store = FeatureStore.open(cache or trained_on["path"])
+    check_store(run, store)
+    tap = store.tap(config.data.tap)
+    spec = store.spec.taps[tap]
+    model = SlotModel(config.model, Normaliser(config.data.normalize, spec.dim), spec.grid)
+    checkpoint.load_model(run, model)
+    return LoadedRun(run, config, store, tap, model.to(device).eval())
+
+
+def evaluate(loaded: LoadedRun, split_name: str | None = None) -> dict[str, Any]:
+    """Scores of every frame and video of a split; JSON-able.
+
+    ``DataError`` when the split has no masks. Scores are those of the decoder's masks; ``attention`` holds
+    those of slot attention's.
+    """
+    split = loaded.store[split_name or loaded.config.data.eval_split].require_complete()
+    labels = count_labels(split)
+    scores = {name: Scores() for name in MASKS}
+    diagnostics: list[dict[str, float]] = []
+    for video in split.videos:
+        truth = torch.from_numpy(split.segmentations(video))  # (T, H, W)
+        output = loaded.segment(split, video)
+        for name, masks in (("decoder", output.masks), ("attention", output.attention)):
+            tables = metrics.mask_tables(on_grid(masks, loaded.model.grid).cpu(), truth, labels)
+            scores[name].add(tables, torch.full((len(truth),), video))
+        diagnostics.append(diagnose(output))
+    reference, floor = references(split, loaded)
+    decoder = scores["decoder"]
+    return {
+        "run": str(loaded.path),
+        "cache": str(loaded.store.path),
+        "split": split.name,
+        "tap": loaded.tap,
+        "step": checkpoint.state(loaded.path)["step"],
+        "resolution": list(split.spec.frame_size),
+        **decoder.summary(),
+        "attention": scores["attention"].summary(),
+        "reference": reference,
+        "floor": floor,
+        "by_material": {name: decoder.of_objects(chosen) for name, chosen in materials(split, labels).items()},
+        **{key: float(np.mean([item[key] for item in diagnostics])) for key in diagnostics[0]},
+        "by_video": dict(by_video(split, decoder)),
+    }
+
+
+def on_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, K, N) -> (B, K, rows, columns)."""
+    return masks.reshape(*masks.shape[:-1], *grid)
+
+
+def diagnose(output: Output) -> dict[str, float]:
+    """What shows a collapse, as means over frames."""
+    return {
+        "mask_similarity": float(metrics.mask_similarity(output.masks).mean()),
+        "slot_similarity": float(metrics.slot_similarity(output.slots).mean()),
+        "effective_slots": float(metrics.effective_slots(output.masks).mean()),
+        "largest_activation": float(metrics.largest_activation(output.masks).mean()),
+        "logit_std": float(metrics.logit_std(output.logits).mean()),
+    }
+
+
+def count_labels(split: Split) -> int:
+    """Ground-truth labels in a split, background included."""
+    labels = max(len(split.instances(video)) for video in split.videos) + 1
+    if labels == 1:  # a source with masks but without instance tables
+        labels = max(int(split.segmentations(video).max()) for video in split.videos) + 1
+    return labels
+
+
+def references(split: Split, loaded: LoadedRun) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The grid's ceiling, and the floor of k-means on each frame's tokens with as many clusters as slots."""
+    statistics = loaded.store[loaded.config.data.train_split].statistics(loaded.tap)
+    mean, covariance = torch.from_numpy(statistics.mean), torch.from_numpy(statistics.covariance)
+    whiten = Normaliser.from_statistics("whiten", mean, covariance)
+    labels, grid, clusters = count_labels(split), loaded.model.grid, loaded.config.model.slots
+    ceiling, raw, whitened = Scores(), Scores(), Scores()
+    for video in split.videos:
+        truth = torch.from_numpy(split.segmentations(video))
+        tokens = split.tokens(loaded.tap, video).float()
+        ids = torch.full((len(truth),), video)
+        ceiling.add(grid_reference(truth, grid, labels), ids)
+        raw.add(kmeans_floor(tokens, grid, clusters, truth, labels, seed=video), ids)
+        whitened.add(kmeans_floor(whiten(tokens), grid, clusters, truth, labels, seed=video), ids)
+    kept = ("fg_ari", "ari", "mbo", "miou")
+    brief = [{key: item.summary()[key] for key in kept} for item in (ceiling, raw, whitened)]
+    return brief[0], {"kmeans_raw": brief[1], "kmeans_whitened": brief[2]}
+
+
+def materials(split: Split, labels: int) -> Mapping[str, Tensor]:
+    """Which objects of which video are of each material: name -> (videos, labels - 1) bool."""
+    names = sorted({i.material for video in split.videos for i in split.instances(video)} - {""})
+    chosen = {name: torch.zeros(max(split.videos) + 1, labels - 1, dtype=torch.bool) for name in names}
+    for video in split.videos:
+        for k, instance in enumerate(split.instances(video)):
+            if instance.material:
+                chosen[instance.material][video, k] = True
+    return chosen
+
+
+def by_video(split: Split, scores: Scores) -> Iterator[tuple[str, dict[str, float | None]]]:
+    """Mean per-frame scores of each video, by its id."""
+    tables, videos = scores.frame_tables()
+    fg_ari = metrics.adjusted_rand_index(tables, foreground=True)
+    mbo = metrics.mean_best_overlap(tables)
+    for video in split.videos:
+        of = videos == video
+        values = {"fg_ari": float(fg_ari[of].nanmean()), "mbo": float(mbo[of].nanmean())}
+        yield split.manifest[video].id, {k: None if np.isnan(v) else v for k, v in values.items()}
+
+
+def beats_floor(result: Mapping[str, Any]) -> bool:
+    """Whether a run is above clustering without training, in both headline scores."""
+    floors = result["floor"].values()
+    return all(result[key] > max(floor[key] for floor in floors) for key in ("fg_ari", "mbo"))

@@ -1,0 +1,81 @@
+"""Where the slots start. Each maps projected tokens (B, N, S) to initial slots (B, K, S).
+
+Random draws come from a generator that the caller seeds from the step, never from global state: a resumed run
+draws what the unbroken one would have drawn.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from slotlab.kmeans import kmeans, kmeans_plus_plus
+
+
+class Gaussian(nn.Module):
+    """One learnt Gaussian that all slots are drawn from (Locatello et al., 2020)."""
+
+    def __init__(self, slots: int, slot_dim: int, kmeans_rounds: int) -> None:
+        super().__init__()
+        self.slots = slots
+        self.mean = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, slot_dim)))
+        self.log_std = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, slot_dim)))
+
+    def forward(self, tokens: Tensor, clustered: Tensor, generator: torch.Generator) -> Tensor:
+        shape = (len(tokens), self.slots, self.mean.shape[-1])
+        noise = torch.randn(shape, generator=generator).to(tokens.device)
+        return self.mean + self.log_std.exp() * noise
+
+
+class GaussianPerSlot(Gaussian):
+    """A learnt Gaussian for each slot."""
+
+    def __init__(self, slots: int, slot_dim: int, kmeans_rounds: int) -> None:
+        super().__init__(slots, slot_dim, kmeans_rounds)
+        self.mean = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, slots, slot_dim)))
+        self.log_std = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, slots, slot_dim)))
+
+
+class Learnt(nn.Module):
+    """Learnt slots without noise, as BO-QSA uses them (Jia et al., 2023, arXiv:2210.08990)."""
+
+    def __init__(self, slots: int, slot_dim: int, kmeans_rounds: int) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, slots, slot_dim)))
+
+    def forward(self, tokens: Tensor, clustered: Tensor, generator: torch.Generator) -> Tensor:
+        return self.queries.expand(len(tokens), -1, -1)
+
+
+class KMeansPlusPlus(nn.Module):
+    """Projected tokens chosen by k-means++ (Arthur & Vassilvitskii, 2007) on the normalised features."""
+
+    def __init__(self, slots: int, slot_dim: int, kmeans_rounds: int) -> None:
+        super().__init__()
+        self.slots = slots
+
+    def forward(self, tokens: Tensor, clustered: Tensor, generator: torch.Generator) -> Tensor:
+        chosen = kmeans_plus_plus(clustered, self.slots, generator)  # (B, K)
+        return tokens.gather(1, chosen.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+class KMeans(nn.Module):
+    """Mean projected token of each k-means cluster of the frame's normalised features."""
+
+    def __init__(self, slots: int, slot_dim: int, kmeans_rounds: int) -> None:
+        super().__init__()
+        self.slots, self.rounds = slots, kmeans_rounds
+
+    def forward(self, tokens: Tensor, clustered: Tensor, generator: torch.Generator) -> Tensor:
+        labels = kmeans(clustered, self.slots, self.rounds, generator).labels  # (B, N)
+        members = nn.functional.one_hot(labels, self.slots).to(tokens.dtype)  # (B, N, K)
+        return members.transpose(1, 2) @ tokens / members.sum(1).clamp_min(1).unsqueeze(-1)
+
+
+INITIALIZERS = {
+    "gaussian": Gaussian,
+    "gaussian_per_slot": GaussianPerSlot,
+    "learnt": Learnt,
+    "kmeans++": KMeansPlusPlus,
+    "kmeans": KMeans,
+}

@@ -1,0 +1,24 @@
+"""Shared fixtures. The tests run on one thread: two small-core threads mostly wait for each other."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NO_COLOR", "1")
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+from featcache.store import FeatureStore
+from tests.synthetic import make_store
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FeatureStore:
+    """A small finished store with two splits."""
+    return make_store(tmp_path / "synthetic.zarr")

@@ -1,0 +1,111 @@
+"""Small inputs made on the spot: videos with real masks, and stores without a backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from featcache.sources.base import Instance, Video
+from featcache.stats import Moments
+from featcache.store import FeatureStore, SplitSpec, StoreSpec, TapSpec
+from featcache.writer import StoreWriter
+
+SIZE = 32
+GRID = (4, 4)
+DIM = 12
+
+
+class DiscSource:
+    """Videos of coloured discs that drift over a noisy floor."""
+
+    location = "synthetic discs"
+
+    def __init__(self, lengths: Mapping[str, tuple[int, ...]] | None = None, size: int = SIZE) -> None:
+        self._lengths = dict(lengths or {"train": (4, 4, 3, 4, 2), "validation": (4, 4)})
+        self._size = size
+
+    def splits(self) -> tuple[str, ...]:
+        return tuple(self._lengths)
+
+    def lengths(self, split: str) -> tuple[int, ...]:
+        return self._lengths[split]
+
+    def fingerprint(self, split: str) -> str:
+        return f"{split}-{self._lengths[split]}"
+
+    def read(self, split: str, index: int) -> Video:
+        rng = np.random.default_rng((index, len(split)))
+        length, size = self._lengths[split][index], self._size
+        frames = rng.integers(90, 110, (length, size, size, 3), dtype=np.uint8)
+        masks = np.zeros((length, size, size), np.uint8)
+        y, x = np.mgrid[:size, :size]
+        materials = ("metal", "rubber") if index % 2 else ("metal", "metal")
+        for k, material in enumerate(materials):
+            centre, speed, colour = rng.uniform(8, size - 8, 2), rng.uniform(-1, 1, 2), rng.integers(0, 255, 3)
+            for t in range(length):
+                inside = (y - centre[0] - t * speed[0]) ** 2 + (x - centre[1] - t * speed[1]) ** 2 < (size / 6) ** 2
+                frames[t][inside] = colour
+                masks[t][inside] = k + 1
+        instances = tuple(
+            Instance("sphere", "large", "red", m, tuple(int(n) for n in (masks == k + 1).sum((1, 2))))
+            for k, m in enumerate(materials)
+        )
+        return Video(f"{split}-{index}", frames, masks, instances)
+
+
+def tokens_of(video: Video, grid: tuple[int, int] = GRID, dim: int = DIM, scale: float = 1.0) -> torch.Tensor:
+    """Tokens (T, N, D) that a frozen backbone might give: a fixed random map of each patch's mean colour."""
+    length, size = len(video.frames), video.frames.shape[1]
+    cell = size // grid[0]
+    patches = video.frames.reshape(length, grid[0], cell, grid[1], cell, 3).mean((2, 4)).reshape(length, -1, 3)
+    mixing = np.random.default_rng(0).normal(size=(3, dim))
+    noise = np.random.default_rng(len(video.id)).normal(size=(length, grid[0] * grid[1], dim))
+    return torch.from_numpy(scale * ((patches / 64) @ mixing + 0.1 * noise)).float()
+
+
+def make_store(
+    path: Path,
+    source: DiscSource | None = None,
+    *,
+    dtype: str = "float16",
+    scale: float = 1.0,
+    chunk_frames: int | None = None,
+) -> FeatureStore:
+    """A finished store of synthetic tokens, by the product's own writer."""
+    source = source or DiscSource()
+    spec = StoreSpec(
+        backbone="synthetic",
+        model={"library": "none"},
+        preprocessing={"size": SIZE},
+        taps={"block1": TapSpec(GRID, DIM)},
+        dtype=dtype,  # type: ignore[arg-type]
+        batch_size=4,
+    )
+    with StoreWriter(path, spec) as writer:
+        for name in source.splits():
+            lengths = source.lengths(name)
+            split = writer.split(
+                name,
+                SplitSpec(source.fingerprint(name), lengths, chunk_frames or max(lengths), (SIZE, SIZE), True),
+            )
+            moments = Moments.empty(DIM)
+            for index in range(len(lengths)):
+                video = source.read(name, index)
+                stored = split.write(index, video, {"block1": tokens_of(video, scale=scale)})
+                moments = moments + Moments.from_tokens(stored["block1"])
+            split.finish({"block1": moments})
+            split.close()
+    return FeatureStore.open(path)
+
+
+def arrays_of(path: Path) -> dict[str, bytes]:
+    """Every file of a store that holds array values or describes them, by its place in the store."""
+    skipped = ("manifest.jsonl", ".lock")
+    return {
+        str(file.relative_to(path)): file.read_bytes()
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name not in skipped and "statistics" not in file.parts
+    }

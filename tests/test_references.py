@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from slotlab.metrics import adjusted_rand_index, mean_best_overlap
+from slotlab.references import _area_weights, grid_reference, kmeans_floor
+
+
+def _scene(size: int = 32) -> Tensor:
+    """Segmentations (2, size, size): one frame with a square and a small disc, one empty."""
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    frame = torch.zeros(size, size, dtype=torch.uint8)
+    frame[(y >= size // 8) & (y < size // 2) & (x >= size // 8) & (x < size // 2)] = 1
+    frame[(y - 0.7 * size).square() + (x - 0.7 * size).square() < (size / 9) ** 2] = 2
+    return torch.stack([frame, torch.zeros_like(frame)])
+
+
+def test_the_reference_at_full_resolution_is_perfect() -> None:
+    segmentations = _scene()
+    tables = grid_reference(segmentations, (32, 32), 3)
+    assert float(adjusted_rand_index(tables, foreground=True)[0]) == 1.0
+    assert float(mean_best_overlap(tables)[0]) == 1.0
+    assert torch.equal(tables[1], torch.diag(torch.tensor([1024, 0, 0])))
+
+
+def test_the_reference_falls_with_the_grid_and_counts_every_pixel() -> None:
+    segmentations = _scene(64)
+    scores = []
+    for side in (64, 16, 8, 4):
+        tables = grid_reference(segmentations, (side, side), 3)
+        assert tables.sum((1, 2)).tolist() == [64 * 64] * 2
+        scores.append(float(mean_best_overlap(tables)[0]))
+    assert scores == sorted(scores, reverse=True) and scores[-1] < 0.7
+
+
+def test_patches_that_do_not_divide_the_image_weigh_pixels_by_area() -> None:
+    # Five pixels in two patches: the middle one counts half in each.
+    weights = _area_weights(5, 2, torch.device("cpu"))
+    torch.testing.assert_close(weights, torch.tensor([[0.4, 0.4, 0.2, 0, 0], [0, 0, 0.2, 0.4, 0.4]]))
+    assert _area_weights(256, 14, torch.device("cpu")).sum(1).tolist() == pytest.approx([1.0] * 14)
+
+
+def test_rows_and_columns_of_the_grid_keep_their_places() -> None:
+    # A stripe one patch wide survives a grid of 1 x 8, not one of 8 x 1.
+    segmentations = torch.zeros(1, 32, 32, dtype=torch.uint8)
+    segmentations[:, :, 8:16] = 1
+    assert float(mean_best_overlap(grid_reference(segmentations, (1, 8), 2))) > 0.9
+    assert float(mean_best_overlap(grid_reference(segmentations, (8, 1), 2))) == 0.25  # all background
+
+
+def test_the_floor_finds_objects_whose_tokens_differ() -> None:
+    # Patch tokens that are the object's own vector plus a little noise, on a grid of 4 x 8 patches.
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.zeros(70, 4, 8, dtype=torch.uint8)  # more frames than are clustered at once
+    patches[:, :2, 1:4] = 1
+    patches[:, 2:, 5:] = 2
+    vectors = torch.randn(3, 16, generator=generator)
+    tokens = vectors[patches.flatten(1).long()] + 0.01 * torch.randn(70, 32, 16, generator=generator)
+    segmentations = patches.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    tables = kmeans_floor(tokens, (4, 8), 3, segmentations, 3)
+    assert tables.shape == (70, 3, 3)
+    assert adjusted_rand_index(tables, foreground=False).min() > 0.9
+    assert torch.equal(tables, kmeans_floor(tokens, (4, 8), 3, segmentations, 3))
