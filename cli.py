@@ -39,9 +39,7 @@ def common(
 @app.command()
 def extract(
     backbone: Annotated[str, typer.Option(help="Short name, timm:NAME or open_clip:ARCH/TAG.")] = "dinov2",
-    data: Annotated[
-        str | None, typer.Option(help="Folder, HDF5 file or tfds:NAME; default: the sample.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="Folder, HDF5 file or tfds:NAME; default: the sample.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Repeatable; default: every split.")] = None,
     out: Annotated[Path | None, typer.Option(help="Default: cache/BACKBONE.zarr.")] = None,
     tap: Annotated[list[str] | None, typer.Option(help="block12, block12.norm, block9.key ...; repeatable.")] = None,
@@ -49,9 +47,7 @@ def extract(
     dtype: Annotated[str, typer.Option(help="float16 or int8 (with a scale for each token).")] = "float16",
     frame_stride: Annotated[int, typer.Option(help="Keep every N-th frame.")] = 1,
     max_videos: Annotated[int | None, typer.Option(help="Of each split.")] = None,
-    frame_size: Annotated[
-        int | None, typer.Option(help="Side of the stored frames; default: as they are.")
-    ] = None,
+    frame_size: Annotated[int | None, typer.Option(help="Side of the stored frames; default: as they are.")] = None,
     weights: Annotated[str | None, typer.Option(help="Checkpoint file, or random.")] = None,
     batch_size: Annotated[str, typer.Option(help="Frames at a time, or auto (measured).")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -113,14 +109,10 @@ def extract(
 
 @app.command()
 def stats(
-    caches: Annotated[
-        list[Path] | None, typer.Argument(help="Stores; default: all in cache/.")
-    ] = None,
+    caches: Annotated[list[Path] | None, typer.Argument(help="Stores; default: all in cache/.")] = None,
     split: Annotated[str | None, typer.Option(help="Default: train, or the first there is.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a figure.")] = None,
-    recompute: Annotated[
-        bool, typer.Option(help="From the stored features, block by block with dask.")
-    ] = False,
+    recompute: Annotated[bool, typer.Option(help="From the stored features, block by block with dask.")] = False,
     as_json: Json = False,
 ) -> None:
     """The scale of the features: std, token norms, outliers, effective rank; stores side by side."""

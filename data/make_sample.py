@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,7 @@ def in_shards(records: list[bytes], limit: int) -> list[list[bytes]]:
     """The fewest shards of near-equal record counts, none above ``limit`` bytes (a record alone may be)."""
     for count in range(1, len(records) + 1):
         cuts = [round(i * len(records) / count) for i in range(count + 1)]
-        shards = [records[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        shards = [records[a:b] for a, b in itertools.pairwise(cuts)]
         if max(sum(map(len, shard)) + OVERHEAD * len(shard) for shard in shards) <= limit:
             return shards
     return [[record] for record in records]

@@ -126,6 +126,11 @@ class Backbone:
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Patch tokens (B, N, D) of each tap for preprocessed images (B, 3, S, S), in one pass that ends with
         the last block needed. Prefix tokens (class, registers) are dropped; N runs row by row."""
+        side = self.input_size
+        if images.shape[1:] != (3, side, side):
+            raise UsageError(
+                f"images must be (B, 3, {side}, {side}) from preprocess, not {tuple(images.shape)}"
+            )
         tower, inputs = self._tower, {}
 
         def keep(index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -153,12 +158,10 @@ class Backbone:
             else:
                 tokens[tap.name] = outputs[tap.index]
         expected = self.grid[0] * self.grid[1]
-        for name, value in tokens.items():
+        for name, value in tokens.items():  # a model passed through may not be as regular as it says
             if value.shape[1] != expected:
-                raise IncompatibleError(
-                    f"{self.spec.name} gave {value.shape[1]} tokens at {name} of {tuple(images.shape)}, "
-                    f"not {expected}; feed preprocess(frames), {self.input_size} px"
-                )
+                found = value.shape[1]
+                raise IncompatibleError(f"{self.spec.name} gave {found} tokens at {name}, not {expected}")
         return tokens
 
 
@@ -223,7 +226,7 @@ def _parse_block_tap(text: str, spec: BackboneSpec) -> _Tap:
     match = _TAP.fullmatch(text)
     if match is None:
         raise UsageError(
-            f"no tap {text!r} in {spec.name}; write block1 to block{spec.depth}, or blockN.norm|query|key|value"
+            f"no tap {text!r} in {spec.name}; write block1 to block{spec.depth}, blockN.norm|query|key|value"
         )
     block, kind = int(match[1]), match[2] or "output"
     if block > spec.depth:

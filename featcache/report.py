@@ -216,9 +216,7 @@ def plot_scale(reports: Sequence[StoreReport], path: str | Path) -> None:
             figure.savefig(path, dpi=150)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise UsageError(
-                f"{path}: cannot draw there ({reason}); name a .png in a folder that exists"
-            ) from error
+            raise UsageError(f"{path}: cannot draw there ({reason}); name a .png in a folder that exists") from error
 
 
 def _label(report: StoreReport) -> str:
@@ -245,8 +243,13 @@ def _draw_channels(axes: Axes, reports: Sequence[StoreReport]) -> None:
         line = _line(i)
         axes.hist(std, bins, weights=share, histtype="stepfilled", alpha=0.15, color=line["color"])
         axes.hist(
-            std, bins, weights=share, histtype="step",
-            edgecolor=line["color"], linestyle=line["linestyle"], linewidth=line["linewidth"],
+            std,
+            bins,
+            weights=share,
+            histtype="step",
+            edgecolor=line["color"],
+            linestyle=line["linestyle"],
+            linewidth=line["linewidth"],
         )
     axes.set(xscale="log", xlabel="standard deviation of a channel", ylabel="channels (%)")
     axes.set_title("Channels: which ones carry the scale")

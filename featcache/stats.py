@@ -340,9 +340,7 @@ def scale_report(moments: Moments) -> ScaleReport:
         mean=mean,
         std=math.sqrt(float(variance.mean() + np.square(moments.mean - mean).mean())),
         abs_max=moments.abs_max,
-        token_norm=TokenNorm(
-            moments.norm_quantile(0.01), median, moments.norm_quantile(0.99), moments.norm_max
-        ),
+        token_norm=TokenNorm(moments.norm_quantile(0.01), median, moments.norm_quantile(0.99), moments.norm_max),
         outlier_tokens=moments.norm_share_above(OUTLIER_RATIO * median),
         channel_std=ChannelStd(float(std.min()), float(np.median(std)), float(std.max())),
         variance_share=VarianceShare(_share(ranked[0], total), _share(ranked[:10].sum(), total)),

@@ -135,7 +135,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except pickle.UnpicklingError as error:
-        raise DataError(f"{path}: corrupt, or holds Python objects beside tensors; save its state dict") from error
+        raise DataError(
+            f"{path}: corrupt, or holds Python objects beside tensors; save its state dict"
+        ) from error
     except Exception as error:  # zip, pickle, safetensors and protobuf readers each raise their own
         raise DataError(
             f"{path}: not a checkpoint of tensors ({_brief(error)}); download it again"

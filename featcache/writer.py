@@ -32,6 +32,7 @@ from featcache.store import FeatureStore, SplitSpec, StoreSpec
 
 COMPRESSED = ("video", "segmentations")  # features are raw, so that they can be mapped
 ZSTD_LEVEL = 3
+TEMPORARY = ".tmp"
 LABELS = ("shape", "size", "color", "material")
 UNKNOWN = 255
 
@@ -44,6 +45,9 @@ class StoreWriter:
         self.path = path
         self._lock = _lock(path)
         try:
+            # Left by a run that was killed; with the lock held, nobody else is writing them.
+            for leftover in [*path.rglob(f"*{TEMPORARY}"), *path.rglob("*.partial")]:  # ours and zarr-python's
+                leftover.unlink()
             if (path / "zarr.json").exists():
                 present = FeatureStore.open(path).spec
                 refuse_if_different(path, present.identity(), spec.identity())
@@ -80,8 +84,6 @@ class SplitWriter:
         self.name = name
         # The manifest is made after the arrays: a split without one was never finished being created.
         self.spec = self._grow(spec) if (self.path / manifest.NAME).exists() else self._create(spec)
-        for leftover in self.path.rglob("*.tmp"):
-            leftover.unlink()
         self._appender = manifest.Appender(self.path)
         self.done = set(manifest.read(self.path))
 
@@ -263,7 +265,7 @@ def chunk_path(array: Path, number: int, ndim: int) -> Path:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Write to a temporary name, sync, rename. ``DataError`` names the file when the disk is full."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + TEMPORARY)
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:

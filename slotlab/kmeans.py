@@ -58,9 +58,7 @@ def kmeans(
         return Clusters(centres + mean, labels)
 
 
-def _lloyd(
-    x: Tensor, k: int, rounds: int, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _lloyd(x: Tensor, k: int, rounds: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
     """One start: closeness summed (B,), largest for the least inertia; centres (B, K, D); labels (B, N)."""
     centres = _take(x, _seed(x, k, generator))
     for _ in range(rounds):
@@ -110,9 +108,7 @@ def _seed(x: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
 def _distance(x: Tensor, square: Tensor, index: Tensor) -> Tensor:
     """Squared distance of every token to those at index (B, K): (B, N, K). square (B, N) is |x|^2."""
     cross = torch.bmm(x, _take(x, index).transpose(1, 2))
-    distance = square.unsqueeze(-1) - 2 * cross + square.gather(1, index).unsqueeze(1)
-    # Exactly 0 at the token itself, so that rounding cannot have a seed drawn twice.
-    return distance.clamp_min_(0).scatter_(1, index.unsqueeze(1), 0.0)
+    return (square.unsqueeze(-1) - 2 * cross + square.gather(1, index).unsqueeze(1)).clamp_min_(0)
 
 
 def _closeness(x: Tensor, centres: Tensor) -> Tensor:

@@ -48,9 +48,7 @@ class Normaliser(nn.Module):
         self.register_buffer("weight", torch.full(shape, factor))
 
     @classmethod
-    def from_statistics(
-        cls, kind: str, mean: Tensor, covariance: Tensor, shrinkage: float = 0.1
-    ) -> Normaliser:
+    def from_statistics(cls, kind: str, mean: Tensor, covariance: Tensor, shrinkage: float = 0.1) -> Normaliser:
         """From the mean (D,) and covariance (D, D) of all patch tokens of the training split.
 
         ``shrinkage`` in [0, 1] is used by ``whiten`` alone. Computed in float64, stored in float32. Raises

@@ -10,7 +10,6 @@ os.environ.setdefault("NO_COLOR", "1")
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
 
 from featcache.store import FeatureStore
 from tests.synthetic import make_store

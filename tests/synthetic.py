@@ -43,7 +43,7 @@ class DiscSource:
         masks = np.zeros((length, size, size), np.uint8)
         y, x = np.mgrid[:size, :size]
         materials = ("metal", "rubber") if index % 2 else ("metal", "metal")
-        for k, material in enumerate(materials):
+        for k in range(len(materials)):
             centre, speed, colour = rng.uniform(8, size - 8, 2), rng.uniform(-1, 1, 2), rng.integers(0, 255, 3)
             for t in range(length):
                 inside = (y - centre[0] - t * speed[0]) ** 2 + (x - centre[1] - t * speed[1]) ** 2 < (size / 6) ** 2

@@ -24,14 +24,14 @@ def _inertia(tokens: Tensor, centres: Tensor) -> Tensor:
     return torch.cdist(tokens, centres).amin(-1).square().sum(-1)  # (B,)
 
 
-@pytest.mark.parametrize("offset", [0.0, 3000.0])  # far from the origin, |x|^2 - 2xc + |c|^2 would cancel
+@pytest.mark.parametrize("offset", [0.0, 1e5])  # far from the origin, |x|^2 - 2xc + |c|^2 would cancel
 def test_finds_separated_blobs_in_every_sample(offset: float) -> None:
     tokens, truth = _blobs(8, 5, 20, 16, offset)
     centres, labels = kmeans(tokens, 5, generator=_generator())
     same_blob = truth[:, None] == truth
     assert all(torch.equal(label[:, None] == label, same_blob) for label in labels)
     means = torch.stack([tokens[:, truth == blob].mean(1) for blob in range(5)], 1)
-    assert torch.cdist(centres, means).amin(-1).max() < 1e-2
+    assert torch.cdist(centres, means).amin(-1).max() < 0.05
 
 
 def test_inertia_is_about_that_of_scikit_learn() -> None:
@@ -80,8 +80,7 @@ def test_the_first_seed_is_drawn_evenly() -> None:
     assert counts.min() > 900 and counts.max() < 1100
 
 
-def test_further_seeds_are_drawn_by_squared_distance() -> None:
-    # Without greed (two tokens in all, or K where one candidate is left) nothing repeats a seed already taken.
+def test_a_token_at_distance_0_is_no_seed_while_another_is_left() -> None:
     tokens = torch.tensor([0.0, 0.0, 0.0, 1.0]).view(1, 4, 1).expand(500, 4, 1)
     values = tokens.gather(1, kmeans_plus_plus(tokens, 2, _generator()).unsqueeze(-1)).squeeze(-1)
     assert torch.equal(values.sort(-1).values, torch.tensor([0.0, 1.0]).expand(500, 2))
@@ -89,9 +88,7 @@ def test_further_seeds_are_drawn_by_squared_distance() -> None:
 
 def test_an_emptied_cluster_moves_to_the_farthest_token(monkeypatch: pytest.MonkeyPatch) -> None:
     # Both seeds on one token: the second cluster is empty after the first round, and must take the outlier.
-    monkeypatch.setattr(
-        "slotlab.kmeans._seed", lambda x, k, generator: torch.zeros(len(x), k, dtype=torch.int64)
-    )
+    monkeypatch.setattr("slotlab.kmeans._seed", lambda x, k, generator: torch.tensor([[0, 0]]))
     tokens = torch.tensor([0.0, 0.1, 0.2, 9.0]).view(1, 4, 1)
     centres, labels = kmeans(tokens, 2, rounds=3)
     assert labels.tolist() == [[0, 0, 0, 1]]

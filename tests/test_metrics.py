@@ -200,11 +200,7 @@ def test_diagnostics_tell_separate_flat_and_collapsed_masks_apart() -> None:
 def test_slot_similarity_is_the_mean_over_pairs() -> None:
     slots = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
     for sample, got in zip(slots, metrics.slot_similarity(slots), strict=True):
-        pairs = [
-            torch.nn.functional.cosine_similarity(sample[i], sample[j], dim=0)
-            for i in range(5)
-            for j in range(i)
-        ]
+        pairs = [torch.nn.functional.cosine_similarity(sample[i], sample[j], dim=0) for i in range(5) for j in range(i)]
         assert float(got) == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-6)
 
 

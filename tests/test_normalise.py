@@ -53,16 +53,12 @@ def test_shrinkage_bounds_the_gain_of_weak_directions() -> None:
     shrinkage=st.sampled_from([0.0, 0.1, 0.5]),
     seed=st.integers(0, 20),
 )
-def test_the_backbones_scale_does_not_reach_the_model(
-    kind: str, factor: float, shrinkage: float, seed: int
-) -> None:
+def test_the_backbones_scale_does_not_reach_the_model(kind: str, factor: float, shrinkage: float, seed: int) -> None:
     features = _features(seed)
     plain = Normaliser.from_statistics(kind, *_statistics(features), shrinkage=shrinkage)(features)
     scaled = features * factor
     other = Normaliser.from_statistics(kind, *_statistics(scaled), shrinkage=shrinkage)(scaled)
-    torch.testing.assert_close(
-        plain, other, atol=2e-2 if shrinkage == 0 and kind == "whiten" else 1e-4, rtol=1e-3
-    )
+    torch.testing.assert_close(plain, other, atol=2e-2 if shrinkage == 0 and kind == "whiten" else 1e-4, rtol=1e-3)
 
 
 def test_channel_and_scale() -> None:
@@ -87,12 +83,15 @@ def test_sample_fixed_and_none_need_no_statistics() -> None:
 
 
 @pytest.mark.parametrize("kind", ["whiten", "channel"])
-def test_a_channel_that_never_varies_becomes_zero(kind: str) -> None:
+@pytest.mark.parametrize("factor", [1e-8, 1.0])
+def test_a_channel_that_never_varies_becomes_zero_and_no_other(kind: str, factor: float) -> None:
     features = _features()
     features[..., 2] = 0.3
+    features *= factor
     out = Normaliser.from_statistics(kind, *_statistics(features), shrinkage=0.0)(features)
     assert torch.isfinite(out).all()
     assert float(out[..., 2].abs().max()) < 1e-3
+    assert out.flatten(0, 1).std(0)[[0, 1, 3, 4, 5]].min() > 0.5
 
 
 @pytest.mark.parametrize("kind", [*STATISTICAL, "sample", "fixed=3", "none"])
@@ -113,9 +112,7 @@ def test_autocast_does_not_lower_its_precision() -> None:
     assert torch.equal(mixed, normaliser(features))
 
 
-@pytest.mark.parametrize(
-    "kind", ["whitening", "fixed", "fixed=", "fixed=0", "fixed=nan", "none=1", "fixed=FACTOR"]
-)
+@pytest.mark.parametrize("kind", ["whitening", "fixed", "fixed=", "fixed=0", "fixed=nan", "none=1", "fixed=FACTOR"])
 def test_unknown_kinds_are_refused(kind: str) -> None:
     with pytest.raises(UsageError, match="choose one of"):
         Normaliser(kind, DIM)

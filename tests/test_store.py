@@ -199,4 +199,4 @@ def test_unfinished_split_says_how_to_finish(tmp_path: Path, store: FeatureStore
     split = FeatureStore.open(tmp_path / "new.zarr")["train"]
     with pytest.raises(DataError, match=r"0 of 1 videos\); run the same slotlab extract command again"):
         split.require_complete()
-    assert GRID == split.store.spec.taps["block1"].grid
+    assert split.store.spec.taps["block1"].grid == GRID

@@ -25,7 +25,10 @@ RESIDENCES: tuple[Residence, ...] = ("disk", "host", "device")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, FeatureStore]:
     folder = tmp_path_factory.mktemp("stores")
     source = DiscSource({"train": (7, 3, 5, 6)})
-    return {dtype: make_store(folder / f"{dtype}.zarr", source, dtype=dtype, chunk_frames=4) for dtype in ("float16", "int8")}
+    return {
+        dtype: make_store(folder / f"{dtype}.zarr", source, dtype=dtype, chunk_frames=4)
+        for dtype in ("float16", "int8")
+    }
 
 
 def take(stream: FeatureStream, count: int) -> list[tuple[torch.Tensor, list[int]]]:

@@ -38,7 +38,9 @@ def _open(data: bytes, where: str, upright: bool) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
-        return ImageOps.exif_transpose(image) if upright else image
+        if upright:
+            ImageOps.exif_transpose(image, in_place=True)
+        return image
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{where}: image cannot be decoded ({error}); copy or make it again") from error
 
@@ -61,9 +63,7 @@ def as_mask(values: npt.NDArray[np.generic], where: str) -> npt.NDArray[np.uint8
     return numbers.astype(np.uint8)
 
 
-def stack(
-    images: Sequence[npt.NDArray[np.uint8]], names: Sequence[str], what: str = "frame"
-) -> npt.NDArray[np.uint8]:
+def stack(images: Sequence[npt.NDArray[np.uint8]], names: Sequence[str], what: str = "frame") -> npt.NDArray[np.uint8]:
     """Equal images -> (T, ...). ``names`` say where each came from."""
     for image, name in zip(images, names, strict=True):
         if image.shape != images[0].shape:

@@ -139,7 +139,7 @@ class MoviSource:
         encoded = _bytes(features, "video")
         if not encoded or (self._layout.frames is not None and len(encoded) != self._layout.frames):
             raise DataError(
-                f"{where}: {len(encoded)} frames where features.json says {self._layout.frames}; "
+                f"{where}: {len(encoded)} frames where features.json says {self._layout.frames or 'at least 1'}; "
                 "the two files do not belong together"
             )
         frames = _decode_all(encoded, decode_image, f"{where}, frame")
@@ -252,7 +252,8 @@ def _shards(directory: Path, partial: bool) -> dict[str, tuple[Path, ...]]:
         if missing and not partial:
             raise DataError(
                 f"{directory}: {len(missing)} of {count} shards of split {split} are missing, first "
-                f"{stems[0][0]}-{missing[0]:05d}-of-{count:05d}; copy them, or write {directory}?partial to use the rest"
+                f"{stems[0][0]}-{missing[0]:05d}-of-{count:05d}; copy them, or write {directory}?partial "
+                "to use those that are there"
             )
     order = sorted(splits, key=lambda s: (SPLIT_ORDER.index(s) if s in SPLIT_ORDER else len(SPLIT_ORDER), s))
     return {split: tuple(path for path, _ in splits[split]) for split in order}
@@ -265,7 +266,7 @@ def _expected_records(directory: Path, split: str) -> dict[str, int]:
         return {}
     try:
         info = json.loads(path.read_text(encoding="utf-8"))
-        lengths = next((s["shardLengths"] for s in info["splits"] if s["name"] == split), [])
+        lengths: list[str] = next((s["shardLengths"] for s in info["splits"] if s["name"] == split), [])
         stem = f"{info['name']}-{split}.tfrecord"
         return {f"{stem}-{i:05d}-of-{len(lengths):05d}": int(length) for i, length in enumerate(lengths)}
     except (ValueError, KeyError, TypeError) as error:

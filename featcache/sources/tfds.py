@@ -75,12 +75,11 @@ class TfdsSource:
             masks = as_mask(example["segmentations"][..., 0], where)
             check_fit(frames, masks, where)
         instances = example.get("instances", {})
-        features = self._builder.info.features.get("instances", {})
+        features = _inside(self._builder.info.features, "instances")
         names = {
-            field: [features[key].int2str(int(number)) for number in instances[key]]
+            field: [features[keys[0]].int2str(int(number)) for number in instances[keys[0]]]
             for field, keys in LABELS.items()
-            for key in keys[:1]
-            if key in instances
+            if keys[0] in instances
         }
         pixels = np.asarray(instances.get("visibility", np.zeros((0, len(frames)))), np.int64)
         name = example.get("metadata", {}).get("video_name", f"{split}_{index:05d}".encode())
@@ -107,10 +106,10 @@ class TfdsSource:
         wanted: dict[str, Any] = {"video": True}
         if "segmentations" in features:
             wanted["segmentations"] = True
-        if "video_name" in features.get("metadata", {}):
+        if "video_name" in _inside(features, "metadata"):
             wanted["metadata"] = {"video_name": True}
         keys = {key for labels in LABELS.values() for key in labels[:1]} | {"visibility"}
-        if present := keys & set(features.get("instances", {})):
+        if present := keys & set(_inside(features, "instances")):
             wanted["instances"] = dict.fromkeys(present, True)
         try:
             dataset = self._builder.as_dataset(
@@ -125,6 +124,13 @@ class TfdsSource:
                 "try again, or download the files and give their folder"
             ) from error
         return example
+
+
+def _inside(features: Any, key: str) -> Any:
+    """Features of a nested dictionary, or of a sequence of dictionaries; none if there is no such."""
+    if key not in features:
+        return {}
+    return getattr(features[key], "feature", features[key])
 
 
 def _line(error: Exception) -> str:

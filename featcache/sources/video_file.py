@@ -17,6 +17,7 @@ SUFFIXES = frozenset((".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".m4v", "
 # Codecs whose containers hold one packet a shown frame: counting these need not decode. VP8 and packed
 # MPEG-4 hide or join frames.
 PACKET_IS_FRAME = frozenset(("h264", "hevc", "vp9", "av1", "mjpeg", "gif", "prores", "ffv1"))
+REMEDY = "copy it again, or encode it anew (ffmpeg -i FILE new.mp4)"
 MAX_BYTES = 4 << 30  # of decoded frames: a video is read whole, and extraction holds several
 
 
@@ -49,9 +50,7 @@ def read_frames(path: Path) -> npt.NDArray[np.uint8]:
                 )
             frames.append(image)
     if len(frames) != expected:
-        raise DataError(
-            f"{path}: {len(frames)} of {expected} frames decode; copy it again, or encode it anew (ffmpeg -i FILE new.mp4)"
-        )
+        raise DataError(f"{path}: {len(frames)} of {expected} frames decode; {REMEDY}")
     return stack(frames, [f"{path}: frame {i}" for i in range(len(frames))])
 
 
@@ -66,4 +65,4 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
                 raise DataError(f"{path}: no video stream in it; take it out of the folder")
             yield container, container.streams.video[0]
     except (av.FFmpegError, OSError) as error:
-        raise DataError(f"{path}: cannot be decoded ({error}); copy it again, or encode it anew (ffmpeg -i FILE new.mp4)") from error
+        raise DataError(f"{path}: cannot be decoded ({error}); {REMEDY}") from error

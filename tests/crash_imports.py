@@ -1,0 +1,5 @@
+"""What the fork server imports once (and runs nothing of: threads do not survive a fork)."""
+
+import timm  # noqa: F401
+
+import tests.synthetic  # noqa: F401

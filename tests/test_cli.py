@@ -1,0 +1,147 @@
+"""The command line: exit codes, one-line errors, JSON on stdout and nothing else there, fast start."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from featcache import manifest
+from featcache.store import FeatureStore
+from tests.synthetic import make_store
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+EXTRACT = ("extract", "--backbone", "resnet18", "--weights", "random", "--tap", "layer1", "--input-size", "32")
+
+
+def slotlab(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "cli", *map(str, args)]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
+
+
+def fails(code: int, message: str, *args: object, cwd: Path | None = None) -> None:
+    done = slotlab(*args, cwd=cwd)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = """
+import sys, cli
+from typer.testing import CliRunner
+assert CliRunner().invoke(cli.app, ["--help"]).exit_code == 0
+print([m for m in ("torch", "timm", "zarr", "h5py", "tensorflow_datasets", "matplotlib") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_featcache_does_not_know_slotlab() -> None:
+    for file in (ROOT / "featcache").rglob("*.py"):
+        assert "slotlab." not in file.read_text().replace("slotlab.zarr", ""), file
+    for package in ("featcache", "slotlab"):
+        for file in (ROOT / package).rglob("*.py"):
+            assert "import cli" not in file.read_text(), file
+
+
+def test_help_lists_the_commands() -> None:
+    done = slotlab("--help")
+    assert done.returncode == 0
+    for command in ("extract", "stats", "train", "eval", "demo", "verify", "weights", "doctor"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "args"),
+    [
+        (2, "unknown backbone 'dinov2_vits15'", ("extract", "--backbone", "dinov2_vits15")),
+        (2, "no block 13", ("extract", "--weights", "random", "--tap", "block13")),
+        (2, "--dtype float64", ("extract", "--dtype", "float64")),
+        (2, "No such option", ("extract", "--bakbone", "dino")),
+        (2, "No such command", ("extrct",)),
+        (3, "no such store", ("train", "--cache", "none.zarr")),
+        (2, "--preset best: unknown", ("train", "--cache", "none.zarr", "--preset", "best")),
+        (3, "no such file", ("eval", "runs/none")),
+        (3, "no stores; make one with", ("stats",)),
+        (2, "--device quantum", ("extract", "--weights", "random", "--device", "quantum")),
+    ],
+)
+def test_mistakes_are_one_line_with_an_exit_code(
+    tmp_path: Path, code: int, message: str, args: tuple[str, ...]
+) -> None:
+    fails(code, message, *args, cwd=tmp_path)
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = slotlab("--debug", "train", "--cache", "none.zarr", cwd=tmp_path)
+    assert "Traceback" in done.stderr and done.returncode != 0
+
+
+def test_the_main_job_on_a_folder_of_images(tmp_path: Path) -> None:
+    """extract, stats, train, eval, verify as people type them, each with clean JSON on stdout."""
+    make_store(tmp_path / "cache/synthetic.zarr")
+    stats = json.loads(slotlab("stats", "--json", cwd=tmp_path).stdout)["stores"][0]
+    assert stats["path"] == "cache/synthetic.zarr" and stats["frames"] == 17
+    recomputed = json.loads(slotlab("stats", "--recompute", "--json", cwd=tmp_path).stdout)["stores"][0]
+    assert recomputed["std"] == pytest.approx(stats["std"], rel=1e-9)
+    assert slotlab("stats", "--plot", "scale.png", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
+
+    trained = slotlab(
+        "train", "--cache", "cache/synthetic.zarr", "--steps", 3, "--batch-size", 4, "--set", "model.slots=4",
+        "--out", "runs/one", cwd=tmp_path,
+    )  # fmt: skip
+    assert trained.returncode == 0, trained.stderr
+    assert "step 3/3" in trained.stderr
+    result = json.loads(slotlab("eval", "runs/one", "--json", "--sheet", "masks.png", cwd=tmp_path).stdout)
+    assert result["frames"] == 8 and 0 <= result["mbo"] <= 1
+    assert (tmp_path / "masks.png").read_bytes().startswith(b"\x89PNG")
+
+    assert json.loads(slotlab("verify", "cache/synthetic.zarr", "--json", cwd=tmp_path).stdout)["damaged"] == []
+    next((tmp_path / "cache/synthetic.zarr/train/video").glob("c.*")).write_bytes(b"")
+    assert slotlab("verify", "cache/synthetic.zarr", cwd=tmp_path).returncode == 3
+    fails(2, "exists already", "train", "--cache", "cache/synthetic.zarr", "--out", "runs/one", cwd=tmp_path)
+    fails(
+        4, "another configuration",
+        "train", "--cache", "cache/synthetic.zarr", "--out", "runs/one", "--resume", "--seed", 9, cwd=tmp_path,
+    )  # fmt: skip
+
+
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
+    done = slotlab(
+        *EXTRACT, "--max-videos", 1, "--out", "a.zarr", "--batch-size", 8, "--dry-run", "--json", cwd=tmp_path
+    )
+    plan = json.loads(done.stdout)
+    assert plan["frames_left"] == 48 and plan["bytes_left"] > 48 * 256 * 256 * 3 and plan["seconds"] > 0
+    assert not (tmp_path / "a.zarr").exists()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_extraction_leaves_130_and_resumes(tmp_path: Path, sign: signal.Signals) -> None:
+    path = tmp_path / "a.zarr"
+    command = [sys.executable, "-m", "cli", *EXTRACT, "--max-videos", "40", "--batch-size", "8", "--out", str(path)]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(manifest.read(path / "train") if path.exists() else ()) < 2:
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(sign)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "the same command resumes" in errors and "Traceback" not in errors
+    finished = len(manifest.read(path / "train"))
+    assert finished >= 2
+    done = slotlab(*EXTRACT, "--max-videos", finished + 1, "--split", "train", "--batch-size", 8, "--out", path)
+    assert done.returncode == 0, done.stderr
+    assert len(FeatureStore.open(path)["train"].manifest) >= finished + 1

@@ -1,0 +1,58 @@
+"""Configuration: precedence, round trip, and errors that name the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from featcache.errors import DataError, UsageError
+from slotlab.config import Config, load_config, presets, read_toml, validate
+
+
+def test_command_line_over_file_over_preset(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("seed = 5\n[model]\nslots = 6\n[optim]\nsteps = 7\n")
+    config = load_config("default", file, ["model.slots=9", "data.normalize=channel"], optim__batch_size=3, seed=None)
+    preset = load_config("default")
+    assert (config.seed, config.model.slots, config.optim.steps, config.optim.batch_size) == (5, 9, 7, 3)
+    assert config.data.normalize == "channel"
+    assert config.model.slot_dim == preset.model.slot_dim
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_presets_survive_the_round_trip(preset: str, tmp_path: Path) -> None:
+    config = load_config(preset)
+    file = tmp_path / "config.toml"
+    file.write_text(config.to_toml())
+    assert validate(read_toml(file), str(file)) == config
+
+
+def test_configuration_is_frozen() -> None:
+    with pytest.raises(ValidationError):
+        Config().seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.slot=7", "model.slot: no such key; did you mean model.slots"),
+        ("model.slots=0", "model.slots: Input should be greater than or equal to 1"),
+        ("model.decoder=cnn", "model.decoder: Input should be"),
+        ("model.slots", "write it as key=value"),
+    ],
+)
+def test_wrong_overrides_name_the_key(override: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_config("default", None, [override])
+
+
+def test_wrong_files_and_presets(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--preset best: unknown; there are: default"):
+        load_config("best")
+    with pytest.raises(DataError, match="no such file"):
+        load_config("default", tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("seed = = 1")
+    with pytest.raises(UsageError, match="not TOML"):
+        load_config("default", tmp_path / "bad.toml")

@@ -1,0 +1,278 @@
+"""Extraction: the right features, resumable at every point, and nothing lost or believed too early."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from featcache import extract as extraction
+from featcache import manifest, precision
+from featcache.backbones import Backbone, load_backbone
+from featcache.errors import DataError, IncompatibleError, UsageError
+from featcache.extract import ExtractOptions, extract, forward, measure_batch_size, plan
+from featcache.precision import MAX_RELATIVE_ERROR, choose_precision, relative_error
+from featcache.sources.base import Video
+from featcache.store import FeatureStore
+from featcache.verify import verify
+from tests import crash
+from tests.synthetic import DiscSource, arrays_of
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return load_backbone("dinov2_vits14", weights="random", taps=("block2", "block1.key"), input_size=28)
+
+
+FIXED = ExtractOptions(batch_size=3, precision="float32")
+
+
+def run(path: Path, backbone: Backbone, options: ExtractOptions = FIXED, source: Any = None) -> FeatureStore:
+    source = source or DiscSource()
+    return extract(plan(path, source, backbone, options), source, backbone)
+
+
+def test_features_are_the_backbones(tmp_path: Path, backbone: Backbone) -> None:
+    store = run(tmp_path / "s.zarr", backbone)
+    source = DiscSource()
+    assert store.splits == ("train", "validation")
+    for name in source.splits():
+        for index in store[name].videos:
+            frames = torch.from_numpy(source.read(name, index).frames)
+            expected = backbone(backbone.preprocess(frames))
+            for tap in backbone.taps:
+                torch.testing.assert_close(store[name].tokens(tap, index).float(), expected[tap], atol=2e-3, rtol=2e-3)
+    assert verify(store.path) == []
+
+
+def test_stride_and_video_count(tmp_path: Path, backbone: Backbone) -> None:
+    options = replace(FIXED, frame_stride=2, max_videos=2, splits=("train",))
+    split = run(tmp_path / "s.zarr", backbone, options)["train"]
+    assert split.spec.lengths == (2, 2) and split.complete
+    video = DiscSource().read("train", 1)
+    np.testing.assert_array_equal(split.video(1), video.frames[::2])
+    assert split.instances(1)[0].visibility == video.instances[0].visibility[::2]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 9])
+def test_batch_size_changes_speed_not_features(tmp_path: Path, backbone: Backbone, batch_size: int) -> None:
+    one = run(tmp_path / "a.zarr", backbone)["train"]
+    other = run(tmp_path / "b.zarr", backbone, replace(FIXED, batch_size=batch_size))["train"]
+    for index in one.videos:
+        torch.testing.assert_close(one.tokens("block2", index), other.tokens("block2", index), atol=4e-3, rtol=4e-3)
+
+
+def test_more_videos_later_equals_all_at_once(tmp_path: Path, backbone: Backbone) -> None:
+    whole, grown = tmp_path / "whole.zarr", tmp_path / "grown.zarr"
+    run(whole, backbone)
+    run(grown, backbone, replace(FIXED, max_videos=2))
+    run(grown, backbone)
+    a, b = arrays_of(whole), arrays_of(grown)
+    chunks = [name for name in a if "/c." in name]
+    assert chunks and {n: a[n] for n in chunks} == {n: b[n] for n in chunks}
+    assert FeatureStore.open(grown)["train"].complete
+
+
+# -- dying -------------------------------------------------------------------------------------------------
+
+
+def test_killed_anywhere_resumes_to_the_same_bytes(tmp_path: Path) -> None:
+    unbroken = tmp_path / "unbroken.zarr"
+    code, writes = crash.run(crash.extraction, str(unbroken))
+    assert code == 0 and writes > 100
+    expected = arrays_of(unbroken)
+    for die_at in sorted({0, 1, 5, *np.linspace(8, writes - 1, 16).astype(int).tolist()}):
+        path = tmp_path / f"killed-{die_at}.zarr"
+        code, _ = crash.run(crash.extraction, str(path), die_at=die_at)
+        assert code == -9
+        if (path / "train" / manifest.NAME).exists():  # nothing unfinished is believed
+            assert verify(path) == []
+        code, _ = crash.run(crash.extraction, str(path))
+        assert code == 0
+        assert arrays_of(path) == expected, f"differs after dying at write {die_at}"
+        for split in ("train", "validation"):
+            found, wanted = (FeatureStore.open(p)[split].statistics("layer1") for p in (path, unbroken))
+            np.testing.assert_array_equal(found.covariance, wanted.covariance)
+        shutil.rmtree(path)
+
+
+def test_a_row_is_promised_only_after_its_chunks_are_durable(
+    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Power loss keeps what was synced: replay the order of calls and check that nothing runs ahead."""
+    names: dict[int, str] = {}
+    synced: set[str] = set()
+    real_open, real_fsync, real_replace, real_append = os.open, os.fsync, os.replace, manifest.Appender.append
+
+    def spy_open(path: Any, *args: Any, **kwargs: Any) -> int:
+        fd = real_open(path, *args, **kwargs)
+        names[fd] = str(path)
+        return fd
+
+    def spy_fsync(fd: int) -> None:
+        real_fsync(fd)
+        synced.add(names[fd])
+
+    def spy_replace(source: Any, target: Any) -> None:
+        real_replace(source, target)
+        if str(source).endswith(".tmp") and "/c." in str(source):
+            assert str(source) in synced, "renamed before its content was synced"
+            synced.add(str(target))
+            synced.discard(str(Path(target).parent))  # the directory must be synced after the rename
+
+    checked = 0
+
+    def spy_append(self: manifest.Appender, row: manifest.Row) -> None:
+        nonlocal checked
+        for array in row.crc32c:
+            folders = [f for f in synced if f.endswith(f"/{array}")]
+            assert folders, f"{array}: directory not synced before its manifest row"
+            checked += 1
+        real_append(self, row)
+
+    monkeypatch.setattr(os, "open", spy_open)
+    monkeypatch.setattr(os, "fsync", spy_fsync)
+    monkeypatch.setattr(os, "replace", spy_replace)
+    monkeypatch.setattr(manifest.Appender, "append", spy_append)
+    run(tmp_path / "s.zarr", backbone)
+    assert checked == 7 * 4  # videos x arrays
+
+
+def test_interrupt_keeps_what_was_finished(tmp_path: Path, backbone: Backbone) -> None:
+    class Interrupting(DiscSource):
+        def read(self, split: str, index: int) -> Video:
+            if (split, index) == ("train", 4):
+                raise KeyboardInterrupt
+            return super().read(split, index)
+
+    path = tmp_path / "s.zarr"
+    with pytest.raises(KeyboardInterrupt):
+        run(path, backbone, source=Interrupting())
+    assert len(manifest.read(path / "train")) >= 1
+    assert verify(path) == []
+    before = threading.active_count()
+    assert run(path, backbone)["train"].complete
+    assert threading.active_count() <= before
+
+
+def test_a_full_disk_says_so_and_loses_nothing(
+    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s.zarr"
+    real, written = os.write, 0
+
+    def full(fd: int, data: Any) -> int:
+        nonlocal written
+        written += len(data)
+        if written > 60_000:
+            raise OSError(28, "No space left on device")
+        return real(fd, data)
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(DataError, match="No space left on device.*it resumes"):
+        run(path, backbone)
+    monkeypatch.undo()
+    finished = len(manifest.read(path / "train"))
+    assert finished >= 1 and verify(path) == []
+    run(path, backbone)
+    run(tmp_path / "unbroken.zarr", backbone)
+    assert arrays_of(path) == arrays_of(tmp_path / "unbroken.zarr")
+
+
+def test_too_small_a_disk_is_refused_before_starting(
+    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
+    with pytest.raises(DataError, match=r"needs up to .* GB and 0.0 GB are free"):
+        run(tmp_path / "s.zarr", backbone)
+    assert not (tmp_path / "s.zarr").exists()
+
+
+# -- refusing ----------------------------------------------------------------------------------------------
+
+
+def test_features_that_are_not_finite_name_their_video(tmp_path: Path, backbone: Backbone) -> None:
+    broken = load_backbone("dinov2_vits14", weights="random", taps=("block2",), input_size=28)
+    real = type(broken).__call__
+
+    class Overflowing(type(broken)):  # type: ignore[misc]
+        def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {tap: tokens * 1e6 for tap, tokens in real(self, images).items()}
+
+    broken.__class__ = Overflowing
+    with pytest.raises(DataError, match=r"synthetic discs: train video 0, tap block2: \d+ non-finite values"):
+        run(tmp_path / "s.zarr", broken)
+
+
+def test_another_input_size_is_refused(tmp_path: Path, backbone: Backbone) -> None:
+    run(tmp_path / "s.zarr", backbone)
+    other = load_backbone("dinov2_vits14", weights="random", taps=("block2", "block1.key"), input_size=42)
+    with pytest.raises(IncompatibleError, match=r"preprocessing.size: store 28, asked 42"):
+        run(tmp_path / "s.zarr", other)
+
+
+def test_unknown_split_lists_the_known(tmp_path: Path, backbone: Backbone) -> None:
+    with pytest.raises(UsageError, match="no split 'test'; it has: train, validation"):
+        run(tmp_path / "s.zarr", backbone, replace(FIXED, splits=("test",)))
+
+
+class Uneven(DiscSource):
+    """The second video is larger than the first."""
+
+    def read(self, split: str, index: int) -> Video:
+        return DiscSource(self._lengths, size=48 if index == 1 else 32).read(split, index)
+
+
+def test_frames_of_several_sizes_are_resized_only_when_asked(tmp_path: Path, backbone: Backbone) -> None:
+    source = Uneven({"train": (2, 2)})
+    with pytest.raises(DataError, match="train video 1: 48x48 frames in a store of 32x32; pass --frame-size"):
+        run(tmp_path / "a.zarr", backbone, source=source)
+    split = run(tmp_path / "b.zarr", backbone, replace(FIXED, frame_size=32), source)["train"]
+    assert split.video(1).shape == (2, 32, 32, 3)
+    assert set(np.unique(split.segmentations(1))) <= {0, 1, 2}
+    whole = backbone(backbone.preprocess(torch.from_numpy(source.read("train", 1).frames)))["block2"]
+    torch.testing.assert_close(split.tokens("block2", 1).float(), whole, atol=2e-3, rtol=2e-3)
+
+
+# -- measuring ---------------------------------------------------------------------------------------------
+
+
+def test_batch_size_is_measured_once_and_kept(
+    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = DiscSource()
+    size = measure_batch_size(backbone, source.read("train", 0).frames, "float32")
+    assert size in extraction.MEASURED_BATCHES
+    run(tmp_path / "s.zarr", backbone, replace(FIXED, batch_size=4, max_videos=1))
+    monkeypatch.setattr(extraction, "measure_batch_size", lambda *_: pytest.fail("measured again"))
+    resumed = plan(tmp_path / "s.zarr", source, backbone, replace(FIXED, batch_size=None, precision="auto"))
+    assert (resumed.spec.batch_size, resumed.spec.precision) == (4, "float32")
+
+
+def test_precision_is_chosen_by_its_measured_error(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = DiscSource().read("train", 0).frames
+    error = relative_error(backbone, frames, "bfloat16")
+    assert 1e-5 < error < 0.2
+    chosen = choose_precision(backbone, frames)
+    assert chosen == "float32" or (chosen == "bfloat16" and error <= MAX_RELATIVE_ERROR)
+    monkeypatch.setattr(precision, "_seconds", lambda _backbone, _frames, kind: {"float32": 2.0, "bfloat16": 1.0}[kind])
+    monkeypatch.setattr(precision, "MAX_RELATIVE_ERROR", 2 * error)
+    assert choose_precision(backbone, frames) == "bfloat16"
+    monkeypatch.setattr(precision, "MAX_RELATIVE_ERROR", error / 2)
+    assert choose_precision(backbone, frames) == "float32", "faster, but not close enough"
+
+
+def test_forward_equals_the_backbone(backbone: Backbone) -> None:
+    frames = DiscSource().read("train", 0).frames
+    images = backbone.preprocess(torch.from_numpy(frames))
+    tokens = forward(backbone, [frames], 2, "float32")[0]
+    torch.testing.assert_close(tokens["block2"], backbone(images)["block2"], atol=1e-4, rtol=1e-4)

@@ -1,0 +1,137 @@
+"""The parts of a slot model: exact identities, invariances, and determinism of their draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from slotlab.config import ModelConfig
+from slotlab.losses import losses
+from slotlab.models.decoders import DECODERS, MLPDecoder
+from slotlab.models.initializers import INITIALIZERS
+from slotlab.models.slot_attention import Attended, SlotAttention
+from slotlab.models.slot_model import SlotModel
+from slotlab.normalise import Normaliser
+
+B, N, K, S, D = 3, 16, 5, 8, 12
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def attended() -> Attended:
+    logits = draw(B, K, N, seed=1)
+    return Attended(draw(B, K, S), logits.softmax(1), logits)
+
+
+def published_mlp_decoder(decoder: MLPDecoder, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """DINOSAUR's decoder as published: every layer on every slot at every patch, then the average."""
+    x = slots[:, :, None] + decoder.position  # (B, K, N, S)
+    hidden = decoder.hidden(decoder.first(x))  # (B, K, N, H)
+    masks = decoder.mask(hidden).softmax(1)  # (B, K, N, 1)
+    return (masks * decoder.last(hidden)).sum(1), masks[..., 0]
+
+
+def test_mlp_decoder_equals_the_published_one() -> None:
+    torch.manual_seed(0)
+    decoder = MLPDecoder(S, N, D, hidden=32, layers=3).double()
+    inputs = Attended(draw(B, K, S).double().requires_grad_(), draw(B, K, N).double(), draw(B, K, N).double())
+    expected, masks = published_mlp_decoder(decoder, inputs.slots)
+    decoded = decoder(inputs)
+    torch.testing.assert_close(decoded.reconstruction, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(decoded.masks.double(), masks, rtol=1e-5, atol=1e-6)
+    weights = draw(B, N, D, seed=2).double()
+    parameters = [inputs.slots, *decoder.parameters()]
+    ours = torch.autograd.grad((decoded.reconstruction * weights).sum(), parameters)
+    theirs = torch.autograd.grad((expected * weights).sum(), parameters)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(DECODERS))
+def test_masks_share_out_every_patch(name: str) -> None:
+    decoded = DECODERS[name](S, N, D, 16, 2)(attended())
+    assert decoded.reconstruction.shape == (B, N, D)
+    torch.testing.assert_close(decoded.masks.sum(1), torch.ones(B, N))
+
+
+def test_slot_attention_follows_a_permutation_of_the_slots() -> None:
+    torch.manual_seed(0)
+    module, inputs, slots = SlotAttention(D, S, 16), draw(B, N, D), draw(B, K, S)
+    order = torch.randperm(K)
+    plain, permuted = module(inputs, slots, 3), module(inputs, slots[:, order], 3)
+    torch.testing.assert_close(plain.slots[:, order], permuted.slots)
+    torch.testing.assert_close(plain.attention[:, order], permuted.attention)
+    torch.testing.assert_close(plain.attention.sum(1), torch.ones(B, N))
+
+
+def test_slot_attention_ignores_the_order_of_patches() -> None:
+    torch.manual_seed(0)
+    module, inputs, slots = SlotAttention(D, S, 16), draw(B, N, D), draw(B, K, S)
+    order = torch.randperm(N)
+    torch.testing.assert_close(module(inputs, slots, 2).slots, module(inputs[:, order], slots, 2).slots)
+
+
+def test_low_temperature_sharpens() -> None:
+    soft, sharp = (SlotAttention(D, S, 16, temperature=t) for t in (1.0, 0.3))
+    sharp.load_state_dict(soft.state_dict())
+    inputs, slots = draw(B, N, D), draw(B, K, S)
+    assert sharp(inputs, slots, 1).attention.amax(1).mean() > soft(inputs, slots, 1).attention.amax(1).mean()
+
+
+@pytest.mark.parametrize("name", list(INITIALIZERS))
+def test_initial_slots_depend_on_the_generator_alone(name: str) -> None:
+    torch.manual_seed(0)
+    initialize = INITIALIZERS[name](K, S, 4)
+    tokens, features = draw(B, N, S), draw(B, N, D)
+    first, second = (initialize(tokens, features, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert first.shape == (B, K, S)
+    assert torch.equal(first, second)
+
+
+def test_kmeans_slots_are_the_means_of_their_clusters() -> None:
+    centres = 10 * torch.eye(K, D)
+    labels = torch.arange(N) % K
+    features = (centres[labels] + 0.01 * draw(N, D)).expand(B, N, D)
+    tokens = draw(N, S).expand(B, N, S)
+    slots = INITIALIZERS["kmeans"](K, S, 4)(tokens, features, torch.Generator().manual_seed(0))
+    means = torch.stack([tokens[0, labels == k].mean(0) for k in range(K)])
+    for sample in slots:
+        distance = torch.cdist(sample, means)
+        assert float(distance.min(1).values.max()) < 1e-5 and len(distance.argmin(1).unique()) == K
+
+
+@pytest.mark.parametrize("decoder", list(DECODERS))
+@pytest.mark.parametrize("projection", ["mlp", "linear"])
+@pytest.mark.parametrize("initializer", list(INITIALIZERS))
+def test_every_combination_learns_something(decoder: str, projection: str, initializer: str) -> None:
+    config = ModelConfig.model_validate(
+        {"slots": K, "slot_dim": S, "projection": projection, "initializer": initializer, "decoder": decoder,
+         "decoder_hidden": 32, "slot_mlp_hidden": 16, "kmeans_rounds": 2}
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = SlotModel(config, Normaliser("none", D), (4, 4))
+    features = draw(B, N, D) + torch.linspace(-1, 1, N)[:, None]
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    seen = []
+    for _ in range(25):
+        loss = sum(losses(model(features, torch.Generator().manual_seed(0))).values(), torch.zeros(()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append(float(loss.detach()))
+    assert seen[-1] < 0.9 * seen[0]
+    unused = [name for name, p in model.named_parameters() if p.grad is None]
+    assert not unused, f"parameters without a gradient: {unused}"
+
+
+def test_parameters_of_a_loaded_model_include_the_normaliser() -> None:
+    mean, covariance = draw(D), draw(D, D)
+    normaliser = Normaliser.from_statistics("whiten", mean, covariance @ covariance.T + torch.eye(D))
+    model = SlotModel(ModelConfig(slots=K, slot_dim=S), normaliser, (4, 4))
+    empty = SlotModel(ModelConfig(slots=K, slot_dim=S), Normaliser("whiten", D), (4, 4))
+    empty.load_state_dict(model.state_dict())
+    assert torch.equal(empty.normaliser(draw(B, N, D)), normaliser(draw(B, N, D)))
+    assert isinstance(model.project, nn.Sequential)

@@ -1,0 +1,265 @@
+"""Folders of videos and images, and HDF5 files: what they give, and what they refuse."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+
+import av
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from featcache.errors import DataError, UsageError
+from featcache.sources import open_source
+from featcache.sources.decode import file_digest
+from featcache.sources.folder import FolderSource
+from featcache.sources.hdf5 import Hdf5Source
+from tests.movi_files import scene
+
+# Folders
+
+
+def _images(folder: Path, frames: np.ndarray, names: list[str] | None = None) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(folder / (names[i] if names else f"{i}.png"))
+
+
+def test_folder_of_images_in_natural_order_with_masks(tmp_path: Path) -> None:
+    frames, masks = scene(0, frames=12)
+    _images(tmp_path / "walk", frames)  # 0.png ... 11.png
+    _images(tmp_path / "masks" / "walk", masks)
+    _images(tmp_path, frames[:2], ["b.png", "a.png"])
+    _images(tmp_path / "masks", masks[:2], ["b.png", "a.png"])
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / ".hidden.png").write_bytes(b"not an image")
+    source = open_source(tmp_path)
+    assert source.splits() == ("train",)
+    assert list(source.lengths("train")) == [1, 1, 12]
+    walk = source.read("train", 2)
+    assert walk.id == "walk"
+    np.testing.assert_array_equal(walk.frames, frames)
+    np.testing.assert_array_equal(walk.segmentations, masks)
+    assert [i.visibility for i in walk.instances] == [tuple(int((m == k).sum()) for m in masks) for k in (1, 2)]
+    np.testing.assert_array_equal(source.read("train", 0).frames[0], frames[1])
+
+
+def test_folder_splits_and_their_other_names(tmp_path: Path) -> None:
+    for name in ("val", "train"):
+        _images(tmp_path / name / "clip", scene(1)[0])
+    source = open_source(tmp_path)
+    assert source.splits() == ("train", "validation")
+    assert source.read("validation", 0).segmentations is None
+    with pytest.raises(UsageError, match=r"no split 'test'; it has: train, validation"):
+        source.fingerprint("test")
+    (tmp_path / "validation").mkdir()
+    with pytest.raises(DataError, match=r"both val and validation"):
+        open_source(tmp_path)
+    (tmp_path / "validation").rmdir()
+    _images(tmp_path / "extra", scene(1)[0])
+    with pytest.raises(DataError, match=r"extra: lies beside the split folders train, val"):
+        open_source(tmp_path)
+
+
+def test_folder_fingerprint_follows_content(tmp_path: Path) -> None:
+    frames = scene(0)[0]
+    _images(tmp_path / "a" / "clip", frames)
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
+    before = FolderSource(tmp_path / "a").fingerprint("train")
+    assert FolderSource(tmp_path / "b").fingerprint("train") == before
+    Image.fromarray(255 - frames[1]).save(tmp_path / "b" / "clip" / "1.png")
+    assert FolderSource(tmp_path / "b").fingerprint("train") != before
+
+
+def test_large_files_are_fingerprinted_to_the_last_byte(tmp_path: Path) -> None:
+    path = tmp_path / "big"
+    content = bytearray(np.random.default_rng(0).bytes(3 << 20))
+    path.write_bytes(content)
+    before = file_digest(path)
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert file_digest(path) != before
+
+
+def test_folder_errors(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere: no such file or folder"):
+        open_source(tmp_path / "nowhere")
+    (tmp_path / "readme.txt").touch()
+    with pytest.raises(DataError, match=r"no video and no image in it"):
+        open_source(tmp_path)
+    with pytest.raises(DataError, match=r"readme.txt: not a video"):
+        open_source(tmp_path / "readme.txt")
+
+    frames, masks = scene(0)
+    _images(tmp_path / "sizes" / "clip", np.zeros((2, 8, 8, 3), np.uint8))
+    _images(tmp_path / "sizes" / "clip", np.zeros((1, 8, 6, 3), np.uint8), ["2.png"])
+    with pytest.raises(DataError, match=r"sizes/clip/2.png: frame is 6x8, but the video's first is 8x8"):
+        open_source(tmp_path / "sizes").read("train", 0)
+
+    _images(tmp_path / "masked" / "clip", frames)
+    _images(tmp_path / "masked" / "masks" / "clip", masks[:2])
+    with pytest.raises(DataError, match=r"masks/clip/2.png: no mask for .*clip/2.png"):
+        open_source(tmp_path / "masked")
+    _images(tmp_path / "masked" / "masks" / "clip", masks[:, :-1])
+    with pytest.raises(DataError, match=r"masks/clip: 3 masks of 24x23 do not match 3 frames of 24x24"):
+        open_source(tmp_path / "masked").read("train", 0)
+
+    broken = tmp_path / "masked" / "clip" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:-200])
+    with pytest.raises(DataError, match=r"clip/1.png: image cannot be decoded"):
+        open_source(tmp_path / "masked").read("train", 0)
+
+
+def _movie(path: Path, codec: str, frames: np.ndarray, pixels: str = "yuv420p", **options: str) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=12, options=options)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
+        for frame in frames:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pixels", "options"),
+    [
+        ("h264.mp4", "libx264", "yuv420p", {"bf": "3"}),
+        ("h264.mkv", "libx264", "yuv420p", {}),
+        ("mpeg4.avi", "mpeg4", "yuv420p", {"bf": "2"}),
+        ("vp8.webm", "libvpx", "yuv420p", {"auto-alt-ref": "1", "lag-in-frames": "10"}),
+        ("vp9.webm", "libvpx-vp9", "yuv420p", {"auto-alt-ref": "1", "lag-in-frames": "10"}),
+        ("mjpeg.mov", "mjpeg", "yuvj420p", {}),
+        ("anim.gif", "gif", "rgb8", {}),
+    ],
+)
+def test_video_files(tmp_path: Path, name: str, codec: str, pixels: str, options: dict[str, str]) -> None:
+    """Brightness rises by frame, so that a lost, doubled or swapped frame would show."""
+    levels = np.arange(30, 230, 10)
+    frames = np.broadcast_to(levels[:, None, None, None], (20, 48, 64, 3)).astype(np.uint8)
+    _movie(tmp_path / name, codec, frames, pixels, **options)
+    source = open_source(tmp_path)
+    assert list(source.lengths("train")) == [20]
+    video = source.read("train", 0)
+    assert video.id == name
+    assert video.frames.shape == frames.shape
+    # gif: 8 levels a channel
+    np.testing.assert_allclose(video.frames.mean((1, 2, 3)), levels, atol=25 if codec == "gif" else 6)
+    assert list(open_source(tmp_path / name).lengths("train")) == [20]
+
+
+def test_video_file_with_masks_and_damaged_videos(tmp_path: Path) -> None:
+    frames, masks = scene(0, frames=5)
+    _movie(tmp_path / "clip.mp4", "libx264", frames)
+    _images(tmp_path / "masks" / "clip", masks)
+    video = open_source(tmp_path).read("train", 0)
+    np.testing.assert_array_equal(video.segmentations, masks)
+    (tmp_path / "masks" / "clip" / "4.png").unlink()
+    with pytest.raises(DataError, match=r"masks/clip: 4 masks of 24x24 do not match 5 frames"):
+        open_source(tmp_path).read("train", 0)
+    shutil.rmtree(tmp_path / "masks" / "clip")
+    with pytest.raises(DataError, match=r"masks/clip: no masks for clip.mp4"):
+        open_source(tmp_path)
+    shutil.rmtree(tmp_path / "masks")
+
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "clip.mp4").read_bytes()[:600])
+    source = open_source(tmp_path)
+    with pytest.raises(DataError, match=r"cut.mp4: cannot be decoded .*ffmpeg"):
+        source.lengths("train")
+    with pytest.raises(DataError, match=r"cut.mp4: cannot be decoded"):
+        source.read("train", 1)
+
+
+def test_video_too_long_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _movie(tmp_path / "clip.mp4", "libx264", scene(0, frames=5)[0])
+    monkeypatch.setattr("featcache.sources.video_file.MAX_BYTES", 5 * 24 * 24 * 3 - 1)
+    with pytest.raises(DataError, match=r"clip.mp4: 5 frames of 24x24 .* cut it into clips"):
+        open_source(tmp_path).read("train", 0)
+
+
+# HDF5
+
+
+def _hdf5(path: Path, **arrays: np.ndarray) -> Path:
+    with h5py.File(path, "w") as file:
+        for name, values in arrays.items():
+            file[name.replace("__", "/")] = values
+    return path
+
+
+VIDEOS = np.stack([scene(i)[0] for i in range(4)])  # (4, 3, 24, 24, 3)
+NUMBERS = np.stack([scene(i)[1] for i in range(4)])  # (4, 3, 24, 24)
+ONE_HOT = np.moveaxis(NUMBERS[..., None] == np.arange(3), -1, 2)  # (4, 3, 3, 24, 24)
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [NUMBERS, NUMBERS[..., None], NUMBERS.astype(np.float32), ONE_HOT, ONE_HOT[..., None].astype(np.uint8) * 255],
+    ids=["numbers", "numbers+1", "float", "one-hot", "one-hot+1"],
+)
+def test_hdf5_mask_layouts(tmp_path: Path, masks: np.ndarray) -> None:
+    source = open_source(_hdf5(tmp_path / "v.hdf5", video=VIDEOS, mask=masks))
+    assert list(source.lengths("train")) == [3] * 4
+    video = pickle.loads(pickle.dumps(source)).read("train", 3)
+    np.testing.assert_array_equal(video.frames, VIDEOS[3])
+    np.testing.assert_array_equal(video.segmentations, NUMBERS[3])
+    assert video.instances[0].visibility == (36, 36, 36)
+
+    images = open_source(_hdf5(tmp_path / "i.h5", image=VIDEOS[:, 1], mask=masks[:, 1]))
+    assert list(images.lengths("train")) == [1] * 4
+    np.testing.assert_array_equal(images.read("train", 2).frames, VIDEOS[2, 1:2])
+    np.testing.assert_array_equal(images.read("train", 2).segmentations, NUMBERS[2, 1:2])
+
+
+def test_hdf5_groups_and_fingerprint(tmp_path: Path) -> None:
+    path = _hdf5(tmp_path / "v.h5", val__video=VIDEOS[:1], train__video=VIDEOS, train__mask=NUMBERS)
+    source = Hdf5Source(path)
+    assert source.splits() == ("train", "validation")
+    assert source.read("validation", 0).segmentations is None
+    assert source.fingerprint("train") != source.fingerprint("validation")
+    before = source.fingerprint("train")
+    with h5py.File(path, "a") as file:
+        file["train/video"][0, 0, 0, 0, 0] ^= 1
+    assert Hdf5Source(path).fingerprint("train") != before
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"frames": VIDEOS}, "/ holds frames; name the frames video or image"),
+        ({"video": VIDEOS.astype(np.float32)}, "/video is float32"),
+        ({"video": np.moveaxis(VIDEOS, -1, 2)}, r"/video is uint8 \(4, 3, 3, 24, 24\); save it as"),
+        ({"video": VIDEOS[:0]}, "/video is empty"),
+        ({"video": VIDEOS, "mask": NUMBERS[:, :2]}, "/mask .* does not match /video"),
+        ({"video": VIDEOS, "mask": NUMBERS[..., :-1]}, "/mask .* does not match /video"),
+    ],
+)
+def test_hdf5_errors_on_opening(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+    path = _hdf5(tmp_path / "bad.h5", **arrays)
+    with pytest.raises(DataError, match=f"bad.h5: {message}"):
+        open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("masks", "message"),
+    [
+        (NUMBERS.astype(np.int32) * 200, "masks hold 0..400"),
+        (NUMBERS.astype(np.int32) - 1, "masks hold -1..1"),
+        (NUMBERS / 2, "masks hold fractions"),
+        (np.ones_like(ONE_HOT), "exactly one object a pixel"),
+    ],
+)
+def test_hdf5_masks_that_would_lose_numbers(tmp_path: Path, masks: np.ndarray, message: str) -> None:
+    source = open_source(_hdf5(tmp_path / "v.h5", video=VIDEOS, mask=masks))
+    with pytest.raises(DataError, match=f"v.h5: /mask row 1: .*{message}"):
+        source.read("train", 1)
+
+
+def test_hdf5_truncated(tmp_path: Path) -> None:
+    path = _hdf5(tmp_path / "v.h5", video=VIDEOS)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"v.h5: .*truncated.*copy or write this file again"):
+        open_source(path)
