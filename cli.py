@@ -22,6 +22,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 CACHE_FOLDER = Path("cache")
+INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
@@ -62,6 +63,9 @@ def extract(
         raise UsageError(f"--batch-size {batch_size}: give a number, or auto")
     path = out or CACHE_FOLDER / f"{backbone.replace(':', '_').replace('/', '_')}.zarr"
 
+    from featcache.registry import get_spec
+
+    get_spec(backbone)  # a misspelt name is told before anything heavy is imported
     from featcache.backbones import load_backbone
     from featcache.extract import ExtractOptions, measure_seconds, plan
     from featcache.extract import extract as run_extract
@@ -329,19 +333,20 @@ def main() -> None:
     """Entry point: user errors become one line on stderr and an exit code."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        sys.exit(app(standalone_mode=False))  # None, or the code of a typer.Exit
+        code = app(standalone_mode=False)  # None, or the code of an exit; 130 for Ctrl-C in newer typers
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
         print("slotlab: interrupted; what was finished is kept, the same command resumes", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except FeatcacheError as error:
         if os.environ.get("SLOTLAB_DEBUG"):
             raise
         print(f"slotlab: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Exception as error:
-        from click.exceptions import ClickException
-
-        if not isinstance(error, ClickException):
+        if not (hasattr(error, "show") and hasattr(error, "exit_code")):  # click's, wherever typer keeps its click
             raise
         error.show()
         sys.exit(error.exit_code)

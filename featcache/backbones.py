@@ -128,9 +128,7 @@ class Backbone:
         the last block needed. Prefix tokens (class, registers) are dropped; N runs row by row."""
         side = self.input_size
         if images.shape[1:] != (3, side, side):
-            raise UsageError(
-                f"images must be (B, 3, {side}, {side}) from preprocess, not {tuple(images.shape)}"
-            )
+            raise UsageError(f"images must be (B, 3, {side}, {side}) from preprocess, not {tuple(images.shape)}")
         tower, inputs = self._tower, {}
 
         def keep(index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -232,9 +230,7 @@ def _parse_block_tap(text: str, spec: BackboneSpec) -> _Tap:
     if block > spec.depth:
         raise UsageError(f"{spec.name} has no block {block} (tap {text!r}); its blocks are 1 to {spec.depth}")
     if kind not in ("output", "norm", *FACETS):
-        raise UsageError(
-            f"no facet {kind!r} (tap {text!r}); after the block comes .norm, .query, .key or .value"
-        )
+        raise UsageError(f"no facet {kind!r} (tap {text!r}); after the block comes .norm, .query, .key or .value")
     return _Tap(text, block - 1, kind)
 
 
@@ -242,9 +238,7 @@ def _check_input_size(name: str, size: int, patch: int) -> None:
     if size < patch or size % patch:
         below = size // patch * patch
         nearest = f"{below} and {below + patch}" if below else f"{patch}"
-        raise UsageError(
-            f"input size {size} is no multiple of the patch of {name}, {patch} px; nearest: {nearest}"
-        )
+        raise UsageError(f"input size {size} is no multiple of the patch of {name}, {patch} px; nearest: {nearest}")
 
 
 def _attention(block: nn.Module) -> nn.Module:

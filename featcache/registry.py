@@ -49,9 +49,7 @@ class BackboneSpec:
     position_antialias: bool = True
 
 
-def _timm(
-    name: str, model_id: str, patch: int, dim: int, prefix: int, url: str = "", **more: Any
-) -> BackboneSpec:
+def _timm(name: str, model_id: str, patch: int, dim: int, prefix: int, url: str = "", **more: Any) -> BackboneSpec:
     hub = f"https://huggingface.co/timm/{more.pop('hub', model_id)} (model.safetensors)"
     return BackboneSpec(
         name=name,
@@ -200,9 +198,7 @@ def _open_clip_spec(name: str) -> BackboneSpec:
         raise UsageError(f"open_clip has no architecture {architecture!r}{close}")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if tag not in tags:
-        raise UsageError(
-            f"name weights by open_clip:{architecture}/TAG, one of {', '.join(tags) or '(none)'}"
-        )
+        raise UsageError(f"name weights by open_clip:{architecture}/TAG, one of {', '.join(tags) or '(none)'}")
     vision = config["vision_cfg"]
     if "timm_model_name" in vision:
         raise UsageError(f"open_clip's {architecture} is timm's {vision['timm_model_name']}; use timm:NAME")

@@ -135,13 +135,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
     except pickle.UnpicklingError as error:
-        raise DataError(
-            f"{path}: corrupt, or holds Python objects beside tensors; save its state dict"
-        ) from error
+        raise DataError(f"{path}: corrupt, or holds Python objects beside tensors; save its state dict") from error
     except Exception as error:  # zip, pickle, safetensors and protobuf readers each raise their own
-        raise DataError(
-            f"{path}: not a checkpoint of tensors ({_brief(error)}); download it again"
-        ) from error
+        raise DataError(f"{path}: not a checkpoint of tensors ({_brief(error)}); download it again") from error
     return _unwrap(loaded, path)
 
 
@@ -253,9 +249,7 @@ def convert_dinov2_onnx(data: bytes) -> dict[str, Tensor]:
     def position(kind: str) -> np.ndarray[Any, Any]:
         # The exporter split the embedding into its class row, (1, 1, D), and its patches, (1, 37 * 37, D).
         rows = 1 if kind == "Concat" else 37 * 37
-        (name,) = (
-            n for n, a in initial.items() if n.startswith(f"onnx::{kind}_") and a.shape[:2] == (1, rows)
-        )
+        (name,) = (n for n, a in initial.items() if n.startswith(f"onnx::{kind}_") and a.shape[:2] == (1, rows))
         return initial[name]
 
     try:

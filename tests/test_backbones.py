@@ -90,9 +90,7 @@ def test_short_name_builds_and_runs(spec: BackboneSpec) -> None:
     assert backbone.dims == {backbone.taps[0]: spec.dim}
     assert tokens.isfinite().all() and tokens.std() > 0.01
     assert backbone.provenance["weights_tag"] == "random"
-    assert backbone.provenance["prefix_tokens_dropped"] == getattr(
-        backbone._tower.model, "num_prefix_tokens", 0
-    )
+    assert backbone.provenance["prefix_tokens_dropped"] == getattr(backbone._tower.model, "num_prefix_tokens", 0)
     if spec.depth == 12:
         assert len(backbone._tower.blocks) == 12 and backbone.taps == ("block12",)
 
@@ -183,9 +181,7 @@ def test_facets_equal_a_hook_on_the_fused_projection(name: str) -> None:
         torch.testing.assert_close(tokens[f"block9.{facet}"], expected)
 
 
-@pytest.mark.parametrize(
-    "name", ["dinov3_vits16", "timm:eva02_tiny_patch14_224", "timm:beit_base_patch16_224"]
-)
+@pytest.mark.parametrize("name", ["dinov3_vits16", "timm:eva02_tiny_patch14_224", "timm:beit_base_patch16_224"])
 def test_facets_of_other_families_are_what_attention_uses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = load_backbone(name, "random", taps=["block1.value"])
     seen: list[Tensor] = []
@@ -229,9 +225,7 @@ def test_layers_of_a_convolutional_network_are_rows_of_their_map() -> None:
         ("resnet18", {"input_size": 250}, r"nearest: 240 and 256"),
     ],
 )
-def test_what_cannot_be_tapped_or_fed_is_explained(
-    name: str, options: dict[str, object], message: str
-) -> None:
+def test_what_cannot_be_tapped_or_fed_is_explained(name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         load_backbone(name, "random", **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)

@@ -73,9 +73,7 @@ def test_converted_dinov2_equals_the_onnx_graph_at_its_last_norm(wheel: Path, si
     model.graph.output.append(onnx.helper.make_tensor_value_info(last, onnx.TensorProto.FLOAT, None))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     images = blob_image(size)
     (reference,) = session.run([last], {"input_image": images.numpy()})
 
@@ -86,9 +84,7 @@ def test_converted_dinov2_equals_the_onnx_graph_at_its_last_norm(wheel: Path, si
     torch.testing.assert_close(tokens, torch.from_numpy(reference[:, 1:]), atol=2e-4, rtol=0)
 
 
-def test_conversion_happens_once_and_says_where_it_is_from(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_conversion_happens_once_and_says_where_it_is_from(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = origins.resolve_weights(SPEC)
     monkeypatch.setattr(origins, "convert_dinov2_onnx", lambda data: pytest.fail("converted twice"))
     second = origins.resolve_weights(SPEC)
@@ -106,9 +102,7 @@ def test_damaged_conversion_is_noticed_and_made_anew(cache: Path, damage: str) -
     data = bytearray(path.read_bytes())
     if damage == "flipped bit":
         data[-100] ^= 1
-    path.write_bytes(
-        bytes(data) if damage == "flipped bit" else data[:5000] if damage == "truncated" else b""
-    )
+    path.write_bytes(bytes(data) if damage == "flipped bit" else data[:5000] if damage == "truncated" else b"")
 
     again = origins.resolve_weights(SPEC)
 
@@ -259,13 +253,9 @@ def test_dino_training_checkpoint_gives_its_teacher(tmp_path: Path) -> None:
     teacher = {f"backbone.{k}": v for k, v in model.state_dict().items()}
     student = {f"module.backbone.{k}": v + 1 for k, v in model.state_dict().items()}
     path = tmp_path / "dino_full.pth"
-    torch.save(
-        {"student": student, "teacher": {**teacher, "head.mlp.0.weight": torch.zeros(4)}, "epoch": 3}, path
-    )
+    torch.save({"student": student, "teacher": {**teacher, "head.mlp.0.weight": torch.zeros(4)}, "epoch": 3}, path)
     loaded = load_backbone("dino_vits16", str(path))._tower.model.state_dict()
-    torch.testing.assert_close(
-        loaded["blocks.3.attn.qkv.weight"], teacher["backbone.blocks.3.attn.qkv.weight"]
-    )
+    torch.testing.assert_close(loaded["blocks.3.attn.qkv.weight"], teacher["backbone.blocks.3.attn.qkv.weight"])
 
 
 def test_openai_clip_archive_in_half_precision_loads(tmp_path: Path) -> None:
@@ -284,9 +274,7 @@ def test_openai_clip_archive_in_half_precision_loads(tmp_path: Path) -> None:
     torch.jit.save(archive, path)  # OpenAI publishes a TorchScript archive of float16
     images = blob_image(224)
     loaded = load_backbone("clip_vitb16", str(path), taps=["block3"])
-    relative = (loaded(images)["block3"] - backbone(images)["block3"]).norm() / backbone(images)[
-        "block3"
-    ].norm()
+    relative = (loaded(images)["block3"] - backbone(images)["block3"]).norm() / backbone(images)["block3"].norm()
     assert relative < 2e-3
 
 
@@ -314,9 +302,7 @@ def test_checkpoint_of_another_model_names_the_keys(tmp_path: Path) -> None:
     state = load_backbone("dino_vits16", "random")._tower.model.state_dict()
     del state["norm.bias"]
     save_file({**state, "blocks.0.extra": torch.zeros(1)}, path)
-    with pytest.raises(
-        IncompatibleError, match=r"1 missing \(norm\.bias\); 1 unexpected \(blocks\.0\.extra\)"
-    ):
+    with pytest.raises(IncompatibleError, match=r"1 missing \(norm\.bias\); 1 unexpected \(blocks\.0\.extra\)"):
         load_backbone("dino_vits16", str(path))
     for other in ("dino_vitb16", "dinov2_vits14_reg", "clip_vitb16", "resnet18", "dinov3_vits16"):
         with pytest.raises(IncompatibleError, match=f"does not fit {other}") as caught:
