@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from featcache.errors import DataError, UsageError
 
@@ -29,14 +29,17 @@ class DataConfig(_Section):
     tap: str | None = None  # None: the store's first
     train_split: str = "train"
     eval_split: str = "validation"
-    normalize: str = "whiten"  # whiten | channel | scale | none | sample | fixed=FACTOR
+    normalize: str = "whiten"  # whiten | slow=K | channel | scale | none | sample | fixed=FACTOR
+    center: Literal["channel", "position"] = "channel"  # the mean that normalisation subtracts
     shrinkage: float = Field(0.1, ge=0, le=1)
     residence: Literal["auto", "disk", "host", "device"] = "auto"
+    clip: int = Field(1, ge=1)  # consecutive frames a sample; more than one needs a model that is trained across time
 
 
-class ModelConfig(_Section):
-    """The parts of the slot model and their sizes."""
+class SlotAttentionConfig(_Section):
+    """DINOSAUR's image model: its parts and their sizes (slotlab.models.slot_model)."""
 
+    kind: Literal["slot_attention"] = "slot_attention"
     slots: int = Field(11, ge=1)
     slot_dim: int = Field(128, ge=1)
     projection: Literal["mlp", "linear"] = "mlp"
@@ -49,6 +52,20 @@ class ModelConfig(_Section):
     decoder: Literal["mlp", "mix"] = "mix"
     decoder_hidden: int = Field(256, ge=1)
     decoder_layers: int = Field(2, ge=1)  # hidden layers
+
+
+class ClusteringConfig(_Section):
+    """Soft clusters of learnt keys, trained across time (slotlab.models.clustering_model)."""
+
+    kind: Literal["clustering"] = "clustering"
+    slots: int = Field(13, ge=2)  # the background's included; a frame uses as many as it needs
+    slot_dim: int = Field(64, ge=1)
+    hidden: int = Field(256, ge=1)
+    iterations: int = Field(5, ge=1)
+    temperature: float = Field(0.1, gt=0)
+    position_weight: float = Field(1.0, ge=0)
+    new_slot_distance: float = Field(0.6, gt=0)  # squared, between unit keys with position
+    threshold: float = Field(1.1, gt=0)  # of objectness, times Otsu's
 
 
 class OptimConfig(_Section):
@@ -65,15 +82,24 @@ class OptimConfig(_Section):
     compile: bool = False
 
 
+MODEL_KINDS = ("slot_attention", "clustering")
+
+
 class Config(_Section):
     """Everything that decides a run's result, besides the store itself."""
 
     seed: int = 0
     data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
+    model: SlotAttentionConfig | ClusteringConfig = Field(SlotAttentionConfig(), discriminator="kind")
     optim: OptimConfig = OptimConfig()
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(200, ge=1)
+
+    @model_validator(mode="after")
+    def _clips_need_a_model_for_them(self) -> Self:
+        if self.data.clip > 1 and self.model.kind != "clustering":
+            raise ValueError("data.clip above 1 needs model.kind = clustering")
+        return self
 
     def to_toml(self) -> str:
         return tomli_w.dumps(self.model_dump(exclude_none=True))
@@ -127,20 +153,21 @@ def validate(values: Mapping[str, Any], where: str) -> Config:
         return Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        # The tag of the model's kind, which pydantic puts into the path, is not part of the key.
+        key = ".".join(str(part) for part in first["loc"] if part not in MODEL_KINDS)
         hint = ""
         if first["type"] == "extra_forbidden" and (close := get_close_matches(key, _keys(Config), n=1, cutoff=0.5)):
             hint = f"; did you mean {close[0]}?"
         message = "no such key" if first["type"] == "extra_forbidden" else first["msg"]
-        raise UsageError(f"{where}: {key}: {message}{hint}") from error
+        raise UsageError(": ".join(part for part in (where, key, message + hint) if part)) from error
 
 
 def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, item in model.model_fields.items():
-        kind = item.annotation
-        nested = isinstance(kind, type) and issubclass(kind, BaseModel)
-        keys += _keys(kind, f"{prefix}{name}.") if nested else [prefix + name]  # type: ignore[arg-type]
+        parts = [part for part in (item.annotation, *get_args(item.annotation)) if isinstance(part, type)]
+        nested = [part for part in parts if issubclass(part, BaseModel)]
+        keys += [key for part in nested for key in _keys(part, f"{prefix}{name}.")] or [prefix + name]
     return keys
 
 

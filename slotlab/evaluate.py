@@ -15,7 +15,8 @@ from torch import Tensor
 from featcache.store import FeatureStore, Split
 from slotlab import checkpoint, metrics
 from slotlab.config import Config
-from slotlab.models.slot_model import Output, SlotModel
+from slotlab.models.output import Output
+from slotlab.models.registry import Model, empty_model
 from slotlab.normalise import Normaliser
 from slotlab.references import grid_reference, kmeans_floor
 from slotlab.scores import Scores
@@ -32,7 +33,7 @@ class LoadedRun:
     config: Config
     store: FeatureStore
     tap: str
-    model: SlotModel
+    model: Model
 
     @torch.no_grad()
     def segment(self, split: Split, video: int) -> Output:
@@ -50,7 +51,7 @@ def load_run(run: Path, cache: Path | None = None, device: torch.device | str = 
     check_store(run, store)
     tap = store.tap(config.data.tap)
     spec = store.spec.taps[tap]
-    model = SlotModel(config.model, Normaliser(config.data.normalize, spec.dim), spec.grid)
+    model = empty_model(config, spec)
     checkpoint.load_model(run, model)
     return LoadedRun(run, config, store, tap, model.to(device).eval())
 
@@ -118,8 +119,7 @@ def count_labels(split: Split) -> int:
 def references(split: Split, loaded: LoadedRun) -> tuple[dict[str, Any], dict[str, Any]]:
     """The grid's ceiling, and the floor of k-means on each frame's tokens with as many clusters as slots."""
     statistics = loaded.store[loaded.config.data.train_split].statistics(loaded.tap)
-    mean, covariance = torch.from_numpy(statistics.mean), torch.from_numpy(statistics.covariance)
-    whiten = Normaliser.from_statistics("whiten", mean, covariance)
+    whiten = Normaliser.from_moments("whiten", statistics, shrinkage=0.1, center="channel")
     labels, grid, clusters = count_labels(split), loaded.model.grid, loaded.config.model.slots
     ceiling, raw, whitened = Scores(), Scores(), Scores()
     for video in split.videos:

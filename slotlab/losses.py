@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from slotlab.models.slot_model import Output
+from slotlab.models.output import Output
 
 
 def feature_mse(output: Output) -> Tensor:

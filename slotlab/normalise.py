@@ -1,9 +1,13 @@
 """Feature normalisation by the store's statistics, so that one configuration trains every backbone.
 
-Kinds, for features x with data-set mean m, covariance C and D channels:
+Kinds, for features x with mean m, covariance C about it, and D channels:
 
-- ``whiten``: ``(x - m) C'^(-1/2)`` with ``C' = (1 - s) C + s tr(C)/D I``, shrinkage s (Ledoit & Wolf 2004
-  with a fixed s). The symmetric root (ZCA) is the one that no eigenvector's sign or order can change.
+- ``whiten``: ``c (x - m) C'^(-1/2)`` with ``C' = (1 - s) C + s tr(C)/D I``, shrinkage s (Ledoit & Wolf 2004
+  with a fixed s), and c such that the mean channel variance is 1. The symmetric root (ZCA) is the one that no
+  eigenvector's sign or order can change.
+- ``slow=K``: the K directions in which tokens of unit variance change least from frame to frame: linear slow
+  feature analysis (Wiskott & Sejnowski 2002), by the covariance of the features' motion. What stays while
+  objects move is what tells them apart, so this also reduces D channels to K.
 - ``channel``: ``(x - m) / sqrt(diag C)``.
 - ``scale``: ``(x - m) / sqrt(tr(C)/D)``: centred by channel, one factor for all, so that the channels keep
   their relative spread.
@@ -12,20 +16,26 @@ Kinds, for features x with data-set mean m, covariance C and D channels:
   features and is known to hurt; kept so that the finding can be repeated.
 - ``fixed=FACTOR``: ``x * FACTOR``. Known not to help; kept for the same reason.
 
-``whiten``, ``channel`` and ``scale`` give the same output, up to rounding, when the features, and with them
-the statistics, are multiplied by any factor.
+m is the data set's mean token, or that of each patch position, which also takes out what the position alone
+tells. The first four kinds give the same output, up to rounding, when the features, and with them the
+statistics, are multiplied by any factor; and a mean predictor's squared error over their output is 1.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from featcache.errors import DataError, UsageError
+from featcache.stats import Moments
 
-KINDS = ("whiten", "channel", "scale", "none", "sample", "fixed=FACTOR")
+KINDS = ("whiten", "slow=K", "channel", "scale", "none", "sample", "fixed=FACTOR")
+FROM_STATISTICS = ("whiten", "slow", "channel", "scale")
+Center = Literal["channel", "position"]
+
 _DEAD = 1e-12  # variance, relative to the largest, below which a direction is rounding noise and is set to 0
 _EPSILON = 1e-6  # standard deviation below which ``sample`` does not amplify
 
@@ -33,61 +43,82 @@ _EPSILON = 1e-6  # standard deviation below which ``sample`` does not amplify
 class Normaliser(nn.Module):
     """Frozen normalisation of patch features, saved and moved with the model that uses it.
 
-    ``Normaliser(kind, dim)`` alone is the empty shell that ``load_state_dict`` fills;
-    :meth:`from_statistics` makes one from a store. Raises UsageError for a kind that does not exist.
+    ``Normaliser(kind, dim, positions)`` alone is the empty shell that ``load_state_dict`` fills, ``positions``
+    being the number of patches if each has a mean of its own; :meth:`from_statistics` and
+    :meth:`from_moments` make one from a store. Raises UsageError for a kind that does not exist.
     """
 
-    shift: Tensor  # (D,)
-    weight: Tensor  # (D, D) for ``whiten``, (D,) or () otherwise
+    shift: Tensor  # (N or 1, D)
+    weight: Tensor  # (D, D') for ``whiten`` and ``slow``, (D,) or () otherwise
 
-    def __init__(self, kind: str, dim: int) -> None:
+    def __init__(self, kind: str, dim: int, positions: int = 1) -> None:
         super().__init__()
-        self.kind, factor = _parse(kind)
-        self.register_buffer("shift", torch.zeros(dim))
-        shape = {"whiten": (dim, dim), "channel": (dim,)}.get(self.kind, ())
-        self.register_buffer("weight", torch.full(shape, factor))
+        self.kind, value = _parse(kind)
+        if self.kind == "slow" and value > dim:
+            raise UsageError(f"normalisation {kind}: the features have only {dim} channels")
+        self.dim = int(value) if self.kind == "slow" else dim  # of the output
+        self.register_buffer("shift", torch.zeros(positions, dim))
+        shape = {"whiten": (dim, dim), "slow": (dim, self.dim), "channel": (dim,)}.get(self.kind, ())
+        self.register_buffer("weight", torch.full(shape, value))
 
     @classmethod
-    def from_statistics(cls, kind: str, mean: Tensor, covariance: Tensor, shrinkage: float = 0.1) -> Normaliser:
-        """From the mean (D,) and covariance (D, D) of all patch tokens of the training split.
+    def from_moments(cls, kind: str, moments: Moments, shrinkage: float, center: Center) -> Normaliser:
+        """From the moments of the training split, centred by channel or by patch position."""
+        by_position = center == "position"
+        return cls.from_statistics(
+            kind,
+            torch.from_numpy(moments.position_mean if by_position else moments.mean),
+            torch.from_numpy(moments.position_covariance if by_position else moments.covariance),
+            torch.from_numpy(moments.motion_covariance),
+            shrinkage,
+        )
 
-        ``shrinkage`` in [0, 1] is used by ``whiten`` alone. Computed in float64, stored in float32. Raises
-        DataError when the statistics are not finite or the features do not vary, UsageError for a wrong kind
-        or shrinkage.
+    @classmethod
+    def from_statistics(
+        cls,
+        kind: str,
+        mean: Tensor,
+        covariance: Tensor,
+        motion: Tensor | None = None,
+        shrinkage: float = 0.1,
+    ) -> Normaliser:
+        """From the mean (D,) or (N, D) of the tokens, their covariance (D, D) about it, and that of their motion.
+
+        ``motion`` (D, D) is needed by ``slow`` alone, ``shrinkage`` in [0, 1] used by ``whiten`` alone.
+        Computed in float64, stored in float32. Raises DataError when the statistics are not finite or the
+        features do not vary, UsageError for a wrong kind or shrinkage.
         """
-        self = cls(kind, len(mean))
+        mean = mean.double().reshape(-1, mean.shape[-1])  # (N or 1, D)
+        positions, dim = mean.shape
         if not 0 <= shrinkage <= 1:
             raise UsageError(f"normalisation shrinkage is {shrinkage}; choose a value from 0 to 1")
-        if self.kind not in ("whiten", "channel", "scale"):
-            return self
-        mean, covariance = mean.double(), covariance.double()
-        if covariance.shape != (len(mean), len(mean)):
-            raise DataError(
-                f"feature statistics: mean {tuple(mean.shape)} and covariance {tuple(covariance.shape)} "
-                "do not fit; run extract again"
-            )
-        variance = covariance.diagonal()
+        name, _ = _parse(kind)
+        if name not in FROM_STATISTICS:
+            return cls(kind, dim, positions)
+        self = cls(kind, dim, positions)
+        covariance = _symmetric(covariance, dim, "covariance")
         if not bool(torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
             raise DataError("feature statistics are not finite; run verify, then extract again")
+        variance = covariance.diagonal()
         if float(variance.max()) <= 0:
             raise DataError("feature statistics: no channel varies; choose another tap or check the backbone")
         self.shift.copy_(mean)
-        level = variance.mean()
-        if self.kind == "whiten":
-            covariance = (1 - shrinkage) * (covariance + covariance.T) / 2
-            covariance.diagonal().add_(shrinkage * level)
-            values, vectors = torch.linalg.eigh(covariance)
-            self.weight.copy_((vectors * _inverse_root(values)) @ vectors.T)
-        elif self.kind == "channel":
+        if name == "whiten":
+            self.weight.copy_(_whitening(covariance, shrinkage))
+        elif name == "slow":
+            if motion is None or not bool(motion.any()):
+                raise DataError(f"normalisation {kind}: nothing moves in single frames; use whiten")
+            self.weight.copy_(_slow_directions(covariance, _symmetric(motion, dim, "motion"), self.dim, kind))
+        elif name == "channel":
             self.weight.copy_(_inverse_root(variance))
         else:
-            self.weight.copy_(level.rsqrt())
+            self.weight.copy_(variance.mean().rsqrt())
         return self
 
     def forward(self, features: Tensor) -> Tensor:
-        """features (..., N, D) of any float type to float32 (..., N, D); autocast does not reach it."""
-        if features.shape[-1] != len(self.shift):
-            raise ValueError(f"features have {features.shape[-1]} channels, the normaliser {len(self.shift)}")
+        """features (..., N, D) of any float type to float32 (..., N, D'); autocast does not reach it."""
+        if features.shape[-1] != self.shift.shape[-1]:
+            raise ValueError(f"features have {features.shape[-1]} channels, the normaliser {self.shift.shape[-1]}")
         with torch.autocast(features.device.type, enabled=False):
             x = features.float()
             if self.kind == "none":
@@ -98,25 +129,55 @@ class Normaliser(nn.Module):
             if self.kind == "fixed":
                 return x * self.weight
             x = x - self.shift
-            return x @ self.weight if self.kind == "whiten" else x * self.weight
+            return x @ self.weight if self.weight.ndim == 2 else x * self.weight
 
     def extra_repr(self) -> str:
-        return f"{self.kind!r}, dim={len(self.shift)}"
+        return f"{self.kind!r}, {self.shift.shape[-1]} -> {self.dim}"
+
+
+def _symmetric(matrix: Tensor, dim: int, what: str) -> Tensor:
+    if matrix.shape != (dim, dim):
+        raise DataError(f"feature statistics: {what} {tuple(matrix.shape)} does not fit {dim} channels; extract again")
+    return (matrix.double() + matrix.double().T) / 2
+
+
+def _whitening(covariance: Tensor, shrinkage: float) -> Tensor:
+    """Symmetric (D, D) root of the inverse of the shrunk covariance, for a mean channel variance of 1."""
+    shrunk = (1 - shrinkage) * covariance
+    shrunk.diagonal().add_(shrinkage * covariance.diagonal().mean())
+    values, vectors = torch.linalg.eigh(shrunk)
+    weight: Tensor = (vectors * _inverse_root(values)) @ vectors.T
+    variance = (weight @ covariance @ weight).diagonal().mean()
+    return weight * variance.rsqrt()
+
+
+def _slow_directions(covariance: Tensor, motion: Tensor, count: int, kind: str) -> Tensor:
+    """(D, K) directions of unit variance with the least motion, slowest first."""
+    values, vectors = torch.linalg.eigh(covariance)
+    alive = values > _DEAD * values.max()  # a channel that never varies never moves either
+    if int(alive.sum()) < count:
+        raise UsageError(f"normalisation {kind}: the features vary in only {int(alive.sum())} directions")
+    sphere: Tensor = vectors[:, alive] * values[alive].rsqrt()  # (D, R): tokens of unit variance in every direction
+    _, rotation = torch.linalg.eigh(sphere.T @ motion @ sphere)  # ascending: slowest first
+    slow = sphere @ rotation[:, :count]
+    # An eigenvector's sign is arbitrary; fixed by its largest entry, training repeats on every machine.
+    largest = slow.gather(0, slow.abs().argmax(0, keepdim=True))
+    return torch.mul(slow, largest.sign())
 
 
 def _parse(kind: str) -> tuple[str, float]:
-    """The kind's name and its factor (1 where it has none)."""
+    """The kind's name and its number (1 where it has none)."""
     name, _, value = kind.partition("=")
-    if name == "fixed":
+    if name in ("fixed", "slow"):
         try:
-            factor = float(value)
+            number = float(value)
         except ValueError:
-            factor = math.nan
-        if math.isfinite(factor) and factor > 0:
-            return name, factor
+            number = math.nan
+        if math.isfinite(number) and number > 0 and (name == "fixed" or number.is_integer()):
+            return name, number
     elif kind in KINDS:
         return kind, 1.0
-    raise UsageError(f"normalisation {kind!r} is not known; choose one of {', '.join(KINDS)} with FACTOR > 0")
+    raise UsageError(f"normalisation {kind!r} is not known; choose one of {', '.join(KINDS)} with K, FACTOR > 0")
 
 
 def _inverse_root(variance: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ OBJECTS = "#E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7 #8C6BB1 #66C2
 OTHERS = "#3b3f46 #5a606b #7a828f #9aa2ae #b4bac4 #c9ced6 #2a2e35 #6b5f57 #8a7d73"
 OBJECT_COLOURS, OTHER_COLOURS = ([to_rgb(colour) for colour in names.split(" ")] for names in (OBJECTS, OTHERS))
 SINGLE_SLOTS = 6
+SHOWN_IOU = 0.1  # below it a slot only grazes the object that the matching gave it
 
 
 def pick_videos(split: Split, materials: Sequence[str] = ("metal",), each: int = 3) -> list[int]:
@@ -48,7 +49,7 @@ def draw_sheet(loaded: LoadedRun, split: Split, path: Path, videos: Sequence[int
         mbo = float(metrics.mean_best_overlap(table)[0])
         iou = metrics.object_iou(table)[0].nan_to_num().numpy()  # (objects, K)
         objects, slots = linear_sum_assignment(iou, maximize=True)
-        matched = {s: o for o, s in zip(objects, slots, strict=True) if iou[o, s] > 0}
+        matched = {s: o for o, s in zip(objects, slots, strict=True) if iou[o, s] > SHOWN_IOU}
         colours = slot_colours(masks.shape[1], matched)
         assigned = metrics.masks_to_labels(masks, truth.shape[1:])[0].numpy()  # (H, W)
         truth_colours = np.array([OTHER_COLOURS[0], *(OBJECT_COLOURS[k % len(OBJECT_COLOURS)] for k in range(labels))])

@@ -19,23 +19,9 @@ from featcache.stream import FeatureStream
 from slotlab import checkpoint
 from slotlab.config import Config, OptimConfig
 from slotlab.losses import losses
-from slotlab.models.slot_model import SlotModel
-from slotlab.normalise import Normaliser
+from slotlab.models.registry import build_model
 
 Report = Callable[[dict[str, Any]], None]  # one row of metrics.jsonl
-
-
-def build_model(config: Config, store: FeatureStore) -> SlotModel:
-    """The model of a configuration, with the normaliser of this store's training statistics."""
-    tap = store.tap(config.data.tap)
-    statistics = store[config.data.train_split].statistics(tap)
-    normaliser = Normaliser.from_statistics(
-        config.data.normalize,
-        torch.from_numpy(statistics.mean),
-        torch.from_numpy(statistics.covariance),
-        config.data.shrinkage,
-    )
-    return SlotModel(config.model, normaliser, store.spec.taps[tap].grid)
 
 
 def train(
@@ -69,6 +55,7 @@ def train(
         split,
         tap,
         batch_size=optim.batch_size,
+        clip=config.data.clip,
         seed=config.seed,
         device=device,
         residence=config.data.residence,

@@ -91,7 +91,7 @@ def make_store(
                 name,
                 SplitSpec(source.fingerprint(name), lengths, chunk_frames or max(lengths), (SIZE, SIZE), True),
             )
-            moments = Moments.empty(DIM)
+            moments = Moments.empty(GRID[0] * GRID[1], DIM)
             for index in range(len(lengths)):
                 video = source.read(name, index)
                 stored = split.write(index, video, {"block1": tokens_of(video, scale=scale)})

@@ -99,7 +99,7 @@ def test_the_main_job_on_a_folder_of_images(tmp_path: Path) -> None:
 
     trained = slotlab(
         "train", "--cache", "cache/synthetic.zarr", "--steps", 3, "--batch-size", 4, "--set", "model.slots=4",
-        "--out", "runs/one", cwd=tmp_path,
+        "--normalize", "slow=8", "--out", "runs/one", cwd=tmp_path,
     )  # fmt: skip
     assert trained.returncode == 0, trained.stderr
     assert "step 3/3" in trained.stderr

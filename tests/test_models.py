@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from slotlab.config import ModelConfig
+from slotlab.config import ClusteringConfig, SlotAttentionConfig
 from slotlab.losses import losses
+from slotlab.models.clustering_model import ClusteringModel, otsu_threshold
 from slotlab.models.decoders import DECODERS, MLPDecoder
 from slotlab.models.initializers import INITIALIZERS
 from slotlab.models.slot_attention import Attended, SlotAttention
@@ -107,7 +108,7 @@ def test_kmeans_slots_are_the_means_of_their_clusters() -> None:
 @pytest.mark.parametrize("projection", ["mlp", "linear"])
 @pytest.mark.parametrize("initializer", list(INITIALIZERS))
 def test_every_combination_learns_something(decoder: str, projection: str, initializer: str) -> None:
-    config = ModelConfig.model_validate(
+    config = SlotAttentionConfig.model_validate(
         {"slots": K, "slot_dim": S, "projection": projection, "initializer": initializer, "decoder": decoder,
          "decoder_hidden": 32, "slot_mlp_hidden": 16, "kmeans_rounds": 2}
     )  # fmt: skip
@@ -130,8 +131,90 @@ def test_every_combination_learns_something(decoder: str, projection: str, initi
 def test_parameters_of_a_loaded_model_include_the_normaliser() -> None:
     mean, covariance = draw(D), draw(D, D)
     normaliser = Normaliser.from_statistics("whiten", mean, covariance @ covariance.T + torch.eye(D))
-    model = SlotModel(ModelConfig(slots=K, slot_dim=S), normaliser, (4, 4))
-    empty = SlotModel(ModelConfig(slots=K, slot_dim=S), Normaliser("whiten", D), (4, 4))
+    model = SlotModel(SlotAttentionConfig(slots=K, slot_dim=S), normaliser, (4, 4))
+    empty = SlotModel(SlotAttentionConfig(slots=K, slot_dim=S), Normaliser("whiten", D), (4, 4))
     empty.load_state_dict(model.state_dict())
     assert torch.equal(empty.normaliser(draw(B, N, D)), normaliser(draw(B, N, D)))
     assert isinstance(model.project, nn.Sequential)
+
+
+# -- the clustering model ----------------------------------------------------------------------------------
+
+
+def scene(frames: int = 2, objects: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Tokens (F, 64, 12) of an 8x8 grid: noise near the origin, and squares of one direction each; labels (F, 64)."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.linalg.qr(torch.randn(12, 12, generator=generator))[0][:objects]
+    labels = torch.zeros(frames, 8, 8, dtype=torch.long)
+    for k in range(objects):
+        labels[:, 1 : 3 + k, 3 * k : 3 * k + 2] = k + 1
+    tokens = 0.3 * torch.randn(frames, 8, 8, 12, generator=generator)
+    tokens[labels > 0] += 6 * directions[labels[labels > 0] - 1]
+    return tokens.flatten(1, 2), labels.flatten(1)
+
+
+def clustering(**options: object) -> ClusteringModel:
+    torch.manual_seed(0)
+    config = ClusteringConfig.model_validate({"slots": 6, "slot_dim": 12, "hidden": 16, **options})
+    return ClusteringModel(config, Normaliser("none", 12), (8, 8))
+
+
+def test_clustering_finds_the_objects_before_any_training() -> None:
+    tokens, labels = scene()
+    model = clustering(position_weight=0.3, new_slot_distance=1.0)  # a patch of this small grid is wide
+    model.calibrate(tokens)
+    output = model(tokens, torch.Generator())
+    torch.testing.assert_close(output.masks.sum(1), torch.ones(2, 64))
+    assigned = output.masks.argmax(1)  # (F, 64)
+    assert torch.equal(assigned == 0, labels == 0), "the first slot is the background"
+    pairs = {(int(t), int(s)) for t, s in zip(labels.flatten(), assigned.flatten(), strict=True)}
+    assert len(pairs) == 4, "one slot an object, one object a slot"
+    _, active = model.find_slots(*model.encode(tokens))
+    assert active.sum(1).tolist() == [3, 3], "as many slots as the frame needs"
+
+
+def test_clustering_without_objects_gives_all_to_the_background() -> None:
+    tokens, _ = scene()
+    model = clustering()
+    model.calibrate(tokens)
+    output = model(0.1 * draw(2, 64, 12), torch.Generator())
+    assert float(output.masks[:, 0].detach().min()) > 0.5
+    assert torch.isfinite(output.reconstruction).all()
+
+
+def test_clips_train_across_time_and_every_parameter_learns() -> None:
+    tokens, _ = scene(frames=8)
+    model = clustering()
+    model.calibrate(tokens)
+    clips = tokens.view(2, 4, 64, 12)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    seen = []
+    for step in range(30):
+        loss = sum(losses(model(clips, torch.Generator().manual_seed(step))).values(), torch.zeros(()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append(float(loss.detach()))
+    assert seen[-1] < 0.7 * seen[0]
+    assert not [name for name, p in model.named_parameters() if p.grad is None]
+
+
+def test_slots_of_one_frame_must_explain_another() -> None:
+    """With a clip of two different scenes the loss depends on which frame the slots are taken from."""
+    (first, _), (second, _) = scene(1, seed=0), scene(1, seed=5)
+    model = clustering()
+    model.calibrate(torch.cat([first, second]))
+    clips = torch.stack([first, second], 1)  # (1, 2, 64, 12)
+    outputs = [model(clips, torch.Generator().manual_seed(seed)) for seed in range(12)]
+    targets = {round(float(o.target.sum()), 3) for o in outputs}
+    pairs = {(round(float(o.target.sum()), 3), round(float(o.slots.sum()), 3)) for o in outputs}
+    assert len(targets) == 2 and len(pairs) == 4
+
+
+def test_otsu_parts_two_heaps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    low, high = torch.randn(900, generator=generator), 10 + torch.randn(100, generator=generator)
+    values = torch.cat([low, high])
+    threshold = otsu_threshold(values)
+    assert float(low.max()) < float(threshold) < float(high.min())
+    torch.testing.assert_close(otsu_threshold(values * 7), threshold * 7, rtol=1e-2, atol=0)

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from featcache.errors import DataError, UsageError
+from featcache.stats import Moments
 from slotlab.normalise import Normaliser
 
 DIM = 6
-STATISTICAL = ["whiten", "channel", "scale"]
+STATISTICAL = ["whiten", "slow=4", "channel", "scale"]
 
 
 def _features(seed: int = 0) -> Tensor:
@@ -23,15 +24,17 @@ def _features(seed: int = 0) -> Tensor:
     return (noise @ mix + offset) * scales
 
 
-def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+def _statistics(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, covariance and covariance of the motion, frame after frame."""
     flat = features.double().flatten(0, -2)
-    return flat.mean(0), flat.T.cov(correction=0)
+    moved = features.double().diff(dim=0).flatten(0, -2)
+    return flat.mean(0), flat.T.cov(correction=0), moved.T @ moved / len(moved)
 
 
 def test_whitened_covariance_is_the_identity_without_shrinkage() -> None:
     features = _features()
     out = Normaliser.from_statistics("whiten", *_statistics(features), shrinkage=0.0)(features)
-    mean, covariance = _statistics(out)
+    mean, covariance, _ = _statistics(out)
     assert out.dtype == torch.float32
     assert float(mean.abs().max()) < 1e-4
     assert float((covariance - torch.eye(DIM)).abs().max()) < 1e-3
@@ -41,9 +44,10 @@ def test_shrinkage_bounds_the_gain_of_weak_directions() -> None:
     mean, covariance = torch.zeros(DIM), torch.diag(torch.tensor([4.0, 2.0, 0.0, 0.0, 0.0, 0.0]))
     weight = Normaliser.from_statistics("whiten", mean, covariance, shrinkage=0.1).weight
     gains = (0.9 * covariance.diagonal() + 0.1 * 1.0).rsqrt()  # tr(C)/D = 1
+    gains /= (gains.square() * covariance.diagonal()).mean().sqrt()  # for a mean variance of 1
     torch.testing.assert_close(weight, torch.diag(gains))
     full = Normaliser.from_statistics("whiten", mean, covariance, shrinkage=1.0)
-    torch.testing.assert_close(full.weight, torch.eye(DIM))
+    torch.testing.assert_close(full.weight, torch.eye(DIM))  # its mean variance is 1
 
 
 @settings(deadline=None, max_examples=60)
@@ -64,13 +68,60 @@ def test_the_backbones_scale_does_not_reach_the_model(kind: str, factor: float, 
 def test_channel_and_scale() -> None:
     features = _features()
     statistics = _statistics(features)
-    _, covariance = _statistics(Normaliser.from_statistics("channel", *statistics)(features))
+    _, covariance, _ = _statistics(Normaliser.from_statistics("channel", *statistics)(features))
     torch.testing.assert_close(covariance.diagonal(), torch.ones(DIM).double(), atol=1e-4, rtol=0)
-    mean, covariance = _statistics(Normaliser.from_statistics("scale", *statistics)(features))
+    mean, covariance, _ = _statistics(Normaliser.from_statistics("scale", *statistics)(features))
     assert float(mean.abs().max()) < 1e-5
     ratio = covariance.diagonal() / statistics[1].diagonal()  # one factor for all channels
     torch.testing.assert_close(ratio, ratio[:1].expand(DIM), atol=0, rtol=1e-4)
     assert float(covariance.diagonal().mean()) == pytest.approx(1.0, abs=1e-4)
+
+
+def test_slow_directions_are_decorrelated_and_ordered_by_their_motion() -> None:
+    generator = torch.Generator().manual_seed(1)
+    # four channels that drift ever faster, hidden behind a mixing matrix
+    steps = torch.tensor([0.01, 0.05, 0.2, 1.0]).double()
+    start = torch.randn(30, 4, generator=generator).double()
+    drift = torch.randn(40, 30, 4, generator=generator).double().cumsum(0)
+    hidden = start * 10 + drift * steps
+    features = hidden @ torch.randn(4, 4, generator=generator).double() + 5
+    out = Normaliser.from_statistics("slow=3", *_statistics(features))(features)
+    mean, covariance, motion = _statistics(out)
+    assert float(mean.abs().max()) < 1e-3
+    torch.testing.assert_close(covariance, torch.eye(3).double(), atol=1e-3, rtol=0)
+    moves = motion.diagonal()
+    assert bool((moves.diff() > 0).all()), "slowest first"
+    # the slowest direction is the channel that hardly drifts
+    assert (
+        abs(float(torch.corrcoef(torch.stack([out[..., 0].flatten(), hidden[..., 0].flatten().float()]))[0, 1])) > 0.99
+    )
+
+
+def test_slow_directions_leave_out_what_never_varies() -> None:
+    features = _features()
+    features[..., 2] = 0.3
+    out = Normaliser.from_statistics("slow=5", *_statistics(features))(features)
+    torch.testing.assert_close(_statistics(out)[1], torch.eye(5).double(), atol=1e-3, rtol=0)
+    with pytest.raises(UsageError, match="vary in only 5 directions"):
+        Normaliser.from_statistics("slow=6", *_statistics(features))
+    with pytest.raises(UsageError, match="only 6 channels"):
+        Normaliser("slow=7", DIM)
+    with pytest.raises(DataError, match="nothing moves in single frames; use whiten"):
+        Normaliser.from_statistics("slow=2", *_statistics(features)[:2])
+
+
+def test_each_position_can_have_its_own_mean() -> None:
+    features = _features() + 7 * torch.randn(25, DIM, generator=torch.Generator().manual_seed(5)).double()
+    moments = Moments.from_tokens(features)
+    by_position = Normaliser.from_moments("whiten", moments, 0.0, "position")
+    out = by_position(features)
+    torch.testing.assert_close(out.mean(0), torch.zeros(25, DIM), atol=1e-4, rtol=0)
+    torch.testing.assert_close(_statistics(out)[1], torch.eye(DIM).double(), atol=1e-3, rtol=0)
+    loaded = Normaliser("whiten", DIM, positions=25)
+    loaded.load_state_dict(by_position.state_dict())
+    assert torch.equal(loaded(features), out)
+    by_channel = Normaliser.from_moments("whiten", moments, 0.0, "channel")
+    assert by_channel.shift.shape == (1, DIM) and float(by_channel(features).mean(0).abs().max()) > 0.1
 
 
 def test_sample_fixed_and_none_need_no_statistics() -> None:
@@ -112,7 +163,9 @@ def test_autocast_does_not_lower_its_precision() -> None:
     assert torch.equal(mixed, normaliser(features))
 
 
-@pytest.mark.parametrize("kind", ["whitening", "fixed", "fixed=", "fixed=0", "fixed=nan", "none=1", "fixed=FACTOR"])
+@pytest.mark.parametrize(
+    "kind", ["whitening", "fixed", "fixed=", "fixed=0", "fixed=nan", "none=1", "fixed=FACTOR", "slow", "slow=2.5"]
+)
 def test_unknown_kinds_are_refused(kind: str) -> None:
     with pytest.raises(UsageError, match="choose one of"):
         Normaliser(kind, DIM)
@@ -120,12 +173,12 @@ def test_unknown_kinds_are_refused(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", STATISTICAL)
 def test_statistics_that_cannot_be_used_are_refused(kind: str) -> None:
-    mean, covariance = torch.zeros(DIM), torch.eye(DIM)
+    mean, covariance, motion = torch.zeros(DIM), torch.eye(DIM), torch.eye(DIM)
     with pytest.raises(DataError, match="no channel varies"):
-        Normaliser.from_statistics(kind, mean, torch.zeros(DIM, DIM))
+        Normaliser.from_statistics(kind, mean, torch.zeros(DIM, DIM), motion)
     with pytest.raises(DataError, match="not finite"):
-        Normaliser.from_statistics(kind, mean * torch.nan, covariance)
-    with pytest.raises(DataError, match="do not fit"):
-        Normaliser.from_statistics(kind, mean, torch.eye(DIM + 1))
+        Normaliser.from_statistics(kind, mean * torch.nan, covariance, motion)
+    with pytest.raises(DataError, match="does not fit"):
+        Normaliser.from_statistics(kind, mean, torch.eye(DIM + 1), motion)
     with pytest.raises(UsageError, match="shrinkage"):
-        Normaliser.from_statistics(kind, mean, covariance, shrinkage=1.5)
+        Normaliser.from_statistics(kind, mean, covariance, motion, shrinkage=1.5)

@@ -49,7 +49,7 @@ def assert_same(a: Moments, b: Moments, rtol: float = 1e-10) -> None:
     np.testing.assert_array_equal(a.min, b.min)
     np.testing.assert_array_equal(a.max, b.max)
     scale = float(np.trace(b.comoment)) + 1e-300
-    np.testing.assert_allclose(a.mean, b.mean, rtol=rtol, atol=rtol)
+    np.testing.assert_allclose(a.position_mean, b.position_mean, rtol=rtol, atol=rtol)
     np.testing.assert_allclose(a.within, b.within, rtol=rtol, atol=rtol * scale)
     np.testing.assert_allclose(a.between, b.between, rtol=rtol, atol=rtol * scale)
 
@@ -93,6 +93,23 @@ def test_moments_match_numpy_in_float64(dtype: torch.dtype) -> None:
     assert m.norm_max == pytest.approx(np.linalg.norm(flat, axis=1).max(), rel=1e-14)
 
 
+def test_motion_is_the_change_since_the_frame_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tokens(9, 7), tokens(4, 7, seed=1)
+    change = torch.cat([x.diff(dim=0).reshape(-1, DIM) for x in (first, second)]).numpy()
+    monkeypatch.setattr("featcache.stats._BLOCK_TOKENS", 21)  # blocks of three frames leave no gap
+    m = Moments.from_tokens(first) + Moments.from_tokens(second)  # between two videos nothing moves
+    assert m.motion_tokens == len(change) == 11 * 7
+    np.testing.assert_allclose(m.motion_covariance, change.T @ change / len(change), rtol=1e-10)
+
+
+def test_position_covariance_leaves_out_what_the_position_tells() -> None:
+    x = tokens(9, 7) + 10 * torch.randn(7, DIM, generator=torch.Generator().manual_seed(3)).double()
+    m = Moments.from_tokens(x[:2]) + Moments.from_tokens(x[2:])
+    np.testing.assert_allclose(m.position_mean, x.mean(0), rtol=1e-10)
+    rest = (x - x.mean(0)).reshape(-1, DIM).numpy()
+    np.testing.assert_allclose(m.position_covariance, rest.T @ rest / len(rest), rtol=1e-9, atol=1e-9)
+
+
 def test_input_is_left_alone_and_long_videos_are_cut_into_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     x = tokens(11)
     before = x.clone()
@@ -105,7 +122,7 @@ def test_input_is_left_alone_and_long_videos_are_cut_into_blocks(monkeypatch: py
 def test_a_large_mean_does_not_cancel_a_small_variance() -> None:
     # E[x²] - mean² would keep no digit of the variance in float32 and four in float64.
     x = 1e4 + 1e-2 * tokens(64, 16)
-    total = Moments.empty(DIM)
+    total = Moments.empty(16, DIM)
     for start in range(0, len(x), 5):
         total += Moments.from_tokens(x[start : start + 5])
     exact = (x - 1e4).numpy().reshape(-1, DIM)
@@ -160,7 +177,7 @@ def test_arrays_round_trip_exactly_through_zarr(tmp_path: Path) -> None:
 
 
 def test_arrays_of_another_layout_are_refused() -> None:
-    arrays = Moments.empty(3).to_arrays()
+    arrays = Moments.empty(5, 3).to_arrays()
     with pytest.raises(ValueError, match="lack within"):
         Moments.from_arrays({k: v for k, v in arrays.items() if k != "within"})
     with pytest.raises(ValueError, match="sketch"):
@@ -169,14 +186,14 @@ def test_arrays_of_another_layout_are_refused() -> None:
 
 def test_empty_is_neutral_and_dimensions_must_agree() -> None:
     m = Moments.from_tokens(tokens(3))
-    for total in (Moments.empty(DIM) + m, m + Moments.empty(DIM)):
+    for total in (Moments.empty(5, DIM) + m, m + Moments.empty(5, DIM)):
         for name, values in total.to_arrays().items():
             np.testing.assert_array_equal(values, m.to_arrays()[name])
     assert Moments.from_tokens(torch.zeros(0, 5, DIM)).tokens == 0
-    with pytest.raises(ValueError, match="6 and 7"):
-        m.merge(Moments.empty(7))
+    with pytest.raises(ValueError, match=r"\(5, 6\) and \(5, 7\)"):
+        m.merge(Moments.empty(5, 7))
     with pytest.raises(ValueError, match="no tokens"):
-        scale_report(Moments.empty(DIM))
+        scale_report(Moments.empty(5, DIM))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -295,7 +312,7 @@ def padded(dtype: torch.dtype) -> tuple[torch.Tensor, np.ndarray]:
 
 
 def streamed(rows: torch.Tensor, valid: np.ndarray) -> Moments:
-    total = Moments.empty(rows.shape[2])
+    total = Moments.empty(*rows.shape[1:])
     for start in range(0, len(rows), 4):
         total += Moments.from_tokens(rows[start : start + 4][torch.from_numpy(valid[start : start + 4])])
     return total

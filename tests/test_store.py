@@ -142,7 +142,7 @@ def test_more_videos_grow_the_split_in_place(tmp_path: Path) -> None:
         assert not FeatureStore.open(store.path)["train"].complete
         video = long.read("train", 2)
         split.write(2, video, {"block1": tokens_of(video)})
-        split.finish({"block1": Moments.empty(DIM)})
+        split.finish({"block1": Moments.empty(16, DIM)})
     grown = FeatureStore.open(store.path)["train"]
     assert grown.complete and grown.frames == 11
     assert chunk_path(store.path / "train/features/block1", 1, 3).read_bytes() == before

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
-from slotlab.config import ModelConfig
+from slotlab.config import SlotAttentionConfig
 from slotlab.models.decoders import DECODERS
 from slotlab.models.initializers import INITIALIZERS
+from slotlab.models.output import Output
 from slotlab.models.slot_attention import SlotAttention
 from slotlab.normalise import Normaliser
-
-
-@dataclass(frozen=True)
-class Output:
-    """What one forward pass gives; the loss and the metrics read nothing else."""
-
-    slots: Tensor  # (B, K, S)
-    attention: Tensor  # (B, K, N), sums to one over slots
-    logits: Tensor  # (B, K, N), before that softmax
-    masks: Tensor  # (B, K, N), the decoder's
-    reconstruction: Tensor  # (B, N, D)
-    target: Tensor  # (B, N, D), the normalised features
 
 
 class SlotModel(nn.Module):
@@ -35,10 +22,10 @@ class SlotModel(nn.Module):
         grid: rows and columns of patches.
     """
 
-    def __init__(self, config: ModelConfig, normaliser: Normaliser, grid: tuple[int, int]) -> None:
+    def __init__(self, config: SlotAttentionConfig, normaliser: Normaliser, grid: tuple[int, int]) -> None:
         super().__init__()
         self.config, self.grid = config, grid
-        dim, slot_dim, patches = len(normaliser.shift), config.slot_dim, grid[0] * grid[1]
+        dim, slot_dim, patches = normaliser.dim, config.slot_dim, grid[0] * grid[1]
         self.normaliser = normaliser
         hidden = config.projection_hidden or dim
         # Two layers cured the collapse that a single linear map led to; the latter stays for comparison.

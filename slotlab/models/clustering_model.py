@@ -1,0 +1,173 @@
+"""Slots as soft clusters of learnt keys, trained across time.
+
+Over slow, position-centred tokens (``data.normalize = "slow=128"``, ``data.center = "position"``) the background
+lies near the origin: a token's *norm* says that there is an object, and its *direction* says which. The model is
+built on that:
+
+- **keys** (B, N, S): direction of the slowest S channels, smoothed over 3x3 patches, plus a learnt residual that
+  starts at zero; beside them each patch's position, so that equal objects in two places part;
+- **objectness** (B, N): a logistic function of the norm around Otsu's threshold (Otsu 1979), with a learnt
+  residual; what it leaves is the background slot;
+- **slots**: started from the tokens farthest from each other (Gonzalez 1985), as many as the frame needs, and refined
+  as slot attention (Locatello et al., 2020, arXiv:2006.15055) in its k-means form: attention is the softmax over
+  slots of the negative squared distance, a slot is the weighted mean of what it holds;
+- **decoding** by mixing (see :class:`slotlab.models.decoders.MixDecoder`): the slots of one frame attend to and
+  reconstruct another frame of the clip, so that only what lasts is worth keeping in a slot.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slotlab.config import ClusteringConfig
+from slotlab.models.output import Output
+from slotlab.normalise import Normaliser
+
+GRADIENT_ITERATIONS = 3  # of the refinement; earlier ones only bring the slots into place
+OBJECTNESS_WIDTH = 0.125  # of the logistic, relative to the threshold
+SEED_OBJECTNESS = 0.3  # a token below it starts no slot
+RESIDUAL_GAIN = 4.0  # of the learnt objectness, whose logits are large
+NEVER = -1e4  # a logit that no softmax notices
+
+
+class ClusteringModel(nn.Module):
+    """Soft clusters of learnt keys, with a background slot first.
+
+    Args:
+        config: sizes; ``config.slots`` counts the background.
+        normaliser: its channels must be ordered by importance, as ``slow=K`` has them.
+        grid: rows and columns of patches.
+    """
+
+    threshold: Tensor  # (), of token norms
+    position: Tensor  # (N, 2) in [-1, 1]
+
+    def __init__(self, config: ClusteringConfig, normaliser: Normaliser, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.config, self.normaliser, self.grid = config, normaliser, grid
+        self.keys = min(config.slot_dim, normaliser.dim)
+        axes = [torch.linspace(-1, 1, side) for side in grid]
+        self.register_buffer("position", torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1))
+        self.register_buffer("threshold", torch.tensor(float(normaliser.dim) ** 0.5))
+        hidden = config.hidden
+        self.embed = nn.Linear(normaliser.dim + 3, hidden)
+        self.context = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, padding_mode="replicate")
+        self.residual = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, self.keys + 1))
+        last = self.residual[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.decode = nn.Sequential(
+            nn.Linear(self.keys + 3, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, self.keys),
+        )
+
+    @torch.no_grad()
+    def calibrate(self, features: Tensor) -> None:
+        """Set the objectness threshold from a sample of stored features (F, N, D)."""
+        norms = self.normaliser(features).norm(dim=-1)
+        self.threshold.copy_(self.config.threshold * otsu_threshold(norms))
+
+    def forward(self, features: Tensor, generator: torch.Generator) -> Output:
+        """Stored features (B, N, D), or clips (B, T, N, D): slots of one drawn frame, reconstruction of another."""
+        if features.ndim == 4:
+            source, other = torch.randint(features.shape[1], (2,), generator=generator).tolist()
+            slots, active = self.find_slots(*self.encode(self.normaliser(features[:, source])))
+            tokens = self.normaliser(features[:, other])
+            keys, objectness = self.encode(tokens)
+        else:
+            tokens = self.normaliser(features)
+            keys, objectness = self.encode(tokens)
+            slots, active = self.find_slots(keys, objectness)
+        attention = self.attend(keys, objectness, slots, active)  # (B, N, K - 1)
+        background = 1 - objectness.unsqueeze(-1)  # (B, N, 1)
+        masks = torch.cat([background, attention], -1).transpose(1, 2)  # (B, K, N)
+        direction = F.normalize(tokens[..., : self.keys], dim=-1)
+        target = direction * self.objectness_logit(tokens).sigmoid().unsqueeze(-1) * self.keys**0.5
+        found = F.pad(slots[..., : self.keys], (0, 0, 1, 0))  # the background's key is the origin
+        return Output(
+            slots=found,
+            attention=masks,
+            logits=masks.clamp_min(1e-6).log(),
+            masks=masks,
+            reconstruction=self.reconstruct(attention, slots, background),
+            target=target,
+        )
+
+    def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, D') -> keys with weighted position (B, N, S + 2) and objectness (B, N)."""
+        logit = self.objectness_logit(tokens)
+        position = self.position.expand(len(tokens), -1, -1)
+        hidden = F.relu(self.embed(torch.cat([tokens, logit.unsqueeze(-1) / RESIDUAL_GAIN, position], -1)))
+        hidden = hidden + self.context(self._to_map(hidden)).flatten(2).transpose(1, 2)
+        residual = self.residual(hidden)  # (B, N, S + 1)
+        slowest = tokens[..., : self.keys]
+        smooth = F.avg_pool2d(F.pad(self._to_map(slowest), (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        base = F.normalize((slowest + smooth.flatten(2).transpose(1, 2)) / 2, dim=-1)
+        keys = F.normalize(base + residual[..., :-1], dim=-1)
+        objectness = (logit + RESIDUAL_GAIN * residual[..., -1]).sigmoid()
+        return torch.cat([keys, self.config.position_weight * position], -1), objectness
+
+    def objectness_logit(self, tokens: Tensor) -> Tensor:
+        """(B, N), by the norm alone."""
+        return torch.div(tokens.norm(dim=-1) / self.threshold - 1, OBJECTNESS_WIDTH)
+
+    def find_slots(self, keys: Tensor, objectness: Tensor) -> tuple[Tensor, Tensor]:
+        """Object slots (B, K - 1, S + 2), and which of them the frame needs (B, K - 1)."""
+        with torch.no_grad():
+            slots, active = self.seed(keys, objectness)
+        for iteration in range(self.config.iterations):
+            with torch.set_grad_enabled(
+                torch.is_grad_enabled() and iteration >= self.config.iterations - GRADIENT_ITERATIONS
+            ):
+                attention = self.attend(keys, objectness, slots, active)
+                mass = attention.sum(1).unsqueeze(-1)  # (B, K - 1, 1)
+                slots = attention.transpose(1, 2) @ keys / (mass + 1e-3)
+        return slots, active
+
+    def seed(self, keys: Tensor, objectness: Tensor) -> tuple[Tensor, Tensor]:
+        """Farthest-first traversal over object tokens, until all are within ``new_slot_distance`` of a slot."""
+        batch = torch.arange(len(keys), device=keys.device)
+        candidate = objectness > SEED_OBJECTNESS  # (B, N)
+        chosen = objectness.argmax(1)
+        slots, active = [keys[batch, chosen]], [candidate.any(1)]
+        distance = (keys - slots[0].unsqueeze(1)).square().sum(-1)  # (B, N) to the nearest slot
+        for _ in range(self.config.slots - 2):
+            farthest, chosen = (distance * candidate).max(1)
+            active.append(farthest > self.config.new_slot_distance)
+            slots.append(keys[batch, chosen])
+            distance = torch.minimum(distance, (keys - slots[-1].unsqueeze(1)).square().sum(-1))
+        return torch.stack(slots, 1), torch.stack(active, 1)
+
+    def attend(self, keys: Tensor, objectness: Tensor, slots: Tensor, active: Tensor) -> Tensor:
+        """(B, N, K - 1), sums to the objectness over slots."""
+        closeness = 2 * keys @ slots.transpose(1, 2) - slots.square().sum(-1).unsqueeze(1)  # |key|^2 cancels
+        logits = (closeness / self.config.temperature).masked_fill(~active.unsqueeze(1), NEVER)
+        return logits.softmax(-1) * objectness.unsqueeze(-1)
+
+    def reconstruct(self, attention: Tensor, slots: Tensor, background: Tensor) -> Tensor:
+        """(B, N, S) from each patch's mixture of slots, seen from where the patch lies."""
+        mixed = attention @ slots  # (B, N, S + 2)
+        key, place = mixed[..., : self.keys], mixed[..., self.keys :]
+        here = self.config.position_weight * self.position * (1 - background)
+        decoded: Tensor = self.decode(torch.cat([key, place - here, background], -1))
+        return decoded
+
+    def _to_map(self, tokens: Tensor) -> Tensor:
+        return tokens.transpose(1, 2).reshape(len(tokens), -1, *self.grid)  # (B, C, rows, columns)
+
+
+def otsu_threshold(values: Tensor, bins: int = 256) -> Tensor:
+    """The threshold that parts values into two classes of the largest between-class variance (Otsu 1979)."""
+    low, high = values.aminmax()
+    counts = torch.histc(values.float().cpu(), bins, float(low), float(high)).double()
+    middle = torch.linspace(float(low), float(high), bins, dtype=torch.float64)
+    below, sum_below = counts.cumsum(0), (counts * middle).cumsum(0)
+    above, sum_above = below[-1] - below, sum_below[-1] - sum_below
+    gap = sum_below / below.clamp_min(1) - sum_above / above.clamp_min(1)
+    return middle[(below * above * gap.square()).argmax()].to(values)
