@@ -148,7 +148,7 @@ def scene(frames: int = 2, objects: int = 3, seed: int = 0) -> tuple[Tensor, Ten
     labels = torch.zeros(frames, 8, 8, dtype=torch.long)
     for k in range(objects):
         labels[:, 1 : 3 + k, 3 * k : 3 * k + 2] = k + 1
-    tokens = 0.3 * torch.randn(frames, 8, 8, 12, generator=generator)
+    tokens = 0.2 * torch.randn(frames, 8, 8, 12, generator=generator)
     tokens[labels > 0] += 6 * directions[labels[labels > 0] - 1]
     return tokens.flatten(1, 2), labels.flatten(1)
 
