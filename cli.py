@@ -39,6 +39,7 @@ def common(
 
 @app.command()
 def extract(
+    context: typer.Context,
     backbone: Annotated[str, typer.Option(help="Short name, timm:NAME or open_clip:ARCH/TAG.")] = "dinov2",
     data: Annotated[str | None, typer.Option(help="Folder, HDF5 file or tfds:NAME; default: the sample.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Repeatable; default: every split.")] = None,
@@ -53,6 +54,8 @@ def extract(
     batch_size: Annotated[str, typer.Option(help="Frames at a time, or auto (measured).")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Device = "auto",
+    workers: Annotated[int | None, typer.Option(help="Processes of one thread, on this machine.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Of dask; its workers share this file system.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do and stop.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -69,7 +72,7 @@ def extract(
     from featcache.backbones import load_backbone
     from featcache.extract import ExtractOptions, measure_seconds, plan
     from featcache.extract import extract as run_extract
-    from featcache.sources import open_source
+    from featcache.sources import PARTIAL, open_source
     from slotlab import display
 
     options = ExtractOptions(
@@ -81,6 +84,13 @@ def extract(
         batch_size=None if batch_size == "auto" else int(batch_size),
         precision=precision,  # type: ignore[arg-type]
     )
+    client = None
+    if (scheduler or workers is not None) and not dry_run:
+        from featcache.distributed import connect, extract_distributed
+
+        client = context.with_resource(connect(scheduler, workers))
+        if data and Path(data.removesuffix(PARTIAL)).exists():
+            data = str(Path(data).absolute())  # workers may have another working directory
     source = open_source(data)
     model = load_backbone(backbone, weights, tuple(tap or ()), input_size, pick_device(device))
     todo = plan(path, source, model, options)
@@ -102,7 +112,10 @@ def extract(
             display.out.print(display.plain_table(("", "value"), [(k, str(v)) for k, v in summary.items()]))
         return
     with display.ExtractProgress() as progress:
-        store = run_extract(todo, source, model, progress)
+        if client:
+            store = extract_distributed(todo, source, client, weights=weights, device=device, progress=progress)
+        else:
+            store = run_extract(todo, source, model, progress)
     summary = {"path": str(path), "splits": {name: store[name].frames for name in store.splits}}
     if as_json:
         _print_json(summary)
@@ -244,21 +257,71 @@ def demo(
 @app.command()
 def verify(
     cache: Annotated[Path, typer.Argument(help="Store to check.")],
+    repair: Annotated[bool, typer.Option("--repair", help="Make again what is damaged, and only that.")] = False,
+    data: Annotated[str | None, typer.Option(help="Where the store's videos are now, if they have moved.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Checkpoint file, if it has moved.")] = None,
+    device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Check every chunk of a store against its manifest; names the damaged videos, exit code 3 if any."""
+    """Check all of a store against its manifest; names the damaged videos, exit code 3 if any are left."""
     from featcache.verify import verify as run_verify
     from slotlab import display
 
-    damage = run_verify(cache)
+    damage, repaired = run_verify(cache), []
+    if damage and repair:
+        from featcache.repair import Means
+        from featcache.repair import repair as run_repair
+
+        with display.ExtractProgress() as progress:
+            repaired = run_repair(cache, Means(data, weights, device=pick_device(device)), progress)
+        damage = run_verify(cache)
     if as_json:
-        _print_json({"path": str(cache), "damaged": [d.as_dict() for d in damage]})
+        lists = {"damaged": damage, "repaired": repaired}
+        _print_json({"path": str(cache), **{k: [d.as_dict() for d in v] for k, v in lists.items()}})
     elif damage:
         display.out.print(display.plain_table(("split", "video", "id", "what"), [d.row() for d in damage], str(cache)))
     else:
-        display.out.print(f"{cache}: sound")
+        display.out.print(f"{cache}: sound" + (f", {len(repaired)} damages repaired" if repaired else ""))
     if damage:
         raise typer.Exit(DataError.exit_code)
+
+
+@app.command()
+def export(
+    cache: Annotated[Path, typer.Argument(help="Store to copy.")],
+    out: Annotated[Path, typer.Argument(help="Store or file to make.")],
+    form: Annotated[str, typer.Option("--format", help="zarr or hdf5.")] = "zarr",
+    dtype: Annotated[str | None, typer.Option(help="float16 or int8; default: as it is.")] = None,
+    tap: Annotated[list[str] | None, typer.Option(help="Repeatable; default: every tap.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="Repeatable; default: every split.")] = None,
+    shard_videos: Annotated[int, typer.Option(help="Videos that share a file, where inodes are scarce.")] = 0,
+) -> None:
+    """Copy a store in another dtype, with fewer taps, in shards, or as HDF5. Never loads it; checks as it reads."""
+    _one_of("--format", form, "zarr", "hdf5")
+    if dtype is not None:
+        _one_of("--dtype", dtype, "float16", "int8")
+    from featcache.convert import ConvertOptions, convert
+    from slotlab import display
+
+    options = ConvertOptions(dtype, tuple(tap or ()), tuple(split or ()), shard_videos)  # type: ignore[arg-type]
+    with display.ExtractProgress() as progress:
+        convert(cache, out, options, form, progress)  # type: ignore[arg-type]
+    display.out.print(f"{out}: written")
+
+
+@app.command("import")
+def import_file(
+    file: Annotated[Path, typer.Argument(help="HDF5 file by slotlab export, or of the layout in docs/store.md.")],
+    out: Annotated[Path, typer.Argument(help="Store to make.")],
+    dtype: Annotated[str | None, typer.Option(help="float16 or int8; default: as it is.")] = None,
+    tap: Annotated[list[str] | None, typer.Option(help="Repeatable; default: every tap.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="Repeatable; default: every split.")] = None,
+    shard_videos: Annotated[int, typer.Option(help="Videos that share a file, where inodes are scarce.")] = 0,
+) -> None:
+    """Make a store of the features in an HDF5 file."""
+    if not file.is_file():
+        raise DataError(f"{file}: no such file; name an HDF5 file, or copy a store with slotlab export")
+    export(file, out, "zarr", dtype, tap, split, shard_videos)
 
 
 @app.command()
@@ -343,7 +406,7 @@ def main() -> None:
     except FeatcacheError as error:
         if os.environ.get("SLOTLAB_DEBUG"):
             raise
-        print(f"slotlab: {error}", file=sys.stderr)
+        print(f"slotlab: {error.render()}", file=sys.stderr)
         sys.exit(error.exit_code)
     except Exception as error:
         if not (hasattr(error, "show") and hasattr(error, "exit_code")):  # click's, wherever typer keeps its click

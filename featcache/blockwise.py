@@ -1,14 +1,14 @@
 """Moments of a stored array, reduced block by block with dask.
 
-For statistics of a store whose own are missing or doubted: a tree of merges over the array's chunks, in
-bounded memory, equal to what the extraction gathered up to rounding.
+For statistics of a store whose own are missing or doubted: a tree of merges over the array's chunks or videos,
+in bounded memory, here or on dask workers, equal to what the extraction gathered up to rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import dask.array as da
 import numpy as np
@@ -21,6 +21,9 @@ from featcache.errors import DataError
 from featcache.quantise import dequantise
 from featcache.stats import Moments, NonFiniteTokensError
 from featcache.store import Split
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 # How many moments one task merges. Dask runs the tree depth first, so that few wait in memory.
 FAN_IN = 8
@@ -36,17 +39,21 @@ def reduce_moments(
     *,
     valid: npt.NDArray[np.bool_] | None = None,
     scales: Source | None = None,
+    blocks: Sequence[int] | None = None,
     workers: int = WORKERS,
+    client: Client | None = None,
 ) -> Moments:
     """Moments of features (F, N, D), an array of dask or zarr or the path of a zarr one.
 
     ``valid`` (F,) selects the real frames; blocks without any are never read. int8 features need their
-    ``scales`` (F, N). Holds about ``workers`` blocks in float64. Raises ``DataError`` where no array can be
+    ``scales`` (F, N). ``blocks`` gives the rows of each block, else those are the array's chunks: motion is
+    counted within a block. Holds about ``workers`` blocks in float64, or runs on a dask client's workers, with
+    the same result. Raises ``DataError`` where no array can be
     read and for non-finite values, whose row and patch it names; ``ValueError`` for shapes and types that do
     not fit each other.
     """
     name = _name(features)
-    rows = _lazy(features).rechunk({1: -1, 2: -1})
+    rows = _lazy(features).rechunk({1: -1, 2: -1} if blocks is None else (tuple(blocks), -1, -1))
     frames = rows.shape[0]
     if valid is not None and (valid.dtype != np.bool_ or valid.shape != (frames,)):
         raise ValueError(f"valid must be bool ({frames},), got {valid.dtype} {valid.shape}")
@@ -54,37 +61,42 @@ def reduce_moments(
         raise ValueError(f"{name}: int8 features need scales, floats take none (features are {rows.dtype})")
 
     starts = np.cumsum([0, *rows.chunks[0]])
-    blocks = rows.to_delayed().ravel()
-    scale_blocks: Sequence[Delayed | None] = [None] * len(blocks)
+    parts = rows.to_delayed().ravel()
+    scale_parts: Sequence[Delayed | None] = [None] * len(parts)
     if scales is not None:
         lazy_scales = _lazy(scales)
         if lazy_scales.shape != rows.shape[:2]:
             raise ValueError(f"{name}: scales {lazy_scales.shape} do not fit features {rows.shape}")
-        scale_blocks = lazy_scales.rechunk((rows.chunks[0], -1)).to_delayed().ravel()
+        scale_parts = lazy_scales.rechunk((rows.chunks[0], -1)).to_delayed().ravel()
 
     reduce_block, merge = delayed(_reduce_block), delayed(_merge)
     level: list[Delayed] = []
-    for i, (block, scale) in enumerate(zip(blocks, scale_blocks, strict=True)):
+    for i, (part, scale) in enumerate(zip(parts, scale_parts, strict=True)):
         start, stop = int(starts[i]), int(starts[i + 1])
         chosen = np.arange(start, stop) if valid is None else start + np.flatnonzero(valid[start:stop])
         if len(chosen):
-            level.append(reduce_block(block, scale, chosen, start, name))
+            level.append(reduce_block(part, scale, chosen, start, name))
     if not level:
-        return Moments.empty(rows.shape[2])
+        return Moments.empty(*rows.shape[1:])
     while len(level) > 1:
         level = [merge(level[i : i + FAN_IN]) for i in range(0, len(level), FAN_IN)]
     root: Any = level[0]  # dask is untyped
-    total = root.compute(scheduler="threads", num_workers=workers)
+    total = root.compute(scheduler=client or "threads", num_workers=workers)
     assert isinstance(total, Moments)
     return total
 
 
-def recomputed_statistics(split: Split, tap: str) -> Moments:
-    """Moments of a split's real frames from the stored features themselves."""
+def recomputed_statistics(split: Split, tap: str, client: Client | None = None) -> Moments:
+    """Moments of a split's real frames from the stored features themselves, video by video.
+
+    With a dask ``client``, its workers read them; they must see the store under the same path.
+    """
     valid = np.zeros(split.spec.rows, np.bool_)
     valid[split.valid_rows()] = True
-    scales = split.array(f"scales/{tap}") if split.store.spec.dtype == "int8" else None
-    return reduce_moments(split.array(f"features/{tap}"), valid=valid, scales=scales)
+    folder = split.path.absolute()
+    scales = folder / "scales" / tap if split.store.spec.dtype == "int8" else None
+    videos = np.diff(split.spec.starts).tolist()
+    return reduce_moments(folder / "features" / tap, valid=valid, scales=scales, blocks=videos, client=client)
 
 
 def _reduce_block(

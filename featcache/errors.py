@@ -6,11 +6,21 @@ and leaves with the class's exit code; a traceback appears only under ``--debug`
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_CELL = 40  # characters of a value that a table shows
+
 
 class FeatcacheError(Exception):
     """Base of every error that is the user's to mend."""
 
     exit_code = 1
+
+    def render(self) -> str:
+        """What the command line shows: the message, and below it whatever belongs to it."""
+        return str(self)
 
 
 class UsageError(FeatcacheError):
@@ -25,7 +35,50 @@ class DataError(FeatcacheError):
     exit_code = 3
 
 
+@dataclass(frozen=True)
+class Difference:
+    """One setting that does not agree; None is a setting that one side lacks."""
+
+    setting: str
+    present: Any
+    asked: Any
+
+
 class IncompatibleError(FeatcacheError):
-    """A store or checkpoint is sound, but does not fit what was asked of it."""
+    """A store or checkpoint is sound, but does not fit what was asked of it.
+
+    ``differences`` names what does not agree; the message then reads ``what (differences); remedy``.
+    """
 
     exit_code = 4
+
+    def __init__(self, what: str, differences: Sequence[Difference] = (), remedy: str = "") -> None:
+        listed = "; ".join(f"{d.setting}: store {d.present!r}, asked {d.asked!r}" for d in differences)
+        super().__init__(what + (f" ({listed})" if listed else "") + (f"; {remedy}" if remedy else ""))
+        self.what = what
+        self.differences = tuple(differences)
+        self.remedy = remedy
+
+    def render(self) -> str:
+        """The line without the differences, and a table of them."""
+        if not self.differences:
+            return str(self)
+        rows = [("", "store", "asked")]
+        rows += [(d.setting, _short(d.present), _short(d.asked)) for d in self.differences]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n  ".join(["; ".join(part for part in (self.what, self.remedy) if part), *table])
+
+
+def compare_settings(present: Mapping[str, Any], asked: Mapping[str, Any]) -> list[Difference]:
+    """Every setting of two flat mappings that does not agree, by name."""
+    return [
+        Difference(key, present.get(key), asked.get(key))
+        for key in sorted({*present, *asked})
+        if present.get(key) != asked.get(key)
+    ]
+
+
+def _short(value: Any) -> str:
+    text = "-" if value is None else str(value)
+    return text if len(text) <= _CELL else f"{text[: _CELL - 3]}..."

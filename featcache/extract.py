@@ -2,8 +2,8 @@
 
 Decoding runs ahead in threads, the backbone runs in the calling thread, and encoding, statistics and durable
 writes follow in one more thread, so that the backbone waits for neither. Batches are cut from fixed groups of
-videos: which frames share a batch depends only on their position, never on where an earlier run stopped, and
-so a resumed store equals an unbroken one byte for byte.
+videos: which frames share a batch depends only on their position, never on where an earlier run stopped or
+which process a group went to (`featcache.distributed`), and so all their stores are equal byte for byte.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -24,11 +26,12 @@ from PIL import Image
 
 from featcache.backbones import Backbone
 from featcache.errors import DataError, UsageError
+from featcache.manifest import Row
 from featcache.precision import autocast, choose_precision
 from featcache.sources.base import Source, Video
 from featcache.stats import Moments
 from featcache.store import MAX_CHUNK_FRAMES, Dtype, FeatureStore, Precision, Split, SplitSpec, StoreSpec, TapSpec
-from featcache.writer import SplitWriter, StoreWriter, array_layouts
+from featcache.writer import SplitWriter, StoreWriter, array_layouts, write_chunks
 
 READ_AHEAD = 2  # groups decoded ahead of the backbone, and written behind it
 MEASURED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -145,84 +148,132 @@ def extract(
     Raises ``DataError`` when the disk is too small (before starting) or a video is damaged,
     ``IncompatibleError`` when the store at this path holds something else.
     """
+    require_space(plan)
+    with StoreWriter(plan.path, plan.spec) as writer:
+        for split in plan.splits:
+            with closing(writer.split(split.name, split.spec)) as split_writer:
+                _extract_split(split_writer, SplitJob.of(split_writer, plan, source), source, backbone, progress)
+    return FeatureStore.open(plan.path)
+
+
+def require_space(plan: ExtractPlan) -> None:
+    """``DataError`` if what is left to do cannot fit on the disk."""
     if plan.bytes_left > plan.bytes_free:
         raise DataError(
             f"{plan.path}: needs up to {plan.bytes_left / 1e9:.1f} GB and {plan.bytes_free / 1e9:.1f} GB are free; "
             "free space, or use --dtype int8, --frame-stride or --max-videos"
         )
-    with StoreWriter(plan.path, plan.spec) as writer:
-        for split in plan.splits:
-            split_writer = writer.split(split.name, split.spec)
-            try:
-                _extract_split(split_writer, plan, source, backbone, progress)
-            finally:
-                split_writer.close()
-    return FeatureStore.open(plan.path)
 
 
-def _extract_split(
-    writer: SplitWriter, plan: ExtractPlan, source: Source, backbone: Backbone, progress: Progress
-) -> None:
-    spec = writer.spec
-    if spec.statistics_videos == len(spec.lengths) == len(writer.done):
-        progress(writer.name, sum(spec.lengths), sum(spec.lengths))
+def _extract_split(writer: SplitWriter, job: SplitJob, source: Source, backbone: Backbone, progress: Progress) -> None:
+    total = sum(job.spec.lengths)
+    if writer.complete:
+        progress(job.name, total, total)
         return
-    statistics = {tap: Moments.empty(dim) for tap, dim in backbone.dims.items()}
+    done = frozenset(writer.done)
+    statistics: dict[str, Moments] = {}
     frames_done = 0
 
-    def record(index: int, video: Video | None, tokens: Mapping[str, torch.Tensor]) -> None:
-        """In the writing thread, in order: store what is new, read back what is old, count both."""
+    def record(group: range, videos: Sequence[Video], tokens: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """In the writing thread, in order."""
         nonlocal frames_done
-        if index not in writer.done:
-            assert video is not None
-            where = f"{source.location}: {writer.name} video {index}"
-            tokens = writer.write(index, _fitted(video, spec, plan.resize_frames, where), tokens)
-        elif not tokens:
-            stored = Split(FeatureStore.open(plan.path), writer.name)
-            tokens = {tap: stored.tokens(tap, index) for tap in statistics}
-        for tap, values in tokens.items():
-            try:
-                statistics[tap] = statistics[tap] + Moments.from_tokens(values)
-            except ValueError as error:
-                raise DataError(f"{source.location}: {writer.name} video {index}, tap {tap}: {error}") from error
-        frames_done += spec.lengths[index]
-        progress(writer.name, frames_done, sum(spec.lengths))
+        part: dict[str, Moments] = {}
+        for index, row, moments in job.store_group(group, done, videos, tokens):
+            if row:
+                writer.append(row)
+            merge(part, moments)
+            frames_done += job.spec.lengths[index]
+            progress(job.name, frames_done, total)
+        merge(statistics, part)
 
     with ThreadPoolExecutor(1, "write") as writing:
         pending: list[Future[None]] = []
-        for indices, videos in _decoded_groups(source, writer, plan):
-            outputs = (
-                forward(backbone, [v.frames for v in videos], plan.spec.batch_size, plan.spec.precision)
-                if videos
-                else [{} for _ in indices]
-            )
-            for position, index in enumerate(indices):
-                video = videos[position] if videos else None
-                tokens = {} if index in writer.done else outputs[position]
-                pending.append(writing.submit(record, index, video, tokens))
-            while len(pending) > READ_AHEAD * len(indices):
+        for group, videos in _decoded_groups(source, job, done):
+            tokens = job.forward(backbone, videos) if videos else []
+            pending.append(writing.submit(record, group, videos, tokens))
+            while len(pending) > READ_AHEAD:
                 pending.pop(0).result()
         for future in pending:
             future.result()
     writer.finish(statistics)
 
 
-def _decoded_groups(source: Source, writer: SplitWriter, plan: ExtractPlan) -> Iterator[tuple[range, list[Video]]]:
-    """Fixed groups of videos, decoded ahead; a group that is finished comes without its videos."""
-    spec = writer.spec
-    size = max(1, plan.spec.batch_size // spec.chunk_frames)
-    groups = [range(i, min(i + size, len(spec.lengths))) for i in range(0, len(spec.lengths), size)]
-    done = set(writer.done)
+@dataclass(frozen=True)
+class SplitJob:
+    """How the groups of one split are read, run and stored, in whichever process."""
 
-    def read(index: int) -> Video:
-        return _strided(source.read(writer.name, index), plan.spec.frame_stride)
+    path: Path  # the split's folder
+    name: str
+    store: StoreSpec
+    spec: SplitSpec
+    location: str  # of the source, for messages
+    resize_frames: bool
 
+    @classmethod
+    def of(cls, writer: SplitWriter, plan: ExtractPlan, source: Source) -> SplitJob:
+        path = writer.path.absolute()
+        return cls(path, writer.name, plan.spec, writer.spec, source.location, plan.resize_frames)
+
+    def groups(self) -> list[range]:
+        """Videos that share batches: a matter of position and batch size alone."""
+        size = max(1, self.store.batch_size // self.spec.chunk_frames)
+        videos = len(self.spec.lengths)
+        return [range(i, min(i + size, videos)) for i in range(0, videos, size)]
+
+    def read(self, source: Source, index: int) -> Video:
+        return _strided(source.read(self.name, index), self.store.frame_stride)
+
+    def forward(self, backbone: Backbone, videos: Sequence[Video]) -> list[dict[str, torch.Tensor]]:
+        return forward(backbone, [v.frames for v in videos], self.store.batch_size, self.store.precision)
+
+    def store_group(
+        self,
+        group: range,
+        done: Container[int],
+        videos: Sequence[Video],
+        tokens: Sequence[Mapping[str, torch.Tensor]],
+    ) -> Iterator[tuple[int, Row | None, dict[str, Moments]]]:
+        """Store what is new and read back what is old, video by video.
+
+        ``videos`` and ``tokens`` are the group's, and empty when all of it is done. Yields the index, the
+        row to append (None for an old video) and the moments of the tokens as stored.
+        """
+        for position, index in enumerate(group):
+            row: Row | None = None
+            if index in done:
+                stored = {tap: self._stored.tokens(tap, index) for tap in self.store.taps}
+            else:
+                where = f"{self.location}: {self.name} video {index}"
+                video = _fitted(videos[position], self.spec, self.resize_frames, where)
+                row, stored = write_chunks(self.path, self.store, self.spec, index, video, tokens[position])
+            yield index, row, {tap: self._moments(index, tap, values) for tap, values in stored.items()}
+
+    @cached_property
+    def _stored(self) -> Split:
+        return Split(FeatureStore.open(self.path.parent), self.name)
+
+    def _moments(self, index: int, tap: str, tokens: torch.Tensor) -> Moments:
+        try:
+            return Moments.from_tokens(tokens)
+        except ValueError as error:
+            raise DataError(f"{self.location}: {self.name} video {index}, tap {tap}: {error}") from error
+
+
+def merge(total: dict[str, Moments], part: Mapping[str, Moments]) -> None:
+    """Add moments by tap to ``total``. Videos are merged within their group, and groups in order, wherever
+    they ran: the sums are rounded alike."""
+    for tap, moments in part.items():
+        total[tap] = total[tap] + moments if tap in total else moments
+
+
+def _decoded_groups(source: Source, job: SplitJob, done: frozenset[int]) -> Iterator[tuple[range, list[Video]]]:
+    """The job's groups, decoded ahead; a group that is finished comes without its videos."""
     with ThreadPoolExecutor(2, "decode") as decoding:
         ahead: list[tuple[range, list[Future[Video]]]] = []
         try:
-            for group in groups:
+            for group in job.groups():
                 wanted = [] if done.issuperset(group) else list(group)
-                ahead.append((group, [decoding.submit(read, index) for index in wanted]))
+                ahead.append((group, [decoding.submit(job.read, source, index) for index in wanted]))
                 if len(ahead) > READ_AHEAD:
                     first, futures = ahead.pop(0)
                     yield first, [future.result() for future in futures]

@@ -54,43 +54,48 @@ class Moments:
     ``within`` and ``between`` split the total co-moment (the sum over tokens of the outer product of
     deviations from the overall mean): ``within`` takes deviations from the token's own frame's mean,
     ``between`` those of the frames' means, weighted by their tokens. They sum to the total exactly.
+
+    ``motion`` sums the outer products of each token's change since the frame before at the same position.
     """
 
     frames: int
-    tokens: int
-    mean: Float  # (D,)
+    position_mean: Float  # (N, D), the mean token of each patch position
     min: Float  # (D,); +inf when empty
     max: Float  # (D,); -inf when empty
     within: Float  # (D, D)
     between: Float  # (D, D)
     norm_counts: Int  # (BUCKETS,) token norms
     norm_max: float  # exact, the sketch's is not
+    motion: Float  # (D, D)
+    motion_tokens: int  # tokens that have a frame before them
 
     @classmethod
-    def empty(cls, dim: int) -> Self:
-        """Moments of no frames, the neutral element of ``merge``."""
+    def empty(cls, patches: int, dim: int) -> Self:
+        """Moments of no frames of N patches and D channels, the neutral element of ``merge``."""
         return cls(
             frames=0,
-            tokens=0,
-            mean=np.zeros(dim),
+            position_mean=np.zeros((patches, dim)),
             min=np.full(dim, np.inf),
             max=np.full(dim, -np.inf),
             within=np.zeros((dim, dim)),
             between=np.zeros((dim, dim)),
             norm_counts=np.zeros(BUCKETS, np.int64),
             norm_max=0.0,
+            motion=np.zeros((dim, dim)),
+            motion_tokens=0,
         )
 
     @classmethod
     def from_tokens(cls, tokens: Tensor) -> Self:
         """Moments of tokens (F, N, D) of any float type on any device, computed in float64 where they are.
 
+        The frames are taken to follow each other in one video: give each video by itself.
         Raises :class:`NonFiniteTokensError` (a ``ValueError``) if any value is NaN or infinite.
         """
         if tokens.ndim != 3 or not tokens.is_floating_point():
             raise ValueError(f"expected float tokens (F, N, D), got {tokens.dtype} {tuple(tokens.shape)}")
         frames, patches, dim = tokens.shape
-        total = cls.empty(dim)
+        total = cls.empty(patches, dim)
         if tokens.numel() == 0:
             return total
         if tokens.device.type == "mps":  # has no float64
@@ -98,7 +103,8 @@ class Moments:
         step = max(1, _BLOCK_TOKENS // patches)
         for start in range(0, frames, step):
             try:
-                total = total.merge(cls._from_block(tokens[start : start + step].detach()))
+                before = tokens[start - 1].detach() if start else None
+                total = total.merge(cls._from_block(tokens[start : start + step].detach(), before))
             except NonFiniteTokensError:
                 # Located over all frames, not the block: the message must count them all.
                 bad = ~torch.isfinite(tokens)
@@ -107,7 +113,7 @@ class Moments:
         return total
 
     @classmethod
-    def _from_block(cls, tokens: Tensor) -> Self:
+    def _from_block(cls, tokens: Tensor, before: Tensor | None) -> Self:
         frames, patches, dim = tokens.shape
         x = tokens.to(torch.float64, copy=True)  # (F, N, D); ours to centre in place
         low, high = x.aminmax(dim=1)  # (F, D) each; NaN and infinity show in these
@@ -115,6 +121,9 @@ class Moments:
         if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
             raise NonFiniteTokensError(0, 0, 0)
         norms = torch.linalg.vector_norm(x, dim=-1)  # (F, N)
+        position_mean = x.mean(0)  # (N, D)
+        moved = torch.diff(x, dim=0, prepend=None if before is None else before.double().unsqueeze(0))
+        moved = moved.reshape(-1, dim)  # (tokens with a frame before, D)
         means = x.mean(1)  # (F, D)
         mean = means.mean(0)  # (D,)
         # Centring before the product, never E[xx'] - mean mean': that cancels when the mean is large.
@@ -123,20 +132,22 @@ class Moments:
         shift = means - mean  # (F, D)
         return cls(
             frames=frames,
-            tokens=frames * patches,
-            mean=_host(mean),
+            position_mean=_host(position_mean),
             min=_host(low),
             max=_host(high),
             within=_host(flat.T @ flat),
             between=_host(shift.T @ shift) * patches,
             norm_counts=_count_norms(norms),
             norm_max=float(norms.max()),
+            motion=_host(moved.T @ moved),
+            motion_tokens=len(moved),
         )
 
     def merge(self, other: Moments) -> Self:
-        """Moments of both sets together. ``ValueError`` if their dimensions differ."""
-        if self.dim != other.dim:
-            raise ValueError(f"cannot merge moments of {self.dim} and {other.dim} channels")
+        """Moments of both sets together. ``ValueError`` if their shapes differ."""
+        if self.position_mean.shape != other.position_mean.shape:
+            shapes = f"{self.position_mean.shape} and {other.position_mean.shape}"
+            raise ValueError(f"cannot merge moments of {shapes} patches and channels")
         tokens = self.tokens + other.tokens
         share = other.tokens / tokens if tokens else 0.0
         shift = other.mean - self.mean  # (D,)
@@ -144,14 +155,15 @@ class Moments:
         gap = np.outer(shift, shift) * (self.tokens * share)
         return type(self)(
             frames=self.frames + other.frames,
-            tokens=tokens,
-            mean=self.mean + shift * share,
+            position_mean=self.position_mean + (other.position_mean - self.position_mean) * share,
             min=np.minimum(self.min, other.min),
             max=np.maximum(self.max, other.max),
             within=self.within + other.within,
             between=self.between + other.between + gap,
             norm_counts=self.norm_counts + other.norm_counts,
             norm_max=max(self.norm_max, other.norm_max),
+            motion=self.motion + other.motion,
+            motion_tokens=self.motion_tokens + other.motion_tokens,
         )
 
     __add__ = merge
@@ -170,20 +182,33 @@ class Moments:
             raise ValueError(f"statistics lack {', '.join(sorted(missing))}")
         if arrays["norm_counts"].shape != (BUCKETS,):
             raise ValueError(f"token norm sketch is {arrays['norm_counts'].shape}, expected ({BUCKETS},)")
-        names = ("mean", "min", "max", "within", "between")
+        names = ("position_mean", "min", "max", "within", "between", "motion")
         return cls(
             frames=int(arrays["frames"]),
-            tokens=int(arrays["tokens"]),
             norm_counts=np.asarray(arrays["norm_counts"]).astype(np.int64),
             norm_max=float(arrays["norm_max"]),
+            motion_tokens=int(arrays["motion_tokens"]),
             **{name: np.asarray(arrays[name], np.float64) for name in names},
         )
 
     # -- what is read from them --------------------------------------------------------------------------
 
     @property
+    def patches(self) -> int:
+        return int(self.position_mean.shape[0])
+
+    @property
     def dim(self) -> int:
-        return len(self.mean)
+        return int(self.position_mean.shape[1])
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * self.patches
+
+    @property
+    def mean(self) -> Float:
+        """Mean of each channel (D,)."""
+        return np.asarray(self.position_mean.mean(0))
 
     @property
     def comoment(self) -> Float:
@@ -194,6 +219,17 @@ class Moments:
     def covariance(self) -> Float:
         """Population covariance of the tokens (D, D)."""
         return self.comoment / self.tokens
+
+    @property
+    def position_covariance(self) -> Float:
+        """Population covariance of the deviations from each position's mean (D, D)."""
+        shift = self.position_mean - self.mean  # (N, D)
+        return self.covariance - shift.T @ shift / self.patches
+
+    @property
+    def motion_covariance(self) -> Float:
+        """Mean outer product of a token's change since the frame before (D, D); zeros if all are first frames."""
+        return self.motion / max(self.motion_tokens, 1)
 
     @property
     def variance(self) -> Float:

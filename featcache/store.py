@@ -75,6 +75,8 @@ class StoreSpec:
     batch_size: int = 0
     versions: Mapping[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
+    exported_from: str = ""  # the store or file that the values were copied from; "" for an extraction
+    dtype_through: str = ""  # int8 where float16 values were int8 on their way, which extraction cannot repeat
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -87,7 +89,7 @@ class StoreSpec:
     def identity(self) -> dict[str, Any]:
         """Flat mapping of everything that must agree before a run may add to this store."""
         raw = self.to_json()
-        for free in ("source", "batch_size", "versions"):
+        for free in ("source", "batch_size", "versions", "exported_from"):
             del raw[free]
         raw["model"] = {k: v for k, v in raw["model"].items() if k not in ("library_version", "weights_origin")}
         return flatten(raw)
@@ -103,6 +105,7 @@ class SplitSpec:
     frame_size: tuple[int, int]  # height, width of the stored frames and masks
     masks: bool
     statistics_videos: int = 0  # how many videos the stored statistics cover
+    shard_chunks: int = 0  # chunks that share a file; 0 gives each its own
 
     @cached_property
     def starts(self) -> npt.NDArray[np.int64]:
@@ -172,8 +175,11 @@ class Split:
         self.store = store
         self.name = name
         self.path = store.path / name
-        self.group = zarr.open_group(str(self.path), mode="r")
-        self.spec = SplitSpec.from_json(self.group.attrs["featcache"])  # type: ignore[arg-type]
+        try:
+            self.group = zarr.open_group(str(self.path), mode="r")
+            self.spec = SplitSpec.from_json(self.group.attrs["featcache"])  # type: ignore[arg-type]
+        except Exception as error:  # zarr raises many kinds for a damaged document
+            raise self._damaged(f"{name}/zarr.json") from error
         self.manifest = manifest.read(self.path)
 
     def __repr__(self) -> str:
@@ -213,9 +219,17 @@ class Split:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def array(self, path: str) -> zarr.Array[Any]:
-        item = self.group[path]
+        try:
+            item = self.group[path]
+        except Exception as error:
+            raise self._damaged(f"{self.name}/{path}/zarr.json") from error
         assert isinstance(item, zarr.Array)
         return item
+
+    def _damaged(self, what: str) -> DataError:
+        return DataError(
+            f"{self.store.path / what}: missing or damaged; run: slotlab verify --repair {self.store.path}"
+        )
 
     def tokens(self, tap: str, video: int) -> torch.Tensor:
         """Patch tokens of one video as stored: float16 (T, N, D), or float32 from int8."""

@@ -1,60 +1,74 @@
 """Writing a store so that nothing finished is lost and nothing unfinished is believed.
 
-A chunk goes to a temporary name, is synced and renamed; when all chunks of a video and their directory are
-durable, its row is appended to the manifest. Chunks are encoded here rather than through zarr-python because
-zarr-python does not sync, and because the bytes that are checked are then the bytes that are written.
+The order is the whole of it: chunks are durable before their manifest row, tables and statistics before the
+split's attributes say that it is complete, a split's arrays before its manifest exists, the root before any
+split. Chunks are encoded here rather than through zarr-python because zarr-python does not sync, and because
+the bytes that are checked are then the bytes that are written.
 """
 
 from __future__ import annotations
 
 import fcntl
+import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import google_crc32c
-import numpy as np
 import numpy.typing as npt
 import torch
-import zarr
-from numcodecs.zstd import Zstd
-from zarr.codecs import ZstdCodec
 
-from featcache import manifest
-from featcache.errors import DataError, IncompatibleError
+from featcache import manifest, shards
+from featcache.durable import TEMPORARY, cannot_write, make_directory, sync_directory, write_durably, write_tree
+from featcache.errors import DataError, IncompatibleError, compare_settings
+from featcache.layout import (
+    METADATA,
+    ArrayLayout,
+    array_layouts,
+    chunk_numbers,
+    chunk_path,
+    root_metadata,
+    split_metadata,
+    summary_files,
+)
 from featcache.quantise import dequantise, quantise
 from featcache.sources.base import Video
 from featcache.stats import Moments
 from featcache.store import FeatureStore, SplitSpec, StoreSpec
 
-COMPRESSED = ("video", "segmentations")  # features are raw, so that they can be mapped
-ZSTD_LEVEL = 3
-TEMPORARY = ".tmp"
-LABELS = ("shape", "size", "color", "material")
-UNKNOWN = 255
+__all__ = ["SplitWriter", "StoreWriter", "array_layouts", "chunk_path", "write_chunks"]
+
+LOCK = ".lock"
+SUMMARIES = ("instances", "statistics")  # folders that `SplitWriter.finish` makes
+Arrays = Mapping[str, npt.NDArray[Any]]  # one video's rows as stored, by array
 
 
 class StoreWriter:
-    """The one process that may write to a store. Use as a context manager; it holds the store's lock."""
+    """The one process that may write to a store. Use as a context manager; it holds the store's lock.
+
+    Raises ``DataError`` where another process writes, or where something else than a store lies, and
+    ``IncompatibleError`` for a store of other features.
+    """
 
     def __init__(self, path: Path, spec: StoreSpec) -> None:
-        path.mkdir(parents=True, exist_ok=True)
+        refuse_foreign(path)
+        make_directory(path.absolute())
         self.path = path
-        self._lock = _lock(path)
+        self._lock: int | None = _lock(path)
         try:
-            # Left by a run that was killed; with the lock held, nobody else is writing them.
-            for leftover in [*path.rglob(f"*{TEMPORARY}"), *path.rglob("*.partial")]:  # ours and zarr-python's
-                leftover.unlink()
-            if (path / "zarr.json").exists():
-                present = FeatureStore.open(path).spec
-                refuse_if_different(path, present.identity(), spec.identity())
-                self.spec = present
+            if (path / METADATA).exists():
+                self.spec = FeatureStore.open(path).spec
+                refuse_if_different(path, self.spec.identity(), spec.identity())
             else:
                 self.spec = spec
-                zarr.create_group(str(path), attributes={"featcache": spec.to_json()}, zarr_format=3)
+                write_tree(path, {METADATA: root_metadata(spec)})
+            # Left by a run that was killed; with the lock held, nobody else is writing them.
+            for leftover in [*path.rglob(f"*{TEMPORARY}"), *path.rglob("*.partial")]:  # ours and zarr-python's
+                leftover.unlink(missing_ok=True)
         except BaseException:
             self.close()
             raise
@@ -68,7 +82,9 @@ class StoreWriter:
         self.close()
 
     def close(self) -> None:
-        os.close(self._lock)
+        if self._lock is not None:  # a second close might close somebody else's file
+            os.close(self._lock)
+            self._lock = None
 
     def split(self, name: str, spec: SplitSpec) -> SplitWriter:
         """Create the split, or open it where an earlier run stopped; a longer one grows in place."""
@@ -86,30 +102,34 @@ class SplitWriter:
         self.spec = self._grow(spec) if (self.path / manifest.NAME).exists() else self._create(spec)
         self._appender = manifest.Appender(self.path)
         self.done = set(manifest.read(self.path))
+        self._shard = _OpenShard(self.path, self.spec, array_layouts(self.store_spec, self.spec))
 
     def close(self) -> None:
+        """Let go of the split. Videos that wait for their shard to fill are forgotten, unlike after `finish`."""
         self._appender.close()
 
     # -- layout ----------------------------------------------------------------------------------------
 
     def _create(self, spec: SplitSpec) -> SplitSpec:
-        group = zarr.create_group(str(self.path), attributes={"featcache": asdict(spec)}, overwrite=True, zarr_format=3)
-        for layout in array_layouts(self.store_spec, spec):
-            group.create_array(
-                layout.name,
-                shape=(spec.rows, *layout.shape),
-                chunks=(spec.chunk_frames, *layout.shape),
-                dtype=layout.dtype,
-                fill_value=layout.fill,
-                compressors=[ZstdCodec(level=ZSTD_LEVEL)] if layout.name in COMPRESSED else None,
-                chunk_key_encoding={"name": "default", "separator": "."},
-                dimension_names=("frame", *layout.dimensions),
-            )
+        if self.path.exists():
+            self._refuse_lost_manifest()
+            shutil.rmtree(self.path)  # left by a run that was killed while creating it
+        write_tree(self.path, split_metadata(self.store_spec, spec))
         return spec
 
+    def _refuse_lost_manifest(self) -> None:
+        try:
+            finished = read_split_spec(self.path).statistics_videos
+        except DataError:
+            return
+        if finished:
+            raise DataError(
+                f"{self.path / manifest.NAME}: missing from a split of {finished} videos; put the file back, "
+                f"or delete {self.path} to make it anew"
+            )
+
     def _grow(self, asked: SplitSpec) -> SplitSpec:
-        group = zarr.open_group(str(self.path), mode="r+")
-        present = SplitSpec.from_json(group.attrs["featcache"])  # type: ignore[arg-type]
+        present = read_split_spec(self.path)
         longer, shorter = sorted((present.lengths, asked.lengths), key=len, reverse=True)
         fixed = [asdict(replace(spec, lengths=(), statistics_videos=0)) for spec in (present, asked)]
         refuse_if_different(self.path, *fixed)
@@ -119,199 +139,221 @@ class SplitWriter:
             )
         if longer == present.lengths:
             return present
-        for layout in array_layouts(self.store_spec, present):
-            array = group[layout.name]
-            assert isinstance(array, zarr.Array)
-            array.resize((asked.rows, *layout.shape))
         grown = replace(asked, statistics_videos=0)
-        group.attrs["featcache"] = asdict(grown)
+        # Arrays before attributes: one that is longer than the split says is still whole.
+        write_tree(self.path, split_metadata(self.store_spec, grown))
         return grown
 
     # -- videos ----------------------------------------------------------------------------------------
 
-    def write(self, index: int, video: Video, tokens: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Store one video durably and return its tokens as a reader will see them.
+    @property
+    def complete(self) -> bool:
+        return len(self.done) == len(self.spec.lengths) == self.spec.statistics_videos
 
-        ``tokens`` holds (T, N, D) floats for each tap. Raises ``DataError`` when the disk is full; the
-        videos finished before stay.
-        """
-        arrays: dict[str, npt.NDArray[Any]] = {"video": video.frames}
-        if self.spec.masks:
-            assert video.segmentations is not None
-            arrays["segmentations"] = video.segmentations
-        stored: dict[str, torch.Tensor] = {}
-        for tap, values in tokens.items():
-            if self.store_spec.dtype == "int8":
-                codes, scale = (part.cpu() for part in quantise(values))
-                arrays[f"features/{tap}"], arrays[f"scales/{tap}"] = codes.numpy(), scale.numpy()
-                stored[tap] = dequantise(codes, scale)
-            else:
-                stored[tap] = values.to(torch.float16).cpu()
-                arrays[f"features/{tap}"] = stored[tap].numpy()
-        crc32c = {name: self._write_array(name, index, values) for name, values in arrays.items()}
-        for name in arrays:
-            _sync_directory(self.path / name)
-        self._appender.append(manifest.Row(index, video.id, len(video.frames), crc32c, video.instances))
-        self.done.add(index)
+    def write(self, index: int, video: Video, tokens: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Store one video durably and return its tokens as a reader will see them; see `write_chunks`."""
+        row, stored = write_chunks(self.path, self.store_spec, self.spec, index, video, tokens)
+        self.append(row)
         return stored
 
-    def _write_array(self, name: str, index: int, values: npt.NDArray[Any]) -> tuple[int, ...]:
-        length, frames = self.spec.lengths[index], self.spec.chunk_frames
-        assert len(values) == length, (name, index, len(values), length)
-        first = int(self.spec.starts[index]) // frames
-        sums = []
-        for number, start in enumerate(range(0, length, frames)):
-            chunk = values[start : start + frames]
-            if len(chunk) < frames:
-                fill = np.nan if chunk.dtype == np.float16 else 0
-                padding = np.full((frames - len(chunk), *chunk.shape[1:]), fill, chunk.dtype)
-                chunk = np.concatenate([chunk, padding])
-            data = np.ascontiguousarray(chunk).tobytes()
-            if name in COMPRESSED:
-                data = bytes(Zstd(level=ZSTD_LEVEL).encode(data))
-            write_durably(chunk_path(self.path / name, first + number, chunk.ndim), data)
-            sums.append(google_crc32c.value(data))
-        return tuple(sums)
+    def write_arrays(self, row: manifest.Row, arrays: Arrays) -> None:
+        """Store one video whose rows are encoded as they shall lie; ``row`` lacks only the checksums.
+
+        In a sharded split the video is finished when its last shard is full, or by `finish`.
+        """
+        if not self.spec.shard_chunks:
+            self.append(_write_arrays(self.path, self.store_spec, self.spec, row, arrays))
+            return
+        for finished in self._shard.put(row, arrays):
+            self.append(finished)
+
+    def append(self, row: manifest.Row) -> None:
+        """Declare a video finished, whose chunks some process has made durable."""
+        self._appender.append(row)
+        self.done.add(row.video)
 
     # -- the end ---------------------------------------------------------------------------------------
 
     def finish(self, statistics: Mapping[str, Moments]) -> None:
         """Write tables and statistics once every video is there; marks the split complete."""
+        for row in self._shard.flush():
+            self.append(row)
+        self.unfinish()
         rows = manifest.read(self.path)
-        group = zarr.open_group(str(self.path), mode="r+")
-        self._write_tables(group, rows)
-        for tap, moments in statistics.items():
-            for name, values in moments.to_arrays().items():
-                _put(group, f"statistics/{tap}/{name}", values, None)
-        self.spec = replace(self.spec, statistics_videos=len(rows))
-        group.attrs["featcache"] = asdict(self.spec)
+        for old in SUMMARIES:  # an older one may have had other arrays
+            shutil.rmtree(self.path / old, ignore_errors=True)
+        write_tree(self.path, summary_files(self.spec, rows, statistics))
+        self._save(replace(self.spec, statistics_videos=len(rows)))
 
-    def _write_tables(self, group: zarr.Group, rows: Mapping[int, manifest.Row]) -> None:
-        frame_video = np.full(self.spec.rows, -1, np.int32)
-        frame_position = np.full(self.spec.rows, -1, np.int32)
-        slots = max((len(row.instances) for row in rows.values()), default=0)
-        visibility = np.zeros((self.spec.rows, slots), np.int32)
-        for video, row in rows.items():
-            start = int(self.spec.starts[video])
-            frame_video[start : start + row.frames] = video
-            frame_position[start : start + row.frames] = np.arange(row.frames)
-            for k, instance in enumerate(row.instances):
-                visibility[start : start + row.frames, k] = instance.visibility
-        _put(group, "frame_video", frame_video, ("frame",))
-        _put(group, "frame_position", frame_position, ("frame",))
-        if not slots:
-            return
-        _put(group, "instances/visibility", visibility, ("frame", "instance"))
-        for label in LABELS:
-            names = sorted({getattr(i, label) for row in rows.values() for i in row.instances} - {""})
-            codes = np.full((len(self.spec.lengths), slots), UNKNOWN, np.uint8)
-            for video, row in rows.items():
-                for k, instance in enumerate(row.instances):
-                    value = getattr(instance, label)
-                    codes[video, k] = names.index(value) if value else UNKNOWN
-            _put(group, f"instances/{label}", codes, ("video_index", "instance"), {"labels": names})
+    def unfinish(self) -> None:
+        """Take back that the split is complete, before its tables or statistics change."""
+        if self.spec.statistics_videos:
+            self._save(replace(self.spec, statistics_videos=0))
+
+    def _save(self, spec: SplitSpec) -> None:
+        save_split_spec(self.path, spec)
+        self.spec = spec
 
 
-@dataclass(frozen=True)
-class ArrayLayout:
-    """One per-frame array of a split; ``shape`` is that of a frame."""
+def write_chunks(
+    path: Path,
+    store: StoreSpec,
+    split: SplitSpec,
+    index: int,
+    video: Video,
+    tokens: Mapping[str, torch.Tensor],
+) -> tuple[manifest.Row, dict[str, torch.Tensor]]:
+    """Make one video's chunks durable in the split at ``path``; needs no lock, in whichever process it runs.
 
-    name: str
-    shape: tuple[int, ...]
-    dimensions: tuple[str, ...]
-    dtype: str
-    fill: float
-
-
-def array_layouts(store: StoreSpec, split: SplitSpec) -> list[ArrayLayout]:
-    """Every per-frame array that a split of this store has."""
-    height, width = split.frame_size
-    layouts = [ArrayLayout("video", (height, width, 3), ("y", "x", "rgb"), "uint8", 0)]
+    ``tokens`` holds (T, N, D) floats for each tap. Gives the row that the process with the store's lock
+    appends, and the tokens as a reader will see them. Raises ``DataError`` when the disk is full; the videos
+    finished before stay.
+    """
+    assert not split.shard_chunks, "several videos share a shard: only `SplitWriter.write_arrays` fills them"
+    arrays: dict[str, npt.NDArray[Any]] = {"video": video.frames}
     if split.masks:
-        layouts.append(ArrayLayout("segmentations", (height, width), ("y", "x"), "uint8", 0))
-    # A chunk that is missing reads as the fill value: NaN cannot be mistaken for a feature.
-    nan = float("nan")
-    for tap, spec in store.taps.items():
-        shape, dimensions = (spec.patches, spec.dim), ("patch", "feature")
-        if store.dtype == "int8":
-            layouts.append(ArrayLayout(f"features/{tap}", shape, dimensions, "int8", 0))
-            layouts.append(ArrayLayout(f"scales/{tap}", shape[:1], dimensions[:1], "float16", nan))
-        else:
-            layouts.append(ArrayLayout(f"features/{tap}", shape, dimensions, "float16", nan))
-    return layouts
+        assert video.segmentations is not None
+        arrays["segmentations"] = video.segmentations
+    stored: dict[str, torch.Tensor] = {}
+    for tap, values in tokens.items():
+        parts = encode_tokens(tap, values, store)
+        arrays |= {name: part.numpy() for name, part in parts.items()}
+        stored[tap] = dequantise(*parts.values()) if store.dtype == "int8" else parts[f"features/{tap}"]
+    row = manifest.Row(index, video.id, len(video.frames), {}, video.instances)
+    return _write_arrays(path, store, split, row, arrays), stored
 
 
-def _put(
-    group: zarr.Group,
-    name: str,
-    values: npt.NDArray[Any],
-    dimensions: tuple[str, ...] | None,
-    attributes: dict[str, Any] | None = None,
-) -> None:
-    group.create_array(
-        name,
-        data=values,
-        chunks=values.shape or "auto",
-        dimension_names=dimensions,
-        attributes=attributes,
-        overwrite=True,
-    )
+def encode_tokens(tap: str, tokens: torch.Tensor, store: StoreSpec) -> dict[str, torch.Tensor]:
+    """Float tokens (T, N, D) of one tap as the arrays that store them, on the host: features, then scales if int8."""
+    if store.dtype == "int8":
+        codes, scale = quantise(tokens)
+        return {f"features/{tap}": codes.cpu(), f"scales/{tap}": scale.cpu()}
+    return {f"features/{tap}": tokens.to(torch.float16).cpu()}
 
 
-def chunk_path(array: Path, number: int, ndim: int) -> Path:
-    """File of the ``number``-th chunk along the first axis; the other axes have one chunk each."""
-    return array / ".".join(["c", str(number), *["0"] * (ndim - 1)])
+def _write_arrays(path: Path, store: StoreSpec, split: SplitSpec, row: manifest.Row, arrays: Arrays) -> manifest.Row:
+    crc32c = {}
+    for layout in array_layouts(store, split):
+        sums = []
+        for number, data in _chunks(layout, split, row.video, arrays[layout.name]):
+            write_durably(chunk_path(path / layout.name, number, layout.ndim), data)
+            sums.append(google_crc32c.value(data))
+        crc32c[layout.name] = tuple(sums)
+        sync_directory(path / layout.name)
+    return replace(row, crc32c=crc32c)
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write to a temporary name, sync, rename. ``DataError`` names the file when the disk is full."""
-    temporary = path.with_name(path.name + TEMPORARY)
+def _chunks(layout: ArrayLayout, split: SplitSpec, video: int, values: npt.NDArray[Any]) -> Iterable[tuple[int, bytes]]:
+    """Numbers and encoded bytes of the chunks of one video's rows."""
+    assert len(values) == split.lengths[video], (layout.name, video, len(values))
+    frames = split.chunk_frames
+    for place, number in enumerate(chunk_numbers(split, video)):
+        yield number, layout.encode(values[place * frames : (place + 1) * frames], frames)
+
+
+class _OpenShard:
+    """The shard that is being filled, the same one of every array, and the videos that wait for it."""
+
+    def __init__(self, path: Path, split: SplitSpec, layouts: list[ArrayLayout]) -> None:
+        self._path, self._split, self._layouts = path, split, layouts
+        self._number: int | None = None
+        self._chunks: dict[str, dict[int, bytes]] = {}
+        self._waiting: list[manifest.Row] = []
+
+    def put(self, row: manifest.Row, arrays: Arrays) -> list[manifest.Row]:
+        """Add a video; gives the rows that became durable on the way."""
+        finished: list[manifest.Row] = []
+        encoded = {
+            layout.name: list(_chunks(layout, self._split, row.video, arrays[layout.name])) for layout in self._layouts
+        }
+        for place, chunk in enumerate(chunk_numbers(self._split, row.video)):
+            number, within = divmod(chunk, self._split.shard_chunks)
+            if number != self._number:
+                finished += self.flush()
+                self._open(number)
+            for name, chunks in encoded.items():
+                self._chunks[name][within] = chunks[place][1]
+        crc32c = {name: tuple(google_crc32c.value(data) for _, data in chunks) for name, chunks in encoded.items()}
+        self._waiting.append(replace(row, crc32c=crc32c))
+        return finished
+
+    def flush(self) -> list[manifest.Row]:
+        """Write the open shard; gives the rows that became durable."""
+        if self._number is None:
+            return []
+        for layout in self._layouts:
+            folder = self._path / layout.name
+            data = shards.pack(self._chunks[layout.name], self._split.shard_chunks)
+            write_durably(chunk_path(folder, self._number, layout.ndim), data)
+            sync_directory(folder)
+        finished, self._waiting, self._number = self._waiting, [], None
+        return finished
+
+    def _open(self, number: int) -> None:
+        """Take up what an earlier run, or a video that began in this shard, left there."""
+        self._number = number
+        for layout in self._layouts:
+            file = chunk_path(self._path / layout.name, number, layout.ndim)
+            try:
+                self._chunks[layout.name] = shards.unpack(file.read_bytes(), self._split.shard_chunks)
+            except (FileNotFoundError, ValueError):
+                self._chunks[layout.name] = {}
+
+
+def read_split_spec(path: Path) -> SplitSpec:
+    """The specification in a split's zarr.json. ``DataError`` if it is missing or damaged."""
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(fd, view) :]
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(
-            f"{path}: cannot write ({error.strerror}); free space and run the same command again, it resumes"
-        ) from error
+        return SplitSpec.from_json(json.loads((path / METADATA).read_bytes())["attributes"]["featcache"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path / METADATA}: missing or damaged; run: slotlab verify --repair {path.parent}") from error
+
+
+def save_split_spec(path: Path, spec: SplitSpec) -> None:
+    """Replace the specification in a split's zarr.json, durably."""
+    document = json.loads((path / METADATA).read_bytes())
+    document["attributes"]["featcache"] = asdict(spec)  # others may have left attributes of their own
+    write_tree(path, {METADATA: json.dumps(document, indent=2).encode()})
 
 
 def refuse_if_different(path: Path, present: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """``IncompatibleError`` with every key that differs."""
-    differences = [
-        f"{key}: store {present.get(key)!r}, asked {asked.get(key)!r}"
-        for key in sorted({*present, *asked})
-        if present.get(key) != asked.get(key)
-    ]
-    if differences:
+    """``IncompatibleError`` with every setting that differs."""
+    if differences := compare_settings(present, asked):
         raise IncompatibleError(
-            f"{path}: made with other settings ({'; '.join(differences)}); choose another --out or delete the store"
+            f"{path}: made with other settings", differences, "choose another --out or delete the store"
         )
 
 
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def refuse_foreign(path: Path) -> None:
+    """``DataError`` for a folder of other things: a writer sweeps what killed runs left, and must not sweep those."""
+    if not path.exists() or (path / METADATA).exists():
+        return
+    if not path.is_dir():
+        raise DataError(f"{path}: is a file; name a folder for the store, such as cache/dinov2.zarr")
+    found = [p.name for p in path.iterdir() if not p.name.startswith((".", METADATA))]
+    if any((path / name / manifest.NAME).exists() for name in found):
+        raise DataError(
+            f"{path / METADATA}: missing, and with it what the features are; "
+            "put back a copy of that file, or extract to another --out"
+        )
+    if found:
+        raise DataError(f"{path}: holds {found[0]} and no store; choose another --out")
 
 
 def _lock(path: Path) -> int:
     """Exclusive lock for as long as the process lives; the system drops it even after ``kill -9``."""
-    fd = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fd = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise cannot_write(path / LOCK, error) from error
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(fd)
+        if not isinstance(error, BlockingIOError):
+            raise DataError(
+                f"{path}: its file system has no locks ({error.strerror}); choose --out on another"
+            ) from error
         raise DataError(
             f"{path}: another process (pid {holder}) is writing to this store; wait for it or choose another --out"
         ) from error

@@ -14,7 +14,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.crash_imports"])
 
 # Every call that changes what is on the disk, or promises that it will stay.
-WRITES = ("open", "write", "fsync", "replace", "rename")
+WRITES = ("open", "write", "pwrite", "fsync", "replace", "rename", "mkdir", "unlink", "ftruncate")
 
 
 def extraction(path: str, batch_size: int | None = 3, max_videos: int | None = None) -> None:
@@ -29,6 +29,36 @@ def extraction(path: str, batch_size: int | None = 3, max_videos: int | None = N
     source, backbone = DiscSource(), load_backbone("resnet18", weights="random", taps=("layer1",), input_size=32)
     options = ExtractOptions(batch_size=batch_size, precision="float32", max_videos=max_videos)
     extract(plan(Path(path), source, backbone, options), source, backbone)
+
+
+def repair(path: str) -> None:
+    """Repair a store that `extraction` made."""
+    import torch
+
+    from featcache.backbones import load_backbone
+    from featcache.repair import Means
+    from featcache.repair import repair as run_repair
+    from tests.synthetic import DiscSource
+
+    torch.set_num_threads(1)
+    backbone = load_backbone("resnet18", weights="random", taps=("layer1",), input_size=32)
+    run_repair(Path(path), Means(data=DiscSource(), backbone=backbone))
+
+
+def export(path: str, out: str, shard_videos: int) -> None:
+    """Copy a store."""
+    from featcache.convert import ConvertOptions, convert
+
+    convert(Path(path), Path(out), ConvertOptions(shard_videos=shard_videos))
+
+
+def hold_lock(path: str) -> None:
+    """Die with the lock of a store held."""
+    from featcache.store import FeatureStore
+    from featcache.writer import StoreWriter
+
+    with StoreWriter(Path(path), FeatureStore.open(path).spec):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _counted(job: Callable[..., None], args: tuple[Any, ...], die_at: int | None, done: Any) -> None:

@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from featcache.errors import UsageError
+from featcache.readers import FileRows, ZarrRows, open_rows
 from featcache.store import FeatureStore
-from featcache.stream import FeatureStream, MappedRows, Residence, ZarrRows, clip_starts, open_rows
+from featcache.stream import FeatureStream, Residence, clip_starts
 from tests.synthetic import DiscSource, make_store
 
 RESIDENCES: tuple[Residence, ...] = ("disk", "host", "device")
@@ -109,7 +110,7 @@ def test_ranks_share_the_global_batch(stores: dict[str, FeatureStore]) -> None:
 def test_mapped_and_zarr_readers_agree(stores: dict[str, FeatureStore]) -> None:
     split = stores["float16"]["train"]
     reader = open_rows(split, "features/block1")
-    assert isinstance(reader, MappedRows)
+    assert isinstance(reader, FileRows)
     starts = np.array([0, 2, 3, 5, 13])  # 2, 3 and 5 cross a chunk boundary
     fast, slow = (torch.zeros(5, 3, 16, 12, dtype=torch.float16) for _ in range(2))
     reader.gather(starts, fast)
@@ -124,14 +125,14 @@ def test_only_raw_layouts_are_mapped(tmp_path: Path, change: str) -> None:
         "shape": (8, 16, 12), "chunks": (4, 16, 12), "dtype": "float16", "compressors": None,
         "chunk_key_encoding": {"name": "default", "separator": "."},
     }  # fmt: skip
-    assert MappedRows.allowed(group.create_array("plain", **options))  # type: ignore[arg-type]
+    assert FileRows.allowed(group.create_array("plain", **options))  # type: ignore[arg-type]
     options |= {
         "compressed": {"compressors": "auto"},
         "sharded": {"shards": (8, 16, 12)},
         "big-endian": {"dtype": ">f2"},
         "split patches": {"chunks": (4, 8, 12)},
     }[change]
-    assert not MappedRows.allowed(group.create_array("other", **options))  # type: ignore[arg-type]
+    assert not FileRows.allowed(group.create_array("other", **options))  # type: ignore[arg-type]
 
 
 def test_the_thread_ends_and_its_errors_arrive(stores: dict[str, FeatureStore]) -> None:

@@ -170,4 +170,5 @@ def otsu_threshold(values: Tensor, bins: int = 256) -> Tensor:
     below, sum_below = counts.cumsum(0), (counts * middle).cumsum(0)
     above, sum_above = below[-1] - below, sum_below[-1] - sum_below
     gap = sum_below / below.clamp_min(1) - sum_above / above.clamp_min(1)
-    return middle[(below * above * gap.square()).argmax()].to(values)
+    variance = below * above * gap.square()
+    return middle[variance >= variance.max() * (1 - 1e-9)].mean().to(values)  # the middle of an empty gap
