@@ -10,7 +10,7 @@ from slotlab.models.output import Output
 def feature_mse(output: Output) -> Tensor:
     """Mean squared error of the reconstruction, scalar.
 
-    Over standardised or whitened targets the data-set mean predictor scores about 1.
+    Targets have a mean square of 1 over the data set, so that always predicting the mean scores about 1.
     """
     return (output.reconstruction.float() - output.target).square().mean()
 

@@ -218,3 +218,13 @@ def test_otsu_parts_two_heaps() -> None:
     threshold = otsu_threshold(values)
     assert float(low.max()) < float(threshold) < float(high.min())
     torch.testing.assert_close(otsu_threshold(values * 7), threshold * 7, rtol=1e-2, atol=0)
+
+
+def test_targets_have_unit_energy_whatever_the_scale() -> None:
+    tokens, _ = scene(frames=6)
+    energies = []
+    for factor in (1.0, 30.0):
+        model = clustering()
+        model.calibrate(factor * tokens)
+        energies.append(float(model(factor * tokens, torch.Generator()).target.square().mean()))
+    assert energies == pytest.approx([1.0, 1.0], rel=1e-4)

@@ -42,6 +42,7 @@ class ClusteringModel(nn.Module):
     """
 
     threshold: Tensor  # (), of token norms
+    target_scale: Tensor  # (), for targets of mean square 1
     position: Tensor  # (N, 2) in [-1, 1]
 
     def __init__(self, config: ClusteringConfig, normaliser: Normaliser, grid: tuple[int, int]) -> None:
@@ -51,6 +52,7 @@ class ClusteringModel(nn.Module):
         axes = [torch.linspace(-1, 1, side) for side in grid]
         self.register_buffer("position", torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1))
         self.register_buffer("threshold", torch.tensor(float(normaliser.dim) ** 0.5))
+        self.register_buffer("target_scale", torch.ones(()))
         hidden = config.hidden
         self.embed = nn.Linear(normaliser.dim + 3, hidden)
         self.context = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, padding_mode="replicate")
@@ -69,9 +71,10 @@ class ClusteringModel(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, features: Tensor) -> None:
-        """Set the objectness threshold from a sample of stored features (F, N, D)."""
-        norms = self.normaliser(features).norm(dim=-1)
-        self.threshold.copy_(self.config.threshold * otsu_threshold(norms))
+        """Set the objectness threshold, and the scale of the target, from a sample of stored features (F, N, D)."""
+        tokens = self.normaliser(features)
+        self.threshold.copy_(self.config.threshold * otsu_threshold(tokens.norm(dim=-1)))
+        self.target_scale.copy_(self.target(tokens).square().mean().rsqrt())
 
     def forward(self, features: Tensor, generator: torch.Generator) -> Output:
         """Stored features (B, N, D), or clips (B, T, N, D): slots of one drawn frame, reconstruction of another."""
@@ -87,8 +90,6 @@ class ClusteringModel(nn.Module):
         attention = self.attend(keys, objectness, slots, active)  # (B, N, K - 1)
         background = 1 - objectness.unsqueeze(-1)  # (B, N, 1)
         masks = torch.cat([background, attention], -1).transpose(1, 2)  # (B, K, N)
-        direction = F.normalize(tokens[..., : self.keys], dim=-1)
-        target = direction * self.objectness_logit(tokens).sigmoid().unsqueeze(-1) * self.keys**0.5
         found = F.pad(slots[..., : self.keys], (0, 0, 1, 0))  # the background's key is the origin
         return Output(
             slots=found,
@@ -96,8 +97,13 @@ class ClusteringModel(nn.Module):
             logits=masks.clamp_min(1e-6).log(),
             masks=masks,
             reconstruction=self.reconstruct(attention, slots, background),
-            target=target,
+            target=self.target(tokens),
         )
+
+    def target(self, tokens: Tensor) -> Tensor:
+        """What to reconstruct of tokens (B, N, D'): the direction of objects, and nothing of the background."""
+        direction = F.normalize(tokens[..., : self.keys], dim=-1)
+        return direction * self.objectness_logit(tokens).sigmoid().unsqueeze(-1) * self.target_scale
 
     def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (B, N, D') -> keys with weighted position (B, N, S + 2) and objectness (B, N)."""
