@@ -54,6 +54,13 @@ class SlotAttentionConfig(_Section):
     decoder_layers: int = Field(2, ge=1)  # hidden layers
 
 
+class Logistic(_Section):
+    """``sigmoid((norm / (threshold * otsu) - 1) / width)`` of a token's norm, otsu being Otsu's threshold."""
+
+    threshold: float = Field(gt=0)
+    width: float = Field(gt=0)
+
+
 class ClusteringConfig(_Section):
     """Soft clusters of learnt keys, trained across time (slotlab.models.clustering_model)."""
 
@@ -62,10 +69,12 @@ class ClusteringConfig(_Section):
     slot_dim: int = Field(64, ge=1)
     hidden: int = Field(256, ge=1)
     iterations: int = Field(5, ge=1)
-    temperature: float = Field(0.1, gt=0)
+    temperature: float = Field(0.05, gt=0)
     position_weight: float = Field(1.0, ge=0)
     new_slot_distance: float = Field(0.6, gt=0)  # squared, between unit keys with position
-    threshold: float = Field(1.1, gt=0)  # of objectness, times Otsu's
+    objectness: Logistic = Logistic(threshold=1.0, width=0.25)  # that the model starts from
+    target_objectness: Logistic = Logistic(threshold=1.1, width=0.125)  # tighter, or the masks swell
+    seed_objectness: float = Field(0.6, gt=0, lt=1)  # a token below it starts no slot
 
 
 class OptimConfig(_Section):

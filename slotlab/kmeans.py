@@ -10,14 +10,15 @@ import math
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
 class Clusters(NamedTuple):
     """What :func:`kmeans` found."""
 
-    centres: Tensor  # (B, K, D) float32
-    labels: Tensor  # (B, N) int64, index of the nearest centre
+    centres: Float[Tensor, "B K D"]  # float32
+    labels: Int[Tensor, "B N"]  # index of the nearest centre
 
 
 @torch.no_grad()

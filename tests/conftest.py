@@ -10,6 +10,10 @@ os.environ.setdefault("NO_COLOR", "1")
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+# Shapes and types are checked at every call of the tensor code, in the tests alone.
+install_import_hook(["slotlab.models", "slotlab.kmeans", "slotlab.losses", "featcache.quantise"], "beartype.beartype")
 
 from featcache.store import FeatureStore
 from tests.synthetic import make_store

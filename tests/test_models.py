@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 
 from slotlab.config import ClusteringConfig, SlotAttentionConfig
@@ -207,7 +208,7 @@ def test_slots_of_one_frame_must_explain_another() -> None:
     clips = torch.stack([first, second], 1)  # (1, 2, 64, 12)
     outputs = [model(clips, torch.Generator().manual_seed(seed)) for seed in range(12)]
     targets = {round(float(o.target.sum()), 3) for o in outputs}
-    pairs = {(round(float(o.target.sum()), 3), round(float(o.slots.sum()), 3)) for o in outputs}
+    pairs = {(round(float(o.target.sum()), 3), round(float(o.slots.detach().sum()), 3)) for o in outputs}
     assert len(targets) == 2 and len(pairs) == 4
 
 
@@ -228,3 +229,10 @@ def test_targets_have_unit_energy_whatever_the_scale() -> None:
         model.calibrate(factor * tokens)
         energies.append(float(model(factor * tokens, torch.Generator()).target.square().mean()))
     assert energies == pytest.approx([1.0, 1.0], rel=1e-4)
+
+
+def test_shapes_are_checked_at_every_call() -> None:
+    with pytest.raises(TypeCheckError):
+        clustering()(draw(64, 12), torch.Generator())
+    with pytest.raises(TypeCheckError):
+        SlotAttention(D, S, 16)(draw(B, N, D), draw(B + 1, K, S), 1)

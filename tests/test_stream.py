@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import subprocess
+import sys
 import threading
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,13 +17,18 @@ import torch
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from zarr.codecs import BytesCodec
 
-from featcache.errors import UsageError
+from featcache import readers
+from featcache.bench import measure_stream
+from featcache.errors import DataError, UsageError
+from featcache.quantise import dequantise
 from featcache.readers import FileRows, ZarrRows, open_rows
 from featcache.store import FeatureStore
-from featcache.stream import FeatureStream, Residence, clip_starts
+from featcache.stream import FeatureStream, Residence, choose_residence, clip_starts
 from tests.synthetic import DiscSource, make_store
 
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 RESIDENCES: tuple[Residence, ...] = ("disk", "host", "device")
 
 
@@ -39,32 +49,36 @@ def take(stream: FeatureStream, count: int) -> list[tuple[torch.Tensor, list[int
     return taken
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 @pytest.mark.parametrize("residence", RESIDENCES)
 @pytest.mark.parametrize("clip", [1, 3])
 def test_batches_hold_the_rows_they_name(
-    stores: dict[str, FeatureStore], dtype: str, residence: Residence, clip: int
+    stores: dict[str, FeatureStore], device: str, dtype: str, residence: Residence, clip: int
 ) -> None:
     split = stores[dtype]["train"]
-    stream = FeatureStream(split, "block1", batch_size=3, clip=clip, residence=residence)
+    stream = FeatureStream(split, "block1", batch_size=3, clip=clip, device=device, residence=residence)
     for features, rows in take(stream, 8):
+        assert features.device.type == device
+        features = features.cpu()
         for sample, row in zip(features, rows, strict=True):
             expected = split.read_tokens("block1", slice(row, row + clip))
             assert torch.equal(sample, expected[0] if clip == 1 else expected)
 
 
 @given(
+    dtype=st.sampled_from(["float16", "int8"]),
     residence=st.sampled_from(RESIDENCES),
     clip=st.integers(1, 3),
-    batch=st.integers(1, 9),
+    batch=st.integers(1, 40),  # of at most 21 samples, so that a batch may span epochs
     before=st.integers(0, 12),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_restarted_stream_goes_on_exactly(
-    stores: dict[str, FeatureStore], residence: Residence, clip: int, batch: int, before: int, seed: int
+    stores: dict[str, FeatureStore], dtype: str, residence: Residence, clip: int, batch: int, before: int, seed: int
 ) -> None:
-    split = stores["float16"]["train"]
+    split = stores[dtype]["train"]
 
     def fresh(seed: int) -> FeatureStream:
         return FeatureStream(split, "block1", batch_size=batch, clip=clip, seed=seed, residence=residence)
@@ -107,15 +121,51 @@ def test_ranks_share_the_global_batch(stores: dict[str, FeatureStore]) -> None:
         assert sorted(parts[0][step][1] + parts[1][step][1]) == rows
 
 
-def test_mapped_and_zarr_readers_agree(stores: dict[str, FeatureStore]) -> None:
+@pytest.mark.parametrize("maps", [1, 2, 100])
+@pytest.mark.parametrize("disk", ["warm", "cold", "turns cold"])
+def test_file_and_zarr_readers_agree(
+    stores: dict[str, FeatureStore], monkeypatch: pytest.MonkeyPatch, maps: int, disk: str
+) -> None:
     split = stores["float16"]["train"]
     reader = open_rows(split, "features/block1")
     assert isinstance(reader, FileRows)
-    starts = np.array([0, 2, 3, 5, 13])  # 2, 3 and 5 cross a chunk boundary
-    fast, slow = (torch.zeros(5, 3, 16, 12, dtype=torch.float16) for _ in range(2))
+    monkeypatch.setattr(readers, "MAPS", maps)
+    monkeypatch.setattr(readers, "CHECK", 2)
+    reads, advised = itertools.count(), []
+    monkeypatch.setattr(readers, "_disk_reads", (lambda: 0) if disk == "warm" else lambda: next(reads))
+    monkeypatch.setattr(readers, "_advise", lambda pieces: advised.append(len(pieces)))
+    reader._cold = disk == "cold"
+    starts = np.array([0, 2, 3, 5, 13])  # 2, 3, 5 and 13 cross a chunk boundary: 9 pieces
+    fast, slow = (torch.zeros(5, 4, 16, 12, dtype=torch.float16) for _ in range(2))
     reader.gather(starts, fast)
     ZarrRows(split.array("features/block1")).gather(starts, slow)
     assert torch.equal(torch.nan_to_num(fast), torch.nan_to_num(slow))
+    assert advised == {"warm": [], "cold": [9], "turns cold": [7]}[disk]
+    assert len(reader._maps) <= maps
+
+
+def test_zarr_s_own_chunk_names_are_read_too(tmp_path: Path) -> None:
+    values = np.arange(8 * 3 * 2, dtype=np.float16).reshape(8, 3, 2)
+    array = zarr.create_array(
+        str(tmp_path / "a.zarr"), shape=values.shape, chunks=(4, 3, 2), dtype="float16", compressors=None
+    )
+    array[:] = values
+    out = torch.zeros(2, 3, 3, 2, dtype=torch.float16)
+    assert FileRows.allowed(array)
+    FileRows(array, tmp_path / "a.zarr").gather(np.array([2, 5]), out)
+    assert torch.equal(out, torch.from_numpy(np.stack([values[2:5], values[5:8]])))
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short"])
+def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
+    store = make_store(tmp_path / "damaged.zarr")
+    file = next((store.path / "train" / "features" / "block1").glob("c.1.*"))
+    if damage == "missing":
+        file.unlink()
+    else:
+        os.truncate(file, 100)
+    with pytest.raises(DataError, match=f"{file.name}: .*slotlab verify"):
+        take(FeatureStream(store["train"], "block1", batch_size=17), 1)
 
 
 @pytest.mark.parametrize("change", ["compressed", "sharded", "big-endian", "split patches"])
@@ -129,21 +179,108 @@ def test_only_raw_layouts_are_mapped(tmp_path: Path, change: str) -> None:
     options |= {
         "compressed": {"compressors": "auto"},
         "sharded": {"shards": (8, 16, 12)},
-        "big-endian": {"dtype": ">f2"},
+        "big-endian": {"serializer": BytesCodec(endian="big")},
         "split patches": {"chunks": (4, 8, 12)},
     }[change]
     assert not FileRows.allowed(group.create_array("other", **options))  # type: ignore[arg-type]
 
 
-def test_the_thread_ends_and_its_errors_arrive(stores: dict[str, FeatureStore]) -> None:
+@pytest.mark.parametrize(
+    "options", [{"compressors": "auto"}, {"shards": (24, 16, 12)}, {"serializer": BytesCodec(endian="big")}]
+)
+@pytest.mark.parametrize("residence", ["auto", *RESIDENCES])
+def test_stores_that_must_be_decoded_give_the_same_batches(
+    tmp_path: Path, options: dict[str, Any], residence: Residence
+) -> None:
+    store = make_store(tmp_path / "other.zarr", DiscSource({"train": (7, 3, 5, 6)}), chunk_frames=4)
+    expected = take(FeatureStream(store["train"], "block1", batch_size=5, clip=2), 6)
+    group = zarr.open_group(str(store.path / "train"), mode="r+")
+    values = np.asarray(group["features/block1"])
+    settings: dict[str, Any] = {"chunks": (4, 16, 12), "compressors": None, "overwrite": True} | options
+    array = group.create_array("features/block1", shape=values.shape, dtype="float16", **settings)
+    array[:] = values
+
+    stream = FeatureStream(store["train"], "block1", batch_size=5, clip=2, residence=residence)
+    assert residence != "auto" or stream.residence == "host"
+    for (features, rows), (expected_features, expected_rows) in zip(take(stream, 6), expected, strict=True):
+        assert rows == expected_rows
+        assert torch.equal(features, expected_features)
+
+
+def test_features_live_on_the_device_if_they_fit(
+    stores: dict[str, FeatureStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = [stores["float16"]["train"].array("features/block1")]
+    for free, expected in ((2 * arrays[0].nbytes, "device"), (2 * arrays[0].nbytes - 2, "disk")):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, free))
+        assert choose_residence(torch.device("cuda"), arrays) == expected
+    assert choose_residence(torch.device("cpu"), arrays) == "disk"
+
+
+@pytest.mark.parametrize("shape", [(5, 1000, 3), (3, 2, 700, 8), (0, 4, 4), (2, 5000, 2)])
+def test_dequantising_by_blocks_is_the_product(shape: tuple[int, ...]) -> None:
+    codes = torch.randint(-127, 128, shape, dtype=torch.int8)
+    scale = torch.rand(shape[:-1]).half()
+    assert torch.equal(dequantise(codes, scale), codes.float() * scale.float().unsqueeze(-1))
+
+
+def running() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "featcache-stream"]
+
+
+def test_the_thread_ends_with_its_iterator(stores: dict[str, FeatureStore]) -> None:
     stream = FeatureStream(stores["float16"]["train"], "block1", batch_size=2)
     take(stream, 2)
-    assert not [t for t in threading.enumerate() if t.name == "featcache-stream"]
+    assert not running()
+    for _ in stream:  # abandoned without a close
+        assert len(running()) == 1
+        break
+    assert not running()
 
+
+def test_its_errors_arrive(stores: dict[str, FeatureStore]) -> None:
     class Broken:
         def gather(self, starts: object, out: object) -> None:
             raise OSError("the disk went away")
 
+    stream = FeatureStream(stores["float16"]["train"], "block1", batch_size=2)
     stream._readers = [Broken()]
     with pytest.raises(OSError, match="the disk went away"):
         take(stream, 1)
+    assert not running()
+
+
+def test_the_trainer_keeps_its_threads(stores: dict[str, FeatureStore]) -> None:
+    before, born_later = torch.get_num_threads(), []
+    torch.set_num_threads(3)
+    try:
+        take(FeatureStream(stores["float16"]["train"], "block1", batch_size=2), 1)
+        assert torch.get_num_threads() == 3
+        thread = threading.Thread(target=lambda: born_later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert born_later == [3]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_program_ends_while_its_stream_is_open(stores: dict[str, FeatureStore]) -> None:
+    code = f"""
+from featcache.store import FeatureStore
+from featcache.stream import FeatureStream
+batches = iter(FeatureStream(FeatureStore.open({str(stores["float16"].path)!r})["train"], "block1", batch_size=2))
+next(batches)
+"""
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_bench_reports_each_pattern_beside_its_limit(stores: dict[str, FeatureStore]) -> None:
+    rates = {rate.name: rate for rate in measure_stream(stores["int8"]["train"], "block1", rounds=1, batches=1)}
+    warm = {f"{job} {what}" for job in ("read", "stream") for what in ("clips 32x6", "clips 128x6", "frames 1024")}
+    assert set(rates) - {"cold frames", "cold videos"} == warm  # a temporary folder may be in memory
+    for rate in rates.values():
+        assert {"name", "bytes_per_s", "limit_bytes_per_s", "ratio"} <= rate.as_dict().keys()
+        if not rate.name.startswith("cold"):  # a median of several rounds, whatever was asked for
+            assert rate.ratio == pytest.approx(rate.bytes_per_s / rate.limit_bytes_per_s, abs=0.01)

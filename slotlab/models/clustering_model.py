@@ -19,15 +19,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from slotlab.config import ClusteringConfig
+from slotlab.config import ClusteringConfig, Logistic
 from slotlab.models.output import Output
 from slotlab.normalise import Normaliser
 
 GRADIENT_ITERATIONS = 3  # of the refinement; earlier ones only bring the slots into place
-OBJECTNESS_WIDTH = 0.125  # of the logistic, relative to the threshold
-SEED_OBJECTNESS = 0.3  # a token below it starts no slot
 RESIDUAL_GAIN = 4.0  # of the learnt objectness, whose logits are large
 NEVER = -1e4  # a logit that no softmax notices
 
@@ -41,7 +40,7 @@ class ClusteringModel(nn.Module):
         grid: rows and columns of patches.
     """
 
-    threshold: Tensor  # (), of token norms
+    otsu: Tensor  # (), threshold of token norms
     target_scale: Tensor  # (), for targets of mean square 1
     position: Tensor  # (N, 2) in [-1, 1]
 
@@ -51,7 +50,7 @@ class ClusteringModel(nn.Module):
         self.keys = min(config.slot_dim, normaliser.dim)
         axes = [torch.linspace(-1, 1, side) for side in grid]
         self.register_buffer("position", torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1))
-        self.register_buffer("threshold", torch.tensor(float(normaliser.dim) ** 0.5))
+        self.register_buffer("otsu", torch.tensor(float(normaliser.dim) ** 0.5))
         self.register_buffer("target_scale", torch.ones(()))
         hidden = config.hidden
         self.embed = nn.Linear(normaliser.dim + 3, hidden)
@@ -70,14 +69,16 @@ class ClusteringModel(nn.Module):
         )
 
     @torch.no_grad()
-    def calibrate(self, features: Tensor) -> None:
-        """Set the objectness threshold, and the scale of the target, from a sample of stored features (F, N, D)."""
+    def calibrate(self, features: Float[Tensor, "F N D"]) -> None:
+        """Set the objectness threshold, and the scale of the target, from a sample of stored features."""
         tokens = self.normaliser(features)
-        self.threshold.copy_(self.config.threshold * otsu_threshold(tokens.norm(dim=-1)))
+        self.otsu.copy_(otsu_threshold(tokens.norm(dim=-1)))
         self.target_scale.copy_(self.target(tokens).square().mean().rsqrt())
 
-    def forward(self, features: Tensor, generator: torch.Generator) -> Output:
-        """Stored features (B, N, D), or clips (B, T, N, D): slots of one drawn frame, reconstruction of another."""
+    def forward(
+        self, features: Float[Tensor, "B N D"] | Float[Tensor, "B T N D"], generator: torch.Generator
+    ) -> Output:
+        """Stored features of frames, or of clips: slots of one drawn frame, reconstruction of another."""
         if features.ndim == 4:
             source, other = torch.randint(features.shape[1], (2,), generator=generator).tolist()
             slots, active = self.find_slots(*self.encode(self.normaliser(features[:, source])))
@@ -100,14 +101,14 @@ class ClusteringModel(nn.Module):
             target=self.target(tokens),
         )
 
-    def target(self, tokens: Tensor) -> Tensor:
-        """What to reconstruct of tokens (B, N, D'): the direction of objects, and nothing of the background."""
+    def target(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N S"]:
+        """What to reconstruct: the direction of objects, and nothing of the background."""
         direction = F.normalize(tokens[..., : self.keys], dim=-1)
-        return direction * self.objectness_logit(tokens).sigmoid().unsqueeze(-1) * self.target_scale
+        return direction * self.objectness_logit(tokens, self.config.target_objectness).sigmoid().unsqueeze(-1) * self.target_scale
 
-    def encode(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, N, D') -> keys with weighted position (B, N, S + 2) and objectness (B, N)."""
-        logit = self.objectness_logit(tokens)
+    def encode(self, tokens: Float[Tensor, "B N D"]) -> tuple[Float[Tensor, "B N S"], Float[Tensor, "B N"]]:
+        """Normalised tokens -> keys with their weighted position in the last two channels, and objectness."""
+        logit = self.objectness_logit(tokens, self.config.objectness)
         position = self.position.expand(len(tokens), -1, -1)
         hidden = F.relu(self.embed(torch.cat([tokens, logit.unsqueeze(-1) / RESIDUAL_GAIN, position], -1)))
         hidden = hidden + self.context(self._to_map(hidden)).flatten(2).transpose(1, 2)
@@ -119,12 +120,14 @@ class ClusteringModel(nn.Module):
         objectness = (logit + RESIDUAL_GAIN * residual[..., -1]).sigmoid()
         return torch.cat([keys, self.config.position_weight * position], -1), objectness
 
-    def objectness_logit(self, tokens: Tensor) -> Tensor:
-        """(B, N), by the norm alone."""
-        return torch.div(tokens.norm(dim=-1) / self.threshold - 1, OBJECTNESS_WIDTH)
+    def objectness_logit(self, tokens: Float[Tensor, "B N D"], logistic: Logistic) -> Float[Tensor, "B N"]:
+        """By the norm alone."""
+        return torch.div(tokens.norm(dim=-1) / (logistic.threshold * self.otsu) - 1, logistic.width)
 
-    def find_slots(self, keys: Tensor, objectness: Tensor) -> tuple[Tensor, Tensor]:
-        """Object slots (B, K - 1, S + 2), and which of them the frame needs (B, K - 1)."""
+    def find_slots(
+        self, keys: Float[Tensor, "B N S"], objectness: Float[Tensor, "B N"]
+    ) -> tuple[Float[Tensor, "B K S"], Bool[Tensor, "B K"]]:
+        """Object slots (without the background's), and which of them the frame needs."""
         with torch.no_grad():
             slots, active = self.seed(keys, objectness)
         for iteration in range(self.config.iterations):
@@ -136,10 +139,12 @@ class ClusteringModel(nn.Module):
                 slots = attention.transpose(1, 2) @ keys / (mass + 1e-3)
         return slots, active
 
-    def seed(self, keys: Tensor, objectness: Tensor) -> tuple[Tensor, Tensor]:
+    def seed(
+        self, keys: Float[Tensor, "B N S"], objectness: Float[Tensor, "B N"]
+    ) -> tuple[Float[Tensor, "B K S"], Bool[Tensor, "B K"]]:
         """Farthest-first traversal over object tokens, until all are within ``new_slot_distance`` of a slot."""
         batch = torch.arange(len(keys), device=keys.device)
-        candidate = objectness > SEED_OBJECTNESS  # (B, N)
+        candidate = objectness > self.config.seed_objectness  # (B, N)
         chosen = objectness.argmax(1)
         slots, active = [keys[batch, chosen]], [candidate.any(1)]
         distance = (keys - slots[0].unsqueeze(1)).square().sum(-1)  # (B, N) to the nearest slot
@@ -150,14 +155,22 @@ class ClusteringModel(nn.Module):
             distance = torch.minimum(distance, (keys - slots[-1].unsqueeze(1)).square().sum(-1))
         return torch.stack(slots, 1), torch.stack(active, 1)
 
-    def attend(self, keys: Tensor, objectness: Tensor, slots: Tensor, active: Tensor) -> Tensor:
-        """(B, N, K - 1), sums to the objectness over slots."""
+    def attend(
+        self,
+        keys: Float[Tensor, "B N S"],
+        objectness: Float[Tensor, "B N"],
+        slots: Float[Tensor, "B K S"],
+        active: Bool[Tensor, "B K"],
+    ) -> Float[Tensor, "B N K"]:
+        """Attention that sums to the objectness over slots."""
         closeness = 2 * keys @ slots.transpose(1, 2) - slots.square().sum(-1).unsqueeze(1)  # |key|^2 cancels
         logits = (closeness / self.config.temperature).masked_fill(~active.unsqueeze(1), NEVER)
         return logits.softmax(-1) * objectness.unsqueeze(-1)
 
-    def reconstruct(self, attention: Tensor, slots: Tensor, background: Tensor) -> Tensor:
-        """(B, N, S) from each patch's mixture of slots, seen from where the patch lies."""
+    def reconstruct(
+        self, attention: Float[Tensor, "B N K"], slots: Float[Tensor, "B K S"], background: Float[Tensor, "B N 1"]
+    ) -> Float[Tensor, "B N D"]:
+        """Tokens from each patch's mixture of slots, seen from where the patch lies."""
         mixed = attention @ slots  # (B, N, S + 2)
         key, place = mixed[..., : self.keys], mixed[..., self.keys :]
         here = self.config.position_weight * self.position * (1 - background)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from slotlab.models.slot_attention import Attended
@@ -14,8 +15,8 @@ from slotlab.models.slot_attention import Attended
 class Decoded:
     """``masks`` sum to one over the slots at every patch."""
 
-    reconstruction: Tensor  # (B, N, D)
-    masks: Tensor  # (B, K, N)
+    reconstruction: Float[Tensor, "B N D"]
+    masks: Float[Tensor, "B K N"]
 
 
 def _hidden_layers(width: int, count: int) -> nn.Sequential:

@@ -7,6 +7,7 @@ draws what the unbroken one would have drawn.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from slotlab.kmeans import kmeans, kmeans_plus_plus
@@ -21,7 +22,9 @@ class Gaussian(nn.Module):
         self.mean = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, slot_dim)))
         self.log_std = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, slot_dim)))
 
-    def forward(self, tokens: Tensor, clustered: Tensor, generator: torch.Generator) -> Tensor:
+    def forward(
+        self, tokens: Float[Tensor, "B N S"], clustered: Float[Tensor, "B N D"], generator: torch.Generator
+    ) -> Float[Tensor, "B K S"]:
         shape = (len(tokens), self.slots, self.mean.shape[-1])
         noise = torch.randn(shape, generator=generator).to(tokens.device)
         return self.mean + self.log_std.exp() * noise
@@ -43,7 +46,9 @@ class Learnt(nn.Module):
         super().__init__()
         self.queries = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, slots, slot_dim)))
 
-    def forward(self, tokens: Tensor, clustered: Tensor, generator: torch.Generator) -> Tensor:
+    def forward(
+        self, tokens: Float[Tensor, "B N S"], clustered: Float[Tensor, "B N D"], generator: torch.Generator
+    ) -> Float[Tensor, "B K S"]:
         return self.queries.expand(len(tokens), -1, -1)
 
 
@@ -54,7 +59,9 @@ class KMeansPlusPlus(nn.Module):
         super().__init__()
         self.slots = slots
 
-    def forward(self, tokens: Tensor, clustered: Tensor, generator: torch.Generator) -> Tensor:
+    def forward(
+        self, tokens: Float[Tensor, "B N S"], clustered: Float[Tensor, "B N D"], generator: torch.Generator
+    ) -> Float[Tensor, "B K S"]:
         chosen = kmeans_plus_plus(clustered, self.slots, generator)  # (B, K)
         return tokens.gather(1, chosen.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
@@ -66,7 +73,9 @@ class KMeans(nn.Module):
         super().__init__()
         self.slots, self.rounds = slots, kmeans_rounds
 
-    def forward(self, tokens: Tensor, clustered: Tensor, generator: torch.Generator) -> Tensor:
+    def forward(
+        self, tokens: Float[Tensor, "B N S"], clustered: Float[Tensor, "B N D"], generator: torch.Generator
+    ) -> Float[Tensor, "B K S"]:
         labels = kmeans(clustered, self.slots, self.rounds, generator).labels  # (B, N)
         members = nn.functional.one_hot(labels, self.slots).to(tokens.dtype)  # (B, N, K)
         return members.transpose(1, 2) @ tokens / members.sum(1).clamp_min(1).unsqueeze(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxtyping import Float
 from torch import Tensor
 
 
@@ -11,9 +12,9 @@ from torch import Tensor
 class Output:
     """One forward pass. ``attention`` and ``masks`` sum to one over the slots at every patch."""
 
-    slots: Tensor  # (B, K, S)
-    attention: Tensor  # (B, K, N), how the slots were formed
-    logits: Tensor  # (B, K, N), before that softmax
-    masks: Tensor  # (B, K, N), the decoder's
-    reconstruction: Tensor  # (B, N, D)
-    target: Tensor  # (B, N, D), what it should be: normalised features
+    slots: Float[Tensor, "B K S"]
+    attention: Float[Tensor, "B K N"]  # how the slots were formed
+    logits: Float[Tensor, "B K N"]  # before that softmax
+    masks: Float[Tensor, "B K N"]  # the decoder's
+    reconstruction: Float[Tensor, "B N D"]
+    target: Float[Tensor, "B N D"]  # what it should be: normalised features

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 class Attended:
     """Slots and who they took: ``attention`` sums to one over the slots at every patch."""
 
-    slots: Tensor  # (B, K, S)
-    attention: Tensor  # (B, K, N)
-    logits: Tensor  # (B, K, N), before the softmax over slots
+    slots: Float[Tensor, "B K S"]
+    attention: Float[Tensor, "B K N"]
+    logits: Float[Tensor, "B K N"]  # before the softmax over slots
 
 
 class SlotAttention(nn.Module):
@@ -39,8 +40,10 @@ class SlotAttention(nn.Module):
         self.gru = nn.GRUCell(slot_dim, slot_dim)
         self.mlp = nn.Sequential(nn.Linear(slot_dim, mlp_hidden), nn.ReLU(), nn.Linear(mlp_hidden, slot_dim))
 
-    def forward(self, inputs: Tensor, slots: Tensor, iterations: int) -> Attended:
-        """``inputs`` (B, N, D), initial ``slots`` (B, K, S) -> slots and attention of the last iteration."""
+    def forward(
+        self, inputs: Float[Tensor, "B N D"], slots: Float[Tensor, "B K S"], iterations: int
+    ) -> Attended:
+        """Tokens and initial slots -> slots and attention of the last iteration."""
         inputs = self.norm_inputs(inputs)
         key, value = self.to_key(inputs), self.to_value(inputs)  # (B, N, S)
         batch, count, width = slots.shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from slotlab.config import SlotAttentionConfig
@@ -38,8 +39,8 @@ class SlotModel(nn.Module):
         self.attend = SlotAttention(slot_dim, slot_dim, config.slot_mlp_hidden, config.temperature)
         self.decode = DECODERS[config.decoder](slot_dim, patches, dim, config.decoder_hidden, config.decoder_layers)
 
-    def forward(self, features: Tensor, generator: torch.Generator) -> Output:
-        """Stored features (B, N, D) of any float type. ``generator`` (on the CPU) drives the initialiser."""
+    def forward(self, features: Float[Tensor, "B N D"], generator: torch.Generator) -> Output:
+        """Stored features of any float type. ``generator`` (on the CPU) drives the initialiser."""
         target = self.normaliser(features)  # (B, N, D)
         tokens = self.project(target)  # (B, N, S)
         slots = self.initialize(tokens, target, generator)

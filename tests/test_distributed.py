@@ -1,0 +1,229 @@
+"""Extraction on dask workers, real processes: the local extractor's bytes, whatever dies on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from distributed import Client, LocalCluster
+
+import cli
+from featcache import distributed, manifest
+from featcache.backbones import Backbone, load_backbone
+from featcache.blockwise import recomputed_statistics
+from featcache.distributed import connect, extract_distributed
+from featcache.errors import DataError, IncompatibleError, UsageError
+from featcache.extract import ExtractOptions, ExtractPlan, extract, plan
+from featcache.sources.base import Video
+from featcache.store import FeatureStore
+from featcache.verify import verify
+from tests.synthetic import DiscSource
+
+OPTIONS = ExtractOptions(batch_size=8, precision="float32")  # groups of two videos
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with connect(workers=2) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return load_backbone("resnet18", weights="random", taps=("layer1",), input_size=32)
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory, backbone: Backbone) -> dict[str, bytes]:
+    path = tmp_path_factory.mktemp("local") / "s.zarr"
+    extract(planned(path, backbone), DiscSource(), backbone)
+    return files(path)
+
+
+@contextmanager
+def in_this_process(threads: int) -> Iterator[Client]:
+    cluster = LocalCluster(n_workers=1, threads_per_worker=threads, processes=False, dashboard_address=":0")
+    with cluster, Client(cluster) as client:
+        yield client
+
+
+def planned(path: Path, backbone: Backbone, options: ExtractOptions = OPTIONS) -> ExtractPlan:
+    return plan(path, DiscSource(), backbone, options)
+
+
+def run(path: Path, backbone: Backbone, client: Client, source: DiscSource | None = None) -> FeatureStore:
+    return extract_distributed(planned(path, backbone), source or DiscSource(), client, weights="random", device="cpu")
+
+
+def files(path: Path) -> dict[str, bytes]:
+    """Every file of a store but its lock; manifests with their rows in order."""
+    found = {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file() and f.name != ".lock"}
+    for name, content in found.items():
+        if name.endswith(manifest.NAME):
+            found[name] = b"".join(sorted(content.splitlines(keepends=True)))
+    return found
+
+
+class Deadly(DiscSource):
+    """Its worker dies once at video 3 of train: killed after the first of its chunks has its name."""
+
+    def __init__(self, died: Path, again: bool = False) -> None:
+        super().__init__()
+        self.died, self.again = died, again
+
+    def read(self, split: str, index: int) -> Video:
+        if (split, index) == ("train", 3) and (self.again or not self.died.exists()):
+            rename = os.replace
+
+            def last(source: str, target: str) -> None:
+                rename(source, target)
+                self.died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+            os.replace = last  # type: ignore[assignment]
+        return super().read(split, index)
+
+
+class Poisoned(DiscSource):
+    def read(self, split: str, index: int) -> Video:
+        if (split, index) == ("train", 3):
+            raise DataError("synthetic discs: video 3 is damaged; copy it again")
+        return super().read(split, index)
+
+
+def test_a_killed_worker_costs_only_its_task(
+    tmp_path: Path, backbone: Backbone, client: Client, local: dict[str, bytes]
+) -> None:
+    before = set(client.run(os.getpid).values())
+    store = run(tmp_path / "s.zarr", backbone, client, Deadly(tmp_path / "died"))
+    assert (tmp_path / "died").exists()
+    assert files(store.path) == local
+    assert verify(store.path) == []
+    client.wait_for_workers(2)
+    assert len(before & set(client.run(os.getpid).values())) == 1
+
+
+def test_a_damaged_video_is_one_line_and_the_rest_is_kept(
+    tmp_path: Path, backbone: Backbone, client: Client, local: dict[str, bytes]
+) -> None:
+    path = tmp_path / "s.zarr"
+    with pytest.raises(DataError, match="^synthetic discs: video 3 is damaged; copy it again$"):
+        run(path, backbone, client, Poisoned())
+    assert not list(path.glob(".run-*"))
+    run(path, backbone, client)
+    assert files(path) == local
+
+
+def test_it_continues_what_was_begun_locally(
+    tmp_path: Path, backbone: Backbone, client: Client, local: dict[str, bytes]
+) -> None:
+    path = tmp_path / "s.zarr"
+    extract(planned(path, backbone, replace(OPTIONS, max_videos=3)), DiscSource(), backbone)
+    chunk = path / "train/features/layer1/c.0.0.0"
+    written = chunk.stat().st_mtime_ns
+    run(path, backbone, client)
+    assert files(path) == local
+    assert chunk.stat().st_mtime_ns == written, "finished videos are read back, not written again"
+
+
+def test_interrupted_it_keeps_what_the_workers_finished(
+    tmp_path: Path, backbone: Backbone, client: Client, local: dict[str, bytes]
+) -> None:
+    path = tmp_path / "s.zarr"
+
+    def interrupt(_split: str, _done: int, _total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract_distributed(
+            planned(path, backbone), DiscSource(), client, weights="random", device="cpu", progress=interrupt
+        )
+    assert len(manifest.read(path / "train")) >= 1
+    assert verify(path) == [] and not list(path.glob(".run-*"))
+    run(path, backbone, client)
+    assert files(path) == local
+
+
+def test_a_worker_that_does_not_see_the_store_says_so(
+    tmp_path: Path, backbone: Backbone, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same check stops the workers of a client that was killed before they write."""
+    monkeypatch.setattr(Path, "touch", lambda _: None)
+    with pytest.raises(DataError, match=r"s.zarr: worker tcp://.* does not see this store.*shares"):
+        run(tmp_path / "s.zarr", backbone, client)
+    assert manifest.read(tmp_path / "s.zarr" / "train") == {}
+    assert not list(tmp_path.rglob("c.*"))
+
+
+def test_a_worker_with_other_weights_is_refused(tmp_path: Path, backbone: Backbone, client: Client) -> None:
+    asked = planned(tmp_path / "s.zarr", backbone)
+    other = replace(asked, spec=replace(asked.spec, model={**asked.spec.model, "weights_sha256": "1234"}))
+    with pytest.raises(
+        IncompatibleError, match=r"worker tcp://.* other features \(weights_sha256: here '.*asked '1234'"
+    ):
+        extract_distributed(other, DiscSource(), client, weights="random", device="cpu")
+
+
+def test_the_command_line_takes_a_scheduler(tmp_path: Path, client: Client) -> None:
+    command = ["extract", "--backbone", "resnet18", "--weights", "random", "--input-size", "32", "--max-videos", "2"]
+    for name, more in (("a.zarr", []), ("b.zarr", ["--scheduler", client.scheduler.address])):
+        fixed = ["--precision", "float32", "--batch-size", "24", "--out", str(tmp_path / name)]
+        cli.app([*command, *fixed, *more], standalone_mode=False)
+    assert files(tmp_path / "a.zarr") == files(tmp_path / "b.zarr")
+
+
+def test_threads_of_one_worker_do_not_mix_their_tokens(tmp_path: Path) -> None:
+    """Facets are read by hooks on the one model that a worker's threads share."""
+    model = load_backbone("dinov2_vits14", weights="random", taps=("block2.key",), input_size=28)
+    options = ExtractOptions(batch_size=1, precision="float32")
+    one, other = (planned(tmp_path / name, model, options) for name in ("a.zarr", "b.zarr"))
+    extract(one, DiscSource(), model)
+    with in_this_process(threads=4) as client:
+        extract_distributed(other, DiscSource(), client, weights="random", device="cpu")
+    assert files(one.path) == files(other.path)
+
+
+def test_a_lost_scheduler_is_one_line_and_what_was_finished_is_kept(tmp_path: Path, backbone: Backbone) -> None:
+    path = tmp_path / "s.zarr"
+    with in_this_process(threads=1) as client, pytest.raises(DataError, match="lost the dask scheduler.*resumes"):
+        extract_distributed(
+            planned(path, backbone), DiscSource(), client, weights="random", device="cpu",
+            progress=lambda *_: client.cluster.close(),
+        )  # fmt: skip
+    assert len(manifest.read(path / "train")) >= 1 and verify(path) == []
+
+
+def test_statistics_of_a_store_on_workers(tmp_path: Path, client: Client, backbone: Backbone) -> None:
+    split = extract(planned(tmp_path / "s.zarr", backbone), DiscSource(), backbone)["train"]
+    on_workers = recomputed_statistics(split, "layer1", client)
+    here = recomputed_statistics(split, "layer1")
+    for name, values in here.to_arrays().items():
+        assert (on_workers.to_arrays()[name] == values).all(), name
+
+
+def test_videos_that_always_kill_their_worker_are_named(tmp_path: Path, backbone: Backbone, client: Client) -> None:
+    def allow_none(dask_scheduler: object) -> None:
+        dask_scheduler.allowed_failures = 0  # type: ignore[attr-defined]
+
+    client.run_on_scheduler(allow_none)
+    with pytest.raises(DataError, match="the workers that ran train videos 2 to 3 died 1 times.*--batch-size"):
+        run(tmp_path / "s.zarr", backbone, client, Deadly(tmp_path / "died", again=True))
+    assert 3 not in manifest.read(tmp_path / "s.zarr" / "train")
+
+
+def test_connecting_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "CONNECT_SECONDS", 0.5)
+    with (
+        pytest.raises(UsageError, match="--scheduler tcp://127.0.0.1:1: no dask scheduler answers"),
+        connect("tcp://127.0.0.1:1"),
+    ):
+        pass
+    with pytest.raises(UsageError, match="one of the two"), connect("tcp://127.0.0.1:1", 2):
+        pass
+    with pytest.raises(UsageError, match="--workers 0: must be at least 1"), connect(workers=0):
+        pass
