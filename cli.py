@@ -364,6 +364,43 @@ def doctor(as_json: Json = False) -> None:
         display.out.print(display.plain_table(("", "found"), [(k, str(v)) for k, v in findings.items()]))
 
 
+bench = typer.Typer(help="Measured rates beside what this machine allows.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("stream")
+def bench_stream(
+    cache: Cache,
+    split: Annotated[str, typer.Option(help="Of the store.")] = "train",
+    tap: Annotated[str | None, typer.Option(help="Default: the store's first.")] = None,
+    residence: Annotated[str, typer.Option(help="auto, disk, host or device.")] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 7,
+    cold: Annotated[bool, typer.Option(help="Also from the disk: drops the store from the page cache.")] = True,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Random clips and frames of a store: bare reads and whole stream, beside memory's and the disk's rate."""
+    _one_of("--residence", residence, "auto", "disk", "host", "device")
+    from featcache.bench import measure_stream
+    from featcache.store import FeatureStore
+    from slotlab import display
+
+    store = FeatureStore.open(cache)
+    chosen = store[split].require_complete()
+    where = {"device": pick_device(device), "residence": residence}
+    rates = measure_stream(chosen, store.tap(tap), rounds=rounds, cold=cold, **where)
+    if as_json:
+        _print_json({"cache": str(cache), "split": split, "patterns": [rate.as_dict() for rate in rates]})
+        return
+    rows = [
+        (r.name, f"{r.bytes_per_s / 1e9:.2f}", f"{r.limit_bytes_per_s / 1e9:.2f}", f"{r.ratio:.2f}", r.limit)
+        for r in rates
+    ]
+    display.out.print(display.plain_table(("pattern", "GB/s", "limit", "ratio", "the limit is"), rows, str(cache)))
+    if cold and not any(rate.name.startswith("cold") for rate in rates):
+        display.out.print("cold: not measured; another process holds the store in memory, or it must be decoded")
+
+
 # -- shared ------------------------------------------------------------------------------------------------
 
 
