@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -26,6 +26,9 @@ INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
+Dtype = Literal["float16", "int8"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Residence = Literal["auto", "disk", "host", "device"]
 Cache = Annotated[Path, typer.Option("--cache", help="Store made by slotlab extract.", show_default=False)]
 
 
@@ -46,13 +49,13 @@ def extract(
     out: Annotated[Path | None, typer.Option(help="Default: cache/BACKBONE.zarr.")] = None,
     tap: Annotated[list[str] | None, typer.Option(help="block12, block12.norm, block9.key ...; repeatable.")] = None,
     input_size: Annotated[int | None, typer.Option(help="Pixels a side that the backbone sees.")] = None,
-    dtype: Annotated[str, typer.Option(help="float16 or int8 (with a scale for each token).")] = "float16",
+    dtype: Annotated[Dtype, typer.Option(help="int8 keeps a scale for each token.")] = "float16",
     frame_stride: Annotated[int, typer.Option(help="Keep every N-th frame.")] = 1,
     max_videos: Annotated[int | None, typer.Option(help="Of each split.")] = None,
     frame_size: Annotated[int | None, typer.Option(help="Side of the stored frames; default: as they are.")] = None,
     weights: Annotated[str | None, typer.Option(help="Checkpoint file, or random.")] = None,
     batch_size: Annotated[str, typer.Option(help="Frames at a time, or auto (measured).")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    precision: Annotated[Precision, typer.Option(help="The backbone runs in; auto measures.")] = "auto",
     device: Device = "auto",
     workers: Annotated[int | None, typer.Option(help="Processes of one thread, on this machine.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Of dask; its workers share this file system.")] = None,
@@ -60,8 +63,6 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Run a frozen backbone over the videos once and store its patch tokens. Resumes where it stopped."""
-    _one_of("--dtype", dtype, "float16", "int8")
-    _one_of("--precision", precision, "auto", "float32", "bfloat16", "float16")
     if batch_size != "auto" and not batch_size.isdigit():
         raise UsageError(f"--batch-size {batch_size}: give a number, or auto")
     path = out or CACHE_FOLDER / f"{backbone.replace(':', '_').replace('/', '_')}.zarr"
@@ -70,6 +71,7 @@ def extract(
 
     get_spec(backbone)  # a misspelt name is told before anything heavy is imported
     from featcache.backbones import load_backbone
+    from featcache.device import pick_device
     from featcache.extract import ExtractOptions, measure_seconds, plan
     from featcache.extract import extract as run_extract
     from featcache.sources import PARTIAL, open_source
@@ -77,12 +79,12 @@ def extract(
 
     options = ExtractOptions(
         splits=tuple(split or ()),
-        dtype=dtype,  # type: ignore[arg-type]
+        dtype=dtype,
         frame_stride=frame_stride,
         max_videos=max_videos,
         frame_size=frame_size,
         batch_size=None if batch_size == "auto" else int(batch_size),
-        precision=precision,  # type: ignore[arg-type]
+        precision=precision,
     )
     client = None
     if (scheduler or workers is not None) and not dry_run:
@@ -154,7 +156,9 @@ def train(
     preset: Annotated[str, typer.Option(help="A shipped configuration.")] = "default",
     config: Annotated[Path | None, typer.Option(help="TOML file, laid over the preset.")] = None,
     override: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example model.slots=7.")] = None,
-    normalize: Annotated[str | None, typer.Option(help="whiten, channel, scale, none, sample, fixed=FACTOR.")] = None,
+    normalize: Annotated[
+        str | None, typer.Option(help="slow=K, whiten, channel, scale, none, sample ...")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Frames a step.")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
@@ -174,6 +178,7 @@ def train(
         optim__batch_size=batch_size,
         seed=seed,
     )
+    from featcache.device import pick_device
     from featcache.store import FeatureStore
     from slotlab import display
     from slotlab.train import train as run_train
@@ -195,6 +200,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Score a run: FG-ARI, ARI, mBO, mIoU by frame, video and material, beside a ceiling and a floor."""
+    from featcache.device import pick_device
     from slotlab import display
     from slotlab.evaluate import evaluate as run_evaluate
     from slotlab.evaluate import load_run
@@ -222,6 +228,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """The main job on the embedded sample: extract, stats, train, eval and a picture of the masks."""
+    from featcache.device import pick_device
     from slotlab import demo as job
     from slotlab import display
     from slotlab.config import load_config
@@ -264,6 +271,7 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check all of a store against its manifest; names the damaged videos, exit code 3 if any are left."""
+    from featcache.device import pick_device
     from featcache.verify import verify as run_verify
     from slotlab import display
 
@@ -273,7 +281,7 @@ def verify(
         from featcache.repair import repair as run_repair
 
         with display.ExtractProgress() as progress:
-            repaired = run_repair(cache, Means(data, weights, device=pick_device(device)), progress)
+            repaired = run_repair(cache, Means(data, weights, device=str(pick_device(device))), progress)
         damage = run_verify(cache)
     if as_json:
         lists = {"damaged": damage, "repaired": repaired}
@@ -290,22 +298,19 @@ def verify(
 def export(
     cache: Annotated[Path, typer.Argument(help="Store to copy.")],
     out: Annotated[Path, typer.Argument(help="Store or file to make.")],
-    form: Annotated[str, typer.Option("--format", help="zarr or hdf5.")] = "zarr",
-    dtype: Annotated[str | None, typer.Option(help="float16 or int8; default: as it is.")] = None,
+    form: Annotated[Literal["zarr", "hdf5"], typer.Option("--format", help="Of the copy.")] = "zarr",
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: as it is.")] = None,
     tap: Annotated[list[str] | None, typer.Option(help="Repeatable; default: every tap.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Repeatable; default: every split.")] = None,
     shard_videos: Annotated[int, typer.Option(help="Videos that share a file, where inodes are scarce.")] = 0,
 ) -> None:
     """Copy a store in another dtype, with fewer taps, in shards, or as HDF5. Never loads it; checks as it reads."""
-    _one_of("--format", form, "zarr", "hdf5")
-    if dtype is not None:
-        _one_of("--dtype", dtype, "float16", "int8")
     from featcache.convert import ConvertOptions, convert
     from slotlab import display
 
-    options = ConvertOptions(dtype, tuple(tap or ()), tuple(split or ()), shard_videos)  # type: ignore[arg-type]
+    options = ConvertOptions(dtype, tuple(tap or ()), tuple(split or ()), shard_videos)
     with display.ExtractProgress() as progress:
-        convert(cache, out, options, form, progress)  # type: ignore[arg-type]
+        convert(cache, out, options, form, progress)
     display.out.print(f"{out}: written")
 
 
@@ -313,7 +318,7 @@ def export(
 def import_file(
     file: Annotated[Path, typer.Argument(help="HDF5 file by slotlab export, or of the layout in docs/store.md.")],
     out: Annotated[Path, typer.Argument(help="Store to make.")],
-    dtype: Annotated[str | None, typer.Option(help="float16 or int8; default: as it is.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Default: as it is.")] = None,
     tap: Annotated[list[str] | None, typer.Option(help="Repeatable; default: every tap.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Repeatable; default: every split.")] = None,
     shard_videos: Annotated[int, typer.Option(help="Videos that share a file, where inodes are scarce.")] = 0,
@@ -373,22 +378,23 @@ def bench_stream(
     cache: Cache,
     split: Annotated[str, typer.Option(help="Of the store.")] = "train",
     tap: Annotated[str | None, typer.Option(help="Default: the store's first.")] = None,
-    residence: Annotated[str, typer.Option(help="auto, disk, host or device.")] = "auto",
+    residence: Annotated[Residence, typer.Option(help="Where the features live while they stream.")] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 7,
     cold: Annotated[bool, typer.Option(help="Also from the disk: drops the store from the page cache.")] = True,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Random clips and frames of a store: bare reads and whole stream, beside memory's and the disk's rate."""
-    _one_of("--residence", residence, "auto", "disk", "host", "device")
     from featcache.bench import measure_stream
+    from featcache.device import pick_device
     from featcache.store import FeatureStore
     from slotlab import display
 
     store = FeatureStore.open(cache)
     chosen = store[split].require_complete()
-    where = {"device": pick_device(device), "residence": residence}
-    rates = measure_stream(chosen, store.tap(tap), rounds=rounds, cold=cold, **where)
+    rates = measure_stream(
+        chosen, store.tap(tap), rounds=rounds, cold=cold, device=pick_device(device), residence=residence
+    )
     if as_json:
         _print_json({"cache": str(cache), "split": split, "patterns": [rate.as_dict() for rate in rates]})
         return
@@ -402,23 +408,6 @@ def bench_stream(
 
 
 # -- shared ------------------------------------------------------------------------------------------------
-
-
-def pick_device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: not on this machine ({str(error).splitlines()[0]}); use cpu") from error
-    return name
-
-
-def _one_of(option: str, value: str, *allowed: str) -> None:
-    if value not in allowed:
-        raise UsageError(f"{option} {value}: choose {', '.join(allowed)}")
 
 
 def _print_json(value: dict[str, Any]) -> None:

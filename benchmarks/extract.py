@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness import alternate, paired_ratio, report, timed
-from cli import pick_device
 from featcache.backbones import load_backbone
+from featcache.device import pick_device
 from featcache.extract import ExtractOptions, extract, plan
 from featcache.precision import autocast
 from featcache.sources import open_source

@@ -27,12 +27,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
 from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from featcache.backbones import Backbone, load_backbone
+from featcache.device import pick_device
 from featcache.durable import TEMPORARY
 from featcache.errors import DataError, FeatcacheError, IncompatibleError, UsageError
 from featcache.extract import ExtractPlan, Progress, SplitJob, merge, require_space
@@ -282,7 +282,7 @@ def _prepared(work: bytes) -> tuple[_Work, Source, Backbone]:
     task: _Work = pickle.loads(work)
     store = task.job.store
     backbone = _backbone(
-        store.backbone, task.weights, tuple(store.taps), int(store.preprocessing["size"]), _device(task.device)
+        store.backbone, task.weights, tuple(store.taps), int(store.preprocessing["size"]), str(pick_device(task.device))
     )
     _require_same_model(store.model, backbone.provenance)
     _require_same_versions(store.versions)
@@ -292,12 +292,6 @@ def _prepared(work: bytes) -> tuple[_Work, Source, Backbone]:
 @lru_cache(maxsize=1)
 def _backbone(name: str, weights: str | None, taps: tuple[str, ...], input_size: int, device: str) -> Backbone:
     return load_backbone(name, weights, taps, input_size, device)
-
-
-def _device(name: str) -> str:
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _require_permit(permit: Path) -> None:

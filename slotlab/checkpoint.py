@@ -54,12 +54,23 @@ def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: d
     shutil.rmtree(old, ignore_errors=True)
 
 
+def exists(run: Path) -> bool:
+    return _whole(run) is not None
+
+
 def folder(run: Path) -> Path:
     """The whole checkpoint of a run. ``DataError`` if it has none."""
-    for suffix in ("", ".old", ".new"):  # a crash between the two renames leaves the names in this order
+    whole = _whole(run)
+    if whole is not None:
+        return whole
+    raise DataError(f"{run}: no checkpoint; name a folder that slotlab train made (for example runs/demo)")
+
+
+def _whole(run: Path) -> Path | None:
+    for suffix in ("", ".old"):  # a crash between the two renames leaves the old one aside
         if (run / f"{FOLDER}{suffix}" / "state.json").exists():
             return run / f"{FOLDER}{suffix}"
-    raise DataError(f"{run}: no checkpoint; name a folder that slotlab train made (for example runs/demo)")
+    return None
 
 
 def state(run: Path) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from featcache.backbones import load_backbone
 from featcache.extract import ExtractOptions, Progress, extract, plan
 from featcache.sources import open_source
@@ -25,17 +27,17 @@ class DemoResult:
     sheet: Path
 
 
-def extract_sample(cache: Path, device: str, progress: Progress) -> FeatureStore:
+def extract_sample(cache: Path, device: torch.device, progress: Progress) -> FeatureStore:
     """DINOv2 ViT-S/14 features of the embedded sample; resumes or does nothing where they are there."""
     source = open_source(None)
     backbone = load_backbone("dinov2_vits14", device=device)
     return extract(plan(cache, source, backbone, ExtractOptions()), source, backbone, progress)
 
 
-def train_and_score(config: Config, store: FeatureStore, out: Path, device: str, report: Report) -> DemoResult:
+def train_and_score(config: Config, store: FeatureStore, out: Path, device: torch.device, report: Report) -> DemoResult:
     """Train anew (or resume what was interrupted), evaluate, draw."""
-    run = out / "run"
-    train(config, store, run, resume=(run / "checkpoint").exists(), device=device, report=report)
+    run = out / f"seed{config.seed}-steps{config.optim.steps}"
+    train(config, store, run, resume=(run / "config.toml").exists(), device=device, report=report)
     loaded = load_run(run, store.path, device)
     scores = evaluate(loaded)
     (run / f"eval-{scores['split']}.json").write_text(json.dumps(scores, indent=1))

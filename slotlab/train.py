@@ -61,7 +61,7 @@ def train(
         residence=config.data.residence,
     )
     step = 0
-    if resume:
+    if resume and checkpoint.exists(run):  # a run that was stopped before its first checkpoint starts again
         checkpoint.load_model(run, model)
         checkpoint.load_optimizer(run, optimizer)
         state = checkpoint.state(run)
@@ -70,7 +70,7 @@ def train(
         stream.load_state_dict(state["stream"])
         for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
             group["lr"] = rate
-        keep_rows(run / "metrics.jsonl", step)
+    keep_rows(run / "metrics.jsonl", step)
     forward: Callable[..., Any] = torch.compile(model) if optim.compile else model
     generator = torch.Generator()  # the initialiser's draws, the same on every device
     began, waited, logged = time.perf_counter(), stream.wait_seconds, step

@@ -104,7 +104,11 @@ class ClusteringModel(nn.Module):
     def target(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N S"]:
         """What to reconstruct: the direction of objects, and nothing of the background."""
         direction = F.normalize(tokens[..., : self.keys], dim=-1)
-        return direction * self.objectness_logit(tokens, self.config.target_objectness).sigmoid().unsqueeze(-1) * self.target_scale
+        return (
+            direction
+            * self.objectness_logit(tokens, self.config.target_objectness).sigmoid().unsqueeze(-1)
+            * self.target_scale
+        )
 
     def encode(self, tokens: Float[Tensor, "B N D"]) -> tuple[Float[Tensor, "B N S"], Float[Tensor, "B N"]]:
         """Normalised tokens -> keys with their weighted position in the last two channels, and objectness."""

@@ -40,9 +40,7 @@ class SlotAttention(nn.Module):
         self.gru = nn.GRUCell(slot_dim, slot_dim)
         self.mlp = nn.Sequential(nn.Linear(slot_dim, mlp_hidden), nn.ReLU(), nn.Linear(mlp_hidden, slot_dim))
 
-    def forward(
-        self, inputs: Float[Tensor, "B N D"], slots: Float[Tensor, "B K S"], iterations: int
-    ) -> Attended:
+    def forward(self, inputs: Float[Tensor, "B N D"], slots: Float[Tensor, "B K S"], iterations: int) -> Attended:
         """Tokens and initial slots -> slots and attention of the last iteration."""
         inputs = self.norm_inputs(inputs)
         key, value = self.to_key(inputs), self.to_value(inputs)  # (B, N, S)
