@@ -14,6 +14,7 @@ import argparse
 import shutil
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -32,6 +33,7 @@ from featcache.bench import ACCESSES, Access, Window, bare_read, measure_cold, m
 from featcache.store import Split
 
 BATCHES = 4  # in one turn
+AHEAD = 4  # batches that a DataLoader with two workers keeps ready
 Starts = npt.NDArray[np.int64]
 Reader = Callable[[Starts, npt.NDArray[np.float16]], None]  # fills (B, T, N, D)
 
@@ -104,9 +106,11 @@ def dataloader(window: Window, access: Access) -> tuple[Callable[[], float], Ite
         return sum(batch.nbytes for batch in islice(batches, 2))
 
     def job() -> float:
-        for _ in islice(batches, 4):  # what was read ahead while other jobs ran: two for each worker
+        for _ in islice(batches, AHEAD):  # what was read while other jobs ran
             pass
-        return rate(work)
+        achieved = rate(work)
+        time.sleep(2 * AHEAD * access.samples * access.frames * window.frame_bytes / achieved)
+        return achieved  # and the workers, having read ahead again, leave the next job alone
 
     return job, batches
 

@@ -30,7 +30,8 @@ from featcache.store import Split
 TORCH_DTYPES = {"float16": torch.float16, "int8": torch.int8}
 MAPS = 1 << 14  # files mapped at a time: a quarter of what Linux gives a process (vm.max_map_count)
 ADVICE = 128 << 10  # bytes asked for in one call: Linux cuts it down to a device's readahead, by default this
-CHECK = 32  # copies between two looks at whether the disk had to be waited for
+CHECK = 8  # copies between two looks at whether the disk had to be waited for
+STAY_COLD = 16  # batches that are still asked for ahead after the last one that came from the disk
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -60,7 +61,7 @@ class FileRows:
         self._chunk_rows: int = array.chunks[0]
         self._row_bytes = int(np.prod(array.shape[1:])) * array.dtype.itemsize
         self._maps: OrderedDict[int, Tensor] = OrderedDict()  # by chunk, the one used last at the end
-        self._cold = True  # whether the last batch came from the disk
+        self._cold = STAY_COLD  # batches yet to be asked for ahead
         self._lock = threading.Lock()  # a map must not go while another thread reads from it
 
     @staticmethod
@@ -102,16 +103,16 @@ class FileRows:
         with self._lock:
             pieces = self._pieces(starts, out.shape[1], out.data_ptr())
             before = _disk_reads()
-            if self._cold:
+            advised = self._cold > 0
+            if advised:
                 _advise(pieces)
-            advised = self._cold
             for first in range(0, len(pieces), CHECK):
                 for target, source, size in pieces[first : first + CHECK]:
                     ctypes.memmove(target, source, size)  # without the GIL, and half the call of Tensor.copy_
                 if not advised and _disk_reads() != before:
                     _advise(pieces[first + CHECK :])
                     advised = True
-            self._cold = _disk_reads() != before
+            self._cold = STAY_COLD if _disk_reads() != before else max(0, self._cold - 1)
             while len(self._maps) > MAPS:  # only now: pieces are bare addresses
                 self._maps.popitem(last=False)
 

@@ -134,7 +134,7 @@ def test_file_and_zarr_readers_agree(
     reads, advised = itertools.count(), []
     monkeypatch.setattr(readers, "_disk_reads", (lambda: 0) if disk == "warm" else lambda: next(reads))
     monkeypatch.setattr(readers, "_advise", lambda pieces: advised.append(len(pieces)))
-    reader._cold = disk == "cold"
+    reader._cold = int(disk == "cold")
     starts = np.array([0, 2, 3, 5, 13])  # 2, 3, 5 and 13 cross a chunk boundary: 9 pieces
     fast, slow = (torch.zeros(5, 4, 16, 12, dtype=torch.float16) for _ in range(2))
     reader.gather(starts, fast)
