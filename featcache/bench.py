@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from featcache.readers import TORCH_DTYPES, FileRows, Rows, open_rows
+from featcache.readers import TORCH_DTYPES, FileRows
 from featcache.store import Split
-from featcache.stream import RING, FeatureStream, Residence, clip_starts
+from featcache.stream import RING, FeatureStream, Residence, clip_starts, feature_arrays, open_readers
 from featcache.timing import alternate, paired_ratio
 
 WINDOW = 2 << 30  # bytes of features that a measurement draws from: far more than caches, far less than memory
@@ -73,9 +73,8 @@ class Window:
 
     def __init__(self, split: Split, tap: str) -> None:
         self.split, self.tap = split, tap
-        self.paths = [f"features/{tap}"] + ([f"scales/{tap}"] if split.store.spec.dtype == "int8" else [])
-        self.arrays = [split.array(path) for path in self.paths]
-        self.readers: list[Rows] = [open_rows(split, path) for path in self.paths]
+        self.arrays = feature_arrays(split, tap)
+        self.readers = open_readers(split, tap, None)
         self.frame_bytes = int(np.prod(self.arrays[0].shape[1:])) * 2  # as float16
         self.stop = min(split.spec.rows, max(1, WINDOW // self.frame_bytes))  # rows before this one
         self._rng = np.random.default_rng(0)
@@ -101,12 +100,11 @@ class Window:
             reader.gather(starts, buffer)
 
     def files(self) -> list[str]:
-        """Raw chunk files, in the order of their rows; empty for stores that must be decoded."""
-        found: dict[str, None] = {}
-        for reader, array in zip(self.readers, self.arrays, strict=True):
-            if isinstance(reader, FileRows):
-                found |= {str(reader.path(int(row) // array.chunks[0])): None for row in self.starts(1)}
-        return list(found)
+        """Raw chunk files of the tokens, in the order of their rows; empty for stores that must be decoded."""
+        reader, chunk_rows = self.readers[0], self.arrays[0].chunks[0]
+        if not isinstance(reader, FileRows):
+            return []
+        return [str(reader.path(int(chunk))) for chunk in np.unique(self.starts(1) // chunk_rows)]
 
 
 def rate(work: Callable[[], int], device: torch.device | None = None) -> float:
@@ -116,6 +114,11 @@ def rate(work: Callable[[], int], device: torch.device | None = None) -> float:
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
     return moved / (time.perf_counter() - began)
+
+
+def epoch_batches(window: Window, access: Access) -> int:
+    """Batches that see about all of the window: the first touch of a mapped page costs a fault, later ones none."""
+    return -(-window.stop // (access.samples * access.frames))
 
 
 def memory_limit(window: Window, access: Access, batches: int) -> Callable[[], float]:
@@ -139,6 +142,8 @@ def memory_limit(window: Window, access: Access, batches: int) -> Callable[[], f
 def bare_read(window: Window, access: Access, batches: int) -> Callable[[], float]:
     """A job: the stream's reader alone, into reused buffers, nothing ahead."""
     ring = [window.buffers(access) for _ in range(RING)]
+    for batch in range(epoch_batches(window, access)):
+        window.read(window.draw(access), ring[batch % RING])
 
     def work() -> int:
         for batch in range(batches):
@@ -162,6 +167,8 @@ def whole_stream(
     )
     stream.starts = window.starts(access.frames)
     iterator = iter(stream)
+    for _ in islice(iterator, epoch_batches(window, access)):
+        pass
 
     def work() -> int:
         for _ in islice(iterator, batches):
@@ -271,7 +278,7 @@ def measure_cold(split: Split, tap: str, rounds: int) -> list[Rate]:
     drop_cache(files)
     if not files or cached_share(files) > STILL_CACHED:
         return []
-    frame_bytes = sum(array.nbytes for array in window.arrays) // split.spec.rows  # as stored
+    frame_bytes = window.arrays[0].nbytes // split.spec.rows  # as stored
     whole = np.array([split.rows(video).start for video in split.videos], np.int64)
     longest = max(split.spec.lengths)
     patterns = {

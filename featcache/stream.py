@@ -79,17 +79,10 @@ class FeatureStream:
         self.samples_seen = 0
         self.wait_seconds = 0.0  # that the trainer spent waiting for batches
         self.starts = clip_starts(split, clip)  # (samples,)
-        paths = [f"features/{tap}"] + ([f"scales/{tap}"] if split.store.spec.dtype == "int8" else [])
-        arrays = [split.array(path) for path in paths]
-        readers: list[Rows] = [open_rows(split, path) for path in paths]
+        arrays = feature_arrays(split, tap)
         self.residence = choose_residence(self.device, arrays) if residence == "auto" else residence
-        if self.residence != "disk":
-            home = self.device if self.residence == "device" else torch.device("cpu")
-            spans = [split.rows(video) for video in split.videos]
-            readers = [
-                ResidentRows.load(reader, array, spans, home) for reader, array in zip(readers, arrays, strict=True)
-            ]
-        self._readers = readers
+        homes = {"disk": None, "host": torch.device("cpu"), "device": self.device}
+        self._readers = open_readers(split, tap, homes[self.residence])
         self._shapes = [(batch_size, clip, *array.shape[1:]) for array in arrays]
         self._dtypes = [TORCH_DTYPES[str(array.dtype)] for array in arrays]
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
@@ -186,6 +179,27 @@ def start_single_threaded(work: Callable[[], None], name: str) -> threading.Thre
     limited.wait()
     torch.set_num_threads(threads)
     return thread
+
+
+def feature_arrays(split: Split, tap: str) -> list[zarr.Array[Any]]:
+    """Tokens (F, N, D), and the scales (F, N) of int8 ones."""
+    scales = [f"scales/{tap}"] if split.store.spec.dtype == "int8" else []
+    return [split.array(path) for path in (f"features/{tap}", *scales)]
+
+
+def open_readers(split: Split, tap: str, home: torch.device | None) -> list[Rows]:
+    """Readers of :func:`feature_arrays`, which are held on ``home`` unless it is None.
+
+    Scales are held in memory in any case: half a kilobyte a frame, while a copy that small would cost as much
+    time again as the frame's codes.
+    """
+    spans = [split.rows(video) for video in split.videos]
+    readers: list[Rows] = []
+    for array in feature_arrays(split, tap):
+        reader = open_rows(split, array.path)
+        keep = torch.device("cpu") if home is None and readers else home
+        readers.append(reader if keep is None else ResidentRows.load(reader, array, spans, keep))
+    return readers
 
 
 def choose_residence(device: torch.device, arrays: list[zarr.Array[Any]]) -> Residence:

@@ -34,7 +34,7 @@ class ExtractProgress:
             console=err, disable=not err.is_terminal,
         )  # fmt: skip
         self._tasks: dict[str, Any] = {}
-        self._said = self._began = time.monotonic()
+        self._said = self._began = self._last = time.monotonic()
 
     def __enter__(self) -> ExtractProgress:
         self._bars.start()
@@ -46,9 +46,9 @@ class ExtractProgress:
     def __call__(self, split: str, done: int, total: int) -> None:
         if split not in self._tasks:
             self._tasks[split] = self._bars.add_task(split, total=total)
-            self._began = time.monotonic()
+            self._began = self._last  # a split begins where the one before ended
         self._bars.update(self._tasks[split], completed=done)
-        now = time.monotonic()
+        now = self._last = time.monotonic()
         if not err.is_terminal and (now - self._said > QUIET_SECONDS or done == total):
             self._said = now
             rate = done / max(now - self._began, 1e-9)
