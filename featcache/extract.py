@@ -31,6 +31,7 @@ from featcache.precision import autocast, choose_precision
 from featcache.sources.base import Source, Video
 from featcache.stats import Moments
 from featcache.store import MAX_CHUNK_FRAMES, Dtype, FeatureStore, Precision, Split, SplitSpec, StoreSpec, TapSpec
+from featcache.threads import single_threaded_executor
 from featcache.writer import SplitWriter, StoreWriter, array_layouts, write_chunks
 
 READ_AHEAD = 2  # groups decoded ahead of the backbone, and written behind it
@@ -186,7 +187,7 @@ def _extract_split(writer: SplitWriter, job: SplitJob, source: Source, backbone:
             progress(job.name, frames_done, total)
         merge(statistics, part)
 
-    with ThreadPoolExecutor(1, "write") as writing:
+    with single_threaded_executor("write") as writing:
         pending: list[Future[None]] = []
         for group, videos in _decoded_groups(source, job, done):
             tokens = job.forward(backbone, videos) if videos else []

@@ -15,6 +15,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
 Float = npt.NDArray[np.float64]
@@ -135,11 +136,11 @@ class Moments:
             position_mean=_host(position_mean),
             min=_host(low),
             max=_host(high),
-            within=_host(flat.T @ flat),
-            between=_host(shift.T @ shift) * patches,
+            within=_gram(flat),
+            between=_gram(shift) * patches,
             norm_counts=_count_norms(norms),
             norm_max=float(norms.max()),
-            motion=_host(moved.T @ moved),
+            motion=_gram(moved),
             motion_tokens=len(moved),
         )
 
@@ -260,6 +261,14 @@ class Moments:
         """Share of tokens whose norm is above ``threshold``, taken to within RELATIVE_ACCURACY."""
         bucket = int(_buckets(torch.tensor([threshold], dtype=torch.float64)))
         return float(self.norm_counts[bucket + 1 :].sum() / self.tokens)
+
+
+def _gram(rows: Tensor) -> Float:
+    """Sum of the rows' outer products, (D, D), of float64 (R, D)."""
+    if rows.device.type != "cpu" or not len(rows):
+        return _host(rows.T @ rows)
+    upper = dsyrk(1.0, rows.contiguous().numpy().T)  # BLAS knows the result is symmetric, and does half the work
+    return np.asarray(np.triu(upper) + np.triu(upper, 1).T)
 
 
 def _host(values: Tensor) -> Float:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import atexit
 import os
 import queue
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +25,7 @@ from featcache.errors import UsageError
 from featcache.readers import TORCH_DTYPES, FileRows, ResidentRows, Rows, open_rows
 from featcache.staging import Slot, Staging
 from featcache.store import Split
+from featcache.threads import start_single_threaded
 
 Residence = Literal["auto", "disk", "host", "device"]
 RING = 3  # one with the trainer, one ready, one being filled
@@ -159,26 +159,6 @@ class FeatureStream:
             atexit.unregister(stop)
             stop()
             staging.close()
-
-
-def start_single_threaded(work: Callable[[], None], name: str) -> threading.Thread:
-    """A started thread whose own torch operations use one core, so that it leaves the others to the trainer.
-
-    ``torch.set_num_threads`` also sets what threads born later begin with, so that is put back at once.
-    """
-    threads = torch.get_num_threads()
-    limited = threading.Event()
-
-    def run() -> None:
-        torch.set_num_threads(1)
-        limited.set()
-        work()
-
-    thread = threading.Thread(target=run, name=name, daemon=True)
-    thread.start()
-    limited.wait()
-    torch.set_num_threads(threads)
-    return thread
 
 
 def feature_arrays(split: Split, tap: str) -> list[zarr.Array[Any]]:

@@ -1,0 +1,97 @@
+"""Training from the cache against the same training with the ViT in the loop.
+
+    python -m benchmarks.train [--cache cache/dinov2.zarr] [--steps 6] [--rounds 3]
+
+Both take the same steps of the same model on the same clips. In the loop, every step decodes nothing (frames lie in
+memory) and runs the backbone on the frames of its batch, as codebases without a cache do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.harness import alternate, paired_ratio, report, timed
+from featcache.backbones import Backbone, load_backbone
+from featcache.device import pick_device
+from featcache.extract import forward
+from featcache.store import FeatureStore, Split
+from featcache.stream import FeatureStream
+from slotlab.config import load_config
+from slotlab.losses import losses
+from slotlab.models.registry import Model, build_model
+
+
+def in_the_loop(stream: FeatureStream, split: Split, backbone: Backbone, tap: str) -> Iterator[torch.Tensor]:
+    """The stream's clips, their features computed anew at every step."""
+    frames = np.asarray(split.array("video")[:])
+    spec, samples = split.store.spec, 0
+    while True:
+        rows = stream.rows_at(samples)
+        clips = frames[rows[:, None] + np.arange(stream.clip)]  # (B, T, H, W, 3)
+        flat = clips.reshape(-1, *clips.shape[2:])
+        tokens = forward(backbone, [flat], spec.batch_size, spec.precision)[0][tap]
+        yield tokens.unflatten(0, clips.shape[:2])
+        samples += stream.batch_size
+
+
+def train_steps(model: Model, batches: Iterator[torch.Tensor], steps: int, batch_size: int) -> int:
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    generator = torch.Generator().manual_seed(0)
+    for features in itertools.islice(batches, steps):
+        loss = torch.stack(list(losses(model(features, generator)).values())).sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return steps * batch_size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, default=Path("cache/dinov2.zarr"))
+    parser.add_argument("--preset", default="demo")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+
+    device = pick_device(args.device)
+    config, store = load_config(args.preset), FeatureStore.open(args.cache)
+    tap, split = store.tap(config.data.tap), store[config.data.train_split].require_complete()
+    batch_size = config.optim.batch_size
+    stream = FeatureStream(split, tap, batch_size=batch_size, clip=config.data.clip, device=device)
+    size = int(store.spec.preprocessing["size"])
+    backbone = load_backbone(store.spec.backbone, None, (tap,), size, device)
+    cached = (batch.features for batch in stream)
+    computed = in_the_loop(stream, split, backbone, tap)
+    model = build_model(config, store).to(device)
+
+    def rate(batches: Iterator[torch.Tensor], steps: int) -> float:
+        return timed(lambda: train_steps(model, batches, steps, batch_size))
+
+    rate(cached, 2)  # warm up
+    rates = alternate(
+        {"cache": lambda: rate(cached, 10 * args.steps), "vit_in_the_loop": lambda: rate(computed, args.steps)},
+        args.rounds,
+    )
+    report(
+        "train",
+        {
+            "preset": args.preset,
+            "batch_size": batch_size,
+            "clip": config.data.clip,
+            "samples_per_s": {name: round(statistics.median(values), 2) for name, values in rates.items()},
+            "ratio": round(paired_ratio(rates, "cache", "vit_in_the_loop"), 1),
+            "all": rates,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Threads beside the one that computes, kept from fighting it for the cores.
+
+``torch.set_num_threads`` limits the thread that calls it, but also sets what threads born later begin with: both
+helpers put that back at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+
+def start_single_threaded(work: Callable[[], None], name: str) -> threading.Thread:
+    """A started daemon thread whose own torch operations use one core."""
+    threads = torch.get_num_threads()
+    limited = threading.Event()
+
+    def run() -> None:
+        torch.set_num_threads(1)
+        limited.set()
+        work()
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    limited.wait()
+    torch.set_num_threads(threads)
+    return thread
+
+
+def single_threaded_executor(name: str) -> ThreadPoolExecutor:
+    """One worker thread whose own torch operations use one core."""
+    threads = torch.get_num_threads()
+    executor = ThreadPoolExecutor(1, name, initializer=torch.set_num_threads, initargs=(1,))
+    executor.submit(torch.get_num_threads).result()  # the thread is there, and limited
+    torch.set_num_threads(threads)
+    return executor
