@@ -28,6 +28,7 @@ from featcache.backbones import Backbone
 from featcache.errors import DataError, UsageError
 from featcache.manifest import Row
 from featcache.precision import autocast, choose_precision
+from featcache.quantise import as_stored
 from featcache.sources.base import Source, Video
 from featcache.stats import Moments
 from featcache.store import MAX_CHUNK_FRAMES, Dtype, FeatureStore, Precision, Split, SplitSpec, StoreSpec, TapSpec
@@ -37,6 +38,8 @@ from featcache.writer import SplitWriter, StoreWriter, array_layouts, write_chun
 READ_AHEAD = 2  # groups decoded ahead of the backbone, and written behind it
 MEASURED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
+Tokens = Mapping[str, torch.Tensor]  # tap -> (T, N, D)
+TapMoments = Mapping[str, Moments]
 Progress = Callable[[str, int, int], None]  # split, frames done, frames in all
 
 
@@ -175,23 +178,23 @@ def _extract_split(writer: SplitWriter, job: SplitJob, source: Source, backbone:
     statistics: dict[str, Moments] = {}
     frames_done = 0
 
-    def record(group: range, videos: Sequence[Video], tokens: Sequence[Mapping[str, torch.Tensor]]) -> None:
+    def record(group: range, videos: Sequence[Video], tokens: Sequence[Tokens], moments: Sequence[TapMoments]) -> None:
         """In the writing thread, in order."""
         nonlocal frames_done
-        part: dict[str, Moments] = {}
-        for index, row, moments in job.store_group(group, done, videos, tokens):
-            if row:
-                writer.append(row)
-            merge(part, moments)
-            frames_done += job.spec.lengths[index]
-            progress(job.name, frames_done, total)
-        merge(statistics, part)
+        for row in job.store_group(group, done, videos, tokens):
+            writer.append(row)
+        merge(statistics, merged(moments))
+        frames_done += sum(job.spec.lengths[index] for index in group)
+        progress(job.name, frames_done, total)
 
     with single_threaded_executor("write") as writing:
         pending: list[Future[None]] = []
         for group, videos in _decoded_groups(source, job, done):
             tokens = job.forward(backbone, videos) if videos else []
-            pending.append(writing.submit(record, group, videos, tokens))
+            # Here rather than in the writing thread: on a GPU they are taken where the tokens are, and on a CPU
+            # a second thread of arithmetic would cost the backbone more than it saves.
+            moments = job.measure(group, done, tokens)
+            pending.append(writing.submit(record, group, videos, tokens, moments))
             while len(pending) > READ_AHEAD:
                 pending.pop(0).result()
         for future in pending:
@@ -227,27 +230,26 @@ class SplitJob:
     def forward(self, backbone: Backbone, videos: Sequence[Video]) -> list[dict[str, torch.Tensor]]:
         return forward(backbone, [v.frames for v in videos], self.store.batch_size, self.store.precision)
 
-    def store_group(
-        self,
-        group: range,
-        done: Container[int],
-        videos: Sequence[Video],
-        tokens: Sequence[Mapping[str, torch.Tensor]],
-    ) -> Iterator[tuple[int, Row | None, dict[str, Moments]]]:
-        """Store what is new and read back what is old, video by video.
-
-        ``videos`` and ``tokens`` are the group's, and empty when all of it is done. Yields the index, the
-        row to append (None for an old video) and the moments of the tokens as stored.
-        """
+    def measure(self, group: range, done: Container[int], tokens: Sequence[Tokens]) -> list[TapMoments]:
+        """Moments of each of the group's videos, of the tokens as stored; old videos are read back."""
+        found: list[TapMoments] = []
         for position, index in enumerate(group):
-            row: Row | None = None
             if index in done:
                 stored = {tap: self._stored.tokens(tap, index) for tap in self.store.taps}
             else:
+                stored = {tap: as_stored(values, self.store.dtype) for tap, values in tokens[position].items()}
+            found.append({tap: self._moments(index, tap, values) for tap, values in stored.items()})
+        return found
+
+    def store_group(
+        self, group: range, done: Container[int], videos: Sequence[Video], tokens: Sequence[Tokens]
+    ) -> Iterator[Row]:
+        """Make the chunks of the group's new videos durable; gives the rows to append."""
+        for position, index in enumerate(group):
+            if index not in done:
                 where = f"{self.location}: {self.name} video {index}"
                 video = _fitted(videos[position], self.spec, self.resize_frames, where)
-                row, stored = write_chunks(self.path, self.store, self.spec, index, video, tokens[position])
-            yield index, row, {tap: self._moments(index, tap, values) for tap, values in stored.items()}
+                yield write_chunks(self.path, self.store, self.spec, index, video, tokens[position])
 
     @cached_property
     def _stored(self) -> Split:
@@ -260,11 +262,19 @@ class SplitJob:
             raise DataError(f"{self.location}: {self.name} video {index}, tap {tap}: {error}") from error
 
 
-def merge(total: dict[str, Moments], part: Mapping[str, Moments]) -> None:
-    """Add moments by tap to ``total``. Videos are merged within their group, and groups in order, wherever
-    they ran: the sums are rounded alike."""
+def merge(total: dict[str, Moments], part: TapMoments) -> None:
+    """Add moments by tap to ``total``. Videos are merged within their group (`merged`), and groups in order,
+    wherever they ran: the sums are rounded alike."""
     for tap, moments in part.items():
         total[tap] = total[tap] + moments if tap in total else moments
+
+
+def merged(group: Sequence[TapMoments]) -> dict[str, Moments]:
+    """Moments of a group of videos."""
+    total: dict[str, Moments] = {}
+    for part in group:
+        merge(total, part)
+    return total
 
 
 def _decoded_groups(source: Source, job: SplitJob, done: frozenset[int]) -> Iterator[tuple[range, list[Video]]]:

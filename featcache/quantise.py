@@ -26,6 +26,11 @@ def dequantise(codes: Tensor, scale: Tensor) -> Tensor:
     return dequantise_into(codes, scale, torch.empty(codes.shape, dtype=torch.float32, device=codes.device))
 
 
+def as_stored(tokens: Tensor, dtype: str) -> Tensor:
+    """Tokens (..., D) as a reader of a ``float16`` or ``int8`` store will see them, where they are."""
+    return dequantise(*quantise(tokens)) if dtype == "int8" else tokens.half()
+
+
 def dequantise_into(codes: Tensor, scale: Tensor, out: Tensor) -> Tensor:
     """:func:`dequantise` (B, ..., D) into a float32 ``out`` of that shape, which is returned."""
     # On a CPU a block is scaled while the cache still holds it: twice the rate of two passes over everything.

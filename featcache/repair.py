@@ -21,7 +21,7 @@ from featcache.backbones import Backbone, load_backbone
 from featcache.convert import ConvertOptions, convert, copied_spec, open_origin
 from featcache.durable import write_tree
 from featcache.errors import DataError, IncompatibleError, compare_settings
-from featcache.extract import ExtractPlan, Progress, SplitJob, SplitPlan, extract, merge
+from featcache.extract import ExtractPlan, Progress, SplitJob, SplitPlan, extract, merge, merged
 from featcache.layout import array_layouts, split_metadata
 from featcache.sources import open_source
 from featcache.sources.base import Source
@@ -110,10 +110,7 @@ def _finish(writer: StoreWriter, name: str) -> None:
         groups = [range(v, v + 1) for v in split.done] if store.exported_from else job.groups()
         statistics: dict[str, Moments] = {}
         for group in groups:
-            part: dict[str, Moments] = {}
-            for _, _, moments in job.store_group(group, split.done, [], []):
-                merge(part, moments)
-            merge(statistics, part)
+            merge(statistics, merged(job.measure(group, split.done, [])))
         split.finish(statistics)
 
 

@@ -35,7 +35,7 @@ from featcache.layout import (
     split_metadata,
     summary_files,
 )
-from featcache.quantise import dequantise, quantise
+from featcache.quantise import quantise
 from featcache.sources.base import Video
 from featcache.stats import Moments
 from featcache.store import FeatureStore, SplitSpec, StoreSpec
@@ -150,11 +150,9 @@ class SplitWriter:
     def complete(self) -> bool:
         return len(self.done) == len(self.spec.lengths) == self.spec.statistics_videos
 
-    def write(self, index: int, video: Video, tokens: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Store one video durably and return its tokens as a reader will see them; see `write_chunks`."""
-        row, stored = write_chunks(self.path, self.store_spec, self.spec, index, video, tokens)
-        self.append(row)
-        return stored
+    def write(self, index: int, video: Video, tokens: Mapping[str, torch.Tensor]) -> None:
+        """Store one video durably; see `write_chunks`."""
+        self.append(write_chunks(self.path, self.store_spec, self.spec, index, video, tokens))
 
     def write_arrays(self, row: manifest.Row, arrays: Arrays) -> None:
         """Store one video whose rows are encoded as they shall lie; ``row`` lacks only the checksums.
@@ -202,25 +200,21 @@ def write_chunks(
     index: int,
     video: Video,
     tokens: Mapping[str, torch.Tensor],
-) -> tuple[manifest.Row, dict[str, torch.Tensor]]:
+) -> manifest.Row:
     """Make one video's chunks durable in the split at ``path``; needs no lock, in whichever process it runs.
 
     ``tokens`` holds (T, N, D) floats for each tap. Gives the row that the process with the store's lock
-    appends, and the tokens as a reader will see them. Raises ``DataError`` when the disk is full; the videos
-    finished before stay.
+    appends. Raises ``DataError`` when the disk is full; the videos finished before stay.
     """
     assert not split.shard_chunks, "several videos share a shard: only `SplitWriter.write_arrays` fills them"
     arrays: dict[str, npt.NDArray[Any]] = {"video": video.frames}
     if split.masks:
         assert video.segmentations is not None
         arrays["segmentations"] = video.segmentations
-    stored: dict[str, torch.Tensor] = {}
     for tap, values in tokens.items():
-        parts = encode_tokens(tap, values, store)
-        arrays |= {name: part.numpy() for name, part in parts.items()}
-        stored[tap] = dequantise(*parts.values()) if store.dtype == "int8" else parts[f"features/{tap}"]
+        arrays |= {name: part.numpy() for name, part in encode_tokens(tap, values, store).items()}
     row = manifest.Row(index, video.id, len(video.frames), {}, video.instances)
-    return _write_arrays(path, store, split, row, arrays), stored
+    return _write_arrays(path, store, split, row, arrays)
 
 
 def encode_tokens(tap: str, tokens: torch.Tensor, store: StoreSpec) -> dict[str, torch.Tensor]:

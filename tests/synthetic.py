@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from featcache.quantise import as_stored
 from featcache.sources.base import Instance, Video
 from featcache.stats import Moments
 from featcache.store import FeatureStore, SplitSpec, StoreSpec, TapSpec
@@ -94,8 +95,9 @@ def make_store(
             moments = Moments.empty(GRID[0] * GRID[1], DIM)
             for index in range(len(lengths)):
                 video = source.read(name, index)
-                stored = split.write(index, video, {"block1": tokens_of(video, scale=scale)})
-                moments = moments + Moments.from_tokens(stored["block1"])
+                tokens = tokens_of(video, scale=scale)
+                split.write(index, video, {"block1": tokens})
+                moments = moments + Moments.from_tokens(as_stored(tokens, dtype))
             split.finish({"block1": moments})
             split.close()
     return FeatureStore.open(path)

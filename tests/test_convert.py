@@ -141,8 +141,9 @@ def test_taps_and_splits_are_chosen(tmp_path: Path) -> None:
         for name in ("train", "validation"):
             split = writer.split(name, SplitSpec("f", (4,), 4, (SIZE, SIZE), True))
             video = SOURCE.read(name, 0)
-            stored = split.write(0, video, {"block1": tokens_of(video), "block2": tokens_of(video, dim=5)})
-            split.finish({tap: Moments.from_tokens(tokens) for tap, tokens in stored.items()})
+            tokens = {"block1": tokens_of(video), "block2": tokens_of(video, dim=5)}
+            split.write(0, video, tokens)
+            split.finish({tap: Moments.from_tokens(values.half()) for tap, values in tokens.items()})
             split.close()
     store = FeatureStore.open(tmp_path / "a.zarr")
     one = copy(store, tmp_path / "b.zarr", taps=("block2",), splits=("validation",))
