@@ -18,6 +18,8 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.extract
+	$(BIN)/slotlab bench stream --cache cache/dinov2.zarr
+	$(BIN)/python -m benchmarks.train
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

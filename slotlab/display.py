@@ -89,7 +89,7 @@ def training_display(steps: int) -> Iterator[Any]:
             said = now
             print(
                 f"step {row['step']}/{steps}  loss {row['loss']:.4f}  "
-                f"{row['frames_per_second']:.0f} frames/s  waiting for data {row['wait_share']:.1%}",
+                f"{row['samples_per_second']:.0f} samples/s  waiting for data {row['wait_share']:.1%}",
                 file=sys.stderr,
                 flush=True,
             )

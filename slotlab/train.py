@@ -102,7 +102,7 @@ def train(
                 now = time.perf_counter()
                 row |= {"grad_norm": norm.item(), "learning_rate": rate}
                 row |= {
-                    "frames_per_second": (step - logged) * optim.batch_size / (now - began),
+                    "samples_per_second": (step - logged) * optim.batch_size / (now - began),
                     "wait_share": (stream.wait_seconds - waited) / (now - began),
                 }
                 began, waited, logged = now, stream.wait_seconds, step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def small(*overrides: str, preset: str = "dinosaur", **shorthands: Any) -> Confi
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("frames_per_second", "wait_share")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("samples_per_second", "wait_share")} for row in rows]
 
 
 class Interrupted(Exception):
@@ -107,6 +108,15 @@ def test_bfloat16_trains(tmp_path: Path, store: FeatureStore) -> None:
     rounded = rows_of(train(small("optim.precision=bfloat16"), store, tmp_path / "b"))
     assert rounded != exact
     np.testing.assert_allclose([r["loss"] for r in rounded], [r["loss"] for r in exact], rtol=0.1)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_training_is_the_same_training(tmp_path: Path, store: FeatureStore) -> None:
+    losses = []
+    for compiled in (False, True):
+        config = small(f"optim.compile={str(compiled).lower()}", preset="default", optim__steps=3)
+        losses.append([row["loss"] for row in rows_of(train(config, store, tmp_path / str(compiled)))])
+    np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
 def test_int8_store_trains_like_float16(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ class ClusteringModel(nn.Module):
         self.register_buffer("target_scale", torch.ones(()))
         hidden = config.hidden
         self.embed = nn.Linear(normaliser.dim + 3, hidden)
-        self.context = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, padding_mode="replicate")
+        self.context = nn.Conv2d(hidden, hidden, 3, groups=hidden)
         self.residual = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, self.keys + 1))
         last = self.residual[-1]
         assert isinstance(last, nn.Linear)
@@ -115,10 +115,10 @@ class ClusteringModel(nn.Module):
         logit = self.objectness_logit(tokens, self.config.objectness)
         position = self.position.expand(len(tokens), -1, -1)
         hidden = F.relu(self.embed(torch.cat([tokens, logit.unsqueeze(-1) / RESIDUAL_GAIN, position], -1)))
-        hidden = hidden + self.context(self._to_map(hidden)).flatten(2).transpose(1, 2)
+        hidden = hidden + self.context(self._bordered_map(hidden)).flatten(2).transpose(1, 2)
         residual = self.residual(hidden)  # (B, N, S + 1)
         slowest = tokens[..., : self.keys]
-        smooth = F.avg_pool2d(F.pad(self._to_map(slowest), (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+        smooth = F.avg_pool2d(self._bordered_map(slowest), 3, stride=1)
         base = F.normalize((slowest + smooth.flatten(2).transpose(1, 2)) / 2, dim=-1)
         keys = F.normalize(base + residual[..., :-1], dim=-1)
         objectness = (logit + RESIDUAL_GAIN * residual[..., -1]).sigmoid()
@@ -181,8 +181,14 @@ class ClusteringModel(nn.Module):
         decoded: Tensor = self.decode(torch.cat([key, place - here, background], -1))
         return decoded
 
-    def _to_map(self, tokens: Tensor) -> Tensor:
-        return tokens.transpose(1, 2).reshape(len(tokens), -1, *self.grid)  # (B, C, rows, columns)
+    def _bordered_map(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) -> (B, C, rows + 2, columns + 2), the outer patches repeated once.
+
+        By hand, because torch.compile miscompiles the gradient of replication padding (torch 2.14).
+        """
+        x = tokens.transpose(1, 2).reshape(len(tokens), -1, *self.grid)
+        x = torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2)
+        return torch.cat([x[..., :1], x, x[..., -1:]], 3)
 
 
 def otsu_threshold(values: Tensor, bins: int = 256) -> Tensor:
