@@ -20,7 +20,7 @@ from rich.text import Text
 
 from featcache.blockwise import recomputed_statistics
 from featcache.errors import UsageError
-from featcache.stats import OUTLIER_RATIO, ScaleReport, scale_report
+from featcache.scale import OUTLIER_RATIO, ScaleReport, scale_report
 from featcache.store import FeatureStore
 
 # More columns than this are hard to read in a terminal; further stores go to a second table.

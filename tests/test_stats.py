@@ -20,14 +20,8 @@ from featcache.blockwise import reduce_moments
 from featcache.errors import DataError, UsageError
 from featcache.quantise import dequantise, quantise
 from featcache.report import StoreReport, plot_scale, render
-from featcache.stats import (
-    BUCKETS,
-    RELATIVE_ACCURACY,
-    Moments,
-    NonFiniteTokensError,
-    effective_rank,
-    scale_report,
-)
+from featcache.scale import effective_rank, scale_report
+from featcache.stats import BUCKETS, RELATIVE_ACCURACY, Moments, NonFiniteTokensError
 
 DIM = 6
 da: Any = dask.array  # untyped
