@@ -32,7 +32,7 @@ from torch import Tensor
 from featcache.errors import DataError
 
 if TYPE_CHECKING:
-    from featcache.backbones import BackboneSpec
+    from featcache.registry import BackboneSpec
 
 logger = logging.getLogger(__name__)
 

@@ -89,8 +89,10 @@ def train(
             rate = schedule.get_last_lr()[0]
             step += 1
 
-            if step % config.log_every == 0 or step == optim.steps or step == 1:
-                # Reading a value waits for the device, so nothing is read between two logged steps.
+            saves = step % config.checkpoint_every == 0 or step == optim.steps
+            if saves or step % config.log_every == 0 or step == 1:
+                # Reading a value waits for the device, so nothing is read between two logged steps; and nothing
+                # is saved that was not read and found finite.
                 row: dict[str, Any] = {"step": step, "loss": loss.item()}
                 row |= {name: value.item() for name, value in components.items()}
                 if not math.isfinite(row["loss"]) or not math.isfinite(norm.item()):
@@ -112,7 +114,7 @@ def train(
 
             optimizer.step()
             schedule.step()
-            if step % config.checkpoint_every == 0 or step == optim.steps:
+            if saves:
                 state = {"step": step, "schedule": _plain(schedule), "stream": stream.state_dict()}
                 checkpoint.save(run, model, optimizer, state)
     return run
