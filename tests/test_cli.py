@@ -87,8 +87,8 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in done.stderr and done.returncode != 0
 
 
-def test_the_main_job_on_a_folder_of_images(tmp_path: Path) -> None:
-    """extract, stats, train, eval, verify as people type them, each with clean JSON on stdout."""
+def test_from_a_store_to_scores(tmp_path: Path) -> None:
+    """stats, train, eval and verify as people type them, each with clean JSON on stdout."""
     make_store(tmp_path / "cache/synthetic.zarr")
     stats = json.loads(slotlab("stats", "--json", cwd=tmp_path).stdout)["stores"][0]
     assert stats["path"] == "cache/synthetic.zarr" and stats["frames"] == 17
