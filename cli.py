@@ -8,11 +8,13 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from featcache.errors import DataError, FeatcacheError, UsageError
+from slotlab.commands import bench, stores
+from slotlab.commands.options import CACHE_FOLDER, Cache, Device, Dtype, Json, Precision, print_json
 
 app = typer.Typer(
     name="slotlab",
@@ -21,15 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-CACHE_FOLDER = Path("cache")
 INTERRUPTED = 130
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
-Dtype = Literal["float16", "int8"]
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
-Residence = Literal["auto", "disk", "host", "device"]
-Cache = Annotated[Path, typer.Option("--cache", help="Store made by slotlab extract.", show_default=False)]
 
 
 @app.callback()
@@ -109,7 +103,7 @@ def extract(
             "seconds": measure_seconds(todo, source, model),
         }
         if as_json:
-            _print_json(summary)
+            print_json(summary)
         else:
             display.out.print(display.plain_table(("", "value"), [(k, str(v)) for k, v in summary.items()]))
         return
@@ -120,7 +114,7 @@ def extract(
             store = run_extract(todo, source, model, progress)
     summary = {"path": str(path), "splits": {name: store[name].frames for name in store.splits}}
     if as_json:
-        _print_json(summary)
+        print_json(summary)
     else:
         frames = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())  # type: ignore[attr-defined]
         display.out.print(f"{path}: {frames} frames. Next: slotlab stats {path}")
@@ -145,7 +139,7 @@ def stats(
     if plot:
         plot_scale(reports, plot)
     if as_json:
-        _print_json({"stores": [report.as_dict() for report in reports]})
+        print_json({"stores": [report.as_dict() for report in reports]})
     else:
         display.out.print(render(reports))
 
@@ -211,7 +205,7 @@ def evaluate(
 
         draw_sheet(loaded, loaded.store[result["split"]], sheet)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         display.out.print(display.scores_table(result))
 
@@ -247,7 +241,7 @@ def demo(
         result = job.train_and_score(settings, store, out, chosen, show)
     say("[bold]4/4[/] scores on videos that training never saw")
     if as_json:
-        _print_json(result.scores)
+        print_json(result.scores)
     else:
         display.out.print(display.scores_table(result.scores))
         display.out.print(f"picture of the masks  {result.sheet}")
@@ -259,157 +253,12 @@ def demo(
         display.out.print("  slotlab eval runs/mine --sheet masks.png")
 
 
-@app.command()
-def verify(
-    cache: Annotated[Path, typer.Argument(help="Store to check.")],
-    repair: Annotated[bool, typer.Option("--repair", help="Make again what is damaged, and only that.")] = False,
-    data: Annotated[str | None, typer.Option(help="Where the store's videos are now, if they have moved.")] = None,
-    weights: Annotated[str | None, typer.Option(help="Checkpoint file, if it has moved.")] = None,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Check all of a store against its manifest; names the damaged videos, exit code 3 if any are left."""
-    from featcache.device import pick_device
-    from featcache.verify import verify as run_verify
-    from slotlab import display
-
-    damage, repaired = run_verify(cache), []
-    if damage and repair:
-        from featcache.repair import Means
-        from featcache.repair import repair as run_repair
-
-        with display.ExtractProgress() as progress:
-            repaired = run_repair(cache, Means(data, weights, device=str(pick_device(device))), progress)
-        damage = run_verify(cache)
-    if as_json:
-        lists = {"damaged": damage, "repaired": repaired}
-        _print_json({"path": str(cache), **{k: [d.as_dict() for d in v] for k, v in lists.items()}})
-    elif damage:
-        display.out.print(display.plain_table(("split", "video", "id", "what"), [d.row() for d in damage], str(cache)))
-    else:
-        display.out.print(f"{cache}: sound" + (f", {len(repaired)} damages repaired" if repaired else ""))
-    if damage:
-        raise typer.Exit(DataError.exit_code)
-
-
-@app.command()
-def export(
-    cache: Annotated[Path, typer.Argument(help="Store to copy.")],
-    out: Annotated[Path, typer.Argument(help="Store or file to make.")],
-    form: Annotated[Literal["zarr", "hdf5"], typer.Option("--format", help="Of the copy.")] = "zarr",
-    dtype: Annotated[Dtype | None, typer.Option(help="Default: as it is.")] = None,
-    tap: Annotated[list[str] | None, typer.Option(help="Repeatable; default: every tap.")] = None,
-    split: Annotated[list[str] | None, typer.Option(help="Repeatable; default: every split.")] = None,
-    shard_videos: Annotated[int, typer.Option(help="Videos that share a file, where inodes are scarce.")] = 0,
-) -> None:
-    """Copy a store in another dtype, with fewer taps, in shards, or as HDF5. Never loads it; checks as it reads."""
-    from featcache.convert import ConvertOptions, convert
-    from slotlab import display
-
-    options = ConvertOptions(dtype, tuple(tap or ()), tuple(split or ()), shard_videos)
-    with display.ExtractProgress() as progress:
-        convert(cache, out, options, form, progress)
-    display.out.print(f"{out}: written")
-
-
-@app.command("import")
-def import_file(
-    file: Annotated[Path, typer.Argument(help="HDF5 file by slotlab export, or of the layout in docs/store.md.")],
-    out: Annotated[Path, typer.Argument(help="Store to make.")],
-    dtype: Annotated[Dtype | None, typer.Option(help="Default: as it is.")] = None,
-    tap: Annotated[list[str] | None, typer.Option(help="Repeatable; default: every tap.")] = None,
-    split: Annotated[list[str] | None, typer.Option(help="Repeatable; default: every split.")] = None,
-    shard_videos: Annotated[int, typer.Option(help="Videos that share a file, where inodes are scarce.")] = 0,
-) -> None:
-    """Make a store of the features in an HDF5 file."""
-    if not file.is_file():
-        raise DataError(f"{file}: no such file; name an HDF5 file, or copy a store with slotlab export")
-    export(file, out, "zarr", dtype, tap, split, shard_videos)
-
-
-@app.command()
-def weights(
-    fetch: Annotated[str | None, typer.Option(help="Download this backbone's weights now.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Which backbones there are, and where each one's weights come from."""
-    from featcache.registry import ALIASES, get_spec, list_backbones
-    from slotlab import display
-
-    if fetch:
-        from featcache.weights import resolve_weights
-
-        found = resolve_weights(get_spec(fetch))
-        _print_json({"backbone": fetch, "origin": found.origin, "sha256": found.sha256})
-        return
-    short = {name: alias for alias, name in ALIASES.items()}
-    rows = [
-        (s.name + (f" ({short[s.name]})" if s.name in short else ""), s.library, s.model_id, s.patch, s.dim, s.source)
-        for s in list_backbones()
-    ]
-    if as_json:
-        keys = ("name", "library", "model_id", "patch", "dim", "source")
-        _print_json({"backbones": [dict(zip(keys, row, strict=True)) for row in rows]})
-    else:
-        display.out.print(display.plain_table(("backbone", "library", "model", "patch", "dim", "weights"), rows))
-
-
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """What this machine offers: packages, devices, memory, disk, weights, the embedded sample."""
-    from slotlab import display
-    from slotlab.doctor import examine
-
-    findings = examine()
-    if as_json:
-        _print_json(findings)
-    else:
-        display.out.print(display.plain_table(("", "found"), [(k, str(v)) for k, v in findings.items()]))
-
-
-bench = typer.Typer(help="Measured rates beside what this machine allows.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
-
-
-@bench.command("stream")
-def bench_stream(
-    cache: Cache,
-    split: Annotated[str, typer.Option(help="Of the store.")] = "train",
-    tap: Annotated[str | None, typer.Option(help="Default: the store's first.")] = None,
-    residence: Annotated[Residence, typer.Option(help="Where the features live while they stream.")] = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 7,
-    cold: Annotated[bool, typer.Option(help="Also from the disk: drops the store from the page cache.")] = True,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Random clips and frames of a store: bare reads and whole stream, beside memory's and the disk's rate."""
-    from featcache.bench import measure_stream
-    from featcache.device import pick_device
-    from featcache.store import FeatureStore
-    from slotlab import display
-
-    store = FeatureStore.open(cache)
-    chosen = store[split].require_complete()
-    rates = measure_stream(
-        chosen, store.tap(tap), rounds=rounds, cold=cold, device=pick_device(device), residence=residence
-    )
-    if as_json:
-        _print_json({"cache": str(cache), "split": split, "patterns": [rate.as_dict() for rate in rates]})
-        return
-    rows = [
-        (r.name, f"{r.bytes_per_s / 1e9:.2f}", f"{r.limit_bytes_per_s / 1e9:.2f}", f"{r.ratio:.2f}", r.limit)
-        for r in rates
-    ]
-    display.out.print(display.plain_table(("pattern", "GB/s", "limit", "ratio", "the limit is"), rows, str(cache)))
-    if cold and not any(rate.name.startswith("cold") for rate in rates):
-        display.out.print("cold: not measured; another process holds the store in memory, or it must be decoded")
-
-
-# -- shared ------------------------------------------------------------------------------------------------
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value))
+app.command()(stores.verify)
+app.command()(stores.export)
+app.command("import")(stores.import_file)
+app.command()(stores.weights)
+app.command()(stores.doctor)
+app.add_typer(bench.bench, name="bench")
 
 
 def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:

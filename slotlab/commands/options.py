@@ -1,0 +1,22 @@
+"""Options and output that commands share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+CACHE_FOLDER = Path("cache")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
+Dtype = Literal["float16", "int8"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Residence = Literal["auto", "disk", "host", "device"]
+Cache = Annotated[Path, typer.Option("--cache", help="Store made by slotlab extract.", show_default=False)]
+
+
+def print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value))
