@@ -55,7 +55,7 @@ class FeatureStream:
         residence: where the features live while training. ``auto`` is the device if they fit in half of its free
             memory; else the disk, whose page cache is host memory without a copy; but the host for stores that
             must be decoded (compressed, sharded) and fit in half of its free memory.
-        rank, world_size: each rank takes its own share of every global batch.
+        rank, world_size: each rank takes its part of every global batch; see :meth:`rows_at`.
 
     Raises ``UsageError`` when no video is as long as the clip. Damaged files raise ``DataError`` from the iterator.
     """
@@ -92,12 +92,15 @@ class FeatureStream:
     def rows_at(self, samples_seen: int) -> npt.NDArray[np.int64]:
         """First rows of this rank's batch after ``samples_seen`` samples, in ascending order: (B,).
 
-        Epochs follow each other without a gap, so a batch may take the end of one and the start of the next.
+        The global batch is drawn and sorted, and the ranks take consecutive parts of it: together they see, in the
+        same order, what one process with the batch size of them all would see. Epochs follow each other without a
+        gap, so a batch may take the end of one and the start of the next.
         """
-        first = samples_seen + self.rank * self.batch_size
-        epochs, places = np.divmod(np.arange(first, first + self.batch_size), len(self.starts))
+        seen = np.arange(samples_seen, samples_seen + self.world_size * self.batch_size)
+        epochs, places = np.divmod(seen, len(self.starts))
         rows = [self.starts[self._permutation(int(epoch))[places[epochs == epoch]]] for epoch in np.unique(epochs)]
-        return np.sort(np.concatenate(rows))  # neighbours on disk are read together
+        together = np.sort(np.concatenate(rows))  # neighbours on disk are read together
+        return together[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
 
     def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
         order = self._order

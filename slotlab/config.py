@@ -14,100 +14,91 @@ from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from featcache.errors import DataError, UsageError
+from slotlab.models.config import MODEL_KINDS, ModelConfig, Section, SlotAttentionConfig
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class DataConfig(_Section):
+class DataConfig(Section):
     """What is read, and how it is scaled."""
 
-    tap: str | None = None  # None: the store's first
+    tap: str | None = None  # None: the store's first; "video": the stored frames
     train_split: str = "train"
     eval_split: str = "validation"
     normalize: str = "whiten"  # whiten | slow=K | channel | scale | none | sample | fixed=FACTOR
     center: Literal["channel", "position"] = "channel"  # the mean that normalisation subtracts
     shrinkage: float = Field(0.1, ge=0, le=1)
     residence: Literal["auto", "disk", "host", "device"] = "auto"
-    clip: int = Field(1, ge=1)  # consecutive frames a sample; more than one needs a model that is trained across time
+    clip: int = Field(1, ge=1)  # consecutive frames a sample; more than one needs a model of video
 
 
-class SlotAttentionConfig(_Section):
-    """DINOSAUR's image model: its parts and their sizes (slotlab.models.slot_model)."""
+class LossConfig(Section):
+    """Weights of the losses (slotlab.losses); one at 0 is not computed. Each is logged apart."""
 
-    kind: Literal["slot_attention"] = "slot_attention"
-    slots: int = Field(11, ge=1)
-    slot_dim: int = Field(128, ge=1)
-    projection: Literal["mlp", "linear"] = "mlp"
-    projection_hidden: int | None = None  # None: the features' width
-    initializer: Literal["gaussian", "gaussian_per_slot", "learnt", "kmeans++", "kmeans"] = "kmeans"
-    kmeans_rounds: int = Field(8, ge=0)
-    iterations: int = Field(1, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    slot_mlp_hidden: int = 512
-    decoder: Literal["mlp", "mix"] = "mix"
-    decoder_hidden: int = Field(256, ge=1)
-    decoder_layers: int = Field(2, ge=1)  # hidden layers
+    feature_mse: float = Field(1.0, ge=0)  # in standardised units: 1 is the mean predictor
+    cosine: float = Field(0.0, ge=0)
+    temporal_similarity: float = Field(0.0, ge=0)  # VideoSAUR
+    slot_contrast: float = Field(0.0, ge=0)  # SlotContrast
+    diversity: float = Field(0.0, ge=0)
+    sharpness: float = Field(0.0, ge=0)
+    similarity_shift: int = Field(1, ge=1)  # frames ahead
+    similarity_temperature: float = Field(0.075, gt=0)
+    contrast_temperature: float = Field(0.1, gt=0)
 
-
-class Logistic(_Section):
-    """``sigmoid((norm / (threshold * otsu) - 1) / width)`` of a token's norm, otsu being Otsu's threshold."""
-
-    threshold: float = Field(gt=0)
-    width: float = Field(gt=0)
+    def weights(self) -> dict[str, float]:
+        """Name -> weight of the losses that are on."""
+        names = ("feature_mse", "cosine", "temporal_similarity", "slot_contrast", "diversity", "sharpness")
+        return {name: weight for name in names if (weight := getattr(self, name)) > 0}
 
 
-class ClusteringConfig(_Section):
-    """Soft clusters of learnt keys, trained across time (slotlab.models.clustering_model)."""
-
-    kind: Literal["clustering"] = "clustering"
-    slots: int = Field(13, ge=2)  # the background's included; a frame uses as many as it needs
-    slot_dim: int = Field(64, ge=1)
-    hidden: int = Field(256, ge=1)
-    iterations: int = Field(5, ge=1)
-    temperature: float = Field(0.05, gt=0)
-    position_weight: float = Field(1.0, ge=0)
-    new_slot_distance: float = Field(0.6, gt=0)  # squared, between unit keys with position
-    objectness: Logistic = Logistic(threshold=1.0, width=0.25)  # that the model starts from
-    target_objectness: Logistic = Logistic(threshold=1.1, width=0.125)  # tighter, or the masks swell
-    seed_objectness: float = Field(0.6, gt=0, lt=1)  # a token below it starts no slot
-
-
-class OptimConfig(_Section):
-    """Adam, linear warm-up, cosine decay, clipping."""
+class OptimConfig(Section):
+    """Adam, linear warm-up, decay, clipping."""
 
     steps: int = Field(800, ge=1)
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1)  # samples a step, of all ranks together
+    accumulate: int = Field(1, ge=1)  # parts of a rank's batch that pass the model one after the other
     learning_rate: float = Field(1e-3, gt=0)
-    final_learning_rate: float = Field(0.0, ge=0)
+    reference_batch: int | None = Field(None, ge=1)  # the rate is for this batch size; None: for the one given
+    scaling: Literal["linear", "sqrt"] = "sqrt"  # how the rate grows with the batch
     warmup_steps: int = Field(50, ge=0)
+    warmup_samples: int | None = Field(None, ge=0)  # instead of steps: the same for every batch size
+    decay: Literal["cosine", "exponential", "constant"] = "cosine"
+    half_life: int = Field(100_000, ge=1)  # steps, of the exponential decay
+    final_learning_rate: float = Field(0.0, ge=0)  # of the cosine
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)
+    ema: float = Field(0.0, ge=0, lt=1)  # decay of averaged weights, which are then the ones evaluated; 0: none
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
 
 
-MODEL_KINDS = ("slot_attention", "clustering")
-
-
-class Config(_Section):
+class Config(Section):
     """Everything that decides a run's result, besides the store itself."""
 
     seed: int = 0
     data: DataConfig = DataConfig()
-    model: SlotAttentionConfig | ClusteringConfig = Field(SlotAttentionConfig(), discriminator="kind")
+    model: ModelConfig = Field(SlotAttentionConfig(), discriminator="kind")
+    loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(200, ge=1)
+    evaluate_every: int = Field(0, ge=0)  # steps between looks at the masks of the evaluation split; 0: none
+    evaluate_videos: int = Field(8, ge=1)  # that such a look takes
 
     @model_validator(mode="after")
-    def _clips_need_a_model_for_them(self) -> Self:
-        if self.data.clip > 1 and self.model.kind != "clustering":
-            raise ValueError("data.clip above 1 needs model.kind = clustering")
+    def _parts_fit(self) -> Self:
+        recurrent = self.model.kind != "clustering" and self.model.predictor is not None
+        if self.data.clip > 1 and self.model.kind != "clustering" and not recurrent:
+            raise ValueError("data.clip above 1 needs a model of video: set model.predictor.kind")
+        if recurrent and self.data.clip == 1:
+            raise ValueError("model.predictor needs clips: set data.clip to 2 or more")
+        if self.loss.temporal_similarity and self.data.clip <= self.loss.similarity_shift:
+            raise ValueError("loss.temporal_similarity needs data.clip above loss.similarity_shift")
+        if self.loss.slot_contrast and not recurrent:
+            raise ValueError("loss.slot_contrast needs slots carried over clips: set model.predictor.kind")
+        if (self.model.kind == "pixel") != (self.data.tap == "video"):
+            raise ValueError("model.kind = pixel goes with data.tap = video, the stored frames, and they with it")
         return self
 
     def to_toml(self) -> str:

@@ -15,12 +15,13 @@ from torch import Tensor
 from featcache.store import FeatureStore, Split
 from slotlab import checkpoint, metrics
 from slotlab.config import Config
-from slotlab.models.output import Output
-from slotlab.models.registry import Model, empty_model
+from slotlab.draws import Draws
+from slotlab.models.base import Model, Output
+from slotlab.models.registry import empty_model
 from slotlab.normalise import Normaliser
 from slotlab.references import grid_reference, kmeans_floor
 from slotlab.scores import Scores
-from slotlab.train import check_store, seed_of
+from slotlab.train import check_store
 
 MASKS = ("decoder", "attention")
 
@@ -39,8 +40,7 @@ class LoadedRun:
     def segment(self, split: Split, video: int) -> Output:
         """The model's output on all frames of one video; the same every time."""
         device = next(self.model.parameters()).device
-        generator = torch.Generator().manual_seed(seed_of(self.config.seed, video))
-        return self.model(split.tokens(self.tap, video).to(device), generator)  # type: ignore[no-any-return]
+        return self.model.segment(split.tokens(self.tap, video).to(device), Draws.of_step(self.config.seed, video))
 
 
 def load_run(run: Path, cache: Path | None = None, device: torch.device | str = "cpu") -> LoadedRun:
@@ -120,7 +120,7 @@ def references(split: Split, loaded: LoadedRun) -> tuple[dict[str, Any], dict[st
     """The grid's ceiling, and the floor of k-means on each frame's tokens with as many clusters as slots."""
     statistics = loaded.store[loaded.config.data.train_split].statistics(loaded.tap)
     whiten = Normaliser.from_moments("whiten", statistics, shrinkage=0.1, center="channel")
-    labels, grid, clusters = count_labels(split), loaded.model.grid, loaded.config.model.slots
+    labels, grid, clusters = count_labels(split), loaded.model.grid, loaded.model.slots
     ceiling, raw, whitened = Scores(), Scores(), Scores()
     for video in split.videos:
         truth = torch.from_numpy(split.segmentations(video))

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from slotlab.draws import Draws
+
 
 class Clusters(NamedTuple):
     """What :func:`kmeans` found."""
@@ -22,23 +24,21 @@ class Clusters(NamedTuple):
 
 
 @torch.no_grad()
-def kmeans_plus_plus(tokens: Tensor, k: int, generator: torch.Generator | None = None) -> Tensor:
+def kmeans_plus_plus(tokens: Tensor, k: int, draws: Draws | None = None) -> Tensor:
     """Greedy k-means++ seeds (Arthur & Vassilvitskii 2007): indices (B, K) int64 of the tokens chosen.
 
     tokens (B, N, D). The first is drawn evenly. For each further one, 2 + ln K candidates are drawn in
     proportion to their squared distance from the nearest seed so far, and the one that leaves the least total
     distance is kept, as scikit-learn does: on whitened DINOv2 tokens this is worth as much as several
-    restarts. A generator on the CPU gives the same draws for every device. A sample with fewer than K
+    restarts. A sample with fewer than K
     different tokens repeats some. Raises ValueError unless 1 <= K <= N.
     """
     with _full_precision(tokens):
-        return _seed(_centred(tokens, k)[0], k, generator)
+        return _seed(_centred(tokens, k)[0], k, draws)
 
 
 @torch.no_grad()
-def kmeans(
-    tokens: Tensor, k: int, rounds: int = 8, generator: torch.Generator | None = None, restarts: int = 1
-) -> Clusters:
+def kmeans(tokens: Tensor, k: int, rounds: int = 8, draws: Draws | None = None, restarts: int = 1) -> Clusters:
     """Lloyd's k-means from k-means++ seeds, a fixed number of rounds, the best of some restarts.
 
     tokens (B, N, D), centres (B, K, D) float32, labels (B, N) int64 in [0, K). A cluster that loses all its
@@ -49,9 +49,9 @@ def kmeans(
         raise ValueError(f"k-means needs at least one start, not {restarts}")
     with _full_precision(tokens):
         x, mean = _centred(tokens, k)
-        best, centres, labels = _lloyd(x, k, rounds, generator)
+        best, centres, labels = _lloyd(x, k, rounds, draws)
         for _ in range(restarts - 1):
-            score, *other = _lloyd(x, k, rounds, generator)
+            score, *other = _lloyd(x, k, rounds, draws)
             better = score > best  # (B,)
             best = torch.where(better, score, best)
             centres = torch.where(better[:, None, None], other[0], centres)
@@ -59,9 +59,9 @@ def kmeans(
         return Clusters(centres + mean, labels)
 
 
-def _lloyd(x: Tensor, k: int, rounds: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+def _lloyd(x: Tensor, k: int, rounds: int, draws: Draws | None) -> tuple[Tensor, Tensor, Tensor]:
     """One start: closeness summed (B,), largest for the least inertia; centres (B, K, D); labels (B, N)."""
-    centres = _take(x, _seed(x, k, generator))
+    centres = _take(x, _seed(x, k, draws))
     for _ in range(rounds):
         centres = _update(x, centres)
     closeness, labels = _closeness(x, centres).max(-1)
@@ -87,12 +87,11 @@ def _centred(tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return x - mean, mean
 
 
-def _seed(x: Tensor, k: int, generator: torch.Generator | None) -> Tensor:
+def _seed(x: Tensor, k: int, draws: Draws | None) -> Tensor:
     batch, count, _ = x.shape
     # Of exponential variables e_n, the largest p_n / e_n falls on n with probability p_n / sum p, the next
     # largest are further draws without replacement: no float cumsum, which is not deterministic on a GPU.
-    source = generator.device if generator is not None else x.device
-    waits = torch.empty((k, batch, count), device=source).exponential_(generator=generator).to(x.device)
+    waits = (draws or Draws(0)).exponential((k, batch, count), batch=1).to(x.device)
     square = x.square().sum(-1)  # (B, N)
     chosen = waits[0].argmin(-1, keepdim=True)  # (B, 1), each token as likely as any other
     nearest = _distance(x, square, chosen).squeeze(-1)  # (B, N), squared distance to the nearest seed

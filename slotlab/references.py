@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slotlab.draws import Draws
 from slotlab.kmeans import kmeans
 from slotlab.metrics import mask_tables
 
@@ -53,11 +54,11 @@ def kmeans_floor(
     one-hot on the grid, go the way of a model's masks. The best of several restarts is kept, because a floor
     should not be low by bad luck. A frame's draws depend on ``seed`` and on its place in the call.
     """
-    generator = torch.Generator().manual_seed(seed)
+    draws = Draws(seed)
     tables = []
     for start in range(0, len(tokens), _FRAMES_CLUSTERED):
         frames = slice(start, start + _FRAMES_CLUSTERED)
-        labels = kmeans(tokens[frames], k, rounds, generator, restarts).labels  # (f, N)
+        labels = kmeans(tokens[frames], k, rounds, draws, restarts).labels  # (f, N)
         masks = F.one_hot(labels, k).transpose(1, 2).reshape(-1, k, *grid).float()  # (f, k, h, w)
         tables.append(mask_tables(masks, segmentations[frames], n_true))
     return torch.cat(tables)

@@ -18,7 +18,8 @@ from featcache.store import FeatureStore, flatten
 from featcache.stream import FeatureStream
 from slotlab import checkpoint
 from slotlab.config import Config, OptimConfig
-from slotlab.losses import losses
+from slotlab.draws import Draws
+from slotlab.losses import losses, total
 from slotlab.models.registry import build_model
 
 Report = Callable[[dict[str, Any]], None]  # one row of metrics.jsonl
@@ -72,17 +73,15 @@ def train(
             group["lr"] = rate
     keep_rows(run / "metrics.jsonl", step)
     forward: Callable[..., Any] = torch.compile(model) if optim.compile else model
-    generator = torch.Generator()  # the initialiser's draws, the same on every device
     began, waited, logged = time.perf_counter(), stream.wait_seconds, step
 
     with (run / "metrics.jsonl").open("a") as log:
         for batch in stream:
             if step >= optim.steps:
                 break
-            generator.manual_seed(seed_of(config.seed, step))
             with torch.autocast(device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
-                components = losses(forward(batch.features, generator))
-                loss = torch.stack(list(components.values())).sum()
+                components = losses(forward(batch.features, Draws.of_step(config.seed, step)), config.loss)
+                loss = total(components, config.loss)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             norm = nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
@@ -118,11 +117,6 @@ def train(
                 state = {"step": step, "schedule": _plain(schedule), "stream": stream.state_dict()}
                 checkpoint.save(run, model, optimizer, state)
     return run
-
-
-def seed_of(seed: int, step: int) -> int:
-    """One seed for each (run seed, step): what a step draws does not depend on how the run got there."""
-    return (seed * 1_000_003 + step) % (1 << 63)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> LRScheduler:

@@ -7,9 +7,11 @@ import torch
 from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 
-from slotlab.config import ClusteringConfig, SlotAttentionConfig
-from slotlab.losses import losses
+from slotlab.config import LossConfig
+from slotlab.draws import Draws
+from slotlab.losses import losses, total
 from slotlab.models.clustering_model import ClusteringModel, otsu_threshold
+from slotlab.models.config import ClusteringConfig, SlotAttentionConfig
 from slotlab.models.decoders import DECODERS, MLPDecoder
 from slotlab.models.initializers import INITIALIZERS
 from slotlab.models.slot_attention import Attended, SlotAttention
@@ -88,7 +90,7 @@ def test_initial_slots_depend_on_the_generator_alone(name: str) -> None:
     torch.manual_seed(0)
     initialize = INITIALIZERS[name](K, S, 4)
     tokens, features = draw(B, N, S), draw(B, N, D)
-    first, second = (initialize(tokens, features, torch.Generator().manual_seed(3)) for _ in range(2))
+    first, second = (initialize(tokens, features, Draws(3)) for _ in range(2))
     assert first.shape == (B, K, S)
     assert torch.equal(first, second)
 
@@ -98,7 +100,7 @@ def test_kmeans_slots_are_the_means_of_their_clusters() -> None:
     labels = torch.arange(N) % K
     features = (centres[labels] + 0.01 * draw(N, D)).expand(B, N, D)
     tokens = draw(N, S).expand(B, N, S)
-    slots = INITIALIZERS["kmeans"](K, S, 4)(tokens, features, torch.Generator().manual_seed(0))
+    slots = INITIALIZERS["kmeans"](K, S, 4)(tokens, features, Draws(0))
     means = torch.stack([tokens[0, labels == k].mean(0) for k in range(K)])
     for sample in slots:
         distance = torch.cdist(sample, means)
@@ -110,8 +112,8 @@ def test_kmeans_slots_are_the_means_of_their_clusters() -> None:
 @pytest.mark.parametrize("initializer", list(INITIALIZERS))
 def test_every_combination_learns_something(decoder: str, projection: str, initializer: str) -> None:
     config = SlotAttentionConfig.model_validate(
-        {"slots": K, "slot_dim": S, "projection": projection, "initializer": initializer, "decoder": decoder,
-         "decoder_hidden": 32, "slot_mlp_hidden": 16, "kmeans_rounds": 2}
+        {"slots": K, "slot_dim": S, "projection": projection, "initializer": initializer,
+         "decoder": {"kind": decoder, "hidden": 32}, "slot_mlp_hidden": 16, "kmeans_rounds": 2}
     )  # fmt: skip
     torch.manual_seed(0)
     model = SlotModel(config, Normaliser("none", D), (4, 4))
@@ -119,7 +121,7 @@ def test_every_combination_learns_something(decoder: str, projection: str, initi
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     seen = []
     for _ in range(25):
-        loss = sum(losses(model(features, torch.Generator().manual_seed(0))).values(), torch.zeros(()))
+        loss = total(losses(model(features, Draws(0)), LossConfig()), LossConfig())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -164,7 +166,7 @@ def test_clustering_finds_the_objects_before_any_training() -> None:
     tokens, labels = scene()
     model = clustering(position_weight=0.3, new_slot_distance=1.0)  # a patch of this small grid is wide
     model.calibrate(tokens)
-    output = model(tokens, torch.Generator())
+    output = model(tokens, Draws(0))
     torch.testing.assert_close(output.masks.sum(1), torch.ones(2, 64))
     assigned = output.masks.argmax(1)  # (F, 64)
     assert torch.equal(assigned == 0, labels == 0), "the first slot is the background"
@@ -178,7 +180,7 @@ def test_clustering_without_objects_gives_all_to_the_background() -> None:
     tokens, _ = scene()
     model = clustering()
     model.calibrate(tokens)
-    output = model(0.1 * draw(2, 64, 12), torch.Generator())
+    output = model(0.1 * draw(2, 64, 12), Draws(0))
     assert float(output.masks[:, 0].detach().min()) > 0.5
     assert torch.isfinite(output.reconstruction).all()
 
@@ -191,7 +193,7 @@ def test_clips_train_across_time_and_every_parameter_learns() -> None:
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     seen = []
     for step in range(30):
-        loss = sum(losses(model(clips, torch.Generator().manual_seed(step))).values(), torch.zeros(()))
+        loss = total(losses(model(clips, Draws(step)), LossConfig()), LossConfig())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -206,7 +208,7 @@ def test_slots_of_one_frame_must_explain_another() -> None:
     model = clustering()
     model.calibrate(torch.cat([first, second]))
     clips = torch.stack([first, second], 1)  # (1, 2, 64, 12)
-    outputs = [model(clips, torch.Generator().manual_seed(seed)) for seed in range(12)]
+    outputs = [model(clips, Draws(seed)) for seed in range(12)]
     targets = {round(float(o.target.sum()), 3) for o in outputs}
     pairs = {(round(float(o.target.sum()), 3), round(float(o.slots.detach().sum()), 3)) for o in outputs}
     assert len(targets) == 2 and len(pairs) == 4
@@ -227,12 +229,12 @@ def test_targets_have_unit_energy_whatever_the_scale() -> None:
     for factor in (1.0, 30.0):
         model = clustering()
         model.calibrate(factor * tokens)
-        energies.append(float(model(factor * tokens, torch.Generator()).target.square().mean()))
+        energies.append(float(model(factor * tokens, Draws(0)).target.square().mean()))
     assert energies == pytest.approx([1.0, 1.0], rel=1e-4)
 
 
 def test_shapes_are_checked_at_every_call() -> None:
     with pytest.raises(TypeCheckError):
-        clustering()(draw(64, 12), torch.Generator())
+        clustering()(draw(64, 12), Draws(0))
     with pytest.raises(TypeCheckError):
         SlotAttention(D, S, 16)(draw(B, N, D), draw(B + 1, K, S), 1)

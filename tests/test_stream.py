@@ -113,12 +113,25 @@ def test_clips_stay_inside_their_video(stores: dict[str, FeatureStore]) -> None:
         clip_starts(split, 8)
 
 
-def test_ranks_share_the_global_batch(stores: dict[str, FeatureStore]) -> None:
+@given(
+    world_size=st.integers(1, 5),
+    batch=st.integers(1, 12),  # of 21 samples: a global batch may span several epochs
+    clip=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_ranks_see_together_what_one_process_would(
+    stores: dict[str, FeatureStore], world_size: int, batch: int, clip: int, seed: int
+) -> None:
     split = stores["float16"]["train"]
-    whole = take(FeatureStream(split, "block1", batch_size=6), 5)
-    parts = [take(FeatureStream(split, "block1", batch_size=3, rank=r, world_size=2), 5) for r in (0, 1)]
-    for step, (_, rows) in enumerate(whole):
-        assert sorted(parts[0][step][1] + parts[1][step][1]) == rows
+
+    def rows(batch_size: int, **ranks: int) -> list[list[int]]:
+        stream = FeatureStream(split, "block1", batch_size=batch_size, clip=clip, seed=seed, **ranks)
+        return [rows for _, rows in take(stream, 3)]
+
+    parts = [rows(batch, rank=rank, world_size=world_size) for rank in range(world_size)]
+    together = [list(itertools.chain(*step)) for step in zip(*parts, strict=True)]
+    assert together == rows(world_size * batch)
 
 
 @pytest.mark.parametrize("maps", [1, 2, 100])

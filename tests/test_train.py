@@ -22,7 +22,7 @@ from tests.synthetic import make_store
 
 # What makes each kind of model small enough for the synthetic store (12 channels, a 4x4 grid).
 SMALL = {
-    "dinosaur": ("model.slot_dim=8", "model.decoder_hidden=16", "model.slot_mlp_hidden=16", "optim.learning_rate=1e-3"),
+    "dinosaur": ("model.slot_dim=8", "model.decoder.hidden=16", "model.slot_mlp_hidden=16", "optim.learning_rate=1e-3"),
     "default": ("model.slot_dim=6", "model.hidden=16", "data.normalize=slow=8"),
 }
 
@@ -45,7 +45,7 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("stop_at", [3, 5, 11])
 @pytest.mark.parametrize(
     ("preset", "parts"),
-    [("dinosaur", ("model.decoder=mix", "model.initializer=kmeans")), ("dinosaur", ()), ("default", ())],
+    [("dinosaur", ("model.decoder.kind=mix", "model.initializer=kmeans")), ("dinosaur", ()), ("default", ())],
 )
 def test_resumed_equals_unbroken_bit_for_bit(
     tmp_path: Path, store: FeatureStore, stop_at: int, preset: str, parts: tuple[str, ...]
@@ -77,7 +77,7 @@ def test_a_seed_gives_a_run_and_another_seed_another(tmp_path: Path, store: Feat
 
 
 def test_loss_falls_below_the_mean_predictor(tmp_path: Path, store: FeatureStore) -> None:
-    parts = ("model.slot_dim=32", "model.decoder=mix", "model.initializer=kmeans", "optim.learning_rate=0.01")
+    parts = ("model.slot_dim=32", "model.decoder.kind=mix", "model.initializer=kmeans", "optim.learning_rate=0.01")
     rows = rows_of(train(small(*parts, optim__steps=150), store, tmp_path / "run"))
     assert rows[-1]["feature_mse"] < 0.85 < rows[0]["feature_mse"], "1 is the mean predictor; the rest is noise"
 

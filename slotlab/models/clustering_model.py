@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from slotlab.config import ClusteringConfig, Logistic
-from slotlab.models.output import Output
+from slotlab.draws import Draws
+from slotlab.models.base import Model, Output
+from slotlab.models.config import ClusteringConfig, Logistic
 from slotlab.normalise import Normaliser
 
 GRADIENT_ITERATIONS = 3  # of the refinement; earlier ones only bring the slots into place
@@ -31,7 +32,7 @@ RESIDUAL_GAIN = 4.0  # of the learnt objectness, whose logits are large
 NEVER = -1e4  # a logit that no softmax notices
 
 
-class ClusteringModel(nn.Module):
+class ClusteringModel(Model):
     """Soft clusters of learnt keys, with a background slot first.
 
     Args:
@@ -46,7 +47,7 @@ class ClusteringModel(nn.Module):
 
     def __init__(self, config: ClusteringConfig, normaliser: Normaliser, grid: tuple[int, int]) -> None:
         super().__init__()
-        self.config, self.normaliser, self.grid = config, normaliser, grid
+        self.config, self.normaliser, self.grid, self.slots = config, normaliser, grid, config.slots
         self.keys = min(config.slot_dim, normaliser.dim)
         axes = [torch.linspace(-1, 1, side) for side in grid]
         self.register_buffer("position", torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1))
@@ -75,12 +76,10 @@ class ClusteringModel(nn.Module):
         self.otsu.copy_(otsu_threshold(tokens.norm(dim=-1)))
         self.target_scale.copy_(self.target(tokens).square().mean().rsqrt())
 
-    def forward(
-        self, features: Float[Tensor, "B N D"] | Float[Tensor, "B T N D"], generator: torch.Generator
-    ) -> Output:
+    def forward(self, features: Float[Tensor, "B N D"] | Float[Tensor, "B T N D"], draws: Draws) -> Output:
         """Stored features of frames, or of clips: slots of one drawn frame, reconstruction of another."""
         if features.ndim == 4:
-            source, other = torch.randint(features.shape[1], (2,), generator=generator).tolist()
+            source, other = draws.integers(features.shape[1], 2)
             slots, active = self.find_slots(*self.encode(self.normaliser(features[:, source])))
             tokens = self.normaliser(features[:, other])
             keys, objectness = self.encode(tokens)

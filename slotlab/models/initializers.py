@@ -1,8 +1,4 @@
-"""Where the slots start. Each maps projected tokens (B, N, S) to initial slots (B, K, S).
-
-Random draws come from a generator that the caller seeds from the step, never from global state: a resumed run
-draws what the unbroken one would have drawn.
-"""
+"""Where the slots start. Each maps projected tokens (B, N, S) to initial slots (B, K, S)."""
 
 from __future__ import annotations
 
@@ -10,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from slotlab.draws import Draws
 from slotlab.kmeans import kmeans, kmeans_plus_plus
 
 
@@ -23,11 +20,10 @@ class Gaussian(nn.Module):
         self.log_std = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, slot_dim)))
 
     def forward(
-        self, tokens: Float[Tensor, "B N S"], clustered: Float[Tensor, "B N D"], generator: torch.Generator
+        self, tokens: Float[Tensor, "B N S"], clustered: Float[Tensor, "B N D"], draws: Draws
     ) -> Float[Tensor, "B K S"]:
         shape = (len(tokens), self.slots, self.mean.shape[-1])
-        noise = torch.randn(shape, generator=generator).to(tokens.device)
-        return self.mean + self.log_std.exp() * noise
+        return self.mean + self.log_std.exp() * draws.normal(shape).to(tokens.device)
 
 
 class GaussianPerSlot(Gaussian):
@@ -47,7 +43,7 @@ class Learnt(nn.Module):
         self.queries = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, slots, slot_dim)))
 
     def forward(
-        self, tokens: Float[Tensor, "B N S"], clustered: Float[Tensor, "B N D"], generator: torch.Generator
+        self, tokens: Float[Tensor, "B N S"], clustered: Float[Tensor, "B N D"], draws: Draws
     ) -> Float[Tensor, "B K S"]:
         return self.queries.expand(len(tokens), -1, -1)
 
@@ -60,9 +56,9 @@ class KMeansPlusPlus(nn.Module):
         self.slots = slots
 
     def forward(
-        self, tokens: Float[Tensor, "B N S"], clustered: Float[Tensor, "B N D"], generator: torch.Generator
+        self, tokens: Float[Tensor, "B N S"], clustered: Float[Tensor, "B N D"], draws: Draws
     ) -> Float[Tensor, "B K S"]:
-        chosen = kmeans_plus_plus(clustered, self.slots, generator)  # (B, K)
+        chosen = kmeans_plus_plus(clustered, self.slots, draws)  # (B, K)
         return tokens.gather(1, chosen.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
 
 
@@ -74,9 +70,9 @@ class KMeans(nn.Module):
         self.slots, self.rounds = slots, kmeans_rounds
 
     def forward(
-        self, tokens: Float[Tensor, "B N S"], clustered: Float[Tensor, "B N D"], generator: torch.Generator
+        self, tokens: Float[Tensor, "B N S"], clustered: Float[Tensor, "B N D"], draws: Draws
     ) -> Float[Tensor, "B K S"]:
-        labels = kmeans(clustered, self.slots, self.rounds, generator).labels  # (B, N)
+        labels = kmeans(clustered, self.slots, self.rounds, draws).labels  # (B, N)
         members = nn.functional.one_hot(labels, self.slots).to(tokens.dtype)  # (B, N, K)
         return members.transpose(1, 2) @ tokens / members.sum(1).clamp_min(1).unsqueeze(-1)
 

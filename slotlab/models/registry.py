@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from featcache.store import FeatureStore, Split, TapSpec
-from slotlab.config import ClusteringConfig, Config
+from slotlab.config import Config
+from slotlab.models.base import Model
 from slotlab.models.clustering_model import ClusteringModel
+from slotlab.models.config import ClusteringConfig, SlotAttentionConfig
 from slotlab.models.slot_model import SlotModel
 from slotlab.normalise import Normaliser
-
-Model = SlotModel | ClusteringModel
 
 CALIBRATION_VIDEOS = 16
 
@@ -35,6 +35,7 @@ def empty_model(config: Config, tap: TapSpec) -> Model:
 def _assemble(config: Config, normaliser: Normaliser, tap: TapSpec) -> Model:
     if isinstance(config.model, ClusteringConfig):
         return ClusteringModel(config.model, normaliser, tap.grid)
+    assert isinstance(config.model, SlotAttentionConfig)
     return SlotModel(config.model, normaliser, tap.grid)
 
 

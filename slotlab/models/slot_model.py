@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from slotlab.config import SlotAttentionConfig
+from slotlab.draws import Draws
+from slotlab.models.base import Model, Output
+from slotlab.models.config import SlotAttentionConfig
 from slotlab.models.decoders import DECODERS
 from slotlab.models.initializers import INITIALIZERS
-from slotlab.models.output import Output
 from slotlab.models.slot_attention import SlotAttention
 from slotlab.normalise import Normaliser
 
 
-class SlotModel(nn.Module):
+class SlotModel(Model):
     """Slots of one frame's patch tokens, trained to reconstruct them.
 
     Args:
@@ -25,7 +25,7 @@ class SlotModel(nn.Module):
 
     def __init__(self, config: SlotAttentionConfig, normaliser: Normaliser, grid: tuple[int, int]) -> None:
         super().__init__()
-        self.config, self.grid = config, grid
+        self.config, self.grid, self.slots = config, grid, config.slots
         dim, slot_dim, patches = normaliser.dim, config.slot_dim, grid[0] * grid[1]
         self.normaliser = normaliser
         hidden = config.projection_hidden or dim
@@ -37,13 +37,15 @@ class SlotModel(nn.Module):
         )
         self.initialize = INITIALIZERS[config.initializer](config.slots, slot_dim, config.kmeans_rounds)
         self.attend = SlotAttention(slot_dim, slot_dim, config.slot_mlp_hidden, config.temperature)
-        self.decode = DECODERS[config.decoder](slot_dim, patches, dim, config.decoder_hidden, config.decoder_layers)
+        self.decode = DECODERS[config.decoder.kind](
+            slot_dim, patches, dim, config.decoder.hidden, config.decoder.layers
+        )
 
-    def forward(self, features: Float[Tensor, "B N D"], generator: torch.Generator) -> Output:
-        """Stored features of any float type. ``generator`` (on the CPU) drives the initialiser."""
+    def forward(self, features: Float[Tensor, "B N D"], draws: Draws) -> Output:
+        """Stored features of any float type. ``draws`` drive the initialiser."""
         target = self.normaliser(features)  # (B, N, D)
         tokens = self.project(target)  # (B, N, S)
-        slots = self.initialize(tokens, target, generator)
+        slots = self.initialize(tokens, target, draws)
         attended = self.attend(tokens, slots, self.config.iterations)
         decoded = self.decode(attended)
         return Output(

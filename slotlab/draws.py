@@ -1,0 +1,70 @@
+"""Random draws that do not depend on how a batch is split.
+
+A step draws for its whole global batch, and each share of it (a rank under torchrun, a micro-batch of gradient
+accumulation) takes its own rows: the split run does what the whole one would have done. Draws come from a
+generator on the CPU that is seeded by the step, never from global state, so that a resumed run draws what the
+unbroken one would have drawn, on every device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of a global batch this is: ``index`` of ``count`` equal, consecutive parts."""
+
+    index: int = 0
+    count: int = 1
+
+
+WHOLE = Share()
+
+
+class Draws:
+    """A source of random numbers for one forward pass."""
+
+    def __init__(self, seed: int, share: Share = WHOLE) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._share = share
+
+    @classmethod
+    def of_step(cls, seed: int, step: int, share: Share = WHOLE) -> Self:
+        """One seed for each (run seed, step): what a step draws does not depend on how the run got there."""
+        return cls((seed * 1_000_003 + step) % (1 << 63), share)
+
+    def normal(self, shape: tuple[int, ...], batch: int = 0) -> Tensor:
+        """Standard normal values; ``batch`` is the dimension of the batch."""
+        return self._own(torch.randn(self._whole(shape, batch), generator=self._generator), batch)
+
+    def uniform(self, shape: tuple[int, ...], batch: int = 0) -> Tensor:
+        """Uniform values in [0, 1)."""
+        return self._own(torch.rand(self._whole(shape, batch), generator=self._generator), batch)
+
+    def exponential(self, shape: tuple[int, ...], batch: int = 0) -> Tensor:
+        """Exponential values of rate 1."""
+        whole = torch.empty(self._whole(shape, batch)).exponential_(generator=self._generator)
+        return self._own(whole, batch)
+
+    def integers(self, high: int, count: int) -> list[int]:
+        """``count`` integers below ``high``, the same in every share."""
+        return [int(value) for value in torch.randint(high, (count,), generator=self._generator)]
+
+    def choice(self, high: int, count: int) -> Tensor:
+        """``count`` different integers below ``high`` in ascending order (count,), the same in every share."""
+        return torch.randperm(high, generator=self._generator)[:count].sort().values
+
+    def permutation(self, count: int) -> Tensor:
+        """The integers below ``count`` in random order (count,), the same in every share."""
+        return torch.randperm(count, generator=self._generator)
+
+    def _whole(self, shape: tuple[int, ...], batch: int) -> tuple[int, ...]:
+        return (*shape[:batch], shape[batch] * self._share.count, *shape[batch + 1 :])
+
+    def _own(self, values: Tensor, batch: int) -> Tensor:
+        return values.chunk(self._share.count, batch)[self._share.index] if self._share.count > 1 else values

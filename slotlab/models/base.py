@@ -1,0 +1,55 @@
+"""What the trainer, the evaluation and the pictures know of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from slotlab.draws import Draws
+
+
+@dataclass(frozen=True)
+class Output:
+    """One forward pass. ``attention`` and ``masks`` sum to one over the slots at every patch.
+
+    ``*B`` is (B,) for frames and (B, T) for clips. N patches were attended to, M of them decoded: all, unless the
+    decoder is trained on the random subset ``positions``.
+    """
+
+    slots: Float[Tensor, "*B K S"]
+    attention: Float[Tensor, "*B K N"]  # how the slots were formed
+    logits: Float[Tensor, "*B K N"]  # before that softmax
+    masks: Float[Tensor, "*B K M"]  # the decoder's
+    reconstruction: Float[Tensor, "*B M D"]
+    target: Float[Tensor, "*B N D"]  # what it should be: normalised features, or pixels
+    positions: Int[Tensor, M] | None = None  # None: all
+    similarity: Float[Tensor, "*B M N"] | None = None  # logits of where each patch is in a later frame
+
+    @property
+    def decoded_target(self) -> Float[Tensor, "*B M D"]:
+        """The target at the decoded positions."""
+        return self.target if self.positions is None else self.target[..., self.positions, :]
+
+
+class Model(nn.Module):
+    """Slots of frames or clips.
+
+    ``grid`` are the rows and columns of its masks, ``slots`` how many a frame has at most.
+    """
+
+    grid: tuple[int, int]
+    slots: int
+
+    def forward(self, features: Tensor, draws: Draws) -> Output:
+        """As trained: stored frames (B, ...) or clips (B, T, ...) of any float type, or uint8 pixels."""
+        raise NotImplementedError
+
+    def segment(self, features: Tensor, draws: Draws) -> Output:
+        """As used: all frames of one video in order, (T, ...); the output's ``*B`` is (T,).
+
+        An image model takes the frames apart; a video model carries its slots from frame to frame.
+        """
+        output: Output = self(features, draws)
+        return output

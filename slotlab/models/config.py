@@ -1,0 +1,101 @@
+"""Parts and sizes of the models. No torch here: ``slotlab train --help`` reads it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """A frozen, closed section of the configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DecoderConfig(Section):
+    """From slots to patch tokens and masks (slotlab.models.decoders)."""
+
+    kind: Literal["mlp", "mix", "slot_mixer", "transformer"] = "mix"
+    hidden: int = Field(256, ge=1)
+    layers: int = Field(2, ge=1)  # hidden layers, or blocks of attention
+    heads: int = Field(4, ge=1)  # of attention: slot_mixer, transformer
+    mask_temperature: float = Field(1.0, gt=0)  # of the softmax over slots; below one sharpens: mlp
+    masks: Literal["soft", "gumbel", "straight_through"] = "soft"  # how slots are weighed in training: mlp
+    permuted: bool = False  # train on random orders of the patches (SPOT): transformer
+    patches: int | None = Field(None, ge=1)  # decode so many random patches a step instead of all: mlp, mix, slot_mixer
+
+
+class PredictorConfig(Section):
+    """From the slots of one frame to where the next frame's start: makes a model recurrent over clips."""
+
+    kind: Literal["identity", "mlp", "transformer"] = "transformer"
+    hidden: int = Field(512, ge=1)
+    heads: int = Field(4, ge=1)  # transformer
+    output_norm: bool = False  # LayerNorm behind it
+    stop_gradient: bool = False  # no gradient from one frame to the one before
+    refresh: int = Field(0, ge=0)  # start afresh at every N-th frame; 0: never
+    first_iterations: int = Field(3, ge=1)  # of slot attention on a clip's first frame
+
+
+class SlotAttentionConfig(Section):
+    """DINOSAUR's model and its kin, for images and, with a predictor, for video (slotlab.models.slot_model)."""
+
+    kind: Literal["slot_attention"] = "slot_attention"
+    slots: int = Field(11, ge=1)
+    slot_dim: int = Field(128, ge=1)
+    projection: Literal["mlp", "linear"] = "mlp"
+    projection_hidden: int | None = None  # None: the features' width
+    initializer: Literal["gaussian", "gaussian_per_slot", "learnt", "kmeans++", "kmeans"] = "kmeans"
+    kmeans_rounds: int = Field(8, ge=0)
+    iterations: int = Field(1, ge=1)
+    gradient: Literal["full", "implicit", "bilevel"] = "full"  # through the iterations
+    temperature: float = Field(1.0, gt=0)
+    slot_mlp_hidden: int = 512
+    decoder: DecoderConfig = DecoderConfig()
+    predictor: PredictorConfig | None = None  # None: frames apart
+
+
+class PixelConfig(Section):
+    """Slot attention on the frames themselves: CNN in, spatial broadcast CNN out (slotlab.models.pixel_model)."""
+
+    kind: Literal["pixel"] = "pixel"
+    resolution: int = Field(64, ge=16)  # pixels a side that the model sees
+    slots: int = Field(11, ge=1)
+    slot_dim: int = Field(64, ge=1)
+    initializer: Literal["gaussian", "gaussian_per_slot", "learnt"] = "gaussian"
+    iterations: int = Field(3, ge=1)
+    gradient: Literal["full", "implicit", "bilevel"] = "full"
+    temperature: float = Field(1.0, gt=0)
+    slot_mlp_hidden: int = 128
+    encoder_channels: int = Field(64, ge=1)
+    decoder_channels: int = Field(64, ge=1)
+    broadcast: int = Field(8, ge=1)  # side of the grid that a slot is broadcast to
+    predictor: PredictorConfig | None = None
+
+
+class Logistic(Section):
+    """``sigmoid((norm / (threshold * otsu) - 1) / width)`` of a token's norm, otsu being Otsu's threshold."""
+
+    threshold: float = Field(gt=0)
+    width: float = Field(gt=0)
+
+
+class ClusteringConfig(Section):
+    """Soft clusters of learnt keys, trained across time (slotlab.models.clustering_model)."""
+
+    kind: Literal["clustering"] = "clustering"
+    slots: int = Field(13, ge=2)  # the background's included; a frame uses as many as it needs
+    slot_dim: int = Field(64, ge=1)
+    hidden: int = Field(256, ge=1)
+    iterations: int = Field(5, ge=1)
+    temperature: float = Field(0.05, gt=0)
+    position_weight: float = Field(1.0, ge=0)
+    new_slot_distance: float = Field(0.6, gt=0)  # squared, between unit keys with position
+    objectness: Logistic = Logistic(threshold=1.0, width=0.25)  # that the model starts from
+    target_objectness: Logistic = Logistic(threshold=1.1, width=0.125)  # tighter, or the masks swell
+    seed_objectness: float = Field(0.6, gt=0, lt=1)  # a token below it starts no slot
+
+
+ModelConfig = SlotAttentionConfig | ClusteringConfig | PixelConfig
+MODEL_KINDS = ("slot_attention", "clustering", "pixel")
