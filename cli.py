@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -146,6 +146,7 @@ def stats(
 
 @app.command()
 def train(
+    context: typer.Context,
     cache: Cache,
     preset: Annotated[str, typer.Option(help="A shipped configuration.")] = "default",
     config: Annotated[Path | None, typer.Option(help="TOML file, laid over the preset.")] = None,
@@ -156,9 +157,11 @@ def train(
     seed: Annotated[int | None, typer.Option()] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/STORE-PRESET-SEED.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue this run from its checkpoint.")] = False,
+    init_from: Annotated[Path | None, typer.Option(help="Start with the parameters of this run.")] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write events to RUN/tensorboard.")] = False,
     device: Device = "auto",
 ) -> None:
-    """Train a slot model on cached features."""
+    """Train a slot model on cached features. Runs on several GPUs under: torchrun --nproc-per-node N -m cli train."""
     from slotlab.config import load_config
 
     settings = load_config(
@@ -173,13 +176,24 @@ def train(
     from featcache.device import pick_device
     from featcache.store import FeatureStore
     from slotlab import display
+    from slotlab.ranks import is_leader
     from slotlab.train import train as run_train
 
     run = out or Path("runs") / f"{cache.stem}-{preset}-{settings.seed}"
     store = FeatureStore.open(cache)
-    with display.training_display(settings.optim.steps) as show:
-        run_train(settings, store, run, resume=resume, device=pick_device(device), report=show)
-    display.out.print(f"{run}: trained. Next: slotlab eval {run}")
+    reports = [context.with_resource(display.training_display(settings.optim.steps))]
+    if tensorboard:
+        from slotlab.tensorboard import events
+
+        reports.append(context.with_resource(events(run, resume)))
+
+    def report(row: dict[str, Any]) -> None:
+        for each in reports:
+            each(row)
+
+    run_train(settings, store, run, resume=resume, init_from=init_from, device=pick_device(device), report=report)
+    if is_leader():
+        display.out.print(f"{run}: trained. Next: slotlab eval {run}")
 
 
 @app.command("eval")

@@ -29,12 +29,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.harness import alternate, paired_ratio, report
 from benchmarks.stores import TAP, random_store
-from featcache.bench import ACCESSES, Access, Window, bare_read, measure_cold, memory_limit, rate, whole_stream
+from featcache.bench import ACCESSES, Access, Starts, Window, bare_read, measure_cold, memory_limit, rate, whole_stream
 from featcache.store import Split
 
 BATCHES = 4  # in one turn
 AHEAD = 4  # batches that a DataLoader with two workers keeps ready
-Starts = npt.NDArray[np.int64]
 Reader = Callable[[Starts, npt.NDArray[np.float16]], None]  # fills (B, T, N, D)
 
 
@@ -119,16 +118,21 @@ def peer(window: Window, access: Access, reader: Reader) -> Callable[[], float]:
     """A job that fills reused buffers with random samples."""
     ring = [buffers[0].numpy() for buffers in (window.buffers(access) for _ in range(3))]
 
-    def work() -> int:
-        for batch in range(BATCHES):
-            reader(window.draw(access), ring[batch % 3])
-        return BATCHES * ring[0].nbytes
+    def read(draws: list[Starts]) -> int:
+        for batch, starts in enumerate(draws):
+            reader(starts, ring[batch % 3])
+        return len(draws) * ring[0].nbytes
 
-    expected, starts = window.buffers(access), window.draw(access)
+    expected, (starts,) = window.buffers(access), window.draws(access, 1)
     window.read(starts, expected)
     reader(starts, ring[0])
     assert np.array_equal(ring[0], expected[0].numpy()), "the peers must read the same values"
-    return lambda: rate(work)
+
+    def job() -> float:
+        draws = window.draws(access, BATCHES)
+        return rate(lambda: read(draws))
+
+    return job
 
 
 def measure(access: Access, float16: Window, int8: Window, dataset: Any, rounds: int) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 import statistics
 import time
@@ -17,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from featcache.pages import cached_share, host_empty
 from featcache.readers import TORCH_DTYPES, FileRows
 from featcache.store import Split
 from featcache.stream import RING, FeatureStream, Residence, clip_starts, feature_arrays, open_readers
@@ -27,7 +26,7 @@ MEMORY = "index_select of float16 in memory"
 DISK = "sequential read of the disk"
 STILL_CACHED = 0.05  # share of pages that may be left when the cache has been dropped
 
-_libc = ctypes.CDLL(None, use_errno=True)
+Starts = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -79,23 +78,23 @@ class Window:
         self.stop = min(split.spec.rows, max(1, WINDOW // self.frame_bytes))  # rows before this one
         self._rng = np.random.default_rng(0)
 
-    def starts(self, clip: int) -> npt.NDArray[np.int64]:
+    def starts(self, clip: int) -> Starts:
         starts = clip_starts(self.split, clip)
         inside = starts[starts <= self.stop - clip]
         return inside if len(inside) else starts[:1]
 
-    def draw(self, access: Access) -> npt.NDArray[np.int64]:
-        """Starts of a batch; no sample twice while there are enough."""
+    def draws(self, access: Access, batches: int) -> list[Starts]:
+        """Starts of so many batches, in order; no sample twice in a batch while there are enough."""
         starts = self.starts(access.frames)
-        return np.sort(self._rng.choice(starts, access.samples, replace=len(starts) < access.samples))
+        few = len(starts) < access.samples
+        return [np.sort(self._rng.choice(starts, access.samples, replace=few)) for _ in range(batches)]
 
     def buffers(self, access: Access) -> list[Tensor]:
-        return [
-            torch.zeros((access.samples, access.frames, *array.shape[1:]), dtype=TORCH_DTYPES[str(array.dtype)])
-            for array in self.arrays
-        ]
+        """What a batch is read into: memory as the stream's, touched before."""
+        shape = (access.samples, access.frames)
+        return [host_empty((*shape, *array.shape[1:]), TORCH_DTYPES[str(array.dtype)]).zero_() for array in self.arrays]
 
-    def read(self, starts: npt.NDArray[np.int64], buffers: list[Tensor]) -> None:
+    def read(self, starts: Starts, buffers: list[Tensor]) -> None:
         for reader, buffer in zip(self.readers, buffers, strict=True):
             reader.gather(starts, buffer)
 
@@ -127,8 +126,8 @@ def memory_limit(window: Window, access: Access, batches: int) -> Callable[[], f
     count = access.samples * access.frames
     ring = [torch.zeros((count, *rows.shape[1:]), dtype=torch.float16) for _ in range(RING)]
     chosen = [
-        torch.from_numpy((window.draw(access)[:, None] + np.arange(access.frames)).ravel() % window.stop)
-        for _ in range(batches)
+        torch.from_numpy((starts[:, None] + np.arange(access.frames)).ravel() % window.stop)
+        for starts in window.draws(access, batches)
     ]
 
     def work() -> int:
@@ -142,15 +141,19 @@ def memory_limit(window: Window, access: Access, batches: int) -> Callable[[], f
 def bare_read(window: Window, access: Access, batches: int) -> Callable[[], float]:
     """A job: the stream's reader alone, into reused buffers, nothing ahead."""
     ring = [window.buffers(access) for _ in range(RING)]
-    for batch in range(epoch_batches(window, access)):
-        window.read(window.draw(access), ring[batch % RING])
 
-    def work() -> int:
-        for batch in range(batches):
-            window.read(window.draw(access), ring[batch % RING])
-        return batches * access.samples * access.frames * window.frame_bytes
+    def read(draws: list[Starts]) -> int:
+        for batch, starts in enumerate(draws):
+            window.read(starts, ring[batch % RING])
+        return len(draws) * access.samples * access.frames * window.frame_bytes
 
-    return lambda: rate(work)
+    read(window.draws(access, epoch_batches(window, access)))
+
+    def job() -> float:
+        draws = window.draws(access, batches)
+        return rate(lambda: read(draws))
+
+    return job
 
 
 def whole_stream(
@@ -245,17 +248,14 @@ def drop_cache(files: list[str]) -> None:
             os.close(fd)
 
 
-def cached_share(files: list[str]) -> float:
-    """Share of the files' pages that the page cache holds."""
-    held = total = 0
+def still_cached(files: list[str]) -> bool:
+    """Whether the page cache holds more of the files than a few pages."""
+    shares = []
     for file in files:
         size = os.path.getsize(file)
         mapped = torch.from_file(file, shared=False, size=size, dtype=torch.uint8)
-        pages = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))
-        _libc.mincore(ctypes.c_void_p(mapped.data_ptr()), ctypes.c_size_t(size), pages)
-        held += sum(page & 1 for page in pages.raw)
-        total += len(pages)
-    return held / max(1, total)
+        shares.append(cached_share(mapped.data_ptr(), size))
+    return statistics.mean(shares) > STILL_CACHED
 
 
 def sequential_read(files: list[str]) -> int:
@@ -276,7 +276,7 @@ def measure_cold(split: Split, tap: str, rounds: int) -> list[Rate]:
     window = Window(split, tap)
     files = window.files()
     drop_cache(files)
-    if not files or cached_share(files) > STILL_CACHED:
+    if not files or still_cached(files):
         return []
     frame_bytes = window.arrays[0].nbytes // split.spec.rows  # as stored
     whole = np.array([split.rows(video).start for video in split.videos], np.int64)
@@ -294,9 +294,7 @@ def measure_cold(split: Split, tap: str, rounds: int) -> list[Rate]:
             drop_cache(files)
             return rate(lambda: sequential_read(files))
 
-        def read(
-            starts: npt.NDArray[np.int64] = starts, buffers: list[Tensor] = buffers, frames: int = access.frames
-        ) -> float:
+        def read(starts: Starts = starts, buffers: list[Tensor] = buffers, frames: int = access.frames) -> float:
             chosen = np.sort(np.random.default_rng().choice(starts, len(buffers[0]), replace=False))
             drop_cache(files)
             fresh = Window(split, tap)  # maps keep their pages in the cache

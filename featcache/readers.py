@@ -1,17 +1,16 @@
 """Rows of one stored array into a given tensor: from raw chunk files, through zarr-python, or from memory.
 
-A chunk file without a codec but ``bytes`` is the chunk's values, so its rows are copied from a memory map of it
-straight into the batch's buffer. What the page cache holds then moves at the rate of a copy in memory (``preadv``
-reaches half of that where the cache is made of 4 KiB pages). What it does not hold would come in page by page;
-so, as soon as the thread is seen to wait for the disk, the rest of the batch is asked for all at once
-(``MADV_WILLNEED``), which keeps the disk's queue full without further threads.
+A chunk without a codec but ``bytes`` is the chunk's values, in a file of its own or at some place in a shard. So its
+rows are copied from a memory map of the file straight into the batch's buffer. What the page cache holds then moves
+at the rate of a copy in memory (``preadv`` reaches half of that where the cache is made of 4 KiB pages). What it
+does not hold would come in page by page; so, as soon as the thread is seen to wait for the disk, the rest of the
+batch is asked for all at once (``MADV_WILLNEED``), which keeps the disk's queue full without further threads.
 """
 
 from __future__ import annotations
 
 import ctypes
-import mmap
-import resource
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
@@ -24,24 +23,23 @@ import torch
 import zarr
 from torch import Tensor
 
+from featcache import pages, shards
 from featcache.errors import DataError
 from featcache.store import Split
 
-TORCH_DTYPES = {"float16": torch.float16, "int8": torch.int8}
+TORCH_DTYPES = {"float16": torch.float16, "int8": torch.int8, "uint8": torch.uint8}
 MAPS = 1 << 14  # files mapped at a time: a quarter of what Linux gives a process (vm.max_map_count)
-ADVICE = 128 << 10  # bytes asked for in one call: Linux cuts it down to a device's readahead, by default this
-CHECK = 8  # copies between two looks at whether the disk had to be waited for
+CHECK = 16  # copies between two looks at whether the disk had to be waited for
 STAY_COLD = 16  # batches that are still asked for ahead after the last one that came from the disk
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+Int64 = npt.NDArray[np.int64]
 
 
 class Rows(Protocol):
     """Random access to the rows of one array."""
 
-    def gather(self, starts: npt.NDArray[np.int64], out: Tensor) -> None:
-        """Fill ``out`` (B, T, ...) with T consecutive rows from each start (B,)."""
+    def gather(self, starts: Int64, out: Tensor) -> None:
+        """Fill ``out`` (B, T, ...) with T consecutive rows from each start (B,), which ascend."""
 
 
 def open_rows(split: Split, path: str) -> Rows:
@@ -51,7 +49,7 @@ def open_rows(split: Split, path: str) -> Rows:
 
 
 class FileRows:
-    """Rows of an array whose chunk files hold raw values."""
+    """Rows of an array whose files hold raw values: one chunk each, or a shard of them."""
 
     def __init__(self, array: zarr.Array[Any], folder: Path) -> None:
         key: Any = array.metadata.to_dict()["chunk_key_encoding"]
@@ -60,98 +58,131 @@ class FileRows:
         self._folder = folder
         self._chunk_rows: int = array.chunks[0]
         self._row_bytes = int(np.prod(array.shape[1:])) * array.dtype.itemsize
-        self._maps: OrderedDict[int, Tensor] = OrderedDict()  # by chunk, the one used last at the end
+        self._shard_chunks = array.shards[0] // array.chunks[0] if array.shards else 0
+        self._maps: OrderedDict[int, Tensor] = OrderedDict()  # by file, the one used last at the end
+        # Where each chunk lies in memory; 0 until its file is mapped.
+        self._addresses = np.zeros(-(-array.shape[0] // self._chunk_rows), np.int64)
         self._cold = STAY_COLD  # batches yet to be asked for ahead
         self._lock = threading.Lock()  # a map must not go while another thread reads from it
 
     @staticmethod
     def allowed(array: zarr.Array[Any]) -> bool:
-        """Whether the metadata says that a chunk file holds exactly the chunk's rows in C order."""
+        """Whether the metadata says that a chunk's bytes are its rows in C order, and where they are."""
         metadata = array.metadata.to_dict()
         codecs: Any = metadata.get("codecs", ())
-        names = [codec["name"] for codec in codecs]
-        little = all(codec.get("configuration", {}).get("endian", "little") == "little" for codec in codecs)
+        if [codec["name"] for codec in codecs] == ["sharding_indexed"]:
+            sharding = codecs[0]["configuration"]
+            plain_index = [codec["name"] for codec in sharding["index_codecs"]] == ["bytes", "crc32c"]
+            if not (plain_index and _little(sharding["index_codecs"]) and sharding["index_location"] == "end"):
+                return False
+            codecs = sharding["codecs"]
         key: Any = metadata.get("chunk_key_encoding", {})
         return (
-            names == ["bytes"]
-            and little
+            [codec["name"] for codec in codecs] == ["bytes"]
+            and _little(codecs)
             and key.get("name") == "default"
-            and array.chunks[1:] == array.shape[1:]
+            and array.shape[1:] == array.chunks[1:] == (array.shards or array.chunks)[1:]
             and str(array.dtype) in TORCH_DTYPES
         )
 
     def path(self, chunk: int) -> Path:
-        return self._folder / self._separator.join(["c", str(chunk), *["0"] * (self._ndim - 1)])
+        """The file that holds a chunk."""
+        number = chunk // self._shard_chunks if self._shard_chunks else chunk
+        return self._folder / self._separator.join(["c", str(number), *["0"] * (self._ndim - 1)])
 
-    def _address(self, chunk: int) -> int:
-        mapped = self._maps.get(chunk)
-        if mapped is None:
-            path = self.path(chunk)
-            try:  # a private map, for the stores that may only be read
-                size = self._chunk_rows * self._row_bytes
-                mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
-            except RuntimeError as error:
-                what = "cannot be mapped" if path.exists() else "is missing"
-                raise DataError(f"{path}: {what}; slotlab verify names the damaged videos") from error
-            self._maps[chunk] = mapped
-        else:
-            self._maps.move_to_end(chunk)
-        return mapped.data_ptr()
-
-    def gather(self, starts: npt.NDArray[np.int64], out: Tensor) -> None:
+    def gather(self, starts: Int64, out: Tensor) -> None:
         assert out.is_contiguous() and out.device.type == "cpu" and out[0, 0].nbytes == self._row_bytes
         with self._lock:
             pieces = self._pieces(starts, out.shape[1], out.data_ptr())
-            before = _disk_reads()
+            before = pages.disk_reads()
             advised = self._cold > 0
             if advised:
-                _advise(pieces)
+                pages.read_ahead((source, size) for _, source, size in pieces)
             for first in range(0, len(pieces), CHECK):
                 for target, source, size in pieces[first : first + CHECK]:
                     ctypes.memmove(target, source, size)  # without the GIL, and half the call of Tensor.copy_
-                if not advised and _disk_reads() != before:
-                    _advise(pieces[first + CHECK :])
+                if not advised and pages.disk_reads() != before:
+                    pages.read_ahead((source, size) for _, source, size in pieces[first + CHECK :])
                     advised = True
-            self._cold = STAY_COLD if _disk_reads() != before else max(0, self._cold - 1)
+            self._cold = STAY_COLD if pages.disk_reads() != before else max(0, self._cold - 1)
             while len(self._maps) > MAPS:  # only now: pieces are bare addresses
-                self._maps.popitem(last=False)
+                file, _ = self._maps.popitem(last=False)
+                self._addresses[self._chunks_of(file)] = 0
 
-    def _pieces(self, starts: npt.NDArray[np.int64], length: int, target: int) -> list[tuple[int, int, int]]:
-        """Target address, source address and bytes of each run of rows inside one chunk."""
-        pieces = []
-        for start in starts.tolist():
-            stop = start + length
-            while start < stop:  # one turn, but for clips that cross a chunk boundary
-                chunk, row = divmod(start, self._chunk_rows)
-                rows = min(stop - start, self._chunk_rows - row)
-                size = rows * self._row_bytes
-                pieces.append((target, self._address(chunk) + row * self._row_bytes, size))
-                target += size
-                start += rows
-        return pieces
+    def _pieces(self, starts: Int64, length: int, target: int) -> list[tuple[int, int, int]]:
+        """Target address, source address and bytes of each run of rows that lie together in memory."""
+        first, last = starts // self._chunk_rows, (starts + length - 1) // self._chunk_rows
+        counts = last - first + 1  # 1, but for clips that cross a chunk boundary
+        sample = np.repeat(np.arange(len(starts)), counts)
+        chunk = np.arange(len(sample)) + np.repeat(first - np.cumsum(counts) + counts, counts)
+        begin = np.maximum(starts[sample], chunk * self._chunk_rows)
+        end = np.minimum(starts[sample] + length, (chunk + 1) * self._chunk_rows)
+        sizes = (end - begin) * self._row_bytes
+        sources = self._map(chunk)[chunk] + (begin - chunk * self._chunk_rows) * self._row_bytes
+        targets = target + np.cumsum(sizes) - sizes
+        heads = np.flatnonzero(np.concatenate([[True], sources[1:] != sources[:-1] + sizes[:-1]]))
+        sizes = np.add.reduceat(sizes, heads)
+        return list(zip(targets[heads].tolist(), sources[heads].tolist(), sizes.tolist(), strict=True))
+
+    def _chunks_of(self, file: int) -> slice:
+        count = self._shard_chunks or 1
+        return slice(file * count, (file + 1) * count)
+
+    def _map(self, chunks: Int64) -> Int64:
+        """The addresses of all chunks, of which those asked for are valid."""
+        for file in np.unique(chunks // (self._shard_chunks or 1)).tolist():
+            if file in self._maps:
+                self._maps.move_to_end(file)
+            else:
+                self._maps[file] = self._open(file)
+        if not self._addresses[chunks].all():
+            chunk = int(chunks[self._addresses[chunks] == 0][0])
+            raise DataError(f"{self.path(chunk)}: chunk {chunk} is missing; slotlab verify names the damaged videos")
+        return self._addresses
+
+    def _open(self, file: int) -> Tensor:
+        """Map a file and note where its chunks are."""
+        chunks = self._chunks_of(file)
+        path, chunk_bytes = self.path(chunks.start), self._chunk_rows * self._row_bytes
+        try:  # a private map, for the stores that may only be read
+            size = os.path.getsize(path) if self._shard_chunks else chunk_bytes
+            mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+            offsets = self._offsets(path, chunk_bytes) if self._shard_chunks else np.zeros(1, np.int64)
+        except (OSError, RuntimeError, ValueError) as error:
+            missing, damaged = not path.exists(), isinstance(error, ValueError)
+            what = "is missing" if missing else "its index is damaged" if damaged else "cannot be mapped"
+            raise DataError(f"{path}: {what}; slotlab verify names the damaged videos") from error
+        address = mapped.data_ptr()
+        places = self._addresses[chunks]  # a view; shorter than a shard at the array's end
+        places[:] = np.where(offsets >= 0, address + offsets, 0)[: len(places)]
+        # Of another user's file the kernel says that all of it is cached: populating would read it.
+        if os.access(path, os.W_OK) and pages.cached_share(address, size) == 1:
+            pages.populate(address, size)
+        return mapped
+
+    def _offsets(self, path: Path, chunk_bytes: int) -> Int64:
+        """Where the chunks of a shard begin; -1 for those it lacks. ``ValueError`` for a damaged shard."""
+        with path.open("rb") as file:
+            index = shards.read_index(file, self._shard_chunks)
+            end = file.seek(0, os.SEEK_END)
+        absent = index[:, 0] == shards.ABSENT
+        offsets = np.where(absent, 0, index[:, 0]).astype(np.int64)
+        if (index[~absent, 1] != chunk_bytes).any() or (offsets[~absent] + chunk_bytes > end).any():
+            raise ValueError("the index names other places than its chunks'")
+        return np.where(absent, -1, offsets)
 
 
-def _advise(pieces: list[tuple[int, int, int]]) -> None:
-    """Start reading from the disk what the page cache does not hold of the pieces' sources."""
-    for _, source, size in pieces:
-        page = source - source % mmap.PAGESIZE
-        for address in range(page, source + size, ADVICE):
-            _libc.madvise(address, min(ADVICE, source + size - address), mmap.MADV_WILLNEED)
-
-
-def _disk_reads() -> int:
-    """Grows whenever the calling thread reads from a disk (for the whole process where that is all there is)."""
-    usage = resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF))
-    return usage.ru_majflt + usage.ru_inblock
+def _little(codecs: Any) -> bool:
+    return all(codec.get("configuration", {}).get("endian", "little") == "little" for codec in codecs)
 
 
 class ZarrRows:
-    """Rows of any legal zarr array (compressed, sharded, other byte orders), through zarr-python."""
+    """Rows of any legal zarr array (compressed, split, other byte orders), through zarr-python."""
 
     def __init__(self, array: zarr.Array[Any]) -> None:
         self._array = array
 
-    def gather(self, starts: npt.NDArray[np.int64], out: Tensor) -> None:
+    def gather(self, starts: Int64, out: Tensor) -> None:
         wanted = (starts[:, None] + np.arange(out.shape[1])).ravel()
         rows, places = np.unique(wanted, return_inverse=True)  # so that each chunk is decoded once
         values = np.asarray(self._array.oindex[rows])
@@ -168,15 +199,17 @@ class ResidentRows:
     @classmethod
     def load(cls, source: Rows, array: zarr.Array[Any], spans: Iterable[slice], device: torch.device) -> ResidentRows:
         """Holds the rows of ``array`` that lie in ``spans`` on ``device``; the others are undefined."""
-        rows = torch.empty(array.shape, dtype=TORCH_DTYPES[str(array.dtype)], device=device)
+        dtype = TORCH_DTYPES[str(array.dtype)]
+        on_host = device.type == "cpu"
+        rows = pages.host_empty(array.shape, dtype) if on_host else torch.empty(array.shape, dtype=dtype, device=device)
         for span in spans:
             target = rows[span].unsqueeze(0)
-            part = target if device.type == "cpu" else torch.empty_like(target, device="cpu")
+            part = target if on_host else torch.empty_like(target, device="cpu")
             source.gather(np.array([span.start]), part)
             if part is not target:
                 target.copy_(part)
         return cls(rows)
 
-    def gather(self, starts: npt.NDArray[np.int64], out: Tensor) -> None:
+    def gather(self, starts: Int64, out: Tensor) -> None:
         index = torch.from_numpy((starts[:, None] + np.arange(out.shape[1])).ravel()).to(self.rows.device)
         torch.index_select(self.rows, 0, index, out=out.flatten(0, 1))

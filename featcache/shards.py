@@ -8,11 +8,14 @@ depend on where they lie.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
+import numpy.typing as npt
 
 from featcache.layout import chunk_path
 from featcache.store import SplitSpec
@@ -33,11 +36,18 @@ def pack(chunks: Mapping[int, bytes], count: int) -> bytes:
 
 def unpack(shard: bytes, count: int) -> dict[int, bytes]:
     """Inverse of `pack`. ``ValueError`` if the index is damaged."""
-    tail = shard[-(count * 16 + 4) :]
-    if len(tail) != count * 16 + 4 or _checksum(tail[:-4]) != tail[-4:]:
-        raise ValueError("the shard's index is damaged")
-    index = np.frombuffer(tail[:-4], "<u8").reshape(count, 2).tolist()
+    index = read_index(io.BytesIO(shard), count).tolist()
     return {place: shard[at : at + size] for place, (at, size) in enumerate(index) if at != ABSENT}
+
+
+def read_index(shard: BinaryIO, count: int) -> npt.NDArray[np.uint64]:
+    """Offset and length of each of a shard's ``count`` places: (count, 2). ``ValueError`` if it is damaged."""
+    size = shard.seek(0, io.SEEK_END)
+    shard.seek(max(0, size - (count * 16 + 4)))
+    tail = shard.read()
+    if len(tail) != count * 16 + 4 or _checksum(tail[:-4]) != tail[-4:]:
+        raise ValueError("lies in a shard whose index is damaged")  # said of a chunk
+    return np.frombuffer(tail[:-4], "<u8").reshape(count, 2)
 
 
 def read_chunk(array: Path, split: SplitSpec, number: int, ndim: int) -> bytes | None:
@@ -50,12 +60,7 @@ def read_chunk(array: Path, split: SplitSpec, number: int, ndim: int) -> bytes |
         if not count:
             return chunk_path(array, number, ndim).read_bytes()
         with chunk_path(array, number // count, ndim).open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - (count * 16 + 4)))
-            tail = file.read()
-            if len(tail) != count * 16 + 4 or _checksum(tail[:-4]) != tail[-4:]:
-                raise ValueError("lies in a shard whose index is damaged")
-            at, length = np.frombuffer(tail[:-4], "<u8").reshape(count, 2)[number % count].tolist()
+            at, length = read_index(file, count)[number % count].tolist()
             if at == ABSENT:
                 return None
             file.seek(at)

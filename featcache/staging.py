@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from featcache.pages import host_empty
 from featcache.quantise import dequantise_into
 from featcache.readers import Rows
 
@@ -44,21 +45,22 @@ class Staging:
 
     def slot(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> Slot:
         def buffers(device: torch.device) -> list[Tensor]:
-            pin = self._stream is not None and device.type == "cpu"
-            return [
-                torch.empty(shape, dtype=dtype, device=device, pin_memory=pin)
-                for shape, dtype in zip(shapes, dtypes, strict=True)
-            ]
+            return [self._empty(shape, dtype, device) for shape, dtype in zip(shapes, dtypes, strict=True)]
 
         read = buffers(self._home)
         moved = read if self._home.type == self._device.type else buffers(self._device)
         codes = len(moved) == 2
-        features = torch.empty(shapes[0], dtype=torch.float32, device=self._device) if codes else moved[0]
+        features = self._empty(shapes[0], torch.float32, self._device) if codes else moved[0]
         if self._stream is None:
             return Slot(read, moved, features, None, None)
         slot = Slot(read, moved, features, torch.cuda.Event(), torch.cuda.Event())  # type: ignore[no-untyped-call]
         self.release(slot)  # what used this memory before comes first
         return slot
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        if device.type == "cpu" and self._stream is None:
+            return host_empty(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=device, pin_memory=device.type == "cpu")
 
     def fill(self, slot: Slot, readers: Sequence[Rows], rows: npt.NDArray[np.int64]) -> None:
         """Gather the rows, bring them to the device, dequantise. Returns before the device has finished."""

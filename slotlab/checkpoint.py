@@ -6,8 +6,8 @@
       config.toml           the configuration, complete
       store.json            which store was trained on: path and identity
       metrics.jsonl         a row a logged step
-      checkpoint/           model.safetensors, optimizer.safetensors, state.json
-      summary.json          written at the end
+      checkpoint/           model.safetensors, optimizer.safetensors, state.json; average.safetensors with optim.ema
+      summary.json          how it ended and where it was made; written at the end
 
 A checkpoint is made in a folder beside, synced and swapped in by renaming, so that there is always one whole.
 """
@@ -29,14 +29,19 @@ from featcache.errors import DataError, IncompatibleError
 from slotlab.config import Config, read_toml, validate
 
 FOLDER = "checkpoint"
+MODEL, AVERAGE = "model.safetensors", "average.safetensors"
 
 
-def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def save(
+    run: Path, model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
     """Write the checkpoint of a run, replacing the one before."""
     fresh, old, final = (run / f"{FOLDER}{suffix}" for suffix in (".new", ".old", ""))
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, fresh / "model.safetensors")
+    for name, module in ((MODEL, model), (AVERAGE, average)):
+        if module is not None:
+            save_file({k: v.contiguous() for k, v in module.state_dict().items()}, fresh / name)
     tensors = {
         f"{index}.{name}": value.contiguous()
         for index, values in optimizer.state_dict()["state"].items()
@@ -81,13 +86,31 @@ def state(run: Path) -> dict[str, Any]:
         raise DataError(f"{path}: damaged ({error}); train again") from error
 
 
-def load_model(run: Path, model: nn.Module) -> None:
-    """Fill ``model``. ``IncompatibleError`` when the weights are of another model."""
-    path = folder(run) / "model.safetensors"
+def load_model(run: Path, model: nn.Module, name: str | None = None) -> None:
+    """Fill ``model`` with the weights to use: averaged ones where there are any, unless ``name`` says which.
+
+    ``IncompatibleError`` when the weights are of another model.
+    """
+    path = folder(run) / (name or (AVERAGE if (folder(run) / AVERAGE).exists() else MODEL))
     try:
         model.load_state_dict(_tensors(path))
     except RuntimeError as error:
         raise IncompatibleError(f"{path}: weights of another model; {str(error).splitlines()[-1].strip()}") from error
+
+
+def load_parameters(run: Path, model: nn.Module) -> None:
+    """Fill what is learnt with another run's; what was measured on the store (normalisation, thresholds) stays.
+
+    ``IncompatibleError`` when that run has another model.
+    """
+    path = folder(run) / (AVERAGE if (folder(run) / AVERAGE).exists() else MODEL)
+    theirs, ours = _tensors(path), dict(model.named_parameters())
+    differing = [name for name, value in ours.items() if name not in theirs or theirs[name].shape != value.shape]
+    if differing:
+        raise IncompatibleError(f"--init-from {run}: another model ({', '.join(differing[:3])} do not fit)")
+    with torch.no_grad():
+        for name, value in ours.items():
+            value.copy_(theirs[name])
 
 
 def load_optimizer(run: Path, optimizer: torch.optim.Optimizer) -> None:

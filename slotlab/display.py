@@ -17,6 +17,7 @@ from rich.text import Text
 out = Console()
 err = Console(stderr=True)
 
+LOOKED_AT = ("fg_ari", "mbo", "fg_ari_video", "effective_slots", "mask_similarity", "kept_slots")
 QUIET_SECONDS = 10.0  # between two lines of progress where nothing may animate
 
 
@@ -57,44 +58,52 @@ class ExtractProgress:
 
 @contextmanager
 def training_display(steps: int) -> Iterator[Any]:
-    """A callable that takes each logged row: a live table on a terminal, else a line now and then."""
+    """A callable that takes each logged row: a live table on a terminal, else a line now and then.
+
+    A look at the masks is told whenever there is one, with its warnings.
+    """
     began = said = time.monotonic()
     history: list[Mapping[str, Any]] = []
 
     def table() -> Table:
         grid = Table(title=f"training, {steps} steps", title_justify="left", expand=False)
         row = history[-1]
-        for name in row:
+        names = [name for name in row if not name.startswith("eval_") and name != "warnings"]
+        for name in names:
             grid.add_column(name.replace("_", " "), justify="right")
         for item in history[-8:]:
-            grid.add_row(*(f"{value:d}" if isinstance(value, int) else f"{value:.4g}" for value in item.values()))
+            grid.add_row(*(f"{item[n]:d}" if isinstance(item[n], int) else f"{item[n]:.4g}" for n in names))
         left = (time.monotonic() - began) / max(row["step"], 1) * (steps - row["step"])
         grid.caption = f"{row['step'] / steps:.0%} done, about {left:.0f} s left"
         return grid
 
-    if err.is_terminal:
-        with Live(console=err, refresh_per_second=4) as live:
-
-            def show(row: Mapping[str, Any]) -> None:
-                history.append(row)
-                live.update(table())
-
-            yield show
-        return
-
-    def say(row: Mapping[str, Any]) -> None:
+    def tell(row: Mapping[str, Any]) -> None:
         nonlocal said
         now = time.monotonic()
-        if row["step"] in (1, steps) or now - said > QUIET_SECONDS:
+        if not err.is_terminal and (row["step"] in (1, steps) or now - said > QUIET_SECONDS):
             said = now
-            print(
+            err.print(
                 f"step {row['step']}/{steps}  loss {row['loss']:.4f}  "
                 f"{row['samples_per_second']:.0f} samples/s  waiting for data {row['wait_share']:.1%}",
-                file=sys.stderr,
-                flush=True,
+                soft_wrap=True,
             )
+        if "warnings" in row:
+            scores = (f"{name} {row[f'eval_{name}']:.3f}" for name in LOOKED_AT if row.get(f"eval_{name}") is not None)
+            err.print(f"step {row['step']}/{steps}  masks: {'  '.join(scores)}", soft_wrap=True)
+            for warning in row["warnings"]:
+                err.print(f"warning: {warning}", style="yellow", soft_wrap=True)
 
-    yield say
+    if not err.is_terminal:
+        yield tell
+        return
+    with Live(console=err, refresh_per_second=4) as live:
+
+        def show(row: Mapping[str, Any]) -> None:
+            history.append(row)
+            live.update(table())
+            tell(row)
+
+        yield show
 
 
 def number(value: Any) -> str:

@@ -15,13 +15,14 @@ from torch import Tensor
 from featcache.store import FeatureStore, Split
 from slotlab import checkpoint, metrics
 from slotlab.config import Config
+from slotlab.diagnostics import diagnose
 from slotlab.draws import Draws
 from slotlab.models.base import Model, Output
-from slotlab.models.registry import empty_model
+from slotlab.models.registry import empty_model, model_input, model_moments, model_spec, model_tap, model_tokens
 from slotlab.normalise import Normaliser
 from slotlab.references import grid_reference, kmeans_floor
+from slotlab.runs import check_store
 from slotlab.scores import Scores
-from slotlab.train import check_store
 
 MASKS = ("decoder", "attention")
 
@@ -36,11 +37,15 @@ class LoadedRun:
     tap: str
     model: Model
 
-    @torch.no_grad()
     def segment(self, split: Split, video: int) -> Output:
         """The model's output on all frames of one video; the same every time."""
+        return self.segment_input(model_input(self.config, split, video), video)
+
+    @torch.no_grad()
+    def segment_input(self, features: Tensor, video: int) -> Output:
+        """The same for another input in the place of that video's: (T, N, D), or (T, H, W, 3) uint8."""
         device = next(self.model.parameters()).device
-        return self.model.segment(split.tokens(self.tap, video).to(device), Draws.of_step(self.config.seed, video))
+        return self.model.segment(features.to(device), Draws.of_step(self.config.seed, video))
 
 
 def load_run(run: Path, cache: Path | None = None, device: torch.device | str = "cpu") -> LoadedRun:
@@ -49,11 +54,9 @@ def load_run(run: Path, cache: Path | None = None, device: torch.device | str = 
     trained_on = json.loads((run / "store.json").read_text())
     store = FeatureStore.open(cache or trained_on["path"])
     check_store(run, store)
-    tap = store.tap(config.data.tap)
-    spec = store.spec.taps[tap]
-    model = empty_model(config, spec)
+    model = empty_model(config, model_spec(config, store))
     checkpoint.load_model(run, model)
-    return LoadedRun(run, config, store, tap, model.to(device).eval())
+    return LoadedRun(run, config, store, model_tap(config, store), model.to(device).eval())
 
 
 def evaluate(loaded: LoadedRun, split_name: str | None = None) -> dict[str, Any]:
@@ -97,17 +100,6 @@ def on_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:
     return masks.reshape(*masks.shape[:-1], *grid)
 
 
-def diagnose(output: Output) -> dict[str, float]:
-    """What shows a collapse, as means over frames."""
-    return {
-        "mask_similarity": float(metrics.mask_similarity(output.masks).mean()),
-        "slot_similarity": float(metrics.slot_similarity(output.slots).mean()),
-        "effective_slots": float(metrics.effective_slots(output.masks).mean()),
-        "largest_activation": float(metrics.largest_activation(output.masks).mean()),
-        "logit_std": float(metrics.logit_std(output.logits).mean()),
-    }
-
-
 def count_labels(split: Split) -> int:
     """Ground-truth labels in a split, background included."""
     labels = max(len(split.instances(video)) for video in split.videos) + 1
@@ -118,13 +110,13 @@ def count_labels(split: Split) -> int:
 
 def references(split: Split, loaded: LoadedRun) -> tuple[dict[str, Any], dict[str, Any]]:
     """The grid's ceiling, and the floor of k-means on each frame's tokens with as many clusters as slots."""
-    statistics = loaded.store[loaded.config.data.train_split].statistics(loaded.tap)
-    whiten = Normaliser.from_moments("whiten", statistics, shrinkage=0.1, center="channel")
+    moments = model_moments(loaded.config, loaded.store)
+    whiten = Normaliser.from_moments("whiten", moments, shrinkage=0.1, center="channel")
     labels, grid, clusters = count_labels(split), loaded.model.grid, loaded.model.slots
     ceiling, raw, whitened = Scores(), Scores(), Scores()
     for video in split.videos:
         truth = torch.from_numpy(split.segmentations(video))
-        tokens = split.tokens(loaded.tap, video).float()
+        tokens = model_tokens(loaded.config, split, video)
         ids = torch.full((len(truth),), video)
         ceiling.add(grid_reference(truth, grid, labels), ids)
         raw.add(kmeans_floor(tokens, grid, clusters, truth, labels, seed=video), ids)

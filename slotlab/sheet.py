@@ -19,11 +19,9 @@ from scipy.optimize import linear_sum_assignment
 from featcache.store import Split
 from slotlab import metrics
 from slotlab.evaluate import LoadedRun, count_labels, on_grid
+from slotlab.palette import OBJECTS, OTHERS
 
-# Okabe and Ito's palette and neighbours: told apart by colour-blind readers too.
-OBJECTS = "#E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7 #8C6BB1 #66C2A5 #A6761D #E7298A"
-OTHERS = "#3b3f46 #5a606b #7a828f #9aa2ae #b4bac4 #c9ced6 #2a2e35 #6b5f57 #8a7d73"
-OBJECT_COLOURS, OTHER_COLOURS = ([to_rgb(colour) for colour in names.split(" ")] for names in (OBJECTS, OTHERS))
+OBJECT_COLOURS, OTHER_COLOURS = ([to_rgb(colour) for colour in names] for names in (OBJECTS, OTHERS))
 SINGLE_SLOTS = 6
 SHOWN_IOU = 0.1  # below it a slot only grazes the object that the matching gave it
 

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from featcache.errors import DataError, IncompatibleError, UsageError
-from featcache.store import FeatureStore, flatten
+from featcache.errors import DataError, UsageError
+from featcache.store import FeatureStore
 from featcache.stream import FeatureStream
 from slotlab import checkpoint
-from slotlab.config import Config, OptimConfig
-from slotlab.draws import Draws
+from slotlab.config import Config
+from slotlab.draws import Draws, Share
 from slotlab.losses import losses, total
-from slotlab.models.registry import build_model
+from slotlab.models.base import Model
+from slotlab.models.registry import build_model, model_tap
+from slotlab.ranks import Ranks, join
+from slotlab.runs import keep_rows, prepare_run, write_summary
+from slotlab.schedule import learning_rate, make_schedule, plain_state
+from slotlab.watch import look
 
 Report = Callable[[dict[str, Any]], None]  # one row of metrics.jsonl
+NEVER = torch.iinfo(torch.int64).max
 
 
 def train(
@@ -31,39 +38,69 @@ def train(
     run: Path,
     *,
     resume: bool = False,
+    init_from: Path | None = None,
     device: torch.device | str = "cpu",
     report: Report = lambda _: None,
 ) -> Path:
     """Train a slot model on cached features and leave a run folder.
 
-    On the CPU a resumed run gives, bit for bit, what an unbroken one would have given. Raises ``UsageError``
-    when the run exists already (or does not, with ``resume``), ``IncompatibleError`` when it was made with
-    another configuration or store, ``DataError`` when the loss is not finite.
+    On the CPU a resumed run gives, bit for bit, what an unbroken one would have given. Under torchrun each
+    rank takes its share of every batch, and the run is the one that a single process would have made, up to
+    rounding. ``init_from`` is a run whose parameters are taken to start with. Raises ``UsageError`` when the
+    run exists already (or does not, with ``resume``), ``IncompatibleError`` when it was made with another
+    configuration or store, ``DataError`` when the loss is not finite.
     """
-    device = torch.device(device)
-    tap = store.tap(config.data.tap)
-    split = store[config.data.train_split].require_complete()
-    prepare_run(config, store, run, resume)
+    with join(device) as ranks:
+        if ranks.leads:
+            prepare_run(config, store, run, resume)
+        ranks.wait()
+        _train(config, store, run, resume, init_from, ranks, report)
+        ranks.wait()
+    return run
 
+
+def _train(
+    config: Config,
+    store: FeatureStore,
+    run: Path,
+    resume: bool,
+    init_from: Path | None,
+    ranks: Ranks,
+    report: Report,
+) -> None:
+    optim, device = config.optim, ranks.device
+    if optim.batch_size % (ranks.count * optim.accumulate):
+        raise UsageError(
+            f"optim.batch_size {optim.batch_size} cannot be shared by {ranks.count} processes in {optim.accumulate} "
+            "parts each; choose a multiple, or another optim.accumulate"
+        )
     torch.manual_seed(config.seed)
     model = build_model(config, store).to(device)
-    optim = config.optim
+    if init_from is not None:
+        checkpoint.load_parameters(init_from, model)
+    averaging = get_ema_multi_avg_fn(optim.ema)  # type: ignore[no-untyped-call]
+    average = AveragedModel(model, multi_avg_fn=averaging) if optim.ema else None
     optimizer = torch.optim.Adam(
-        model.parameters(), lr=optim.learning_rate, weight_decay=optim.weight_decay, fused=True
+        model.parameters(), lr=learning_rate(optim), weight_decay=optim.weight_decay, fused=True
     )
     schedule = make_schedule(optimizer, optim)
     stream = FeatureStream(
-        split,
-        tap,
-        batch_size=optim.batch_size,
+        store[config.data.train_split].require_complete(),
+        model_tap(config, store),
+        batch_size=optim.batch_size // ranks.count,
         clip=config.data.clip,
         seed=config.seed,
         device=device,
         residence=config.data.residence,
+        rank=ranks.rank,
+        world_size=ranks.count,
     )
     step = 0
     if resume and checkpoint.exists(run):  # a run that was stopped before its first checkpoint starts again
-        checkpoint.load_model(run, model)
+        checkpoint.load_model(run, model, checkpoint.MODEL)
+        if average is not None:
+            checkpoint.load_model(run, average.module, checkpoint.AVERAGE)
+            average.n_averaged += 1  # the next update is an average, not a first copy
         checkpoint.load_optimizer(run, optimizer)
         state = checkpoint.state(run)
         step = state["step"]
@@ -71,108 +108,81 @@ def train(
         stream.load_state_dict(state["stream"])
         for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
             group["lr"] = rate
-    keep_rows(run / "metrics.jsonl", step)
-    forward: Callable[..., Any] = torch.compile(model) if optim.compile else model
-    began, waited, logged = time.perf_counter(), stream.wait_seconds, step
+    forward: Any = DistributedDataParallel(model) if ranks.count > 1 else model
+    if optim.compile:
+        forward = torch.compile(forward)
+    spent = keep_rows(run / "metrics.jsonl", step) if ranks.leads else 0.0  # seconds
+    bad_since = torch.full((), NEVER, device=device)  # the first step whose loss or gradient was not finite
+    began = logged_at = time.perf_counter()
+    waited, logged = stream.wait_seconds, step
 
-    with (run / "metrics.jsonl").open("a") as log:
+    with (run / "metrics.jsonl").open("a") if ranks.leads else nullcontext() as log:
         for batch in stream:
             if step >= optim.steps:
                 break
-            with torch.autocast(device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
-                components = losses(forward(batch.features, Draws.of_step(config.seed, step)), config.loss)
-                loss = total(components, config.loss)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            components: dict[str, torch.Tensor] = {}
+            for part, features in enumerate(batch.features.chunk(optim.accumulate)):
+                draws = Draws.of_step(
+                    config.seed,
+                    step,
+                    Share(ranks.rank * optim.accumulate + part, ranks.count * optim.accumulate),
+                )
+                last = part == optim.accumulate - 1
+                with nullcontext() if last or ranks.count == 1 else forward.no_sync():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
+                        found = losses(forward(features, draws), config.loss)
+                    (total(found, config.loss) / optim.accumulate).backward()  # type: ignore[no-untyped-call]
+                for name, value in found.items():
+                    components[name] = components.get(name, 0.0) + value.detach() / optim.accumulate
             norm = nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
             rate = schedule.get_last_lr()[0]
             step += 1
+            # Kept on the device: reading a value waits for it, and nothing is read between two logged steps.
+            finite = torch.isfinite(norm) & torch.isfinite(total(components, config.loss))
+            bad_since = torch.where(finite, bad_since, bad_since.clamp(max=step))
 
             saves = step % config.checkpoint_every == 0 or step == optim.steps
-            if saves or step % config.log_every == 0 or step == 1:
-                # Reading a value waits for the device, so nothing is read between two logged steps; and nothing
-                # is saved that was not read and found finite.
-                row: dict[str, Any] = {"step": step, "loss": loss.item()}
-                row |= {name: value.item() for name, value in components.items()}
-                if not math.isfinite(row["loss"]) or not math.isfinite(norm.item()):
+            looks = config.evaluate_every > 0 and step % config.evaluate_every == 0
+            if saves or looks or step % config.log_every == 0 or step == 1:
+                components = {name: ranks.mean(value) for name, value in components.items()}
+                # Nothing is saved that was not found finite. A gradient is averaged over the ranks, so all see it.
+                if (first := int(bad_since)) != NEVER:
+                    rows = stream.rows_at((first - 1) * optim.batch_size)
                     raise DataError(
-                        f"{run}: loss {row['loss']} at step {step} (samples {batch.samples_seen} to "
-                        f"{batch.samples_seen + len(batch.rows)}, store rows {batch.rows.min()}-{batch.rows.max()}); "
-                        "lower --set optim.learning_rate, or check the store with slotlab verify"
+                        f"{run}: the loss or its gradient is not finite at step {first} (samples "
+                        f"{(first - 1) * optim.batch_size} to {first * optim.batch_size}, store rows "
+                        f"{rows.min()}-{rows.max()}); lower --set optim.learning_rate, or check the store with "
+                        "slotlab verify"
                     )
                 now = time.perf_counter()
-                row |= {"grad_norm": norm.item(), "learning_rate": rate}
+                row: dict[str, Any] = {"step": step, "loss": total(components, config.loss).item()}
+                row |= {name: value.item() for name, value in components.items()}
                 row |= {
-                    "samples_per_second": (step - logged) * optim.batch_size / (now - began),
-                    "wait_share": (stream.wait_seconds - waited) / (now - began),
+                    "grad_norm": norm.item(),
+                    "learning_rate": rate,
+                    "samples_per_second": (step - logged) * optim.batch_size / (now - logged_at),
+                    "wait_share": (stream.wait_seconds - waited) / (now - logged_at),
+                    "seconds": spent + now - began,
                 }
-                began, waited, logged = now, stream.wait_seconds, step
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                report(row)
+            else:
+                row = {}
 
             optimizer.step()
             schedule.step()
-            if saves:
-                state = {"step": step, "schedule": _plain(schedule), "stream": stream.state_dict()}
-                checkpoint.save(run, model, optimizer, state)
-    return run
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> LRScheduler:
-    """Linear warm-up, then a cosine down to the final learning rate."""
-    warmup = min(optim.warmup_steps, optim.steps - 1)
-    cosine = CosineAnnealingLR(optimizer, max(1, optim.steps - warmup), optim.final_learning_rate)
-    if not warmup:
-        return cosine
-    linear = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup)
-    return SequentialLR(optimizer, [linear, cosine], milestones=[warmup])
-
-
-def prepare_run(config: Config, store: FeatureStore, run: Path, resume: bool) -> None:
-    """Create the run folder, or check that the one to resume is of this configuration and store."""
-    trained_on = {"path": str(store.path), "identity": store.spec.identity()}
-    if not resume:
-        if (run / "config.toml").exists():
-            raise UsageError(f"{run}: exists already; add --resume to continue it, or choose another --out")
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "store.json").write_text(json.dumps(trained_on, indent=1))
-        (run / "config.toml").write_text(config.to_toml())
-        return
-    if not (run / "config.toml").exists():
-        raise UsageError(f"{run}: nothing to resume; leave out --resume")
-    before, now = (flatten(c.model_dump()) for c in (checkpoint.load_run_config(run), config))
-    changed = [f"{key}: {before[key]} then, {now[key]} now" for key in now if before[key] != now[key]]
-    if changed:
-        raise IncompatibleError(f"{run}: was made with another configuration ({'; '.join(changed)})")
-    check_store(run, store)
-
-
-def check_store(run: Path, store: FeatureStore) -> None:
-    """``IncompatibleError`` unless the store holds the same kind of features that the run was trained on."""
-    then = json.loads((run / "store.json").read_text())["identity"]
-    now = json.loads(json.dumps(store.spec.identity()))
-    ignored = ("dtype", "precision", "frame_stride", "taps.")  # how, and what else, is stored; not what it means
-    changed = [
-        f"{key}: {then.get(key)} then, {now.get(key)} now"
-        for key in sorted({*then, *now})
-        if then.get(key) != now.get(key) and not key.startswith(ignored)
-    ]
-    if changed:
-        raise IncompatibleError(f"{store.path}: not the features that {run} was trained on ({'; '.join(changed)})")
-
-
-def keep_rows(path: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint that a run resumes from."""
-    if path.exists():
-        lines = path.read_text().splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(f"{line}\n" for line in kept))
-
-
-def _plain(schedule: LRScheduler) -> dict[str, Any]:
-    """State of the schedule as JSON can hold it."""
-    state = dict(schedule.state_dict())
-    if "_schedulers" in state:
-        state["_schedulers"] = [dict(inner) for inner in state["_schedulers"]]
-    return dict(json.loads(json.dumps(state, default=lambda value: None)))
+            if average is not None:
+                average.update_parameters(model)
+            if row and ranks.leads:
+                if looks:
+                    row |= look(cast(Model, average.module) if average is not None else model, config, store)
+                assert log is not None
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                report(row)
+            if row:
+                waited, logged, logged_at = stream.wait_seconds, step, time.perf_counter()
+            if saves and ranks.leads:
+                state = {"step": step, "schedule": plain_state(schedule), "stream": stream.state_dict()}
+                checkpoint.save(run, model, average.module if average is not None else None, optimizer, state)
+    if ranks.leads:
+        write_summary(run, device, ranks.count)

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BytesCodec
 
-from featcache import readers
+from featcache import pages, readers
 from featcache.bench import measure_stream
 from featcache.errors import DataError, UsageError
 from featcache.quantise import dequantise
@@ -145,8 +145,8 @@ def test_file_and_zarr_readers_agree(
     monkeypatch.setattr(readers, "MAPS", maps)
     monkeypatch.setattr(readers, "CHECK", 2)
     reads, advised = itertools.count(), []
-    monkeypatch.setattr(readers, "_disk_reads", (lambda: 0) if disk == "warm" else lambda: next(reads))
-    monkeypatch.setattr(readers, "_advise", lambda pieces: advised.append(len(pieces)))
+    monkeypatch.setattr(pages, "disk_reads", (lambda: 0) if disk == "warm" else lambda: next(reads))
+    monkeypatch.setattr(pages, "read_ahead", lambda spans: advised.append(len(list(spans))))
     reader._cold = int(disk == "cold")
     starts = np.array([0, 2, 3, 5, 13])  # 2, 3, 5 and 13 cross a chunk boundary: 9 pieces
     fast, slow = (torch.zeros(5, 4, 16, 12, dtype=torch.float16) for _ in range(2))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +15,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from featcache.errors import DataError, IncompatibleError, UsageError
 from featcache.store import FeatureStore
 from slotlab import checkpoint
 from slotlab.config import Config, load_config, presets
 from slotlab.evaluate import beats_floor, evaluate, load_run
+from slotlab.schedule import learning_rate, make_schedule, warmup_steps
+from slotlab.tensorboard import events
 from slotlab.train import train
 from tests.synthetic import make_store
 
@@ -35,7 +42,7 @@ def small(*overrides: str, preset: str = "dinosaur", **shorthands: Any) -> Confi
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("samples_per_second", "wait_share")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("samples_per_second", "wait_share", "seconds")} for row in rows]
 
 
 class Interrupted(Exception):
@@ -127,9 +134,120 @@ def test_int8_store_trains_like_float16(tmp_path: Path) -> None:
     np.testing.assert_allclose(*losses, rtol=5e-2)
 
 
-def test_a_loss_that_is_not_finite_names_the_batch(tmp_path: Path, store: FeatureStore) -> None:
-    with pytest.raises(DataError, match=r"step \d+ .*store rows \d+-\d+\); lower --set optim.learning_rate"):
-        train(small("optim.learning_rate=1e30", "optim.warmup_steps=0"), store, tmp_path / "run")
+@pytest.mark.parametrize("log_every", [1, 50])
+def test_a_loss_that_is_not_finite_names_the_batch(tmp_path: Path, store: FeatureStore, log_every: int) -> None:
+    """The first bad step is told, however late it is noticed; and nothing of it is saved."""
+    overrides = (f"log_every={log_every}", "optim.learning_rate=1e30", "optim.warmup_steps=0")
+    message = r"not finite at step 2 \(samples 4 to 8, store rows \d+-\d+\); lower --set optim.learning_rate"
+    with pytest.raises(DataError, match=message):
+        train(small(*overrides), store, tmp_path / "run")
+    assert not checkpoint.exists(tmp_path / "run")
+
+
+def test_averaged_weights_are_resumed_and_evaluated(tmp_path: Path, store: FeatureStore) -> None:
+    config = small("optim.ema=0.7", "checkpoint_every=4")
+    whole = train(config, store, tmp_path / "whole")
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["step"] == 6:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(config, store, tmp_path / "broken", report=stop)
+    broken = train(config, store, tmp_path / "broken", resume=True)
+    a, b = (load_file(run / "checkpoint/average.safetensors") for run in (whole, broken))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    last = load_file(whole / "checkpoint/model.safetensors")
+    assert any(not torch.equal(a[key], last[key]) for key in a), "an average is not the last step"
+    evaluated = load_run(whole).model.state_dict()
+    assert all(torch.equal(evaluated[key], a[key]) for key in a)
+
+
+PARTS = ("model.decoder.kind=mix", "model.initializer=kmeans"), ("model.initializer=gaussian",)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_accumulated_parts_are_the_whole_batch(tmp_path: Path, store: FeatureStore, parts: tuple[str, ...]) -> None:
+    runs = [train(small(*parts, f"optim.accumulate={n}"), store, tmp_path / str(n)) for n in (1, 2, 4)]
+    losses = [[row["loss"] for row in rows_of(run)] for run in runs]
+    np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-4)
+    with pytest.raises(UsageError, match="cannot be shared by 1 processes in 3 parts"):
+        train(small(*parts, "optim.accumulate=3"), store, tmp_path / "3")
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_two_ranks_train_the_run_of_one(tmp_path: Path, store: FeatureStore, parts: tuple[str, ...]) -> None:
+    config = small(*parts, "checkpoint_every=5", optim__steps=10)
+    one = train(config, store, tmp_path / "one")
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    code = (
+        "import sys; from pathlib import Path; from slotlab.config import Config, read_toml, validate; "
+        "from slotlab.train import train; from featcache.store import FeatureStore; here = Path(sys.argv[1]); "
+        "train(validate(read_toml(here / 'config.toml'), ''), FeatureStore.open(sys.argv[2]), here / 'two')"
+    )
+    (tmp_path / "ranks.py").write_text(code)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", str(tmp_path / "ranks.py"), str(tmp_path), str(store.path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    ended = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    two = tmp_path / "two"
+    np.testing.assert_allclose([r["loss"] for r in rows_of(two)], [r["loss"] for r in rows_of(one)], rtol=1e-4)
+    a, b = (load_file(run / "checkpoint/model.safetensors") for run in (one, two))
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-4)
+    assert json.loads((two / "summary.json").read_text())["processes"] == 2
+
+
+def test_a_run_starts_from_another_s_parameters(tmp_path: Path, store: FeatureStore) -> None:
+    first = train(small(), store, tmp_path / "first")
+    scaled = make_store(tmp_path / "scaled.zarr", scale=10.0)
+    frozen = small("optim.learning_rate=1e-12", optim__steps=1)
+    second = train(frozen, scaled, tmp_path / "second", init_from=first)
+    a, b = (load_file(run / "checkpoint/model.safetensors") for run in (first, second))
+    learnt = [key for key in a if not key.startswith("normaliser")]
+    assert all(torch.allclose(a[key], b[key], atol=1e-9) for key in learnt)
+    assert not torch.allclose(a["normaliser.weight"], b["normaliser.weight"]), "the new store's own statistics"
+    with pytest.raises(IncompatibleError, match="--init-from .*: another model"):
+        train(small(model__slot_dim=5), store, tmp_path / "third", init_from=first)
+
+
+def test_looks_at_the_masks_are_logged(tmp_path: Path, store: FeatureStore) -> None:
+    config = small("evaluate_every=6", "evaluate_videos=2")
+    rows = rows_of(train(config, store, tmp_path / "run"))
+    seen = [row for row in rows if "eval_fg_ari" in row]
+    assert [row["step"] for row in seen] == [6, 12]
+    whole = evaluate(load_run(tmp_path / "run"))
+    last = seen[-1]
+    assert last["eval_fg_ari"] == pytest.approx(whole["fg_ari"], abs=1e-6), "the store has two validation videos"
+    assert last["eval_mask_similarity"] == pytest.approx(whole["mask_similarity"], abs=1e-6)
+    plain = rows_of(train(small(), store, tmp_path / "plain"))
+    assert [row["loss"] for row in plain] == [row["loss"] for row in rows], "looking changes nothing"
+
+
+def test_the_rate_grows_with_the_batch_and_the_warm_up_counts_samples() -> None:
+    optim = small("optim.reference_batch=64", "optim.warmup_samples=640").optim
+    for batch, scaling, factor in ((64, "sqrt", 1), (256, "sqrt", 2), (256, "linear", 4), (16, "linear", 0.25)):
+        scaled = optim.model_copy(update={"batch_size": batch, "scaling": scaling, "steps": 1000})
+        assert learning_rate(scaled) == pytest.approx(factor * optim.learning_rate)
+        assert warmup_steps(scaled) == math.ceil(640 / batch)
+
+
+@pytest.mark.parametrize("decay", ["cosine", "exponential", "constant"])
+def test_schedules_warm_up_and_decay(decay: str) -> None:
+    overrides = (f"optim.decay={decay}", "optim.half_life=20", "optim.warmup_steps=10", "optim.learning_rate=1.0")
+    optim = small(*overrides, optim__steps=50).optim
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = make_schedule(optimizer, optim)
+    rates = []
+    for _ in range(50):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[0] == pytest.approx(0.1) and rates[10] == pytest.approx(1.0)
+    assert rates[:11] == sorted(rates[:11])
+    assert rates[30] == pytest.approx({"cosine": 0.5, "exponential": 0.5, "constant": 1.0}[decay])
 
 
 def test_existing_and_missing_runs(tmp_path: Path, store: FeatureStore) -> None:
@@ -188,3 +306,24 @@ def test_evaluation_has_the_promised_keys(tmp_path: Path, store: FeatureStore) -
 def test_evaluation_repeats_itself(tmp_path: Path, store: FeatureStore) -> None:
     run = train(small(), store, tmp_path / "run")
     assert evaluate(load_run(run)) == evaluate(load_run(run))
+
+
+def test_tensorboard_has_every_number_once(tmp_path: Path, store: FeatureStore) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = small("checkpoint_every=4", "evaluate_every=6")
+    run = tmp_path / "run"
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["step"] == 6:
+            raise Interrupted
+
+    with pytest.raises(Interrupted), events(run, False) as write:
+        train(config, store, run, report=lambda row: (write(row), stop(row)))  # type: ignore[func-returns-value]
+    with events(run, True) as write:
+        train(config, store, run, resume=True, report=write)
+    read = EventAccumulator(str(run / "tensorboard"))
+    read.Reload()
+    logged = {e.step: e.value for e in read.Scalars("train/loss")}
+    assert logged == pytest.approx({row["step"]: row["loss"] for row in rows_of(run)})
+    assert [e.step for e in read.Scalars("eval/fg_ari")] == [6, 12]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -72,6 +72,13 @@ class PixelConfig(Section):
     decoder_channels: int = Field(64, ge=1)
     broadcast: int = Field(8, ge=1)  # side of the grid that a slot is broadcast to
     predictor: PredictorConfig | None = None
+
+    @model_validator(mode="after")
+    def _decoder_reaches_the_resolution(self) -> PixelConfig:
+        doublings, rest = divmod(self.resolution, self.broadcast)
+        if rest or doublings < 2 or doublings & (doublings - 1):
+            raise ValueError("model.resolution must be model.broadcast doubled once or more, for example 64 from 8")
+        return self
 
 
 class Logistic(Section):

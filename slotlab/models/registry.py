@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import torch
 
+from featcache.stats import Moments
 from featcache.store import FeatureStore, Split, TapSpec
 from slotlab.config import Config
 from slotlab.models.base import Model
 from slotlab.models.clustering_model import ClusteringModel
-from slotlab.models.config import ClusteringConfig, SlotAttentionConfig
+from slotlab.models.config import ClusteringConfig, PixelConfig
+from slotlab.models.pixel_model import PixelModel, frame_tokens
 from slotlab.models.slot_model import SlotModel
 from slotlab.normalise import Normaliser
 
 CALIBRATION_VIDEOS = 16
+FRAMES = "video"  # stands for a tap where a model reads pixels
 
 
 def build_model(config: Config, store: FeatureStore) -> Model:
     """A fresh model, normalised by the statistics of this store's training split."""
     data = config.data
-    tap, split = store.tap(data.tap), store[data.train_split]
-    normaliser = Normaliser.from_moments(data.normalize, split.statistics(tap), data.shrinkage, data.center)
-    model = _assemble(config, normaliser, store.spec.taps[tap])
+    normaliser = Normaliser.from_moments(data.normalize, model_moments(config, store), data.shrinkage, data.center)
+    model = _assemble(config, normaliser, model_spec(config, store))
     if isinstance(model, ClusteringModel):
-        model.calibrate(_sample(split, tap))
+        split = store[data.train_split]
+        model.calibrate(torch.cat([split.tokens(store.tap(data.tap), video) for video in _spread(split)]))
     return model
 
 
@@ -32,14 +35,50 @@ def empty_model(config: Config, tap: TapSpec) -> Model:
     return _assemble(config, Normaliser(config.data.normalize, tap.dim, positions), tap)
 
 
+def model_tap(config: Config, store: FeatureStore) -> str:
+    """What of a store the model reads: a tap's name, or ``video`` for the stored frames."""
+    return config.data.tap if config.data.tap == FRAMES else store.tap(config.data.tap)
+
+
+def model_input(config: Config, split: Split, video: int) -> torch.Tensor:
+    """All that the model reads of one video, as the stream would give it: (T, N, D), or (T, H, W, 3) uint8."""
+    tap = model_tap(config, split.store)
+    return torch.from_numpy(split.video(video)) if tap == FRAMES else split.tokens(tap, video)
+
+
+def model_spec(config: Config, store: FeatureStore) -> TapSpec:
+    """Grid and width of what the model reads; frames are read at the model's resolution."""
+    if isinstance(config.model, PixelConfig):
+        return TapSpec((config.model.resolution, config.model.resolution), dim=3)
+    return store.spec.taps[model_tap(config, store)]
+
+
+def model_tokens(config: Config, split: Split, video: int) -> torch.Tensor:
+    """The same on the model's grid, float (T, N, D): what there is to cluster. Of frames, the mean colours."""
+    features = model_input(config, split, video)
+    grid = model_spec(config, split.store).grid
+    return frame_tokens(features, grid) if isinstance(config.model, PixelConfig) else features.float()
+
+
+def model_moments(config: Config, store: FeatureStore) -> Moments:
+    """Moments of the training split: as stored for features, of the colours of some videos for frames."""
+    split, spec = store[config.data.train_split], model_spec(config, store)
+    if not isinstance(config.model, PixelConfig):
+        return split.statistics(model_tap(config, store))
+    moments = Moments.empty(spec.patches, spec.dim)
+    for video in _spread(split):
+        moments += Moments.from_tokens(model_tokens(config, split, video))
+    return moments
+
+
 def _assemble(config: Config, normaliser: Normaliser, tap: TapSpec) -> Model:
     if isinstance(config.model, ClusteringConfig):
         return ClusteringModel(config.model, normaliser, tap.grid)
-    assert isinstance(config.model, SlotAttentionConfig)
+    if isinstance(config.model, PixelConfig):
+        return PixelModel(config.model, normaliser, tap.grid)
     return SlotModel(config.model, normaliser, tap.grid)
 
 
-def _sample(split: Split, tap: str) -> torch.Tensor:
-    """Tokens (F, N, D) of a few videos spread over the split."""
-    videos = split.videos[:: max(1, len(split.videos) // CALIBRATION_VIDEOS)][:CALIBRATION_VIDEOS]
-    return torch.cat([split.tokens(tap, video) for video in videos])
+def _spread(split: Split) -> tuple[int, ...]:
+    """A few videos spread over the split."""
+    return split.videos[:: max(1, len(split.videos) // CALIBRATION_VIDEOS)][:CALIBRATION_VIDEOS]

@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+Gradient = Literal["full", "implicit", "bilevel"]
+
+EPSILON = 1e-8  # keeps a slot that lost every patch finite
+NEVER = -1e9  # a logit that no softmax notices, and finite: a frame without any active slot gives no NaN
+
+
+@dataclass(frozen=True)
+class Projected:
+    """What slots attend to: every patch's key and value."""
+
+    key: Float[Tensor, "*B N S"]
+    value: Float[Tensor, "*B N S"]
+
+    def frame(self, index: int) -> Projected:
+        """One frame of clips (B, T, N, S)."""
+        return Projected(self.key[:, index], self.value[:, index])
 
 
 @dataclass(frozen=True)
@@ -16,6 +34,7 @@ class Attended:
     slots: Float[Tensor, "B K S"]
     attention: Float[Tensor, "B K N"]
     logits: Float[Tensor, "B K N"]  # before the softmax over slots
+    active: Bool[Tensor, "B K"] | None = None  # False: padding, which takes no patch and shows nowhere
 
 
 class SlotAttention(nn.Module):
@@ -24,34 +43,84 @@ class SlotAttention(nn.Module):
     Args:
         input_dim: width of the tokens; they are normalised here.
         slot_dim: width of the slots.
-        mlp_hidden: width of the residual MLP after the GRU.
+        mlp_hidden: width of the residual MLP after the GRU; 0: none.
         temperature: divides the logits; below one sharpens the competition.
+        gradient: through the iterations. ``full``: all of them. ``implicit``: the last alone, as at a fixed point
+            (Chang et al., 2022, arXiv:2207.00787); none reaches the initial slots. ``bilevel``: the last alone,
+            and straight through to the initial slots (BO-QSA, Jia et al., 2023, arXiv:2210.08990).
     """
 
-    def __init__(self, input_dim: int, slot_dim: int, mlp_hidden: int, temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        input_dim: int,
+        slot_dim: int,
+        mlp_hidden: int,
+        temperature: float = 1.0,
+        gradient: Gradient = "full",
+    ) -> None:
         super().__init__()
-        self.scale = slot_dim**-0.5 / temperature
+        self.scale, self.gradient = slot_dim**-0.5 / temperature, gradient
         self.norm_inputs = nn.LayerNorm(input_dim)
         self.norm_slots = nn.LayerNorm(slot_dim)
-        self.norm_mlp = nn.LayerNorm(slot_dim)
         self.to_key = nn.Linear(input_dim, slot_dim, bias=False)
         self.to_value = nn.Linear(input_dim, slot_dim, bias=False)
         self.to_query = nn.Linear(slot_dim, slot_dim, bias=False)
         self.gru = nn.GRUCell(slot_dim, slot_dim)
-        self.mlp = nn.Sequential(nn.Linear(slot_dim, mlp_hidden), nn.ReLU(), nn.Linear(mlp_hidden, slot_dim))
+        self.mlp = (
+            nn.Sequential(
+                nn.LayerNorm(slot_dim), nn.Linear(slot_dim, mlp_hidden), nn.ReLU(), nn.Linear(mlp_hidden, slot_dim)
+            )
+            if mlp_hidden
+            else None
+        )
 
-    def forward(self, inputs: Float[Tensor, "B N D"], slots: Float[Tensor, "B K S"], iterations: int) -> Attended:
+    def forward(
+        self,
+        inputs: Float[Tensor, "B N D"],
+        slots: Float[Tensor, "B K S"],
+        iterations: int,
+        active: Bool[Tensor, "B K"] | None = None,
+    ) -> Attended:
         """Tokens and initial slots -> slots and attention of the last iteration."""
+        return self.refine(self.project(inputs), slots, iterations, active)
+
+    def project(self, inputs: Float[Tensor, "*B N D"]) -> Projected:
+        """Keys and values, for all frames of a clip at once."""
         inputs = self.norm_inputs(inputs)
-        key, value = self.to_key(inputs), self.to_value(inputs)  # (B, N, S)
-        batch, count, width = slots.shape
-        for _ in range(iterations):
-            query = self.to_query(self.norm_slots(slots))  # (B, K, S)
-            logits = torch.einsum("bks,bns->bkn", query * self.scale, key).float()
-            attention = logits.softmax(dim=1)  # the slots compete for each patch
-            # Weighted mean over the patches; the epsilon keeps a slot that lost every patch finite.
-            weights = (attention + 1e-8) / (attention + 1e-8).sum(-1, keepdim=True)
-            updates = torch.einsum("bkn,bns->bks", weights.to(value.dtype), value)
-            slots = self.gru(updates.reshape(-1, width), slots.reshape(-1, width)).view(batch, count, width)
-            slots = slots + self.mlp(self.norm_mlp(slots))
-        return Attended(slots, attention, logits)
+        return Projected(self.to_key(inputs), self.to_value(inputs))
+
+    def refine(
+        self,
+        projected: Projected,
+        slots: Float[Tensor, "B K S"],
+        iterations: int,
+        active: Bool[Tensor, "B K"] | None = None,
+    ) -> Attended:
+        """``iterations`` >= 1 rounds of attention and update."""
+        initial, passes = slots, self.gradient == "full"
+        with torch.set_grad_enabled(torch.is_grad_enabled() and passes):
+            for _ in range(iterations - 1):
+                slots = self._iterate(projected, slots, active).slots
+        if not passes:
+            slots = slots.detach()
+        if self.gradient == "bilevel":
+            slots = slots + initial - initial.detach()  # the value of the former, the gradient of the latter
+        return self._iterate(projected, slots, active)
+
+    def _iterate(self, projected: Projected, slots: Tensor, active: Tensor | None) -> Attended:
+        query = self.to_query(self.norm_slots(slots))  # (B, K, S)
+        logits = torch.einsum("bks,bns->bkn", query * self.scale, projected.key).float()
+        logits = hide_padding(logits, active)
+        attention = logits.softmax(dim=1)  # the slots compete for each patch
+        weights = attention + EPSILON
+        weights = weights / weights.sum(-1, keepdim=True)  # a weighted mean over the patches
+        updates = torch.einsum("bkn,bns->bks", weights.to(projected.value.dtype), projected.value)
+        updated: Tensor = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+        if self.mlp is not None:
+            updated = updated + self.mlp(updated)
+        return Attended(updated, attention, logits, active)
+
+
+def hide_padding(logits: Float[Tensor, "B K N"], active: Bool[Tensor, "B K"] | None) -> Float[Tensor, "B K N"]:
+    """Logits whose softmax over slots passes padded slots by."""
+    return logits if active is None else logits.masked_fill(~active.unsqueeze(-1), NEVER)

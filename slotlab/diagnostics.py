@@ -1,0 +1,69 @@
+"""What shows a collapse, and what to do about it in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from slotlab import metrics
+from slotlab.models.base import Output
+
+NAMES = ("mask_similarity", "slot_similarity", "effective_slots", "largest_activation", "logit_std")
+
+
+def by_frame(output: Output) -> dict[str, Tensor]:
+    """Diagnostics of each frame (F,) of one video or batch of frames; see :mod:`slotlab.metrics` for each."""
+    return {
+        "mask_similarity": metrics.mask_similarity(output.masks),
+        "slot_similarity": metrics.slot_similarity(output.slots),
+        "effective_slots": metrics.effective_slots(output.masks),
+        "largest_activation": metrics.largest_activation(output.masks).mean(-1),
+        "logit_std": metrics.logit_std(output.logits),
+    }
+
+
+def diagnose(output: Output) -> dict[str, float]:
+    """Means over frames."""
+    return {name: float(values.double().mean()) for name, values in by_frame(output).items()}
+
+
+def kept_slots(outputs: Sequence[Output]) -> float:
+    """Effective slots at the last frame of each video over those at its first, averaged: 1 means none are lost."""
+    effective = [metrics.effective_slots(output.masks) for output in outputs]
+    return float(torch.stack([frames[-1] / frames[0] for frames in effective]).mean())
+
+
+def warnings(found: Mapping[str, float], slots: int) -> list[str]:
+    """One sentence for each way in which the slots of a run have collapsed, with the options that help.
+
+    ``found`` are the means of :func:`diagnose`, and ``kept_slots`` for video models.
+    """
+    said = []
+    if found["effective_slots"] < 1.5:
+        said.append(
+            f"one slot takes nearly everything ({found['effective_slots']:.1f} of {slots} in use): try model."
+            "initializer=kmeans, model.projection=mlp, data.normalize=whiten, or a lower optim.learning_rate"
+        )
+    if found["mask_similarity"] > 0.9:
+        said.append(
+            f"all slots have the same mask (mean cosine {found['mask_similarity']:.2f}): try model.decoder."
+            "mask_temperature=0.5, model.temperature=0.5, more training, or model.decoder.kind=mix"
+        )
+    elif found["logit_std"] < 0.1:
+        said.append(
+            f"the masks are flat (logit std {found['logit_std']:.2f}): try model.temperature=0.5, "
+            "data.normalize=whiten, or more training"
+        )
+    if found["slot_similarity"] > 0.95:
+        said.append(
+            f"all slots hold the same vector (mean cosine {found['slot_similarity']:.2f}): try model.initializer="
+            "kmeans, or loss.slot_contrast for video"
+        )
+    if found.get("kept_slots", 1.0) < 0.7:
+        said.append(
+            f"slots are lost over the frames ({found['kept_slots']:.0%} left at the last one): try model.predictor."
+            "stop_gradient=true, model.predictor.output_norm=true, loss.slot_contrast=0.5, or longer clips"
+        )
+    return said

@@ -1,0 +1,203 @@
+"""What an experiment is: cells, each one configuration on one store, times seeds; and the folder that holds it."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from featcache.durable import make_directory, write_durably
+from featcache.errors import DataError, IncompatibleError, UsageError
+from featcache.store import flatten
+from slotlab.config import Config, validate
+
+Kind = Literal["compare", "ablate"]
+
+SCHEMA = 1
+PLAN, ERROR, LOCK = "plan.json", "error.json", ".lock"
+_LONGEST_NAME = 120  # characters; a folder's name may have 255 bytes
+_SHOWN_DIFFERENCES = 6
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One configuration on one store. Its seed is the run's."""
+
+    name: str  # also its folders'
+    settings: Mapping[str, Any]  # what sets it apart from the others
+    cache: str
+    config: Config
+
+    def to_json(self) -> dict[str, Any]:
+        config = self.config.model_dump(mode="json", exclude={"seed"})
+        return {"settings": dict(self.settings), "cache": self.cache, "config": config}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell with one seed, and where it is kept."""
+
+    cell: Cell
+    seed: int
+    path: Path
+    split: str  # it is evaluated on
+
+    @property
+    def config(self) -> Config:
+        return self.cell.config.model_copy(update={"seed": self.seed})
+
+    @property
+    def evaluation(self) -> Path:
+        """Written last and at once: a run is finished when it is there."""
+        return self.path / f"eval-{self.split}.json"
+
+    @property
+    def finished(self) -> bool:
+        return self.evaluation.exists()
+
+    @property
+    def error(self) -> str | None:
+        """Why the last attempt failed, in one line."""
+        path = self.path / ERROR
+        return str(json.loads(path.read_text())["error"]) if path.exists() and not self.finished else None
+
+    def fail(self, error: str, traceback: str | None = None) -> None:
+        make_directory(self.path)
+        write_durably(self.path / ERROR, json.dumps({"error": error, "traceback": traceback}, indent=1).encode())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Cells times seeds, all evaluated on one split."""
+
+    kind: Kind
+    split: str
+    seeds: tuple[int, ...]
+    cells: tuple[Cell, ...]
+
+    def __post_init__(self) -> None:
+        if not self.cells or not self.seeds:
+            raise UsageError("nothing to run: a plan needs at least one cell and one seed")
+        names = [cell.name.lower() for cell in self.cells]  # some file systems do not tell a from A
+        if twice := {cell.name for cell in self.cells if names.count(cell.name.lower()) > 1}:
+            raise UsageError(f"two cells are called {min(twice)}; give each a name of its own")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UsageError(f"seeds {', '.join(map(str, self.seeds))}: one is named twice")
+        for cell in self.cells:
+            if cell.config.data.eval_split != self.split:
+                raise UsageError(
+                    f"cell {cell.name} is evaluated on {cell.config.data.eval_split}, the first on {self.split}; "
+                    "a table needs one split for all: leave data.eval_split alone, or use --split"
+                )
+
+    def runs(self, out: Path) -> list[Run]:
+        """Every run, the first seed of all cells before the second of any: a broken-off plan shows all cells."""
+        return [
+            Run(cell, seed, out / "runs" / f"{cell.name}-seed{seed}", self.split)
+            for seed in self.seeds
+            for cell in self.cells
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "kind": self.kind,
+            "split": self.split,
+            "seeds": list(self.seeds),
+            "cells": {cell.name: cell.to_json() for cell in self.cells},
+        }
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any], where: str) -> Plan:
+        cells = [
+            Cell(name, cell["settings"], cell["cache"], validate(cell["config"], f"{where}: cell {name}"))
+            for name, cell in raw["cells"].items()
+        ]
+        return cls(raw["kind"], raw["split"], tuple(raw["seeds"]), tuple(cells))
+
+
+def read_plan(out: Path) -> Plan:
+    """The plan of an experiment's folder. ``DataError`` where there is none."""
+    path = out / PLAN
+    if not path.exists():
+        raise DataError(f"{out}: no {PLAN}; name a folder made by slotlab compare or slotlab ablate")
+    try:
+        raw = json.loads(path.read_text())
+        if raw.get("schema") == SCHEMA:
+            return Plan.from_json(raw, str(path))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: damaged ({error}); restore it, or choose another --out") from error
+    raise IncompatibleError(f"{path}: schema {raw.get('schema')}, this version reads {SCHEMA}; choose another --out")
+
+
+@contextmanager
+def opened(plan: Plan, out: Path) -> Iterator[None]:
+    """Hold ``out`` for this plan alone, having written the plan there.
+
+    An earlier plan is kept to: more seeds and more cells are welcome, anything else is not. Raises
+    ``IncompatibleError`` naming what differs, ``DataError`` when another process is at work there or the
+    folder holds other things.
+    """
+    if (out / PLAN).exists():
+        if differences := differing(read_plan(out), plan):
+            shown = "; ".join(differences[:_SHOWN_DIFFERENCES])
+            more = f"; {len(differences) - _SHOWN_DIFFERENCES} more" if len(differences) > _SHOWN_DIFFERENCES else ""
+            raise IncompatibleError(f"{out}: was made by another plan ({shown}{more}); choose another --out")
+    elif out.exists() and any(path.name != LOCK for path in out.iterdir()):
+        raise DataError(f"{out}: holds other things and no {PLAN}; choose another --out")
+    make_directory(out)
+    lock = _lock(out)
+    try:
+        write_durably(out / PLAN, json.dumps(plan.to_json(), indent=1).encode())
+        yield
+    finally:
+        os.close(lock)
+
+
+def differing(then: Plan, now: Plan) -> list[str]:
+    """What of an earlier plan is missing or otherwise in this one, a line each."""
+    found = [
+        f"{name}: {before} then, {after} now"
+        for name, before, after in (("kind", then.kind, now.kind), ("split", then.split, now.split))
+        if before != after
+    ]
+    if lost := set(then.seeds) - set(now.seeds):
+        found.append(f"seeds {', '.join(map(str, sorted(lost)))} then, not now")
+    cells = {cell.name: cell for cell in now.cells}
+    for cell in then.cells:
+        if cell.name not in cells:
+            found.append(f"cell {cell.name} then, not now")
+            continue
+        before, after = (flatten(c.to_json()) for c in (cell, cells[cell.name]))
+        found += [
+            f"{cell.name} {key.removeprefix('config.')}: {before.get(key)} then, {after.get(key)} now"
+            for key in sorted({*before, *after})
+            if before.get(key) != after.get(key)
+        ]
+    return found
+
+
+def cell_name(parts: Iterable[str]) -> str:
+    """A name that any file system takes, the same for the same parts."""
+    name = re.sub(r"[^\w.,=+-]+", "_", ",".join(parts)).strip("._") or "base"
+    if len(name) > _LONGEST_NAME:
+        name = f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
+
+
+def _lock(out: Path) -> int:
+    """Exclusive for as long as this process lives."""
+    fd = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise DataError(f"{out}: another process is at work there; wait for it, or choose another --out") from error
+    return fd

@@ -1,0 +1,49 @@
+"""Predictors: the slots of one frame -> where the slots of the next one start."""
+
+from __future__ import annotations
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from slotlab.models.config import PredictorConfig
+from slotlab.models.transformer import FeedForward, SelfBlock
+
+
+class IdentityPredictor(nn.Identity):
+    """The next frame starts where this one ended."""
+
+    def __init__(self, slot_dim: int, config: PredictorConfig) -> None:
+        super().__init__()
+
+
+class MLPPredictor(nn.Module):
+    """Each slot by itself: a residual MLP, and, if asked, a LayerNorm that keeps the slots from growing."""
+
+    def __init__(self, slot_dim: int, config: PredictorConfig) -> None:
+        super().__init__()
+        self.move = FeedForward(slot_dim, config.hidden)
+        self.norm = nn.LayerNorm(slot_dim) if config.output_norm else nn.Identity()
+
+    def forward(self, slots: Float[Tensor, "B K S"]) -> Float[Tensor, "B K S"]:
+        moved: Tensor = self.norm(self.move(slots))
+        return moved
+
+
+class TransformerPredictor(nn.Module):
+    """Slots that see each other: one pre-LayerNorm block (SAVi, Kipf et al., 2022, arXiv:2111.12594; VideoSAUR)."""
+
+    def __init__(self, slot_dim: int, config: PredictorConfig) -> None:
+        super().__init__()
+        self.move = SelfBlock(slot_dim, config.heads, config.hidden)
+        self.norm = nn.LayerNorm(slot_dim) if config.output_norm else nn.Identity()
+
+    def forward(self, slots: Float[Tensor, "B K S"]) -> Float[Tensor, "B K S"]:
+        moved: Tensor = self.norm(self.move(slots))
+        return moved
+
+
+PREDICTORS: dict[str, type[nn.Module]] = {
+    "identity": IdentityPredictor,
+    "mlp": MLPPredictor,
+    "transformer": TransformerPredictor,
+}

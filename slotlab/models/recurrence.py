@@ -1,0 +1,70 @@
+"""From the tokens of clips to slots: frame by frame, as SAVi does it (Kipf et al., 2022, arXiv:2111.12594)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from slotlab.draws import Draws
+from slotlab.models.config import PixelConfig, SlotAttentionConfig
+from slotlab.models.initializers import INITIALIZERS
+from slotlab.models.predictors import PREDICTORS
+from slotlab.models.slot_attention import Attended, SlotAttention
+
+
+class Recurrence(nn.Module):
+    """Slot attention on every frame of a clip, started from what a predictor makes of the frame before.
+
+    Tokens of all frames are projected to keys and values in one pass; only the slots wait for each other. Without
+    a predictor, a clip has one frame.
+
+    Args:
+        config: of the whole model.
+        token_dim: width of the tokens that are attended to.
+    """
+
+    def __init__(self, config: SlotAttentionConfig | PixelConfig, token_dim: int) -> None:
+        super().__init__()
+        rounds = config.kmeans_rounds if isinstance(config, SlotAttentionConfig) else 0
+        self.config = config
+        self.initialize = INITIALIZERS[config.initializer](config.slots, config.slot_dim, rounds)
+        # No gradient reaches the first slots at a fixed point; DDP wants to know.
+        self.initialize.requires_grad_(config.gradient != "implicit")
+        self.attend = SlotAttention(
+            token_dim, config.slot_dim, config.slot_mlp_hidden, config.temperature, config.gradient
+        )
+        predictor = config.predictor
+        self.predict = PREDICTORS[predictor.kind](config.slot_dim, predictor) if predictor else None
+
+    def forward(
+        self, tokens: Float[Tensor, "B T N S"], clustered: Float[Tensor, "B T N D"], draws: Draws
+    ) -> Attended:
+        """Tokens, and what initialisers cluster -> slots of all frames, (B * T, ...) with each clip's in order."""
+        projected = self.attend.project(tokens)
+        frames: list[Attended] = []
+        for index in range(tokens.shape[1]):
+            fresh = self.predict is None or self._starts(index)
+            if fresh:
+                slots = self.initialize(tokens[:, index], clustered[:, index], draws)
+            else:
+                slots = self._next(frames[-1].slots)
+            frames.append(self.attend.refine(projected.frame(index), slots, self._iterations(fresh)))
+        return Attended(
+            torch.stack([frame.slots for frame in frames], 1).flatten(0, 1),
+            torch.stack([frame.attention for frame in frames], 1).flatten(0, 1),
+            torch.stack([frame.logits for frame in frames], 1).flatten(0, 1),
+        )
+
+    def _starts(self, index: int) -> bool:
+        predictor = self.config.predictor
+        return index == 0 or (predictor is not None and predictor.refresh > 0 and index % predictor.refresh == 0)
+
+    def _iterations(self, fresh: bool) -> int:
+        predictor = self.config.predictor
+        return predictor.first_iterations if predictor is not None and fresh else self.config.iterations
+
+    def _next(self, slots: Float[Tensor, "B K S"]) -> Float[Tensor, "B K S"]:
+        assert self.predict is not None and self.config.predictor is not None
+        predicted: Tensor = self.predict(slots.detach() if self.config.predictor.stop_gradient else slots)
+        return predicted

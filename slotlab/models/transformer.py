@@ -1,0 +1,144 @@
+"""Pre-LayerNorm transformer blocks, whose cross-attention can be read as masks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from slotlab.models.slot_attention import NEVER
+
+
+class Attention(nn.Module):
+    """Multi-head attention of tokens of width ``dim`` to a memory of width ``memory_dim`` (default: the same)."""
+
+    def __init__(self, dim: int, heads: int, memory_dim: int | None = None) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"{heads} heads do not divide a width of {dim}")
+        self.heads = heads
+        self.to_query = nn.Linear(dim, dim)
+        self.to_key = nn.Linear(memory_dim or dim, dim)
+        self.to_value = nn.Linear(memory_dim or dim, dim)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(
+        self,
+        tokens: Float[Tensor, "B M D"],
+        memory: Float[Tensor, "B K S"],
+        *,
+        causal: bool = False,
+        active: Bool[Tensor, "B K"] | None = None,
+    ) -> Float[Tensor, "B M D"]:
+        """``causal``: the i-th token sees the first i of the memory. ``active``: memory that is no padding."""
+        query, key, value = self._heads(tokens, memory)
+        visible = None if active is None else active[:, None, None]
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, is_causal=causal)
+        return self._merge(mixed)
+
+    def with_weights(
+        self,
+        tokens: Float[Tensor, "B M D"],
+        memory: Float[Tensor, "B K S"],
+        active: Bool[Tensor, "B K"] | None = None,
+    ) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B K M"]]:
+        """The same, and the attention: averaged over the heads, one in sum over the memory."""
+        query, key, value = self._heads(tokens, memory)
+        logits = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).float()  # (B, heads, M, K)
+        if active is not None:
+            logits = logits.masked_fill(~active[:, None, None], NEVER)
+        weights = logits.softmax(-1)
+        return self._merge(weights.to(value.dtype) @ value), weights.mean(1).transpose(1, 2)
+
+    def _heads(self, tokens: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, heads, M, D / heads), keys and values (B, heads, K, D / heads)."""
+        parts = (self.to_query(tokens), self.to_key(memory), self.to_value(memory))
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        return query, key, value
+
+    def _merge(self, mixed: Tensor) -> Tensor:
+        merged: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return merged
+
+
+class FeedForward(nn.Module):
+    """Residual two-layer MLP behind a LayerNorm."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, dim))
+
+    def forward(self, tokens: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        moved: Tensor = tokens + self.layers(tokens)
+        return moved
+
+
+class SelfBlock(nn.Module):
+    """Tokens attend to each other; causally, if asked."""
+
+    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.attend = Attention(dim, heads)
+        self.feed_forward = FeedForward(dim, hidden)
+
+    def forward(self, tokens: Float[Tensor, "B M D"]) -> Float[Tensor, "B M D"]:
+        normed = self.norm(tokens)
+        moved: Tensor = self.feed_forward(tokens + self.attend(normed, normed))
+        return moved
+
+
+class CrossBlock(nn.Module):
+    """Tokens attend to slots, each token by itself."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, memory_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.attend = Attention(dim, heads, memory_dim)
+        self.feed_forward = FeedForward(dim, hidden)
+
+    def forward(
+        self, tokens: Float[Tensor, "B M D"], slots: Float[Tensor, "B K S"], active: Bool[Tensor, "B K"] | None
+    ) -> Float[Tensor, "B M D"]:
+        moved: Tensor = self.feed_forward(tokens + self.attend(self.norm(tokens), slots, active=active))
+        return moved
+
+
+class CausalCrossBlock(nn.Module):
+    """Tokens attend to those before them, then to slots."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, memory_dim: int) -> None:
+        super().__init__()
+        self.norm_past, self.norm_slots = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.to_past = Attention(dim, heads)
+        self.to_slots = Attention(dim, heads, memory_dim)
+        self.feed_forward = FeedForward(dim, hidden)
+
+    def forward(
+        self, tokens: Float[Tensor, "B M D"], slots: Float[Tensor, "B K S"], active: Bool[Tensor, "B K"] | None
+    ) -> Float[Tensor, "B M D"]:
+        tokens = self._past(tokens)
+        moved: Tensor = self.feed_forward(tokens + self.to_slots(self.norm_slots(tokens), slots, active=active))
+        return moved
+
+    def with_weights(
+        self, tokens: Float[Tensor, "B M D"], slots: Float[Tensor, "B K S"], active: Bool[Tensor, "B K"] | None
+    ) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B K M"]]:
+        """The same, and how each token attended to the slots."""
+        tokens = self._past(tokens)
+        seen, weights = self.to_slots.with_weights(self.norm_slots(tokens), slots, active)
+        return self.feed_forward(tokens + seen), weights
+
+    def _past(self, tokens: Tensor) -> Tensor:
+        normed = self.norm_past(tokens)
+        seen: Tensor = tokens + self.to_past(normed, normed, causal=True)
+        return seen
+
+
+def xavier(module: torch.nn.Module) -> None:
+    """Glorot's initial weights and no bias in every linear layer, for ``Module.apply``."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,27 @@
+"""The colours of pictures, figures and pages, in one place, told apart by colour-blind readers too."""
+
+from __future__ import annotations
+
+Rgb = tuple[int, int, int]
+
+# Okabe and Ito's palette and neighbours, for objects and the slots matched to them.
+OBJECTS = (
+    "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#8C6BB1", "#66C2A5", "#A6761D",
+    "#E7298A",
+)  # fmt: skip
+# Slots that no object was matched to, and the background.
+OTHERS = (
+    "#3b3f46", "#5a606b", "#7a828f", "#9aa2ae", "#b4bac4", "#c9ced6", "#2a2e35", "#6b5f57", "#8a7d73",
+)  # fmt: skip
+# Lines on white and on near-black: the same hues, each at least 3:1 against its ground.
+LINES = ("#0072B2", "#C65200", "#008660", "#B0578D", "#2F7FB0", "#946600", "#5B5B5B")
+LINES_ON_DARK = ("#56B4E9", "#F0883E", "#2FC79A", "#E0A0C4", "#8FCBF0", "#E6B450", "#B5B5B5")
+# From low to high, even in lightness: stops of matplotlib's cividis.
+CONFIDENCE = (
+    "#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838",
+)  # fmt: skip
+
+
+def rgb(colour: str) -> Rgb:
+    """``#rrggbb`` as three bytes."""
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)

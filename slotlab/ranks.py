@@ -1,0 +1,61 @@
+"""One process, or one of several that torchrun has started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all that train together; ``rank`` 0 alone writes the run folder and speaks."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over the ranks, on all of them."""
+        if self.count > 1:
+            value = value.detach().clone()
+            dist.all_reduce(value)
+            value /= self.count
+        return value
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.count > 1:
+            dist.barrier()
+
+
+def is_leader() -> bool:
+    """Whether this process is rank 0, or alone; also before :func:`join`."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def join(device: torch.device | str) -> Iterator[Ranks]:
+    """Enter the process group that torchrun describes (NCCL on CUDA, gloo elsewhere); without it, be the only rank."""
+    device = torch.device(device)
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Ranks(0, 1, device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), count, device)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,78 @@
+"""Making and continuing run folders."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featcache.errors import IncompatibleError, UsageError
+from featcache.store import FeatureStore, flatten
+from slotlab import checkpoint
+from slotlab.config import Config
+
+
+def prepare_run(config: Config, store: FeatureStore, run: Path, resume: bool) -> None:
+    """Create the run folder, or check that the one to resume is of this configuration and store."""
+    trained_on = {"path": str(store.path), "identity": store.spec.identity()}
+    if not resume:
+        if (run / "config.toml").exists():
+            raise UsageError(f"{run}: exists already; add --resume to continue it, or choose another --out")
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "store.json").write_text(json.dumps(trained_on, indent=1))
+        (run / "config.toml").write_text(config.to_toml())
+        return
+    if not (run / "config.toml").exists():
+        raise UsageError(f"{run}: nothing to resume; leave out --resume")
+    before, now = (flatten(c.model_dump()) for c in (checkpoint.load_run_config(run), config))
+    changed = [f"{key}: {before[key]} then, {now[key]} now" for key in now if before[key] != now[key]]
+    if changed:
+        raise IncompatibleError(f"{run}: was made with another configuration ({'; '.join(changed)})")
+    check_store(run, store)
+
+
+def check_store(run: Path, store: FeatureStore) -> None:
+    """``IncompatibleError`` unless the store holds the same kind of features that the run was trained on."""
+    then = json.loads((run / "store.json").read_text())["identity"]
+    now = json.loads(json.dumps(store.spec.identity()))
+    ignored = ("dtype", "precision", "frame_stride", "taps.")  # how, and what else, is stored; not what it means
+    changed = [
+        f"{key}: {then.get(key)} then, {now.get(key)} now"
+        for key in sorted({*then, *now})
+        if then.get(key) != now.get(key) and not key.startswith(ignored)
+    ]
+    if changed:
+        raise IncompatibleError(f"{store.path}: not the features that {run} was trained on ({'; '.join(changed)})")
+
+
+def keep_rows(path: Path, step: int) -> float:
+    """Drop what was logged after the checkpoint that a run resumes from; the seconds it had then trained."""
+    kept = [row for row in read_rows(path) if row["step"] <= step]
+    if path.exists():
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
+    return float(kept[-1]["seconds"]) if kept else 0.0
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a ``metrics.jsonl``; a last line that a crash cut short is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def write_summary(run: Path, device: torch.device, processes: int) -> None:
+    """``summary.json``: how the run ended, and where it was made."""
+    rows = read_rows(run / "metrics.jsonl")
+    summary = {
+        "finished": True,
+        **rows[-1],
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "slotlab": version("slotlab")},
+    }
+    (run / "summary.json").write_text(json.dumps(summary, indent=1))

@@ -1,0 +1,32 @@
+"""Logged rows as TensorBoard events (the extra ``tensorboard``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from featcache.errors import UsageError
+
+
+@contextmanager
+def events(run: Path, resume: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A callable that takes each logged row and writes its numbers to ``RUN/tensorboard``."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError("--tensorboard: not installed; pip install 'slotlab[tensorboard]'") from error
+    from slotlab import checkpoint
+
+    # What was logged after the checkpoint happens again.
+    purge = checkpoint.state(run)["step"] + 1 if resume and checkpoint.exists(run) else None
+    with SummaryWriter(str(run / "tensorboard"), purge_step=purge) as writer:
+
+        def write(row: dict[str, Any]) -> None:
+            for name, value in row.items():
+                if isinstance(value, float):
+                    group, _, rest = name.partition("eval_")
+                    writer.add_scalar(f"eval/{rest}" if rest else f"train/{group}", value, row["step"])
+
+        yield write

@@ -1,0 +1,52 @@
+"""A look at the masks while a run is training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from featcache.store import FeatureStore, Split
+from slotlab import diagnostics, metrics
+from slotlab.config import Config
+from slotlab.draws import Draws
+from slotlab.evaluate import count_labels, on_grid
+from slotlab.models.base import Model
+from slotlab.models.registry import model_input
+from slotlab.scores import Scores
+
+
+@torch.no_grad()
+def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
+    """Scores and collapse diagnostics on a few videos of the evaluation split, as ``eval_*`` values of a logged row.
+
+    Scores are left out where the split has no masks; a split that does not exist gives the training split.
+    """
+    name = config.data.eval_split if config.data.eval_split in store.splits else config.data.train_split
+    split = store[name]
+    labels = count_labels(split) if split.spec.masks else 0
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    scores, found, outputs = Scores(), [], []
+    for video in chosen_videos(split, config.evaluate_videos):
+        output = model.segment(model_input(config, split, video).to(device), Draws.of_step(config.seed, video))
+        found.append(diagnostics.diagnose(output))
+        outputs.append(output)
+        if split.spec.masks:
+            truth = torch.from_numpy(split.segmentations(video))  # (T, H, W)
+            tables = metrics.mask_tables(on_grid(output.masks, model.grid).cpu(), truth, labels)
+            scores.add(tables, torch.full((len(truth),), video))
+    model.train(training)
+    means = {key: sum(item[key] for item in found) / len(found) for key in found[0]}
+    means["kept_slots"] = diagnostics.kept_slots(outputs)
+    row: dict[str, Any] = {f"eval_{key}": value for key, value in means.items()}
+    if split.spec.masks:
+        summary = scores.summary()
+        row |= {f"eval_{key}": summary[key] for key in ("fg_ari", "mbo", "fg_ari_video")}
+    row["warnings"] = diagnostics.warnings(means, model.slots)
+    return row
+
+
+def chosen_videos(split: Split, count: int) -> list[int]:
+    """Up to ``count`` videos spread evenly over the split."""
+    return list(split.videos[:: max(1, len(split.videos) // count)][:count])
