@@ -17,8 +17,9 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.extract
+	$(BIN)/slotlab bench extract
 	$(BIN)/slotlab bench stream --cache cache/dinov2.zarr
+	$(BIN)/slotlab bench train --cache cache/dinov2.zarr --preset demo
 	$(BIN)/python -m benchmarks.train
 
 $(VENV)/.installed: pyproject.toml

@@ -13,8 +13,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from featcache.errors import DataError, FeatcacheError, UsageError
-from slotlab.commands import bench, stores
-from slotlab.commands.options import CACHE_FOLDER, Cache, Device, Dtype, Json, Precision, print_json
+from slotlab.commands import bench, experiments, masks, stores
+from slotlab.commands.options import CACHE_FOLDER, Cache, Device, Dtype, Json, Precision, Refine, print_json
 
 app = typer.Typer(
     name="slotlab",
@@ -122,20 +122,32 @@ def extract(
 
 @app.command()
 def stats(
+    context: typer.Context,
     caches: Annotated[list[Path] | None, typer.Argument(help="Stores; default: all in cache/.")] = None,
     split: Annotated[str | None, typer.Option(help="Default: train, or the first there is.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a figure.")] = None,
     recompute: Annotated[bool, typer.Option(help="From the stored features, block by block with dask.")] = False,
+    workers: Annotated[int | None, typer.Option(help="With --recompute: processes on this machine.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="With --recompute: of dask; its workers see the store.")] = None,
     as_json: Json = False,
 ) -> None:
     """The scale of the features: std, token norms, outliers, effective rank; stores side by side."""
+    elsewhere = scheduler is not None or workers is not None
+    if elsewhere and not recompute:
+        raise UsageError("--scheduler and --workers: only with --recompute, else the stored statistics are read")
+
     from featcache.report import plot_scale, render, store_reports
     from slotlab import display
 
     paths = caches or sorted(CACHE_FOLDER.glob("*.zarr"))
     if not paths:
         raise DataError(f"{CACHE_FOLDER}/: no stores; make one with: slotlab extract --backbone dinov2")
-    reports = [report for path in paths for report in store_reports(path, split, recompute)]
+    client = None
+    if elsewhere:
+        from featcache.distributed import connect
+
+        client = context.with_resource(connect(scheduler, workers))
+    reports = [report for path in paths for report in store_reports(path, split, recompute, client)]
     if plot:
         plot_scale(reports, plot)
     if as_json:
@@ -202,6 +214,9 @@ def evaluate(
     cache: Annotated[Path | None, typer.Option(help="Another store of the same features.")] = None,
     split: Annotated[str | None, typer.Option(help="Default: the configuration's, validation.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Also draw frames, ground truth and slots to this PNG.")] = None,
+    boundaries: Annotated[bool, typer.Option("--boundaries", help="Also boundary F and bleeding by area.")] = False,
+    refine: Annotated[Refine | None, typer.Option(help="Also score masks refined by the frames.")] = None,
+    binarise: Annotated[list[str] | None, typer.Option(help="Also argmax, threshold=T or gumbel=T.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -213,6 +228,11 @@ def evaluate(
 
     loaded = load_run(run, cache, pick_device(device))
     result = run_evaluate(loaded, split)
+    fine = boundaries or refine is not None or bool(binarise)
+    if fine:
+        from slotlab.outlines import gains_table, outline_scores, outlines_table
+
+        result |= outline_scores(loaded, split, refine, binarise or ())
     (run / f"eval-{result['split']}.json").write_text(json.dumps(result, indent=1))
     if sheet:
         from slotlab.sheet import draw_sheet
@@ -222,6 +242,8 @@ def evaluate(
         print_json(result)
     else:
         display.out.print(display.scores_table(result))
+        if fine:
+            display.out.print(outlines_table(result), gains_table(result))
 
 
 @app.command()
@@ -272,6 +294,11 @@ app.command()(stores.export)
 app.command("import")(stores.import_file)
 app.command()(stores.weights)
 app.command()(stores.doctor)
+app.command()(masks.masks)
+app.command()(masks.segment)
+app.command()(experiments.compare)
+app.command()(experiments.ablate)
+app.command()(experiments.table)
 app.add_typer(bench.bench, name="bench")
 
 

@@ -27,9 +27,9 @@ import torch
 import zarr
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.harness import alternate, paired_ratio, report
+from benchmarks.harness import alternate, paired_ratio, report, timed
 from benchmarks.stores import TAP, random_store
-from featcache.bench import ACCESSES, Access, Starts, Window, bare_read, measure_cold, memory_limit, rate, whole_stream
+from featcache.bench import ACCESSES, Access, Starts, Window, bare_read, measure_cold, memory_limit, whole_stream
 from featcache.store import Split
 
 BATCHES = 4  # in one turn
@@ -107,7 +107,7 @@ def dataloader(window: Window, access: Access) -> tuple[Callable[[], float], Ite
     def job() -> float:
         for _ in islice(batches, AHEAD):  # what was read while other jobs ran
             pass
-        achieved = rate(work)
+        achieved = timed(work)
         time.sleep(2 * AHEAD * access.samples * access.frames * window.frame_bytes / achieved)
         return achieved  # and the workers, having read ahead again, leave the next job alone
 
@@ -130,7 +130,7 @@ def peer(window: Window, access: Access, reader: Reader) -> Callable[[], float]:
 
     def job() -> float:
         draws = window.draws(access, BATCHES)
-        return rate(lambda: read(draws))
+        return timed(lambda: read(draws))
 
     return job
 

@@ -23,13 +23,12 @@ from featcache.device import pick_device
 from featcache.extract import forward
 from featcache.store import FeatureStore, Split
 from featcache.stream import FeatureStream
+from slotlab.bench import Trainee
 from slotlab.config import load_config
-from slotlab.losses import losses
-from slotlab.models.registry import Model, build_model
 
 
 def in_the_loop(stream: FeatureStream, split: Split, backbone: Backbone, tap: str) -> Iterator[torch.Tensor]:
-    """The stream's clips, their features computed anew at every step."""
+    """The stream's clips (B, T, N, D), or frames (B, N, D), their features computed anew at every step."""
     frames = np.asarray(split.array("video")[:])
     spec, samples = split.store.spec, 0
     while True:
@@ -37,19 +36,8 @@ def in_the_loop(stream: FeatureStream, split: Split, backbone: Backbone, tap: st
         clips = frames[rows[:, None] + np.arange(stream.clip)]  # (B, T, H, W, 3)
         flat = clips.reshape(-1, *clips.shape[2:])
         tokens = forward(backbone, [flat], spec.batch_size, spec.precision)[0][tap]
-        yield tokens.unflatten(0, clips.shape[:2])
+        yield tokens.unflatten(0, clips.shape[:2]) if stream.clip > 1 else tokens
         samples += stream.batch_size
-
-
-def train_steps(model: Model, batches: Iterator[torch.Tensor], steps: int, batch_size: int) -> int:
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-    generator = torch.Generator().manual_seed(0)
-    for features in itertools.islice(batches, steps):
-        loss = torch.stack(list(losses(model(features, generator)).values())).sum()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    return steps * batch_size
 
 
 def main() -> None:
@@ -70,14 +58,19 @@ def main() -> None:
     backbone = load_backbone(store.spec.backbone, None, (tap,), size, device)
     cached = (batch.features for batch in stream)
     computed = in_the_loop(stream, split, backbone, tap)
-    model = build_model(config, store).to(device)
+    trainee = Trainee(config, store, device)
 
-    def rate(batches: Iterator[torch.Tensor], steps: int) -> float:
-        return timed(lambda: train_steps(model, batches, steps, batch_size))
+    def train(batches: Iterator[torch.Tensor], steps: int) -> int:
+        for features in itertools.islice(batches, steps):
+            trainee.step(features.to(device))
+        return steps * batch_size
 
-    rate(cached, 2)  # warm up
+    train(cached, 2)  # warm up
     rates = alternate(
-        {"cache": lambda: rate(cached, 10 * args.steps), "vit_in_the_loop": lambda: rate(computed, args.steps)},
+        {
+            "cache": lambda: timed(lambda: train(cached, 10 * args.steps), device),
+            "vit_in_the_loop": lambda: timed(lambda: train(computed, args.steps), device),
+        },
         args.rounds,
     )
     report(

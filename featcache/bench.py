@@ -1,14 +1,18 @@
-"""How fast a store streams on this machine, beside what this machine allows, measured in the same run."""
+"""How fast stores are made and streamed on this machine, beside what it allows, measured in the same run."""
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +23,17 @@ from featcache.pages import cached_share, host_empty
 from featcache.readers import TORCH_DTYPES, FileRows
 from featcache.store import Split
 from featcache.stream import RING, FeatureStream, Residence, clip_starts, feature_arrays, open_readers
-from featcache.timing import alternate, paired_ratio
+from featcache.timing import alternate, paired_ratio, timed
+
+if TYPE_CHECKING:
+    from featcache.backbones import Backbone
+    from featcache.extract import ExtractOptions
+    from featcache.sources.base import Source
 
 WINDOW = 2 << 30  # bytes of features that a measurement draws from: far more than caches, far less than memory
 MEMORY = "index_select of float16 in memory"
 DISK = "sequential read of the disk"
+BARE_MODEL = "the bare model on ready images"
 STILL_CACHED = 0.05  # share of pages that may be left when the cache has been dropped
 
 Starts = npt.NDArray[np.int64]
@@ -103,16 +113,8 @@ class Window:
         reader, chunk_rows = self.readers[0], self.arrays[0].chunks[0]
         if not isinstance(reader, FileRows):
             return []
-        return [str(reader.path(int(chunk))) for chunk in np.unique(self.starts(1) // chunk_rows)]
-
-
-def rate(work: Callable[[], int], device: torch.device | None = None) -> float:
-    """Bytes a second of ``work``, which returns how many bytes it moved."""
-    began = time.perf_counter()
-    moved = work()
-    if device is not None and device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return moved / (time.perf_counter() - began)
+        chunks = np.unique(self.starts(1) // chunk_rows).tolist()
+        return list(dict.fromkeys(str(reader.path(chunk)) for chunk in chunks))  # a shard holds several
 
 
 def epoch_batches(window: Window, access: Access) -> int:
@@ -135,7 +137,7 @@ def memory_limit(window: Window, access: Access, batches: int) -> Callable[[], f
             torch.index_select(rows, 0, index, out=ring[batch % RING])
         return batches * count * window.frame_bytes
 
-    return lambda: rate(work)
+    return lambda: timed(work)
 
 
 def bare_read(window: Window, access: Access, batches: int) -> Callable[[], float]:
@@ -151,7 +153,7 @@ def bare_read(window: Window, access: Access, batches: int) -> Callable[[], floa
 
     def job() -> float:
         draws = window.draws(access, batches)
-        return rate(lambda: read(draws))
+        return timed(lambda: read(draws))
 
     return job
 
@@ -181,7 +183,7 @@ def whole_stream(
     def job() -> float:
         for _ in islice(iterator, RING):  # what was read ahead while other jobs ran
             pass
-        achieved = rate(work, device)
+        achieved = timed(work, device)
         time.sleep(2 * RING * access.samples * access.frames * window.frame_bytes / achieved)
         return achieved  # and the thread, having read ahead again, leaves the next job alone
 
@@ -292,7 +294,7 @@ def measure_cold(split: Split, tap: str, rounds: int) -> list[Rate]:
 
         def limit() -> float:
             drop_cache(files)
-            return rate(lambda: sequential_read(files))
+            return timed(lambda: sequential_read(files))
 
         def read(starts: Starts = starts, buffers: list[Tensor] = buffers, frames: int = access.frames) -> float:
             chosen = np.sort(np.random.default_rng().choice(starts, len(buffers[0]), replace=False))
@@ -303,8 +305,80 @@ def measure_cold(split: Split, tap: str, rounds: int) -> list[Rate]:
                 fresh.read(chosen, buffers)
                 return len(chosen) * frames * frame_bytes
 
-            return rate(work)
+            return timed(work)
 
         rates = alternate({"limit": limit, "read": read}, rounds)
         results.append(Rate.of(name, rates, "read", DISK))
     return results
+
+
+# -- extraction --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExtractionRate:
+    """Frames a second from the source to a finished, synced store, beside the backbone's own."""
+
+    name: str
+    frames_per_s: float
+    limit_frames_per_s: float
+    ratio: float  # median of the rounds' own
+    limit: str
+    frames: int  # in one round
+    batch_size: int
+    precision: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure_extract(source: Source, backbone: Backbone, options: ExtractOptions, rounds: int = 5) -> ExtractionRate:
+    """Extraction of one split of the source into a temporary folder, beside the same batches on the bare model.
+
+    ``options`` name the split and how many of its videos; batch size and precision are measured where they are
+    not given, once for both.
+    """
+    from featcache.extract import extract, plan
+    from featcache.precision import autocast
+
+    (split,) = options.splits
+    with tempfile.TemporaryDirectory() as folder:
+        spec = plan(Path(folder) / "plan.zarr", source, backbone, options).spec
+        options = replace(options, batch_size=spec.batch_size, precision=spec.precision)
+        videos = range(len(source.lengths(split)))[: options.max_videos]
+        batches = [
+            batch
+            for index in videos
+            for batch in torch.split(
+                backbone.preprocess(torch.from_numpy(source.read(split, index).frames[:: options.frame_stride])),
+                spec.batch_size,
+            )
+        ]
+        frames = sum(len(batch) for batch in batches)
+        stores = (Path(folder) / f"{count}.zarr" for count in itertools.count())
+
+        def bare() -> int:
+            with autocast(backbone.device, spec.precision):
+                for batch in batches:
+                    tokens = backbone(batch)[backbone.taps[0]]
+            tokens.sum().item()  # waits for the device
+            return frames
+
+        def whole() -> int:
+            store = next(stores)
+            done = extract(plan(store, source, backbone, options), source, backbone)[split].frames
+            shutil.rmtree(store)
+            return done
+
+        bare()
+        rates = alternate({"extract": lambda: timed(whole), "bare": lambda: timed(bare)}, rounds)
+    return ExtractionRate(
+        name=f"extract {backbone.spec.name}",
+        frames_per_s=round(statistics.median(rates["extract"]), 2),
+        limit_frames_per_s=round(statistics.median(rates["bare"]), 2),
+        ratio=round(paired_ratio(rates, "extract", "bare"), 3),
+        limit=BARE_MODEL,
+        frames=frames,
+        batch_size=spec.batch_size,
+        precision=spec.precision,
+    )

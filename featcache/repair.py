@@ -17,16 +17,17 @@ import numpy as np
 import zarr
 
 from featcache import manifest
-from featcache.backbones import Backbone, load_backbone
+from featcache.backbones import Backbone
 from featcache.convert import ConvertOptions, convert, copied_spec, open_origin
 from featcache.durable import write_tree
 from featcache.errors import DataError, IncompatibleError, compare_settings
 from featcache.extract import ExtractPlan, Progress, SplitJob, SplitPlan, extract, merge, merged
 from featcache.layout import array_layouts, split_metadata
+from featcache.reload import refuse_other_backbone, store_backbone
 from featcache.sources import open_source
 from featcache.sources.base import Source
 from featcache.stats import Moments
-from featcache.store import FeatureStore, SplitSpec, StoreSpec, TapSpec
+from featcache.store import FeatureStore, SplitSpec, StoreSpec
 from featcache.verify import Damage, extra_files, metadata_problem, open_root, verify, verify_split
 from featcache.writer import StoreWriter, read_split_spec, refuse_if_different, save_split_spec
 
@@ -127,16 +128,8 @@ def _prepare(store: FeatureStore, names: list[str], means: Means, progress: Prog
         split = read_split_spec(store.path / name)
         _refuse_other_source(store.path / name, split, source, spec.frame_stride)
         splits.append(SplitPlan(name, split, videos_done=0, frames_left=0, bytes_left=0))
-    backbone = means.backbone or load_backbone(
-        spec.backbone, means.weights or _weights(spec), tuple(spec.taps), spec.preprocessing["size"], means.device
-    )
-    made = replace(
-        spec,
-        model=backbone.provenance,
-        preprocessing=backbone.preprocessing,
-        taps={tap: TapSpec(backbone.grid, backbone.dims[tap]) for tap in backbone.taps},
-    )
-    refuse_if_different(store.path, spec.identity(), made.identity())
+    backbone = means.backbone or store_backbone(store, weights=means.weights, device=means.device)
+    refuse_other_backbone(store, backbone)
     free = shutil.disk_usage(store.path).free
     # Stored frames have the size that was settled then, whether or not it was asked for.
     plan = ExtractPlan(store.path, spec, tuple(splits), free, resize_frames=True)
@@ -155,19 +148,6 @@ def _refuse_other_source(folder: Path, split: SplitSpec, source: Source, stride:
         raise IncompatibleError(
             f"{folder}: {source.location} does not hold its videos", differences, "give the same videos with --data"
         )
-
-
-def _weights(spec: StoreSpec) -> str | None:
-    """What the recorded origin of the weights is for ``--weights``."""
-    origin = str(spec.model.get("weights_origin", ""))
-    if origin.startswith("random"):
-        return "random"
-    if not origin.startswith("file "):
-        return None
-    file = origin.removeprefix("file ")
-    if not Path(file).exists():
-        raise DataError(f"{file}: the weights that the store was made with are gone; name them with --weights")
-    return file
 
 
 def _prepare_copy(store: FeatureStore, names: list[str], means: Means, progress: Progress) -> Callable[[], object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
@@ -22,6 +22,9 @@ from featcache.blockwise import recomputed_statistics
 from featcache.errors import UsageError
 from featcache.scale import OUTLIER_RATIO, ScaleReport, scale_report
 from featcache.store import FeatureStore
+
+if TYPE_CHECKING:
+    from distributed import Client
 
 # More columns than this are hard to read in a terminal; further stores go to a second table.
 STORES_A_TABLE = 4
@@ -43,18 +46,21 @@ class StoreReport:
         return place | self.scale.as_dict()
 
 
-def store_reports(path: str | Path, split: str | None = None, recompute: bool = False) -> list[StoreReport]:
+def store_reports(
+    path: str | Path, split: str | None = None, recompute: bool = False, client: Client | None = None
+) -> list[StoreReport]:
     """The report of every tap of a store: of ``split``, else of ``train``, else of the first there is.
 
-    ``recompute`` reduces the stored features again, block by block with dask, instead of reading what the
-    extraction gathered. Raises ``DataError`` for a store that is missing, unfinished or damaged.
+    ``recompute`` reduces the stored features again, block by block with dask (on the workers of ``client``, which
+    must see the store under the same path), instead of reading what the extraction gathered. Raises ``DataError``
+    for a store that is missing, unfinished or damaged.
     """
     store = FeatureStore.open(path)
     name = split or ("train" if "train" in store.splits or not store.splits else store.splits[0])
     part = store[name].require_complete()
     reports = []
     for tap in store.spec.taps:
-        moments = recomputed_statistics(part, tap) if recompute else part.statistics(tap)
+        moments = recomputed_statistics(part, tap, client) if recompute else part.statistics(tap)
         reports.append(StoreReport(str(path), name, store.spec.backbone, tap, scale_report(moments)))
     return reports
 

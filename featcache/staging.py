@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,14 +64,23 @@ class Staging:
         return torch.empty(shape, dtype=dtype, device=device, pin_memory=device.type == "cpu")
 
     def fill(self, slot: Slot, readers: Sequence[Rows], rows: npt.NDArray[np.int64]) -> None:
-        """Gather the rows, bring them to the device, dequantise. Returns before the device has finished."""
+        """:meth:`read`, then :meth:`move`. Returns before the device has finished."""
+        self.read(slot, readers, rows)
+        self.move(slot)
+
+    def read(self, slot: Slot, readers: Sequence[Rows], rows: npt.NDArray[np.int64]) -> None:
+        """Gather the rows where they are read to."""
         if slot.filled is not None:
             slot.filled.synchronize()  # the pinned buffers have left for the device
-        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+        with self._queue():
             if self._stream is not None and slot.released is not None:
                 self._stream.wait_event(slot.released)
             for reader, buffer in zip(readers, slot.read, strict=True):
                 reader.gather(rows, buffer)
+
+    def move(self, slot: Slot) -> None:
+        """Bring what was read to the device, and dequantise it."""
+        with self._queue():
             if slot.moved is not slot.read:
                 for moved, buffer in zip(slot.moved, slot.read, strict=True):
                     moved.copy_(buffer, non_blocking=slot.filled is not None)
@@ -79,6 +89,9 @@ class Staging:
                 dequantise_into(codes, scales, slot.features)
             if slot.filled is not None:
                 slot.filled.record(self._stream)
+
+    def _queue(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext()
 
     def receive(self, slot: Slot) -> Tensor:
         """The batch, for work queued from now on by the calling thread."""

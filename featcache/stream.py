@@ -1,4 +1,4 @@
-"""FeatureStream: endless shuffled batches of cached tokens, in reused buffers, on a device.
+"""FeatureStream: endless shuffled batches of cached tokens, or of the frames, in reused buffers, on a device.
 
 One thread reads a batch ahead into a small ring of buffers; there are no worker processes, which only add
 copies to what is already a copy. The order is a pure function of the seed and the number of samples seen, so a
@@ -8,11 +8,14 @@ stream continues exactly from that one number.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import queue
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -29,14 +32,16 @@ from featcache.threads import start_single_threaded
 
 Residence = Literal["auto", "disk", "host", "device"]
 RING = 3  # one with the trainer, one ready, one being filled
+VIDEO = "video"  # in place of a tap: the stored frames themselves
 
 
 @dataclass(frozen=True)
 class Batch:
     """Tokens (B, N, D), or (B, T, N, D) for clips; ``rows`` (B,) are the first rows of the samples.
 
-    ``features`` is float16 (float32 from int8 stores), on the stream's device. It lives in a buffer that is
-    reused: it is valid until the next batch is asked for.
+    ``features`` is float16 (float32 from int8 stores), on the stream's device; of the tap ``video``, the frames
+    (B, H, W, 3) or (B, T, H, W, 3), uint8. It lives in a buffer that is reused: it is valid until the next batch is
+    asked for.
     """
 
     features: Tensor
@@ -44,17 +49,29 @@ class Batch:
     samples_seen: int  # of the whole stream, before this batch
 
 
+@dataclass(frozen=True)
+class BatchSeconds:
+    """Seconds to read a batch where it is read to, and to bring it from there to the device.
+
+    Dequantising int8 counts where it is done: with the read on a CPU, where there is nothing to copy, else with the
+    copy.
+    """
+
+    read: float
+    copy: float
+
+
 class FeatureStream:
     """Endless iterator of :class:`Batch` over a split's frames or clips.
 
     Args:
         split: a finished split of a store.
-        tap: which features.
+        tap: which features, or ``video`` for the stored frames, which are compressed: best on ``host`` or ``device``.
         batch_size: samples a batch, for this rank.
         clip: T consecutive frames of one video a sample; 1 gives single frames without a time axis.
         residence: where the features live while training. ``auto`` is the device if they fit in half of its free
             memory; else the disk, whose page cache is host memory without a copy; but the host for stores that
-            must be decoded (compressed, sharded) and fit in half of its free memory.
+            must be decoded (compressed) and fit in half of its free memory.
         rank, world_size: each rank takes its part of every global batch; see :meth:`rows_at`.
 
     Raises ``UsageError`` when no video is as long as the clip. Damaged files raise ``DataError`` from the iterator.
@@ -118,8 +135,31 @@ class FeatureStream:
 
     # -- the batches -----------------------------------------------------------------------------------
 
+    def _staging(self) -> Staging:
+        return Staging(self.device, on_device=self.residence == "device")
+
+    def batch_seconds(self, batches: int) -> BatchSeconds:
+        """What the thread's two parts of a batch take, by their medians over the stream's next ``batches``."""
+        staging = self._staging()
+        slot = staging.slot(self._shapes, self._dtypes)
+        reads, copies = [], []
+        for batch in range(batches + 1):
+            rows = self.rows_at(self.samples_seen + batch * self.batch_size * self.world_size)
+            began = time.perf_counter()
+            staging.read(slot, self._readers, rows)
+            staging.close()
+            read = time.perf_counter()
+            staging.move(slot)
+            staging.close()
+            reads.append(read - began)
+            copies.append(time.perf_counter() - read)
+        read_seconds, copy_seconds = statistics.median(reads[1:]), statistics.median(copies[1:])  # the first touches
+        if self.device.type == "cpu":
+            return BatchSeconds(read_seconds + copy_seconds, 0.0)
+        return BatchSeconds(read_seconds, copy_seconds)
+
     def __iter__(self) -> Iterator[Batch]:
-        staging = Staging(self.device, on_device=self.residence == "device")
+        staging = self._staging()
         free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
         ready: queue.SimpleQueue[tuple[Slot, npt.NDArray[np.int64], int] | BaseException] = queue.SimpleQueue()
         for _ in range(RING):
@@ -165,7 +205,9 @@ class FeatureStream:
 
 
 def feature_arrays(split: Split, tap: str) -> list[zarr.Array[Any]]:
-    """Tokens (F, N, D), and the scales (F, N) of int8 ones."""
+    """Tokens (F, N, D), and the scales (F, N) of int8 ones; or the frames (F, H, W, 3)."""
+    if tap == VIDEO:
+        return [split.array(VIDEO)]
     scales = [f"scales/{tap}"] if split.store.spec.dtype == "int8" else []
     return [split.array(path) for path in (f"features/{tap}", *scales)]
 
@@ -195,7 +237,10 @@ def choose_residence(device: torch.device, arrays: list[zarr.Array[Any]]) -> Res
 
 
 def free_memory() -> int:
-    """Bytes of host memory that nothing uses, not even the page cache."""
+    """Bytes of host memory that can be had: what the page cache would give back included, where the system tells."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")), 0)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
 
 

@@ -33,11 +33,21 @@ def alternate(jobs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str,
     return rates
 
 
-def timed(work: Callable[[], int]) -> float:
-    """Rate of ``work``, which returns how many items it did."""
+def timed(work: Callable[[], int], device: torch.device | None = None) -> float:
+    """Rate of ``work``, which returns how many items (or bytes) it did, once the device has finished them."""
     start = time.perf_counter()
     count = work()
+    if device is not None:
+        synchronize(device)
     return count / (time.perf_counter() - start)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was queued on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def paired_ratio(rates: Mapping[str, list[float]], of: str, to: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from slotlab.normalise import Normaliser
 from slotlab.references import grid_reference, kmeans_floor
 from slotlab.runs import check_store
 from slotlab.scores import Scores
+from slotlab.subgroups import subgroup_scores
 
 MASKS = ("decoder", "attention")
 
@@ -59,11 +60,15 @@ def load_run(run: Path, cache: Path | None = None, device: torch.device | str = 
     return LoadedRun(run, config, store, model_tap(config, store), model.to(device).eval())
 
 
-def evaluate(loaded: LoadedRun, split_name: str | None = None) -> dict[str, Any]:
+References = tuple[dict[str, Any], dict[str, Any]]  # the grid's ceiling, and k-means' floor
+
+
+def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References | None = None) -> dict[str, Any]:
     """Scores of every frame and video of a split; JSON-able.
 
-    ``DataError`` when the split has no masks. Scores are those of the decoder's masks; ``attention`` holds
-    those of slot attention's.
+    ``known`` are the :func:`references` of an earlier run on the same tap and split with as many slots, which
+    take longer than the scores. ``DataError`` when the split has no masks. Scores are those of the decoder's
+    masks; ``attention`` holds those of slot attention's.
     """
     split = loaded.store[split_name or loaded.config.data.eval_split].require_complete()
     labels = count_labels(split)
@@ -76,7 +81,7 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None) -> dict[str, Any]
             tables = metrics.mask_tables(on_grid(masks, loaded.model.grid).cpu(), truth, labels)
             scores[name].add(tables, torch.full((len(truth),), video))
         diagnostics.append(diagnose(output))
-    reference, floor = references(split, loaded)
+    reference, floor = known or references(split, loaded)
     decoder = scores["decoder"]
     return {
         "run": str(loaded.path),
@@ -89,9 +94,8 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None) -> dict[str, Any]
         "attention": scores["attention"].summary(),
         "reference": reference,
         "floor": floor,
-        "by_material": {name: decoder.of_objects(chosen) for name, chosen in materials(split, labels).items()},
         **{key: float(np.mean([item[key] for item in diagnostics])) for key in diagnostics[0]},
-        "by_video": dict(by_video(split, decoder)),
+        **subgroup_scores(decoder, split, labels),
     }
 
 
@@ -108,7 +112,7 @@ def count_labels(split: Split) -> int:
     return labels
 
 
-def references(split: Split, loaded: LoadedRun) -> tuple[dict[str, Any], dict[str, Any]]:
+def references(split: Split, loaded: LoadedRun) -> References:
     """The grid's ceiling, and the floor of k-means on each frame's tokens with as many clusters as slots."""
     moments = model_moments(loaded.config, loaded.store)
     whiten = Normaliser.from_moments("whiten", moments, shrinkage=0.1, center="channel")
@@ -124,28 +128,6 @@ def references(split: Split, loaded: LoadedRun) -> tuple[dict[str, Any], dict[st
     kept = ("fg_ari", "ari", "mbo", "miou")
     brief = [{key: item.summary()[key] for key in kept} for item in (ceiling, raw, whitened)]
     return brief[0], {"kmeans_raw": brief[1], "kmeans_whitened": brief[2]}
-
-
-def materials(split: Split, labels: int) -> Mapping[str, Tensor]:
-    """Which objects of which video are of each material: name -> (videos, labels - 1) bool."""
-    names = sorted({i.material for video in split.videos for i in split.instances(video)} - {""})
-    chosen = {name: torch.zeros(max(split.videos) + 1, labels - 1, dtype=torch.bool) for name in names}
-    for video in split.videos:
-        for k, instance in enumerate(split.instances(video)):
-            if instance.material:
-                chosen[instance.material][video, k] = True
-    return chosen
-
-
-def by_video(split: Split, scores: Scores) -> Iterator[tuple[str, dict[str, float | None]]]:
-    """Mean per-frame scores of each video, by its id."""
-    tables, videos = scores.frame_tables()
-    fg_ari = metrics.adjusted_rand_index(tables, foreground=True)
-    mbo = metrics.mean_best_overlap(tables)
-    for video in split.videos:
-        of = videos == video
-        values = {"fg_ari": float(fg_ari[of].nanmean()), "mbo": float(mbo[of].nanmean())}
-        yield split.manifest[video].id, {k: None if np.isnan(v) else v for k, v in values.items()}
 
 
 def beats_floor(result: Mapping[str, Any]) -> bool:

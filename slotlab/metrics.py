@@ -158,19 +158,29 @@ def mean_best_overlap(table: Tensor, objects: Tensor | None = None) -> Tensor:
     return _mean_over_objects(best_overlap(table), objects)
 
 
-def matched_iou(table: Tensor) -> Tensor:
-    """IoU of each object with its own slot, (B, n_true - 1) float64.
+def matched_slots(table: Tensor) -> Tensor:
+    """The slot of each object, (B, n_true - 1) int64; -1 for an absent object and for one without a slot.
 
-    Objects and slots are matched one to one for the largest total IoU (Hungarian algorithm). An object left
-    without a slot gets 0, an absent one NaN.
+    Objects and slots are matched one to one for the largest total IoU (Hungarian algorithm); a slot that does not
+    touch its object is none.
     """
-    iou = object_iou(table).cpu()
-    matched = torch.where(iou[..., 0].isnan(), torch.nan, 0.0).to(torch.float64)  # (B, objects)
-    for frame, overlaps in enumerate(iou.nan_to_num(0.0).numpy()):
+    matched = table.new_full((len(table), table.shape[1] - 1), -1, dtype=torch.int64, device="cpu")
+    for frame, overlaps in enumerate(object_iou(table).nan_to_num(0.0).cpu().numpy()):
         # Rows of absent objects are all 0, so they take no slot that a present one could use.
         rows, columns = linear_sum_assignment(overlaps, maximize=True)
-        matched[frame, rows] += torch.from_numpy(overlaps[rows, columns])  # NaN stays NaN
+        touching = overlaps[rows, columns] > 0
+        matched[frame, rows[touching]] = torch.from_numpy(columns[touching])
     return matched.to(table.device)
+
+
+def matched_iou(table: Tensor) -> Tensor:
+    """IoU of each object with its own slot (:func:`matched_slots`), (B, n_true - 1) float64.
+
+    An object left without a slot gets 0, an absent one NaN.
+    """
+    iou, slots = object_iou(table), matched_slots(table)
+    own = iou.gather(-1, slots.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    return torch.where((slots < 0) & ~own.isnan(), 0.0, own)  # NaN stays NaN
 
 
 def mean_iou(table: Tensor, objects: Tensor | None = None) -> Tensor:

@@ -24,17 +24,21 @@ def grid_reference(segmentations: Tensor, grid: tuple[int, int], n_true: int) ->
     over the area of each patch (exact also where patches and pixels do not line up), then upsampled and
     decided like a model's masks: what a perfect model with that grid and no finer decoder would reach.
     """
+    tables = []
+    for start in range(0, len(segmentations), _FRAMES_A_CHUNK):
+        truth = segmentations[start : start + _FRAMES_A_CHUNK]
+        tables.append(mask_tables(grid_masks(truth, grid, n_true), truth, n_true))
+    return torch.cat(tables)
+
+
+def grid_masks(segmentations: Tensor, grid: tuple[int, int], n_true: int) -> Tensor:
+    """Each label's share of each patch: (F, H, W) integer labels below n_true to (F, n_true, rows, columns)."""
     height, width = segmentations.shape[1:]
     rows = _area_weights(height, grid[0], segmentations.device)  # (h, H)
     columns = _area_weights(width, grid[1], segmentations.device)  # (w, W)
-    tables = []
     ids = torch.arange(n_true, device=segmentations.device).view(1, -1, 1, 1)
-    for start in range(0, len(segmentations), _FRAMES_A_CHUNK):
-        truth = segmentations[start : start + _FRAMES_A_CHUNK]
-        onehot = truth.unsqueeze(1) == ids  # (f, n_true, H, W)
-        masks = rows @ (onehot.float() @ columns.T)  # (f, n_true, h, w)
-        tables.append(mask_tables(masks, truth, n_true))
-    return torch.cat(tables)
+    onehot = segmentations.unsqueeze(1) == ids  # (F, n_true, H, W)
+    return rows @ (onehot.float() @ columns.T)
 
 
 def kmeans_floor(

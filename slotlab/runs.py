@@ -18,7 +18,7 @@ from slotlab.config import Config
 
 def prepare_run(config: Config, store: FeatureStore, run: Path, resume: bool) -> None:
     """Create the run folder, or check that the one to resume is of this configuration and store."""
-    trained_on = {"path": str(store.path), "identity": store.spec.identity()}
+    trained_on = {"path": str(store.path), "identity": store.spec.identity(), "spec": store.spec.to_json()}
     if not resume:
         if (run / "config.toml").exists():
             raise UsageError(f"{run}: exists already; add --resume to continue it, or choose another --out")

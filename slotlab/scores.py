@@ -42,46 +42,65 @@ class Scores:
         ids, position = torch.unique(videos, return_inverse=True)
         return tables.new_zeros((len(ids), *tables.shape[1:])).index_add_(0, position, tables), ids
 
+    def frame_values(self, objects: Tensor | None = None) -> dict[str, Tensor]:
+        """Scores of each frame by name, (F,) float64; NaN where one is not defined.
+
+        objects (V, n_true - 1) bool keeps some objects only, as in :meth:`of_objects`, and leaves out ``ari``.
+        """
+        return _values(*self.frame_tables(), objects)
+
+    def video_values(self, objects: Tensor | None = None) -> dict[str, Tensor]:
+        """The same of the summed table of each video's frames, (V,), videos in rising order of their ids."""
+        return _values(*self.video_tables(), objects)
+
     def summary(self) -> dict[str, float | int | None]:
         """Means over the split; None where no frame has a defined score.
 
         ``skipped_frames`` have no visible object, and no part in any score but ``ari``.
         """
-        frames, _ = self.frame_tables()
-        by_video, _ = self.video_tables()
-        fg_ari = adjusted_rand_index(frames, foreground=True)
+        frames, videos = self.frame_values(), self.video_values()
         return {
-            "frames": len(frames),
-            "videos": len(by_video),
-            "skipped_frames": int(fg_ari.isnan().sum()),
-            "fg_ari": _mean(fg_ari),
-            "ari": _mean(adjusted_rand_index(frames, foreground=False)),
-            "mbo": _mean(mean_best_overlap(frames)),
-            "miou": _mean(mean_iou(frames)),
-            "fg_ari_video": _mean(adjusted_rand_index(by_video, foreground=True)),
-            "ari_video": _mean(adjusted_rand_index(by_video, foreground=False)),
-            "mbo_video": _mean(mean_best_overlap(by_video)),
-            "miou_video": _mean(mean_iou(by_video)),
+            "frames": len(frames["ari"]),
+            "videos": len(videos["ari"]),
+            "skipped_frames": int(frames["fg_ari"].isnan().sum()),
+            **{name: _mean(values) for name, values in frames.items()},
+            **{f"{name}_video": _mean(values) for name, values in videos.items()},
         }
 
     def of_objects(self, objects: Tensor) -> dict[str, float | int | None]:
-        """Per-frame means for some objects only, for example the metal ones; None where nothing was scored.
+        """Means for some objects only, for example the metal ones; None where nothing was scored.
 
         objects (V, n_true - 1) bool; row v says which objects of the video with id v count, column k being
         ground-truth label k + 1. FG-ARI is taken over their pixels alone, in the ``frames_ari`` frames that
         show two of them or more: for one object it is 1 or 0 by a single stray pixel. mBO and mIoU are means
-        over the ``frames`` that show any; mIoU's matching stays among all objects.
+        over the ``frames`` that show any; mIoU's matching stays among all objects. So too for ``videos``.
         """
-        tables, videos = self.frame_tables()
-        chosen = objects.cpu()[videos]  # (F, n_true - 1)
-        visible = ((tables[:, 1:].sum(-1) > 0) & chosen).sum(-1)  # (F,)
+        frames, videos = self.frame_values(objects), self.video_values(objects)
         return {
-            "frames": int((visible > 0).sum()),
-            "frames_ari": int((visible > 1).sum()),
-            "fg_ari": _mean(adjusted_rand_index(tables, foreground=True, objects=chosen)[visible > 1]),
-            "mbo": _mean(mean_best_overlap(tables, chosen)),
-            "miou": _mean(mean_iou(tables, chosen)),
+            "frames": int((~frames["mbo"].isnan()).sum()),
+            "frames_ari": int((~frames["fg_ari"].isnan()).sum()),
+            "videos": int((~videos["mbo"].isnan()).sum()),
+            **{name: _mean(values) for name, values in frames.items()},
+            **{f"{name}_video": _mean(values) for name, values in videos.items()},
         }
+
+
+def _values(tables: Tensor, videos: Tensor, objects: Tensor | None) -> dict[str, Tensor]:
+    if objects is None:
+        return {
+            "fg_ari": adjusted_rand_index(tables, foreground=True),
+            "ari": adjusted_rand_index(tables, foreground=False),
+            "mbo": mean_best_overlap(tables),
+            "miou": mean_iou(tables),
+        }
+    chosen = objects.cpu()[videos]  # (F, n_true - 1)
+    visible = ((tables[:, 1:].sum(-1) > 0) & chosen).sum(-1)  # (F,)
+    fg_ari = adjusted_rand_index(tables, foreground=True, objects=chosen)
+    return {
+        "fg_ari": torch.where(visible > 1, fg_ari, torch.nan),
+        "mbo": mean_best_overlap(tables, chosen),
+        "miou": mean_iou(tables, chosen),
+    }
 
 
 def _mean(values: Tensor) -> float | None:

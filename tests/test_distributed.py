@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from featcache.extract import ExtractOptions, ExtractPlan, extract, plan
 from featcache.sources.base import Video
 from featcache.store import FeatureStore
 from featcache.verify import verify
-from tests.synthetic import DiscSource
+from tests.synthetic import DiscSource, make_store
 
 OPTIONS = ExtractOptions(batch_size=8, precision="float32")  # groups of two videos
 
@@ -204,6 +205,21 @@ def test_statistics_of_a_store_on_workers(tmp_path: Path, client: Client, backbo
     here = recomputed_statistics(split, "layer1")
     for name, values in here.to_arrays().items():
         assert (on_workers.to_arrays()[name] == values).all(), name
+
+
+def test_the_command_line_recomputes_statistics_on_workers(
+    tmp_path: Path, client: Client, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = str(make_store(tmp_path / "s.zarr").path)
+    reports = []
+    for more in ([], ["--recompute"], ["--recompute", "--scheduler", client.scheduler.address]):
+        cli.app(["stats", store, "--json", *more], standalone_mode=False)
+        reports.append(json.loads(capsys.readouterr().out)["stores"][0])
+    stored, here, on_workers = reports
+    assert on_workers == here
+    assert on_workers["std"] == pytest.approx(stored["std"], rel=1e-9)
+    with pytest.raises(UsageError, match="only with --recompute"):
+        cli.app(["stats", store, "--workers", "1"], standalone_mode=False)
 
 
 def test_videos_that_always_kill_their_worker_are_named(tmp_path: Path, backbone: Backbone, client: Client) -> None:

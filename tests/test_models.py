@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from jaxtyping import TypeCheckError
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from slotlab.config import LossConfig
@@ -12,9 +13,9 @@ from slotlab.draws import Draws
 from slotlab.losses import losses, total
 from slotlab.models.clustering_model import ClusteringModel, otsu_threshold
 from slotlab.models.config import ClusteringConfig, SlotAttentionConfig
-from slotlab.models.decoders import DECODERS, MLPDecoder
+from slotlab.models.decoders import DECODERS
 from slotlab.models.initializers import INITIALIZERS
-from slotlab.models.slot_attention import Attended, SlotAttention
+from slotlab.models.slot_attention import SlotAttention
 from slotlab.models.slot_model import SlotModel
 from slotlab.normalise import Normaliser
 
@@ -23,42 +24,6 @@ B, N, K, S, D = 3, 16, 5, 8, 12
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def attended() -> Attended:
-    logits = draw(B, K, N, seed=1)
-    return Attended(draw(B, K, S), logits.softmax(1), logits)
-
-
-def published_mlp_decoder(decoder: MLPDecoder, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """DINOSAUR's decoder as published: every layer on every slot at every patch, then the average."""
-    x = slots[:, :, None] + decoder.position  # (B, K, N, S)
-    hidden = decoder.hidden(decoder.first(x))  # (B, K, N, H)
-    masks = decoder.mask(hidden).softmax(1)  # (B, K, N, 1)
-    return (masks * decoder.last(hidden)).sum(1), masks[..., 0]
-
-
-def test_mlp_decoder_equals_the_published_one() -> None:
-    torch.manual_seed(0)
-    decoder = MLPDecoder(S, N, D, hidden=32, layers=3).double()
-    inputs = Attended(draw(B, K, S).double().requires_grad_(), draw(B, K, N).double(), draw(B, K, N).double())
-    expected, masks = published_mlp_decoder(decoder, inputs.slots)
-    decoded = decoder(inputs)
-    torch.testing.assert_close(decoded.reconstruction, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(decoded.masks.double(), masks, rtol=1e-5, atol=1e-6)
-    weights = draw(B, N, D, seed=2).double()
-    parameters = [inputs.slots, *decoder.parameters()]
-    ours = torch.autograd.grad((decoded.reconstruction * weights).sum(), parameters)
-    theirs = torch.autograd.grad((expected * weights).sum(), parameters)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", list(DECODERS))
-def test_masks_share_out_every_patch(name: str) -> None:
-    decoded = DECODERS[name](S, N, D, 16, 2)(attended())
-    assert decoded.reconstruction.shape == (B, N, D)
-    torch.testing.assert_close(decoded.masks.sum(1), torch.ones(B, N))
 
 
 def test_slot_attention_follows_a_permutation_of_the_slots() -> None:
@@ -107,28 +72,85 @@ def test_kmeans_slots_are_the_means_of_their_clusters() -> None:
         assert float(distance.min(1).values.max()) < 1e-5 and len(distance.argmin(1).unique()) == K
 
 
-@pytest.mark.parametrize("decoder", list(DECODERS))
-@pytest.mark.parametrize("projection", ["mlp", "linear"])
-@pytest.mark.parametrize("initializer", list(INITIALIZERS))
-def test_every_combination_learns_something(decoder: str, projection: str, initializer: str) -> None:
+def learns(**options: object) -> SlotModel:
+    """Check that a small model of these parts learns, and that all of it takes part; return it."""
     config = SlotAttentionConfig.model_validate(
-        {"slots": K, "slot_dim": S, "projection": projection, "initializer": initializer,
-         "decoder": {"kind": decoder, "hidden": 32}, "slot_mlp_hidden": 16, "kmeans_rounds": 2}
-    )  # fmt: skip
+        {"slots": K, "slot_dim": S, "slot_mlp_hidden": 16, "kmeans_rounds": 2, **options}
+    )
     torch.manual_seed(0)
     model = SlotModel(config, Normaliser("none", D), (4, 4))
     features = draw(B, N, D) + torch.linspace(-1, 1, N)[:, None]
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     seen = []
-    for _ in range(25):
+    for _ in range(20):
         loss = total(losses(model(features, Draws(0)), LossConfig()), LossConfig())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         seen.append(float(loss.detach()))
     assert seen[-1] < 0.9 * seen[0]
-    unused = [name for name, p in model.named_parameters() if p.grad is None]
+    unused = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not unused, f"parameters without a gradient: {unused}"
+    return model
+
+
+@pytest.mark.parametrize("decoder", list(DECODERS))
+@pytest.mark.parametrize("gradient", ["full", "implicit", "bilevel"])
+@pytest.mark.parametrize("initializer", list(INITIALIZERS))
+def test_every_combination_learns_something(decoder: str, gradient: str, initializer: str) -> None:
+    parts = {"decoder": {"kind": decoder, "hidden": 32}, "gradient": gradient, "iterations": 2}
+    if (gradient, initializer) == ("implicit", "learnt"):
+        with pytest.raises(ValidationError, match="use gradient = bilevel"):
+            learns(initializer=initializer, **parts)
+    else:
+        learns(initializer=initializer, **parts)
+
+
+def test_a_single_linear_projection_learns_too() -> None:
+    assert isinstance(learns(projection="linear").project, nn.Linear)
+
+
+def gradients(kind: str, iterations: int = 3) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Slots found, and the gradient of their sum: at the initial slots and at the inputs."""
+    torch.manual_seed(0)
+    module = SlotAttention(D, S, 16, gradient=kind).double()
+    inputs, slots = draw(B, N, D).double().requires_grad_(), draw(B, K, S).double().requires_grad_()
+    found = module(inputs, slots, iterations).slots
+    weights = draw(B, K, S, seed=9).double()
+    return found, inputs, list(torch.autograd.grad((found * weights).sum(), [slots, inputs], allow_unused=True))
+
+
+def test_gradients_through_the_iterations() -> None:
+    """All three find the same slots; ``implicit`` gives those of one iteration from where the others ended."""
+    torch.manual_seed(0)
+    module = SlotAttention(D, S, 16).double()
+    inputs, start = draw(B, N, D).double(), draw(B, K, S).double()
+    fixed = inputs.clone().requires_grad_()
+    settled = module(inputs, start, 2).slots.detach().requires_grad_()
+    last = (module(fixed, settled, 1).slots * draw(B, K, S, seed=9).double()).sum()
+    to_slots, to_inputs = torch.autograd.grad(last, [settled, fixed])
+
+    full, implicit, bilevel = (gradients(kind) for kind in ("full", "implicit", "bilevel"))
+    for found, _, _ in (implicit, bilevel):
+        torch.testing.assert_close(found, full[0])
+    assert implicit[2][0] is None
+    for at_inputs in (implicit[2][1], bilevel[2][1]):
+        torch.testing.assert_close(at_inputs, to_inputs)
+    torch.testing.assert_close(bilevel[2][0], to_slots)  # straight through to the initial slots
+    assert full[2][1] is not None and not torch.allclose(full[2][1], to_inputs)
+
+
+def test_padded_slots_take_nothing() -> None:
+    torch.manual_seed(0)
+    module, inputs, slots = SlotAttention(D, S, 16), draw(B, N, D), draw(B, K, S)
+    active = torch.ones(B, K, dtype=torch.bool)
+    active[:, -2:] = False
+    active[0] = False  # a frame without any
+    padded, alone = module(inputs, slots, 3, active), module(inputs[1:], slots[1:, :-2], 3)
+    torch.testing.assert_close(padded.slots[1:, :-2], alone.slots)
+    torch.testing.assert_close(padded.attention[1:, :-2], alone.attention)
+    assert float(padded.attention[1:, -2:].detach().abs().max()) == 0
+    assert bool(torch.isfinite(padded.slots).all())
 
 
 def test_parameters_of_a_loaded_model_include_the_normaliser() -> None:

@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from itertools import islice
 from pathlib import Path
@@ -17,15 +18,15 @@ import torch
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from zarr.codecs import BytesCodec
+from zarr.codecs import BytesCodec, ShardingCodec
 
-from featcache import pages, readers
-from featcache.bench import measure_stream
+from featcache import pages, readers, shards
+from featcache.convert import ConvertOptions, convert
 from featcache.errors import DataError, UsageError
 from featcache.quantise import dequantise
-from featcache.readers import FileRows, ZarrRows, open_rows
+from featcache.readers import TORCH_DTYPES, FileRows, ZarrRows, open_rows
 from featcache.store import FeatureStore
-from featcache.stream import FeatureStream, Residence, choose_residence, clip_starts
+from featcache.stream import VIDEO, FeatureStream, Residence, choose_residence, clip_starts
 from tests.synthetic import DiscSource, make_store
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -181,28 +182,96 @@ def test_damaged_files_are_named(tmp_path: Path, damage: str) -> None:
         take(FeatureStream(store["train"], "block1", batch_size=17), 1)
 
 
-@pytest.mark.parametrize("change", ["compressed", "sharded", "big-endian", "split patches"])
+@pytest.mark.parametrize(
+    "change", ["compressed", "shards of compressed", "shards with their index first", "big-endian", "split patches"]
+)
 def test_only_raw_layouts_are_mapped(tmp_path: Path, change: str) -> None:
     group = zarr.create_group(str(tmp_path / "a.zarr"), zarr_format=3)
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         "shape": (8, 16, 12), "chunks": (4, 16, 12), "dtype": "float16", "compressors": None,
         "chunk_key_encoding": {"name": "default", "separator": "."},
     }  # fmt: skip
-    assert FileRows.allowed(group.create_array("plain", **options))  # type: ignore[arg-type]
+    assert FileRows.allowed(group.create_array("plain", **options))
+    assert FileRows.allowed(group.create_array("sharded", **options, shards=(8, 16, 12)))
     options |= {
         "compressed": {"compressors": "auto"},
-        "sharded": {"shards": (8, 16, 12)},
+        "shards of compressed": {"compressors": "auto", "shards": (8, 16, 12)},
+        "shards with their index first": {
+            "serializer": ShardingCodec(chunk_shape=(2, 16, 12), codecs=[BytesCodec()], index_location="start")
+        },
         "big-endian": {"serializer": BytesCodec(endian="big")},
         "split patches": {"chunks": (4, 8, 12)},
     }[change]
-    assert not FileRows.allowed(group.create_array("other", **options))  # type: ignore[arg-type]
+    assert not FileRows.allowed(group.create_array("other", **options))
+
+
+@given(
+    shard_chunks=st.integers(0, 4),  # 0: a file each
+    chunk_rows=st.integers(1, 5),
+    chunks=st.integers(1, 7),
+    length=st.integers(1, 9),
+    samples=st.integers(1, 20),
+    dtype=st.sampled_from(["float16", "int8", "uint8"]),
+    maps=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None)
+def test_any_rows_of_any_raw_layout(
+    shard_chunks: int, chunk_rows: int, chunks: int, length: int, samples: int, dtype: str, maps: int, seed: int
+) -> None:
+    """Clips that cross chunks and shards, repeated and neighbouring samples, more files than may be mapped."""
+    rng = np.random.default_rng(seed)
+    rows = chunk_rows * chunks
+    length = min(length, rows)
+    values = rng.integers(1, 100, (rows, 3, 2)).astype(dtype)
+    starts = np.sort(rng.integers(0, rows - length + 1, samples))
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "MAPS", maps)
+        array = zarr.create_array(
+            folder, shape=values.shape, chunks=(chunk_rows, 3, 2), dtype=dtype, compressors=None, overwrite=True,
+            shards=(chunk_rows * shard_chunks, 3, 2) if shard_chunks else None,
+        )  # fmt: skip
+        array[:] = values
+        reader = FileRows(array, Path(folder))
+        for _ in range(2):
+            out = torch.zeros((samples, length, 3, 2), dtype=TORCH_DTYPES[dtype])
+            reader.gather(starts, out)
+            assert np.array_equal(out.numpy(), values[starts[:, None] + np.arange(length)])
+        assert len(reader._maps) <= maps
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> FeatureStore:
+    plain = make_store(tmp_path / "plain.zarr", DiscSource({"train": (7, 3, 5, 6)}), chunk_frames=4)
+    convert(plain.path, tmp_path / "sharded.zarr", ConvertOptions(shard_videos=2))
+    return FeatureStore.open(tmp_path / "sharded.zarr")
+
+
+@pytest.mark.parametrize("damage", ["missing", "not there", "index", "elsewhere"])
+def test_damaged_shards_are_named(sharded: FeatureStore, damage: str) -> None:
+    split = sharded["train"]
+    count = split.spec.shard_chunks
+    file = sorted((split.path / "features" / "block1").glob("c.*"))[0]
+    chunks = shards.unpack(file.read_bytes(), count)
+    take(FeatureStream(split, "block1", batch_size=17), 1)
+    if damage == "missing":
+        file.unlink()
+    elif damage == "not there":
+        file.write_bytes(shards.pack({k: v for k, v in chunks.items() if k != 1}, count))
+    elif damage == "index":
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    else:
+        file.write_bytes(shards.pack({**chunks, 1: chunks[1][:-2]}, count))
+    expected = {"not there": "chunk 1 is missing", "missing": "is missing"}.get(damage, "its index is damaged")
+    with pytest.raises(DataError, match=f"{file.name}: {expected}; slotlab verify"):
+        take(FeatureStream(split, "block1", batch_size=17), 1)
 
 
 @pytest.mark.parametrize(
     "options", [{"compressors": "auto"}, {"shards": (24, 16, 12)}, {"serializer": BytesCodec(endian="big")}]
 )
 @pytest.mark.parametrize("residence", ["auto", *RESIDENCES])
-def test_stores_that_must_be_decoded_give_the_same_batches(
+def test_stores_of_other_layouts_give_the_same_batches(
     tmp_path: Path, options: dict[str, Any], residence: Residence
 ) -> None:
     store = make_store(tmp_path / "other.zarr", DiscSource({"train": (7, 3, 5, 6)}), chunk_frames=4)
@@ -214,10 +283,24 @@ def test_stores_that_must_be_decoded_give_the_same_batches(
     array[:] = values
 
     stream = FeatureStream(store["train"], "block1", batch_size=5, clip=2, residence=residence)
-    assert residence != "auto" or stream.residence == "host"
+    assert residence != "auto" or stream.residence == ("disk" if "shards" in options else "host")
     for (features, rows), (expected_features, expected_rows) in zip(take(stream, 6), expected, strict=True):
         assert rows == expected_rows
         assert torch.equal(features, expected_features)
+
+
+@pytest.mark.parametrize("residence", ["auto", *RESIDENCES])
+@pytest.mark.parametrize("clip", [1, 3])
+def test_frames_stream_as_tokens_do(stores: dict[str, FeatureStore], clip: int, residence: Residence) -> None:
+    split = stores["int8"]["train"]  # the frames have no scales
+    stream = FeatureStream(split, VIDEO, batch_size=4, clip=clip, residence=residence)
+    assert residence != "auto" or stream.residence == "host"
+    frames = {split.rows(v).start + t: frame for v in split.videos for t, frame in enumerate(split.video(v))}
+    for batch, rows in take(stream, 4):
+        assert batch.dtype == torch.uint8 and batch.shape == (4, *([clip] if clip > 1 else []), 32, 32, 3)
+        for sample, row in zip(batch, rows, strict=True):
+            expected = np.stack([frames[row + t] for t in range(clip)])
+            assert np.array_equal(sample.numpy(), expected[0] if clip == 1 else expected)
 
 
 def test_features_live_on_the_device_if_they_fit(
@@ -287,13 +370,3 @@ next(batches)
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_bench_reports_each_pattern_beside_its_limit(stores: dict[str, FeatureStore]) -> None:
-    rates = {rate.name: rate for rate in measure_stream(stores["int8"]["train"], "block1", rounds=1, batches=1)}
-    warm = {f"{job} {what}" for job in ("read", "stream") for what in ("clips 32x6", "clips 128x6", "frames 1024")}
-    assert set(rates) - {"cold frames", "cold videos"} == warm  # a temporary folder may be in memory
-    for rate in rates.values():
-        assert {"name", "bytes_per_s", "limit_bytes_per_s", "ratio"} <= rate.as_dict().keys()
-        if not rate.name.startswith("cold"):  # a median of several rounds, whatever was asked for
-            assert rate.ratio == pytest.approx(rate.bytes_per_s / rate.limit_bytes_per_s, abs=0.01)

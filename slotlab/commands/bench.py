@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slotlab.commands.options import Cache, Device, Json, Residence, print_json
+from slotlab.commands.options import Cache, Device, Json, Precision, Residence, print_json
+
+if TYPE_CHECKING:
+    from slotlab.bench import TrainingRate
 
 bench = typer.Typer(help="Measured rates beside what this machine allows.", no_args_is_help=True)
 
@@ -43,3 +48,107 @@ def bench_stream(
     display.out.print(display.plain_table(("pattern", "GB/s", "limit", "ratio", "the limit is"), rows, str(cache)))
     if cold and not any(rate.name.startswith("cold") for rate in rates):
         display.out.print("cold: not measured; another process holds the store in memory, or it must be decoded")
+
+
+@bench.command("extract")
+def bench_extract(
+    backbone: Annotated[str, typer.Option(help="Short name, timm:NAME or open_clip:ARCH/TAG.")] = "dinov2",
+    data: Annotated[str | None, typer.Option(help="Folder, HDF5 file or tfds:NAME; default: the sample.")] = None,
+    split: Annotated[str | None, typer.Option(help="Default: the source's first.")] = None,
+    videos: Annotated[int, typer.Option(min=1, help="In a round.")] = 6,
+    weights: Annotated[str | None, typer.Option(help="Checkpoint file, or random.")] = None,
+    input_size: Annotated[int | None, typer.Option(help="Pixels a side that the backbone sees.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Frames at a time; default: measured.")] = None,
+    precision: Annotated[Precision, typer.Option(help="The backbone runs in; auto measures.")] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 5,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Extraction, from the source to a finished store, beside the bare model on images that are ready."""
+    from featcache.backbones import load_backbone
+    from featcache.bench import measure_extract
+    from featcache.device import pick_device
+    from featcache.extract import ExtractOptions
+    from featcache.sources import open_source
+    from featcache.timing import machine
+    from slotlab import display
+
+    source = open_source(data)
+    model = load_backbone(backbone, weights, (), input_size, pick_device(device))
+    options = ExtractOptions(
+        splits=(split or source.splits()[0],), max_videos=videos, batch_size=batch_size, precision=precision
+    )
+    rate = measure_extract(source, model, options, rounds)
+    if as_json:
+        print_json({"backbone": model.spec.name, "machine": machine(), "patterns": [rate.as_dict()]})
+        return
+    row = (rate.name, rate.batch_size, rate.precision, rate.frames_per_s, rate.limit_frames_per_s, rate.ratio)
+    columns = ("pattern", "batch", "precision", "frames/s", "limit", "ratio")
+    display.out.print(display.plain_table(columns, [row], f"the limit is {rate.limit}"))
+
+
+@bench.command("train")
+def bench_train(
+    cache: Cache,
+    preset: Annotated[str, typer.Option(help="A shipped configuration.")] = "default",
+    config: Annotated[Path | None, typer.Option(help="TOML file, laid over the preset.")] = None,
+    override: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example model.slots=7.")] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(help="Repeatable; default: the configuration's.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="In a turn.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 3,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Training steps from a store: their rate, what bounds them (data, copy, compute), FLOPs and memory."""
+    from slotlab.config import load_config
+
+    settings = [load_config(preset, config, override or (), optim__batch_size=size) for size in batch_size or (None,)]
+    from featcache.device import pick_device
+    from featcache.store import FeatureStore
+    from featcache.timing import machine
+    from slotlab import display
+    from slotlab.bench import measure_training
+
+    store, chosen = FeatureStore.open(cache), pick_device(device)
+    rates = []
+    for setting in settings:
+        rates.append(measure_training(setting, store, chosen, steps=steps, rounds=rounds))
+        r = rates[-1]
+        display.err.print(f"{r.name}: {r.samples_per_s:.1f} samples/s, bound by {r.bound}")
+    if as_json:
+        patterns = [rate.as_dict() for rate in rates]
+        print_json({"cache": str(cache), "preset": preset, "machine": machine(), "patterns": patterns})
+        return
+    columns = ("", *(rate.name for rate in rates))
+    rows = [(name, *(show(rate) for rate in rates)) for name, show in TRAINING_ROWS]
+    display.out.print(display.plain_table(columns, rows, f"{cache}, {preset}"))
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _gigabytes(value: int | None) -> str:
+    return "–" if value is None else f"{value / 1e9:.2f} GB"
+
+
+TRAINING_ROWS: tuple[tuple[str, Callable[[TrainingRate], str]], ...] = (
+    ("samples/s", lambda r: f"{r.samples_per_s:.1f}"),
+    ("frames/s", lambda r: f"{r.frames_per_s:.1f}"),
+    ("  of the rate on resident data", lambda r: _share(r.ratio)),
+    ("waiting for data", lambda r: _share(r.wait_share)),
+    ("the step on resident data", lambda r: _milliseconds(r.seconds.compute)),
+    ("reading a batch", lambda r: _milliseconds(r.seconds.data)),
+    ("copying it to the device", lambda r: _milliseconds(r.seconds.copy)),
+    ("bound by", lambda r: r.bound),
+    ("FLOPs a step", lambda r: f"{r.flops_per_step / 1e9:.2f} G"),
+    ("FLOPs a second", lambda r: f"{r.flops_per_s / 1e9:.1f} G"),
+    ("  of the matrix product's", lambda r: f"{r.flop_utilisation:.1%} ({r.precision})"),
+    ("peak memory", lambda r: _gigabytes(r.peak_memory_bytes)),
+    ("GPU busy", lambda r: _share(r.gpu_utilisation)),
+    ("GPU memory in use", lambda r: _gigabytes(r.gpu_memory_bytes)),
+)

@@ -15,6 +15,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
 Dtype = Literal["float16", "int8"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Residence = Literal["auto", "disk", "host", "device"]
+Refine = Literal["guided", "crf"]
 Cache = Annotated[Path, typer.Option("--cache", help="Store made by slotlab extract.", show_default=False)]
 
 

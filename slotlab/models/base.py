@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -31,6 +31,12 @@ class Output:
     def decoded_target(self) -> Float[Tensor, "*B M D"]:
         """The target at the decoded positions."""
         return self.target if self.positions is None else self.target[..., self.positions, :]
+
+    def sample(self, index: int) -> Output:
+        """One sample of the batch: its ``*B`` is () for frames, and (T,) for clips."""
+        batched = ("slots", "attention", "logits", "masks", "reconstruction", "target")
+        similarity = None if self.similarity is None else self.similarity[index]
+        return replace(self, **{name: getattr(self, name)[index] for name in batched}, similarity=similarity)
 
 
 class Model(nn.Module):

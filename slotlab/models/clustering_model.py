@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from slotlab.draws import Draws
 from slotlab.models.base import Model, Output
 from slotlab.models.config import ClusteringConfig, Logistic
+from slotlab.models.tracking import Tracker
 from slotlab.normalise import Normaliser
 
 GRADIENT_ITERATIONS = 3  # of the refinement; earlier ones only bring the slots into place
@@ -87,7 +88,27 @@ class ClusteringModel(Model):
             tokens = self.normaliser(features)
             keys, objectness = self.encode(tokens)
             slots, active = self.find_slots(keys, objectness)
-        attention = self.attend(keys, objectness, slots, active)  # (B, N, K - 1)
+        return self.output(tokens, objectness, slots, self.attend(keys, objectness, slots, active))
+
+    def segment(self, features: Float[Tensor, "T N D"], draws: Draws) -> Output:
+        """All frames of a video in order, each slot staying with its object (:mod:`slotlab.models.tracking`)."""
+        tokens = self.normaliser(features)
+        keys, objectness = self.encode(tokens)
+        tracker = Tracker.start(self.config, self.attend, keys.shape[-1])
+        slots, attention = [], []
+        for frame in zip(keys.cpu(), objectness.cpu(), strict=True):
+            attention.append(tracker.step(*frame))
+            slots.append(tracker.slots)
+        return self.output(tokens, objectness, *(torch.stack(item).to(tokens.device) for item in (slots, attention)))
+
+    def output(
+        self,
+        tokens: Float[Tensor, "B N D"],
+        objectness: Float[Tensor, "B N"],
+        slots: Float[Tensor, "B K S"],
+        attention: Float[Tensor, "B N K"],
+    ) -> Output:
+        """The background's slot joined to those of objects, and what they decode to."""
         background = 1 - objectness.unsqueeze(-1)  # (B, N, 1)
         masks = torch.cat([background, attention], -1).transpose(1, 2)  # (B, K, N)
         found = F.pad(slots[..., : self.keys], (0, 0, 1, 0))  # the background's key is the origin

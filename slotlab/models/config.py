@@ -18,12 +18,14 @@ class DecoderConfig(Section):
 
     kind: Literal["mlp", "mix", "slot_mixer", "transformer"] = "mix"
     hidden: int = Field(256, ge=1)
-    layers: int = Field(2, ge=1)  # hidden layers, or blocks of attention
+    layers: int = Field(2, ge=1)  # hidden ones: mlp, mix, slot_mixer
+    blocks: int = Field(2, ge=1)  # of attention: slot_mixer, transformer
     heads: int = Field(4, ge=1)  # of attention: slot_mixer, transformer
     mask_temperature: float = Field(1.0, gt=0)  # of the softmax over slots; below one sharpens: mlp
     masks: Literal["soft", "gumbel", "straight_through"] = "soft"  # how slots are weighed in training: mlp
-    permuted: bool = False  # train on random orders of the patches (SPOT): transformer
+    permuted: bool = False  # train on several orders of the patches (SPOT): transformer
     patches: int | None = Field(None, ge=1)  # decode so many random patches a step instead of all: mlp, mix, slot_mixer
+    recompute: bool = False  # keep no activation for the backward pass: a third more time, far less memory: mlp
 
 
 class PredictorConfig(Section):
@@ -51,9 +53,18 @@ class SlotAttentionConfig(Section):
     iterations: int = Field(1, ge=1)
     gradient: Literal["full", "implicit", "bilevel"] = "full"  # through the iterations
     temperature: float = Field(1.0, gt=0)
-    slot_mlp_hidden: int = 512
+    slot_mlp_hidden: int = Field(512, ge=0)  # 0: none behind the GRU
     decoder: DecoderConfig = DecoderConfig()
     predictor: PredictorConfig | None = None  # None: frames apart
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> SlotAttentionConfig:
+        check_recurrence(self)
+        if self.decoder.kind in ("slot_mixer", "transformer"):
+            width = self.slot_dim if self.decoder.kind == "slot_mixer" else self.decoder.hidden
+            if width % self.decoder.heads:
+                raise ValueError(f"decoder.heads {self.decoder.heads} do not divide its width of {width}")
+        return self
 
 
 class PixelConfig(Section):
@@ -81,6 +92,18 @@ class PixelConfig(Section):
         return self
 
 
+def check_recurrence(config: SlotAttentionConfig | PixelConfig) -> None:
+    """``ValueError`` for parts that do not go together, or that would never learn."""
+    predictor = config.predictor
+    if predictor is not None and predictor.kind == "transformer" and config.slot_dim % predictor.heads:
+        raise ValueError(f"predictor.heads {predictor.heads} do not divide slot_dim {config.slot_dim}")
+    if config.gradient == "implicit":
+        if config.initializer == "learnt":
+            raise ValueError("gradient = implicit never reaches learnt slots; use gradient = bilevel")
+        if predictor is not None and predictor.kind != "identity":
+            raise ValueError("gradient = implicit never reaches a predictor; use gradient = bilevel")
+
+
 class Logistic(Section):
     """``sigmoid((norm / (threshold * otsu) - 1) / width)`` of a token's norm, otsu being Otsu's threshold."""
 
@@ -99,6 +122,9 @@ class ClusteringConfig(Section):
     temperature: float = Field(0.05, gt=0)
     position_weight: float = Field(1.0, ge=0)
     new_slot_distance: float = Field(0.6, gt=0)  # squared, between unit keys with position
+    merge_distance: float = Field(0.15, ge=0)  # of two slots that have become one; in tracking
+    tracking_iterations: int = Field(2, ge=1)  # of a carried slot, each time
+    least_mass: float = Field(1.0, ge=0)  # patches that a slot must hold to be kept, in tracking
     objectness: Logistic = Logistic(threshold=1.0, width=0.25)  # that the model starts from
     target_objectness: Logistic = Logistic(threshold=1.1, width=0.125)  # tighter, or the masks swell
     seed_objectness: float = Field(0.6, gt=0, lt=1)  # a token below it starts no slot

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from slotlab.draws import Draws
 from slotlab.models.base import Model, Output
 from slotlab.models.config import PixelConfig
-from slotlab.models.initializers import INITIALIZERS
-from slotlab.models.slot_attention import SlotAttention
+from slotlab.models.recurrence import Recurrence
 from slotlab.normalise import Normaliser
 
 CONVOLUTIONS = 4  # of the encoder
@@ -60,23 +59,39 @@ class PixelModel(Model):
         self.project = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, slot_dim), nn.ReLU(), nn.Linear(slot_dim, slot_dim)
         )
-        self.initialize = INITIALIZERS[config.initializer](config.slots, slot_dim, 0)
-        self.attend = SlotAttention(slot_dim, slot_dim, config.slot_mlp_hidden, config.temperature)
+        self.recur = Recurrence(config, slot_dim)
         self.decode = BroadcastDecoder(config, normaliser.dim, grid)
 
-    def forward(self, features: UInt8[Tensor, "B H W 3"], draws: Draws) -> Output:
-        """Stored frames. ``draws`` drive the initialiser."""
-        target = self.normaliser(frame_tokens(features, self.grid))  # (B, N, C)
-        tokens = self.tokens(target)  # (B, N, S)
-        slots = self.initialize(tokens, tokens, draws)
-        attended = self.attend(tokens, slots, self.config.iterations)
+    def forward(self, features: UInt8[Tensor, "B H W 3"] | UInt8[Tensor, "B T H W 3"], draws: Draws) -> Output:
+        """Stored frames; or, where there is a predictor, clips, too."""
+        clips = features if features.ndim == 5 else features.unsqueeze(1)
+        if clips.shape[1] > 1 and self.recur.predict is None:
+            raise ValueError("clips of several frames need a model with a predictor")
+        target = self.normaliser(frame_tokens(clips, self.grid))  # (B, T, N, C)
+        tokens = self.tokens(target.flatten(0, 1)).view(*target.shape[:3], -1)  # (B, T, N, S)
+        attended = self.recur(tokens, tokens, draws)  # B * T frames from here on
         reconstruction, masks = self.decode(attended.slots)
-        return Output(attended.slots, attended.attention, attended.logits, masks, reconstruction, target)
+        lead = features.shape[:-3]  # (B,) or (B, T)
+        return Output(
+            slots=attended.slots.unflatten(0, lead),
+            attention=attended.attention.unflatten(0, lead),
+            logits=attended.logits.unflatten(0, lead),
+            masks=masks.unflatten(0, lead),
+            reconstruction=reconstruction.unflatten(0, lead),
+            target=target.flatten(0, 1).unflatten(0, lead),
+        )
+
+    def segment(self, features: UInt8[Tensor, "T H W 3"], draws: Draws) -> Output:
+        """All frames of one video: slots are carried from frame to frame, if there is a predictor."""
+        if self.recur.predict is None:
+            return super().segment(features, draws)
+        output: Output = self(features.unsqueeze(0), draws)
+        return output.sample(0)
 
     def tokens(self, pixels: Float[Tensor, "B N C"]) -> Float[Tensor, "B N S"]:
         """What slots attend to: convolved pixels with their position."""
         # A permuted view has its channels last in memory, where convolutions are fastest on a CPU.
-        images = pixels.unflatten(1, self.grid).permute(0, 3, 1, 2)  # (B, C, rows, columns)
+        images = pixels.reshape(len(pixels), *self.grid, -1).permute(0, 3, 1, 2)  # (B, C, rows, columns)
         encoded = self.encode(images).permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, E)
         tokens: Tensor = self.project(encoded + self.encoder_position())
         return tokens

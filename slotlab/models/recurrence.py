@@ -37,9 +37,7 @@ class Recurrence(nn.Module):
         predictor = config.predictor
         self.predict = PREDICTORS[predictor.kind](config.slot_dim, predictor) if predictor else None
 
-    def forward(
-        self, tokens: Float[Tensor, "B T N S"], clustered: Float[Tensor, "B T N D"], draws: Draws
-    ) -> Attended:
+    def forward(self, tokens: Float[Tensor, "B T N S"], clustered: Float[Tensor, "B T N D"], draws: Draws) -> Attended:
         """Tokens, and what initialisers cluster -> slots of all frames, (B * T, ...) with each clip's in order."""
         projected = self.attend.project(tokens)
         frames: list[Attended] = []

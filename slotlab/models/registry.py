@@ -6,6 +6,7 @@ import torch
 
 from featcache.stats import Moments
 from featcache.store import FeatureStore, Split, TapSpec
+from featcache.stream import VIDEO
 from slotlab.config import Config
 from slotlab.models.base import Model
 from slotlab.models.clustering_model import ClusteringModel
@@ -15,7 +16,6 @@ from slotlab.models.slot_model import SlotModel
 from slotlab.normalise import Normaliser
 
 CALIBRATION_VIDEOS = 16
-FRAMES = "video"  # stands for a tap where a model reads pixels
 
 
 def build_model(config: Config, store: FeatureStore) -> Model:
@@ -37,13 +37,13 @@ def empty_model(config: Config, tap: TapSpec) -> Model:
 
 def model_tap(config: Config, store: FeatureStore) -> str:
     """What of a store the model reads: a tap's name, or ``video`` for the stored frames."""
-    return config.data.tap if config.data.tap == FRAMES else store.tap(config.data.tap)
+    return config.data.tap if config.data.tap == VIDEO else store.tap(config.data.tap)
 
 
 def model_input(config: Config, split: Split, video: int) -> torch.Tensor:
     """All that the model reads of one video, as the stream would give it: (T, N, D), or (T, H, W, 3) uint8."""
     tap = model_tap(config, split.store)
-    return torch.from_numpy(split.video(video)) if tap == FRAMES else split.tokens(tap, video)
+    return torch.from_numpy(split.video(video)) if tap == VIDEO else split.tokens(tap, video)
 
 
 def model_spec(config: Config, store: FeatureStore) -> TapSpec:
@@ -76,7 +76,14 @@ def _assemble(config: Config, normaliser: Normaliser, tap: TapSpec) -> Model:
         return ClusteringModel(config.model, normaliser, tap.grid)
     if isinstance(config.model, PixelConfig):
         return PixelModel(config.model, normaliser, tap.grid)
-    return SlotModel(config.model, normaliser, tap.grid)
+    loss = config.loss
+    return SlotModel(
+        config.model,
+        normaliser,
+        tap.grid,
+        reconstructs=loss.feature_mse > 0 or loss.cosine > 0,
+        similarity=loss.temporal_similarity > 0,
+    )
 
 
 def _spread(split: Split) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""The assembled image model: normalise -> project -> slot attention -> decode (DINOSAUR, arXiv:2209.14860)."""
+"""The assembled model: normalise -> project -> slots -> decode (DINOSAUR, Seitzer et al., 2023, arXiv:2209.14860)."""
 
 from __future__ import annotations
 
@@ -8,25 +8,34 @@ from torch import Tensor, nn
 from slotlab.draws import Draws
 from slotlab.models.base import Model, Output
 from slotlab.models.config import SlotAttentionConfig
-from slotlab.models.decoders import DECODERS
-from slotlab.models.initializers import INITIALIZERS
-from slotlab.models.slot_attention import SlotAttention
+from slotlab.models.decoders import DECODERS, Sizes
+from slotlab.models.recurrence import Recurrence
 from slotlab.normalise import Normaliser
 
 
 class SlotModel(Model):
-    """Slots of one frame's patch tokens, trained to reconstruct them.
+    """Slots of patch tokens, trained to reconstruct them: of frames, or, with a predictor, of clips.
 
     Args:
         config: parts and sizes.
         normaliser: turns stored features into the tokens that are both input and target.
         grid: rows and columns of patches.
+        reconstructs: whether a loss looks at the reconstruction.
+        similarity: whether one looks at where patches are in a later frame.
     """
 
-    def __init__(self, config: SlotAttentionConfig, normaliser: Normaliser, grid: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        config: SlotAttentionConfig,
+        normaliser: Normaliser,
+        grid: tuple[int, int],
+        *,
+        reconstructs: bool = True,
+        similarity: bool = False,
+    ) -> None:
         super().__init__()
         self.config, self.grid, self.slots = config, grid, config.slots
-        dim, slot_dim, patches = normaliser.dim, config.slot_dim, grid[0] * grid[1]
+        dim, slot_dim = normaliser.dim, config.slot_dim
         self.normaliser = normaliser
         hidden = config.projection_hidden or dim
         # Two layers cured the collapse that a single linear map led to; the latter stays for comparison.
@@ -35,19 +44,35 @@ class SlotModel(Model):
             if config.projection == "mlp"
             else nn.Linear(dim, slot_dim)
         )
-        self.initialize = INITIALIZERS[config.initializer](config.slots, slot_dim, config.kmeans_rounds)
-        self.attend = SlotAttention(slot_dim, slot_dim, config.slot_mlp_hidden, config.temperature)
+        self.recur = Recurrence(config, slot_dim)
         self.decode = DECODERS[config.decoder.kind](
-            slot_dim, patches, dim, config.decoder.hidden, config.decoder.layers
+            Sizes(slot_dim, grid, dim, reconstructs, similarity), config.decoder
         )
 
-    def forward(self, features: Float[Tensor, "B N D"], draws: Draws) -> Output:
-        """Stored features of any float type. ``draws`` drive the initialiser."""
-        target = self.normaliser(features)  # (B, N, D)
-        tokens = self.project(target)  # (B, N, S)
-        slots = self.initialize(tokens, target, draws)
-        attended = self.attend(tokens, slots, self.config.iterations)
-        decoded = self.decode(attended)
+    def forward(self, features: Float[Tensor, "B N D"] | Float[Tensor, "B T N D"], draws: Draws) -> Output:
+        """Stored features of any float type: frames; or, where there is a predictor, clips, too."""
+        clips = features if features.ndim == 4 else features.unsqueeze(1)
+        if clips.shape[1] > 1 and self.recur.predict is None:
+            raise ValueError("clips of several frames need a model with a predictor")
+        target = self.normaliser(clips)  # (B, T, N, D)
+        attended = self.recur(self.project(target), target, draws)  # B * T frames from here on
+        decoded = self.decode(attended, target.flatten(0, 1), draws)
+        lead = features.shape[:-2]  # (B,) or (B, T)
+        similarity = decoded.similarity
         return Output(
-            attended.slots, attended.attention, attended.logits, decoded.masks, decoded.reconstruction, target
+            slots=attended.slots.unflatten(0, lead),
+            attention=attended.attention.unflatten(0, lead),
+            logits=attended.logits.unflatten(0, lead),
+            masks=decoded.masks.unflatten(0, lead),
+            reconstruction=decoded.reconstruction.unflatten(0, lead),
+            target=target.flatten(0, 1).unflatten(0, lead),
+            positions=decoded.positions,
+            similarity=None if similarity is None else similarity.unflatten(0, lead),
         )
+
+    def segment(self, features: Float[Tensor, "T N D"], draws: Draws) -> Output:
+        """All frames of one video: slots are carried from frame to frame, if there is a predictor."""
+        if self.recur.predict is None:
+            return super().segment(features, draws)
+        output: Output = self(features.unsqueeze(0), draws)
+        return output.sample(0)

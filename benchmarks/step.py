@@ -1,0 +1,175 @@
+"""A training step of the broadcast decoder's model against the same mathematics as published.
+
+    python -m benchmarks.step [--preset dinosaur] [--batch-size 4] [--rounds 5] [--device auto]
+
+The reference applies every layer of the decoder to every slot at every patch, in float32 and eager, and keeps what
+autograd keeps; all else is the same model with the same weights. A step is forward, loss, backward, clipping and
+Adam. Memory is the highest sum of bytes allocated during forward and backward (on a CPU by the profiler's record of
+the allocator; on a GPU by the allocator's own), gradients of the parameters included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.harness import alternate, paired_ratio, report
+from featcache.device import pick_device
+from slotlab.config import Config, LossConfig, load_config
+from slotlab.draws import Draws
+from slotlab.losses import losses, total
+from slotlab.models.config import SlotAttentionConfig
+from slotlab.models.decoders import Decoded, Decoder, MLPDecoder
+from slotlab.models.slot_attention import Attended
+from slotlab.models.slot_model import SlotModel
+from slotlab.normalise import Normaliser
+
+REFERENCE = "published"
+
+
+class PublishedDecoder(Decoder):
+    """DINOSAUR's MLP decoder as its paper writes it, with the weights of ours."""
+
+    def __init__(self, ours: MLPDecoder) -> None:
+        super().__init__(ours.sizes, ours.config)
+        self.ours = ours
+        # One last layer gives both token and mask logit.
+        self.last = nn.Linear(ours.config.hidden, ours.sizes.dim + 1)
+        with torch.no_grad():
+            self.last.weight.copy_(torch.cat([ours.heads.tokens.weight, ours.mask.weight]))
+            self.last.bias.copy_(torch.cat([ours.heads.tokens.bias, ours.mask.bias]))
+        ours.heads.requires_grad_(False)
+        ours.mask.requires_grad_(False)
+
+    def forward(self, attended: Attended, target: Tensor, draws: Draws) -> Decoded:
+        placed = attended.slots[:, :, None] + self.ours.position  # (B, K, N, S)
+        decoded = self.last(self.ours.hidden(self.ours.first(placed)))  # (B, K, N, D + 1)
+        tokens, logits = decoded.split((self.sizes.dim, 1), -1)
+        masks = (logits / self.config.mask_temperature).softmax(1)  # (B, K, N, 1)
+        return Decoded((tokens * masks).sum(1), masks[..., 0])
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to take a step."""
+
+    published: bool = False
+    decoder: dict[str, Any] = field(default_factory=dict)
+    bfloat16: bool = False
+    compiled: bool = False
+
+
+VARIANTS = {
+    REFERENCE: Variant(published=True),
+    "identities": Variant(),
+    "identities, recompute": Variant(decoder={"recompute": True}),
+    "published, bfloat16": Variant(published=True, bfloat16=True),
+    "identities, bfloat16": Variant(bfloat16=True),
+    "identities, bfloat16, compile": Variant(bfloat16=True, compiled=True),
+    "identities, bfloat16, 64 patches": Variant(decoder={"patches": 64}, bfloat16=True),
+}
+
+
+class Stepper:
+    """A model and all that a step of it takes."""
+
+    def __init__(self, config: Config, variant: Variant, side: int, dim: int, device: torch.device) -> None:
+        assert isinstance(config.model, SlotAttentionConfig)
+        decoder = config.model.decoder.model_copy(update=variant.decoder)
+        torch.manual_seed(0)
+        model = SlotModel(
+            config.model.model_copy(update={"decoder": decoder}), Normaliser("none", dim), (side, side)
+        ).to(device)
+        if variant.published:
+            assert isinstance(model.decode, MLPDecoder)
+            model.decode = PublishedDecoder(copy.deepcopy(model.decode)).to(device)
+        self.model, self.variant, self.clip_norm = model, variant, config.optim.clip_norm
+        self.forward: Callable[..., Any] = torch.compile(model) if variant.compiled else model
+        self.optimizer = torch.optim.Adam(model.parameters(), config.optim.learning_rate, fused=True)
+
+    def gradients(self, features: Tensor) -> Tensor:
+        """The loss, detached; its gradients are at the parameters."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=self.variant.bfloat16):
+            output = self.forward(features, Draws(0))
+        loss = total(losses(output, LossConfig()), LossConfig())
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def steps_per_second(self, features: Tensor) -> float:
+        began = time.perf_counter()
+        self.gradients(features)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.optimizer.step()
+        if features.is_cuda:
+            torch.cuda.synchronize()
+        return 1 / (time.perf_counter() - began)
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """The highest sum of bytes allocated while ``work`` runs, above what was before."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    now = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="dinosaur")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--side", type=int, default=16, help="patches a side")
+    parser.add_argument("--dim", type=int, default=384)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+
+    device, config = pick_device(args.device), load_config(args.preset)
+    features = torch.randn(args.batch_size, args.side**2, args.dim, generator=torch.Generator().manual_seed(1))
+    features = features.to(device)
+    steppers = {name: Stepper(config, variant, args.side, args.dim, device) for name, variant in VARIANTS.items()}
+    first = {name: float(stepper.gradients(features)) for name, stepper in steppers.items()}  # warms up, compiles
+    peaks = {name: peak_bytes(lambda s=stepper: s.gradients(features), device) for name, stepper in steppers.items()}  # type: ignore[misc]
+    rates = alternate(
+        {name: lambda s=stepper: s.steps_per_second(features) for name, stepper in steppers.items()},  # type: ignore[misc]
+        args.rounds,
+    )
+    report(
+        "step",
+        {
+            "preset": args.preset,
+            "batch_size": args.batch_size,
+            "variants": {
+                name: {
+                    "loss": round(first[name], 5),
+                    "seconds": round(1 / statistics.median(rates[name]), 3),
+                    "speed": round(paired_ratio(rates, name, REFERENCE), 2),
+                    "peak_mb": round(peaks[name] / 1e6, 1),
+                    "memory": round(peaks[name] / peaks[REFERENCE], 3),
+                }
+                for name in VARIANTS
+            },
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

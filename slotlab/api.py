@@ -1,0 +1,140 @@
+"""A trained run for other people's pictures: ``slotlab.load(RUN).segment(frames)``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featcache.device import pick_device
+from featcache.errors import DataError, IncompatibleError
+from featcache.extract import forward
+from featcache.quantise import as_stored
+from featcache.reload import recorded_weights, store_backbone
+from featcache.store import SCHEMA, FeatureStore, StoreSpec
+from featcache.stream import VIDEO
+from slotlab import checkpoint
+from slotlab.config import Config
+from slotlab.draws import Draws
+from slotlab.evaluate import on_grid
+from slotlab.metrics import masks_to_labels
+from slotlab.models.base import Model, Output
+from slotlab.models.registry import empty_model, model_spec, model_tap
+from slotlab.pictures import Frames, as_frames
+from slotlab.refine import Method, refine as refine_masks
+
+Read = Callable[[npt.NDArray[np.uint8]], Tensor]  # frames (T, H, W, 3) to the model's input
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What a run sees in T frames of H x W pixels, on the host."""
+
+    masks: Tensor  # (T, K, H, W) float32, sum to one over the slots at every pixel
+    labels: Tensor  # (T, H, W) int64, the slot of each pixel: the largest mask
+    slots: Tensor  # (T, K, S) float32
+
+
+class Segmenter:
+    """A run with the backbone that its features came from. Made by :func:`load`."""
+
+    def __init__(self, config: Config, model: Model, read: Read) -> None:
+        self.config, self.model = config, model
+        self._read = read
+
+    def segment(self, frames: Frames, *, refine: Method | None = None) -> Segmentation:
+        """Masks and slots of pictures, or of the frames of one video, at their own resolution.
+
+        Frames may be of any size and proportions (see :func:`slotlab.pictures.as_frames` for what they may come
+        as): whole frames are squeezed to the backbone's input, and the masks stretched back. A video model carries
+        its slots from frame to frame; any other takes the frames apart. ``refine`` brings the masks to the frames'
+        edges (:mod:`slotlab.refine`). The same frames give the same result every time.
+        """
+        pictures = as_frames(frames)
+        output, masks = self._output(pictures)
+        if refine:
+            fine = refine_masks(masks, torch.from_numpy(pictures), refine).cpu()
+            labels = fine.argmax(1)
+        else:
+            fine = F.interpolate(masks, size=pictures.shape[1:3], mode="bilinear").cpu()
+            labels = masks_to_labels(masks, (pictures.shape[1], pictures.shape[2])).cpu()
+        return Segmentation(fine, labels, output.slots.float().cpu())
+
+    def label(self, frames: Frames, *, refine: Method | None = None) -> npt.NDArray[np.uint8]:
+        """The labels alone, (T, H, W), without ever holding the masks of all frames at the frames' resolution."""
+        pictures = as_frames(frames)
+        return fine_labels(self._output(pictures)[1], pictures, refine)
+
+    @torch.no_grad()
+    def _output(self, pictures: npt.NDArray[np.uint8]) -> tuple[Output, Tensor]:
+        device = next(self.model.parameters()).device
+        output = self.model.segment(self._read(pictures).to(device), Draws.of_step(self.config.seed, 0))
+        return output, on_grid(output.masks, self.model.grid).float()
+
+
+def load(run: str | Path, *, device: str | torch.device = "auto", weights: str | None = None) -> Segmenter:
+    """Open a run folder for pictures that are in no store. The store that it was trained on need not exist.
+
+    Args:
+        run: folder made by ``slotlab train``.
+        device: where backbone and model run.
+        weights: checkpoint file of the backbone; None takes it from where the run's store had it.
+
+    Raises:
+        DataError: no run there, or the backbone's weights are gone.
+        IncompatibleError: a checkpoint of another model, or other weights than those of the run's features.
+    """
+    run = Path(run)
+    chosen = pick_device(str(device))
+    config = checkpoint.load_run_config(run)
+    store = FeatureStore(run / "store.json", trained_spec(run))  # a description alone: nothing is read from it
+    model = empty_model(config, model_spec(config, store))
+    checkpoint.load_model(run, model)
+    tap = model_tap(config, store)
+    read: Read = torch.from_numpy if tap == VIDEO else _features(store, tap, weights, chosen)
+    return Segmenter(config, model.to(chosen).eval(), read)
+
+
+def trained_spec(run: Path) -> StoreSpec:
+    """What the features were that a run was trained on, from its folder."""
+    path = run / "store.json"
+    try:
+        raw = json.loads(path.read_text())["spec"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: missing, damaged or of an earlier version; train the run again") from error
+    if raw.get("schema") != SCHEMA:
+        raise IncompatibleError(f"{path}: store schema {raw.get('schema')}, this version reads {SCHEMA}; train again")
+    return StoreSpec.from_json(raw)
+
+
+def fine_labels(
+    masks: Tensor, pictures: npt.NDArray[np.uint8], method: Method | None = None
+) -> npt.NDArray[np.uint8]:
+    """Slot of each pixel (T, H, W) from masks on a grid (T, K, h, w), refined along the pictures' edges if asked."""
+    size = (pictures.shape[1], pictures.shape[2])
+    if method is None:
+        return masks_to_labels(masks, size).to(torch.uint8).cpu().numpy()
+    frames = torch.from_numpy(pictures)
+    parts = [refine_masks(masks[t : t + 1], frames[t : t + 1], method).argmax(1) for t in range(len(frames))]
+    return torch.cat(parts).to(torch.uint8).cpu().numpy()
+
+
+def _features(store: FeatureStore, tap: str, weights: str | None, device: torch.device) -> Read:
+    """Frames to the tap's tokens, just as the store's own were made."""
+    spec = store.spec
+    backbone = store_backbone(store, (tap,), weights or recorded_weights(spec), str(device))
+    # Half precision is emulated on a CPU; what a GPU rounded is within 1 % of the exact features.
+    precision = "float32" if device.type == "cpu" and spec.precision == "float16" else spec.precision
+
+    def read(pictures: npt.NDArray[np.uint8]) -> Tensor:
+        tokens = forward(backbone, [pictures], max(spec.batch_size, 1), precision)[0][tap]
+        return as_stored(tokens, spec.dtype)
+
+    return read

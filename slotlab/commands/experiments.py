@@ -1,0 +1,140 @@
+"""Commands that carry out many runs: compare, ablate, and the table of either."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from featcache.errors import DataError, UsageError
+from slotlab.commands.options import CACHE_FOLDER, Json, print_json
+
+Override = Annotated[list[str] | None, typer.Option("--set", help="key=value, of all cells; repeatable.")]
+Steps = Annotated[int | None, typer.Option(help="Optimiser steps of every run.")]
+Devices = Annotated[str, typer.Option(help="auto, or a list: cuda:0,cuda:1.")]
+Workers = Annotated[int | None, typer.Option(help="Processes; default: one a GPU, or one a core of the CPU.")]
+WIDTH = 120  # columns of a table that goes to no terminal
+
+
+def compare(
+    backbone: Annotated[list[str] | None, typer.Option(help="As for slotlab extract; repeatable.")] = None,
+    tap: Annotated[list[str] | None, typer.Option(help="Of every backbone; default: the last block.")] = None,
+    preset: Annotated[list[str] | None, typer.Option(help="Repeatable; pixel is trained once.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file, laid over each preset.")] = None,
+    override: Override = None,
+    seeds: Annotated[int, typer.Option(help="0 to N - 1.")] = 3,
+    steps: Steps = None,
+    data: Annotated[str | None, typer.Option(help="Videos, as for slotlab extract; default: the sample.")] = None,
+    split: Annotated[str | None, typer.Option(help="To evaluate on; default: validation.")] = None,
+    weights: Annotated[list[str] | None, typer.Option(help="BACKBONE=FILE, or random; repeatable.")] = None,
+    grid: Annotated[int, typer.Option(min=1, help="Patches a side, the same for all backbones.")] = 16,
+    max_videos: Annotated[int | None, typer.Option(min=1, help="Of each split.")] = None,
+    cache_folder: Annotated[Path, typer.Option(help="Where stores are looked for and made.")] = CACHE_FOLDER,
+    out: Annotated[Path | None, typer.Option(help="Default: compare/BACKBONES.")] = None,
+    devices: Devices = "auto",
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """Backbones, taps and presets side by side: extract what is missing, train, evaluate, report. Resumes."""
+    from featcache.registry import get_spec
+
+    names = [get_spec(name).name for name in backbone or ()]  # a misspelt name is told before anything heavy
+    if not names:
+        raise UsageError("nothing to compare; name at least one --backbone, for example --backbone dinov2")
+    from slotlab import display
+    from slotlab.experiments.ablation import seed_range
+    from slotlab.experiments.comparison import Settings, plan_comparison
+    from slotlab.experiments.conduct import conduct
+    from slotlab.experiments.pool import places
+
+    settings = Settings(
+        backbones=tuple(names),
+        taps=tuple(tap or ()),
+        presets=tuple(preset or ("default",)),
+        seeds=seed_range(seeds),
+        config=config,
+        overrides=tuple(override or ()),
+        steps=steps,
+        data=data,
+        split=split,
+        weights=tuple(weights or ()),
+        grid=grid,
+        max_videos=max_videos,
+    )
+    folder = out or Path("compare") / "-".join(dict.fromkeys(name.replace("/", "_") for name in names))
+    comparison = plan_comparison(settings, folder, cache_folder)
+    if comparison.missing:
+        device = places(devices, workers, 1)[0]
+        with display.ExtractProgress() as progress:
+            comparison.extract(device, progress)
+    table = conduct(comparison.plan, folder, devices, workers)
+    finished = [Path(run["path"]) for cell in table["cells"] for run in cell["runs"] if run["state"] == "finished"]
+    if finished:
+        from slotlab.report import write_report
+
+        write_report(finished, folder / "report.html")
+        table["report"] = str(folder / "report.html")
+    _print(table, as_json)
+    _leave(table)
+
+
+def ablate(
+    file: Annotated[Path, typer.Argument(help="TOML: preset, cache, seeds, [set], [grid], [[cells]].")],
+    cache: Annotated[Path | None, typer.Option(help="Store; goes before the file's.")] = None,
+    override: Override = None,
+    seeds: Annotated[int | None, typer.Option(help="0 to N - 1; goes before the file's.")] = None,
+    steps: Steps = None,
+    split: Annotated[str | None, typer.Option(help="To evaluate on; default: validation.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: ablate/FILE.")] = None,
+    devices: Devices = "auto",
+    workers: Workers = None,
+    as_json: Json = False,
+) -> None:
+    """A grid over any configuration keys, and seeds. Skips what is finished, resumes what is not."""
+    from slotlab.experiments.ablation import read_ablation
+    from slotlab.experiments.conduct import conduct
+
+    plan = read_ablation(file, cache=cache, seeds=seeds, split=split, overrides=override or (), steps=steps)
+    folder = out or Path("ablate") / file.stem
+    table = conduct(plan, folder, devices, workers)
+    _print(table, as_json)
+    _leave(table)
+
+
+def table(
+    out: Annotated[Path, typer.Argument(help="Folder made by slotlab compare or slotlab ablate.")],
+    as_json: Json = False,
+) -> None:
+    """Make the table of a comparison or an ablation again from its run folders, finished or not."""
+    from slotlab.experiments.table import build_table, write_table
+
+    found = build_table(out)
+    write_table(found, out)
+    _print(found, as_json)
+
+
+def _leave(table: dict[str, Any]) -> None:
+    """Exit code 3 if a run failed; the others are in the table all the same."""
+    from slotlab import display
+    from slotlab.experiments.table import failures
+
+    if failed := failures(table):
+        display.err.print(
+            f"slotlab: {len(failed)} runs failed (first: {failed[0]['error']}); each has an error.json in its folder, "
+            "and the same command tries them again",
+            markup=False,
+            highlight=False,
+        )
+        raise typer.Exit(DataError.exit_code)
+
+
+def _print(table: dict[str, Any], as_json: bool) -> None:
+    from slotlab import display
+    from slotlab.experiments.table import render
+
+    if as_json:
+        print_json(table)
+    else:
+        display.out.print(render(table), width=None if display.out.is_terminal else WIDTH)
+        display.out.print(f"{table['out']}/: table.md, table.csv" + (", report.html" if "report" in table else ""))

@@ -1,0 +1,79 @@
+"""Masks as files: slotlab masks for the videos of a store, slotlab segment for any other pictures and videos."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from featcache.errors import UsageError
+from slotlab.commands.options import Device, Json, Refine, print_json
+
+Format = Literal["png", "rle", "overlay-png", "overlay-mp4", "overlay-gif"]
+FRAMES_A_SECOND = 12.0  # of MOVi's videos
+
+Out = Annotated[Path, typer.Option(help="Folder to make or add to.")]
+Refined = Annotated[Refine | None, typer.Option(help="Bring masks to the frame's edges first.")]
+Fps = Annotated[float, typer.Option(min=1, help="Of mp4 and gif: frames a second.")]
+
+
+def masks(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: Out,
+    cache: Annotated[Path | None, typer.Option(help="Another store of the same features.")] = None,
+    split: Annotated[str | None, typer.Option(help="Default: the configuration's, validation.")] = None,
+    videos: Annotated[int | None, typer.Option(min=1, help="Only so many, spread over the split.")] = None,
+    form: Annotated[Format, typer.Option("--format", help="png: label maps; rle: one COCO file.")] = "png",
+    refine: Refined = None,
+    fps: Fps = FRAMES_A_SECOND,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Write a run's masks of a split: PNG label maps, COCO run lengths, or the frames with the masks laid over."""
+    from featcache.device import pick_device
+    from slotlab import display
+    from slotlab.evaluate import load_run
+    from slotlab.mask_files import MaskWriter, store_masks
+
+    loaded = load_run(run, cache, pick_device(device))
+    with display.ExtractProgress() as progress, MaskWriter(out, form, fps) as writer:
+        for masked in store_masks(loaded, split, videos, refine, progress):
+            writer.add(masked)
+    _tell(out, writer.files, as_json)
+
+
+def segment(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    files: Annotated[list[Path], typer.Argument(help="Pictures, videos, and folders of pictures (each a video).")],
+    out: Out,
+    form: Annotated[Format, typer.Option("--format", help="png: label maps; rle: one COCO file.")] = "overlay-png",
+    refine: Refined = None,
+    fps: Fps = FRAMES_A_SECOND,
+    weights: Annotated[str | None, typer.Option(help="Checkpoint file of the backbone, if it has moved.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Segment pictures and videos of your own with a trained run."""
+    if missing := [path for path in files if not path.exists()]:
+        raise UsageError(f"{missing[0]}: no such file; name pictures, videos, or folders of pictures")
+    import slotlab
+    from slotlab.mask_files import Masked, MaskWriter
+    from slotlab.pictures import read_path
+
+    segmenter = slotlab.load(run, device=device, weights=weights)
+    with MaskWriter(out, form, fps) as writer:
+        for index, path in enumerate(files):
+            frames = read_path(path)
+            labels = segmenter.label(frames, refine=refine)
+            writer.add(Masked(f"{index:04d}-{path.stem}", frames, labels, segmenter.model.slots))
+    _tell(out, writer.files, as_json)
+
+
+def _tell(out: Path, files: int, as_json: bool) -> None:
+    from slotlab import display
+
+    if as_json:
+        print_json({"out": str(out), "files": files})
+    else:
+        display.out.print(f"{out}: {files} files written")

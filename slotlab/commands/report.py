@@ -1,0 +1,97 @@
+"""Looking at runs: report and view."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from slotlab.commands.options import Device, Json, print_json
+
+Runs = Annotated[list[Path], typer.Argument(help="Run folders, the first to compare against.", show_default=False)]
+Split = Annotated[str | None, typer.Option(help="Default: the configuration's, validation.")]
+Store = Annotated[Path | None, typer.Option("--cache", help="Another store of the same features.")]
+Videos = Annotated[int, typer.Option(min=0, help="In the gallery: half the worst, half the best.")]
+Rank = Annotated[Literal["mbo", "fg_ari"], typer.Option(help="The score that says which are worst and best.")]
+Frames = Annotated[int, typer.Option(min=1, help="Of a video, at most; evenly spaced.")]
+Title = Annotated[str | None, typer.Option(help="Default: the run's name.")]
+
+
+def report(
+    runs: Runs,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
+    split: Split = None,
+    cache: Store = None,
+    videos: Videos = 6,
+    rank: Rank = "mbo",
+    frames: Frames = 48,
+    title: Title = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Also draw the figures here, as PNG and SVG.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """One self-contained page of runs: scores, videos to look through, curves, configuration, provenance."""
+    from featcache.device import pick_device
+    from slotlab import display
+    from slotlab.report import Extras, PageOptions, write_report
+
+    found = write_report(
+        runs,
+        out,
+        split=split,
+        cache=cache,
+        options=PageOptions(title, videos, rank, frames),
+        extras=Extras(markdown, figures),
+        device=pick_device(device),
+        say=display.err.print,
+    )
+    if as_json:
+        print_json(found)
+        return
+    display.out.print(f"{out}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {found['bytes'] / 1e6:.1f} MB")
+    for path in (found["markdown"], *found["figures"]):
+        if path:
+            display.out.print(path)
+
+
+def view(
+    runs: Runs,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of 127.0.0.1; 0 takes any free one.")] = 8000,
+    browser: Annotated[bool, typer.Option(help="Open it.")] = True,
+    split: Split = None,
+    cache: Store = None,
+    videos: Videos = 6,
+    rank: Rank = "mbo",
+    frames: Frames = 48,
+    title: Title = None,
+    device: Device = "auto",
+) -> None:
+    """Serve the report on this machine and refresh it while the runs train. Ctrl-C ends it, with exit code 0."""
+    import threading
+    import webbrowser
+
+    from featcache.device import pick_device
+    from slotlab import display
+    from slotlab.report import PageOptions
+    from slotlab.report.server import HOST, LiveReport, serve
+
+    live = LiveReport(
+        runs, split, cache, PageOptions(title, videos, rank, frames), pick_device(device), display.err.print
+    )
+    with serve(live, port) as server:
+        live.refresh()  # before the address is told: what is wrong is said here, not in the browser
+        follower = threading.Thread(target=live.follow, daemon=True)
+        follower.start()
+        address = f"http://{HOST}:{server.server_port}/"
+        display.out.print(f"{address}  (Ctrl-C ends it)")
+        if browser:
+            webbrowser.open(address)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:  # how one stops it, and so no failure
+            display.err.print("stopped")
+        finally:
+            live.stop()
+            follower.join(timeout=5)

@@ -1,0 +1,73 @@
+"""slotlab robustness: a run under other colours."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slotlab.commands.options import Device, Json, print_json
+
+COLUMNS = {
+    "mask_stability": "mask IoU",
+    "mask_correlation": "corr.",
+    "slot_similarity": "slots",
+    "slot_diversity": "diversity",
+    "fg_ari": "FG-ARI",
+    "mbo": "mBO",
+}
+
+
+def robustness(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    cache: Annotated[Path | None, typer.Option(help="Another store of the same features.")] = None,
+    split: Annotated[str | None, typer.Option(help="Default: the configuration's, validation.")] = None,
+    max_videos: Annotated[int, typer.Option(min=1, help="Spread over the split; each passes the backbone again.")] = 8,
+    frames: Annotated[int, typer.Option(min=1, help="The first ones of each video.")] = 6,
+    weights: Annotated[str | None, typer.Option(help="Checkpoint file of the backbone, if it has moved.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Masks and slots when only the colours change: hue, brightness, contrast, saturation, grey, channels, jitter.
+
+    A subset of videos and frames by default, as every transformation runs the backbone anew. The result is kept in
+    the run folder as robustness-SPLIT.json.
+    """
+    from featcache.device import pick_device
+    from slotlab import display
+    from slotlab.evaluate import load_run
+    from slotlab.robustness import robustness as measure
+
+    loaded = load_run(run, cache, pick_device(device))
+    with display.ExtractProgress() as progress:
+        result = measure(loaded, split, max_videos=max_videos, frames=frames, weights=weights, progress=progress)
+    (run / f"robustness-{result['split']}.json").write_text(json.dumps(result, indent=1))
+    if as_json:
+        print_json(result)
+        return
+    mean = result["mean"]
+    rows = [("before", *_cells(result["before"])), *((n, *_cells(v)) for n, v in result["transformations"].items())]
+    rows += [("mean", *_cells(mean)), ("  95 % from", *_cells(mean, "low")), ("  to", *_cells(mean, "high"))]
+    display.out.print(
+        display.plain_table(
+            ("colours", *COLUMNS.values()), rows, f"{result['run']} on {result['split']} under other colours"
+        )
+    )
+    for key, name in (("fg_ari_change", "FG-ARI"), ("mbo_change", "mBO")):
+        if key in mean and mean[key]["mean"] is not None:
+            bounds = (f"{value:+.3f}" for value in mean[key].values() if value is not None)
+            display.out.print(f"{name} changes by {' / '.join(bounds)} (mean / interval)")
+    display.out.print(
+        f"first {result['frames_a_video']} frames of {result['videos']} of {result['videos_in_split']} videos",
+        f"mean: of all colours but identity; {result['interval']}",
+        f"the way through the backbone alone changes the stored features by {result['relative_error']:.1e}",
+        sep="\n",
+        style="dim",
+    )
+
+
+def _cells(values: Mapping[str, Any], which: str = "mean") -> list[float | None]:
+    return [values.get(key, {}).get(which) for key in COLUMNS]

@@ -1,0 +1,232 @@
+"""The table of an experiment, made from its folders alone."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from featcache.durable import write_durably
+from featcache.errors import DataError
+from slotlab.experiments.plan import Cell, Run, read_plan
+from slotlab.runs import read_rows
+from slotlab.subgroups import paired_scores
+
+COLUMNS = {
+    "fg_ari": "FG-ARI",
+    "mbo": "mBO",
+    "miou": "mIoU",
+    "fg_ari_video": "FG-ARI video",
+    "effective_slots": "slots in use",
+    "loss": "loss",
+    "seconds": "seconds",
+}
+SCORES = ("fg_ari", "mbo", "miou", "fg_ari_video", "effective_slots")  # of an evaluation
+SPREAD = "mean (minimum–maximum) over seeds"
+TESTED = ("fg_ari", "mbo")
+
+
+def build_table(out: Path) -> dict[str, Any]:
+    """Every cell of the plan in ``out`` with its runs, scores and errors; JSON-able.
+
+    Scores have mean, minimum, maximum, standard deviation (n - 1; None for one seed) and the value of each
+    finished seed. ``loss`` is the mean of the last tenth of the logged rows, ``seconds`` those spent in
+    training. ``against_first`` tests the difference to the first cell over the videos, each averaged over
+    seeds (:func:`slotlab.subgroups.paired_scores`).
+    """
+    plan = read_plan(out)
+    runs: dict[str, list[Run]] = {cell.name: [] for cell in plan.cells}
+    for run in plan.runs(out):
+        runs[run.cell.name].append(run)
+    cells, first = [], None
+    for cell in plan.cells:
+        evaluations = {run.seed: _evaluation(run) for run in runs[cell.name] if run.finished}
+        videos = _mean_by_video(evaluations.values())
+        cells.append(_cell(cell, runs[cell.name], evaluations) | {"against_first": _tested(videos, first)})
+        first = first if cells[1:] else videos
+    return {
+        "out": str(out),
+        "kind": plan.kind,
+        "split": plan.split,
+        "seeds": list(plan.seeds),
+        "spread": "min and max over seeds",
+        "test": "Wilcoxon signed-rank over videos, each the mean of its seeds, against the first cell",
+        "cells": cells,
+    }
+
+
+def _cell(cell: Cell, runs: Sequence[Run], evaluations: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    values: dict[str, list[float]] = {key: [] for key in COLUMNS}
+    listed = []
+    for run in runs:
+        state = "finished" if run.finished else "failed" if run.error else "unfinished"
+        listed.append({"path": str(run.path), "seed": run.seed, "state": state, "error": run.error})
+        if run.finished:
+            found = {key: evaluations[run.seed][key] for key in SCORES} | _training(run)
+            for key, value in found.items():
+                if value is not None:
+                    values[key].append(value)
+    any_one: Mapping[str, Any] = next(iter(evaluations.values()), {})
+    return {
+        "name": cell.name,
+        "settings": dict(cell.settings),
+        "cache": cell.cache,
+        "finished": len(evaluations),
+        "runs": listed,
+        **{key: _spread(of) for key, of in values.items()},
+        "reference": any_one.get("reference"),
+        "floor": any_one.get("floor"),
+    }
+
+
+def _evaluation(run: Run) -> dict[str, Any]:
+    try:
+        return dict(json.loads(run.evaluation.read_text()))
+    except ValueError as error:
+        raise DataError(f"{run.evaluation}: damaged ({error}); delete it and run the same command again") from error
+
+
+def _training(run: Run) -> dict[str, float | None]:
+    rows = read_rows(run.path / "metrics.jsonl")
+    last = rows[-max(1, len(rows) // 10) :]
+    return {
+        "loss": statistics.fmean(row["loss"] for row in last) if last else None,
+        "seconds": rows[-1]["seconds"] if rows else None,
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any] | None:
+    if not values:
+        return None
+    return {
+        "mean": statistics.fmean(values),
+        "min": min(values),
+        "max": max(values),
+        "std": statistics.stdev(values) if len(values) > 1 else None,
+        "values": list(values),
+    }
+
+
+def _mean_by_video(evaluations: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Video -> score -> mean over the seeds where it is defined."""
+    gathered: dict[str, dict[str, list[float]]] = {}
+    for evaluation in evaluations:
+        for video, scores in evaluation["by_video"].items():
+            of = gathered.setdefault(video, {name: [] for name in TESTED})
+            for name in TESTED:
+                if scores[name] is not None:
+                    of[name].append(scores[name])
+    return {
+        video: {name: statistics.fmean(values) if values else None for name, values in of.items()}
+        for video, of in gathered.items()
+    }
+
+
+def _tested(
+    videos: Mapping[str, Mapping[str, float | None]], first: Mapping[str, Mapping[str, float | None]] | None
+) -> dict[str, Any] | None:
+    if not first or not videos or videos.keys() != first.keys():
+        return None
+    return paired_scores(videos, first)
+
+
+# --- what is shown ------------------------------------------------------------------------------------------
+
+
+def write_table(table: Mapping[str, Any], out: Path) -> None:
+    """``table.md`` and ``table.csv`` in ``out``."""
+    write_durably(out / "table.md", to_markdown(table).encode())
+    write_durably(out / "table.csv", to_csv(table).encode())
+
+
+def to_markdown(table: Mapping[str, Any]) -> str:
+    """Mean and spread of each cell; below it the differences to the first cell, and what failed."""
+    lines = [f"Split {table['split']}, seeds {', '.join(map(str, table['seeds']))}; {SPREAD}.", ""]
+    lines += _pipe(("cell", "runs", *COLUMNS.values()), (_row(table, cell) for cell in table["cells"]))
+    tested = [cell for cell in table["cells"] if cell["against_first"]]
+    if tested:
+        lines += [
+            "",
+            f"Difference to {table['cells'][0]['name']}, mean over videos [95 % interval], p. {table['test']}.",
+            "",
+        ]
+        lines += _pipe(
+            ("cell", *(COLUMNS[name] for name in TESTED)),
+            ((cell["name"], *(_difference(cell["against_first"].get(name)) for name in TESTED)) for cell in tested),
+        )
+    if failed := failures(table):
+        lines += ["", *(f"- {run['path']}: {run['error']}" for run in failed)]
+    return "\n".join(lines) + "\n"
+
+
+def to_csv(table: Mapping[str, Any]) -> str:
+    """A row a cell, a column a setting and a statistic."""
+    settings = list(dict.fromkeys(key for cell in table["cells"] for key in cell["settings"]))
+    parts = ("mean", "min", "max", "std")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["cell", *settings, "finished", *(f"{key}_{part}" for key in COLUMNS for part in parts), "error"])
+    for cell in table["cells"]:
+        errors = [run["error"] for run in cell["runs"] if run["error"]]
+        writer.writerow(
+            [
+                cell["name"],
+                *(cell["settings"].get(key, "") for key in settings),
+                cell["finished"],
+                *((cell[key] or {}).get(part) for key in COLUMNS for part in parts),
+                errors[0] if errors else "",
+            ]
+        )
+    return text.getvalue()
+
+
+def render(table: Mapping[str, Any]) -> Table:
+    """For a terminal: the mean, and the spread below it."""
+    shown = Table(title=f"{table['out']} on {table['split']}", title_justify="left", row_styles=("", "dim"))
+    shown.add_column("cell", overflow="fold")
+    for title in ("runs", *COLUMNS.values()):
+        shown.add_column(title, justify="right", no_wrap=True)
+    for cell in table["cells"]:
+        name, *values = _row(table, cell)
+        shown.add_row(name, *(value.replace(" (", "\n(") for value in values))
+    shown.caption = f"{SPREAD}; {sum(cell['finished'] for cell in table['cells'])} runs finished"
+    for run in failures(table):
+        shown.caption += f"\n{run['path']}: {run['error']}"
+    return shown
+
+
+def failures(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [run for cell in table["cells"] for run in cell["runs"] if run["state"] == "failed"]
+
+
+def _row(table: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
+    failed = sum(run["state"] == "failed" for run in cell["runs"])
+    runs = f"{cell['finished']}/{len(cell['runs'])}" + (f", {failed} failed" if failed else "")
+    return [cell["name"], runs, *(_value(cell[key], key) for key in COLUMNS)]
+
+
+def _value(of: Mapping[str, Any] | None, key: str) -> str:
+    if of is None:
+        return "–"
+    digits = {"seconds": 0, "effective_slots": 1}.get(key, 3)
+    mean, low, high = (f"{of[part]:.{digits}f}" for part in ("mean", "min", "max"))
+    return mean if len(of["values"]) == 1 else f"{mean} ({low}–{high})"
+
+
+def _difference(of: Mapping[str, Any] | None) -> str:
+    if of is None:
+        return "–"
+    interval = "" if of["low"] is None else f" [{of['low']:+.3f}, {of['high']:+.3f}]"
+    return f"{of['difference']:+.3f}{interval}, p = {of['p']:.2g}"
+
+
+def _pipe(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    cells = [[text.replace("|", "\\|") for text in row] for row in (titles, *rows)]
+    lines = [f"| {' | '.join(row)} |" for row in cells]
+    return [lines[0], "|" + "---|" * len(titles), *lines[1:]]

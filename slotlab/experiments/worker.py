@@ -1,0 +1,110 @@
+"""The process that trains and evaluates runs, one after the other, on one device."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import sys
+import threading
+import traceback
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from featcache.errors import FeatcacheError
+from slotlab.experiments.plan import ERROR, Run
+
+OUTPUT = "output.txt"  # what a run printed, if anything
+
+
+def work(link: Connection, device: str) -> None:
+    """Carry out the runs that come through ``link``, until it closes.
+
+    Sends ``("row", row)`` for each logged row and ``("ended", error or None)`` for each run. A run that fails
+    leaves its error in its folder; this process goes on with the next.
+    """
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    import torch
+
+    if torch.device(device).type == "cpu":
+        torch.set_num_threads(1)  # many processes share the cores, and one thread makes a run repeatable
+    known: dict[Any, Any] = {}  # ceilings and floors, which many runs share
+    while True:
+        try:
+            run: Run = link.recv()
+        except EOFError:
+            return
+        error = None
+        try:
+            carry_out(run, device, link, known)
+        except Exception as failure:  # whatever it is, it is this run's alone
+            lines = str(failure).strip().splitlines()
+            error = lines[-1] if lines else ""
+            if not isinstance(failure, FeatcacheError):
+                error = f"{type(failure).__name__}: {error}"
+            run.fail(error, None if isinstance(failure, FeatcacheError) else traceback.format_exc())
+        _send(link, ("ended", error))
+        gc.collect()  # a model and its compiled graphs hold each other
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def carry_out(run: Run, device: str, link: Connection, known: dict[Any, Any]) -> None:
+    """Train, from the last checkpoint if there is one, and evaluate.
+
+    ``known`` keeps the references between the runs of one process.
+    """
+    import torch
+
+    from featcache.durable import write_durably
+    from featcache.store import FeatureStore
+    from slotlab import checkpoint
+    from slotlab.evaluate import evaluate, load_run, references
+    from slotlab.train import train
+
+    resume = checkpoint.exists(run.path)
+    if not resume:  # a start that was cut short may have left half a folder
+        shutil.rmtree(run.path, ignore_errors=True)
+    run.path.mkdir(parents=True, exist_ok=True)
+    (run.path / ERROR).unlink(missing_ok=True)
+    _redirect(run.path / OUTPUT)
+    where, store = torch.device(device), FeatureStore.open(run.cell.cache)
+    train(run.config, store, run.path, resume=resume, device=where, report=lambda row: _send(link, ("row", row)))
+    loaded = load_run(run.path, store.path, where)
+    split = store[run.split].require_complete()
+    key = (store.path, run.split, loaded.tap, loaded.config.data.train_split, loaded.model.grid, loaded.model.slots)
+    if key not in known:
+        known[key] = references(split, loaded)
+    result: dict[str, Any] = evaluate(loaded, run.split, known[key])
+    write_durably(run.evaluation, json.dumps(result, indent=1).encode())
+    _redirect(Path(os.devnull))
+    if (run.path / OUTPUT).stat().st_size == 0:
+        (run.path / OUTPUT).unlink()
+
+
+def _send(link: Connection, message: tuple[str, Any]) -> None:
+    try:
+        link.send(message)
+    except OSError:  # the parent is gone: no fault of the run's
+        os._exit(1)
+
+
+def _redirect(path: Path) -> None:
+    """Send all that this process prints to a file: stdout and stderr are the table's and the bar's."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(fd, stream)
+    os.close(fd)
+
+
+def _die_with_parent() -> None:
+    """A parent that was killed is started again by a person, and must find its runs at rest."""
+    parent = parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,26 @@
+"""Decoders: slots -> patch tokens and masks."""
+
+from __future__ import annotations
+
+from slotlab.models.decoders.autoregressive import TransformerDecoder
+from slotlab.models.decoders.base import Decoded, Decoder, Sizes
+from slotlab.models.decoders.broadcast import MLPDecoder
+from slotlab.models.decoders.mixing import MixDecoder, SlotMixerDecoder
+
+__all__ = [
+    "DECODERS",
+    "Decoded",
+    "Decoder",
+    "MLPDecoder",
+    "MixDecoder",
+    "Sizes",
+    "SlotMixerDecoder",
+    "TransformerDecoder",
+]
+
+DECODERS: dict[str, type[Decoder]] = {
+    "mlp": MLPDecoder,
+    "mix": MixDecoder,
+    "slot_mixer": SlotMixerDecoder,
+    "transformer": TransformerDecoder,
+}

@@ -1,0 +1,64 @@
+"""Patches one after the other, each from those before it and the slots."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from slotlab.draws import Draws
+from slotlab.models.config import DecoderConfig
+from slotlab.models.decoders.base import Decoded, Decoder, Heads, Sizes, positions_parameter
+from slotlab.models.slot_attention import Attended
+from slotlab.models.transformer import CausalCrossBlock, xavier
+
+
+class TransformerDecoder(Decoder):
+    """Autoregressive transformer of SLATE (Singh et al., 2022, arXiv:2110.11405) and DINOSAUR, on patch tokens.
+
+    A causal transformer predicts each token from the true ones before it and, by cross-attention, from the slots.
+    The masks are the last block's cross-attention, averaged over the heads.
+
+    ``permuted`` trains on another scan of the patches at each step, from any corner along rows or columns, each with
+    a beginning of its own, so that fewer patches can be told from their neighbours alone (SPOT, Kakogeorgiou et
+    al., 2024, arXiv:2312.00648). Otherwise, and when a trained model is used, patches come row by row.
+    """
+
+    orders: Tensor  # (O, N): patches in the order of each scan
+
+    def __init__(self, sizes: Sizes, config: DecoderConfig) -> None:
+        super().__init__(sizes, config)
+        width, slot_dim = config.hidden, sizes.slot_dim
+        orders = scan_orders(sizes.grid) if config.permuted else torch.arange(sizes.patches)[None]
+        self.register_buffer("orders", orders, persistent=False)
+        self.begin = nn.Parameter(torch.randn(len(orders), width) * width**-0.5)
+        self.position = positions_parameter(sizes, width)
+        self.embed = nn.Linear(sizes.dim, width)
+        self.norm_slots = nn.Sequential(nn.Linear(slot_dim, width, bias=False), nn.LayerNorm(width))
+        blocks = [CausalCrossBlock(width, config.heads, 4 * width, width) for _ in range(config.blocks)]
+        self.blocks, self.last = nn.ModuleList(blocks[:-1]), blocks[-1]
+        self.norm = nn.LayerNorm(width)
+        for part in (self.embed, self.blocks, self.last):
+            part.apply(xavier)
+        self.heads = Heads(width, sizes)
+
+    def forward(self, attended: Attended, target: Float[Tensor, "B N D"], draws: Draws) -> Decoded:
+        scan = draws.integers(len(self.orders), 1)[0] if self.training and len(self.orders) > 1 else 0
+        order = self.orders[scan]  # (N,)
+        before = self.embed(target[:, order[:-1]])  # (B, N - 1, W)
+        begin = self.begin[scan].to(before.dtype).expand(len(target), 1, -1)
+        tokens = torch.cat([begin, before], 1) + self.position[order]  # the place of the token that comes next
+        slots = self.norm_slots(attended.slots)
+        for block in self.blocks:
+            tokens = block(tokens, slots, attended.active)
+        tokens, masks = self.last.with_weights(tokens, slots, attended.active)
+        back = order.argsort()
+        decoded, similarity = self.heads(self.norm(tokens)[:, back])
+        return Decoded(decoded, masks[..., back], similarity)
+
+
+def scan_orders(grid: tuple[int, int]) -> Int[Tensor, "8 N"]:
+    """Patches row by row and column by column, from each corner; row by row from the first patch comes first."""
+    cells = torch.arange(grid[0] * grid[1]).view(grid)
+    flips = [cells.flip(axes) for axes in ((), (1,), (0,), (0, 1))]
+    return torch.stack([way.flatten() for flip in flips for way in (flip, flip.T)])

@@ -1,0 +1,89 @@
+"""What all decoders share: what they take and give, and the layers at their end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from slotlab.draws import Draws
+from slotlab.models.config import DecoderConfig
+from slotlab.models.slot_attention import Attended
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """M of N patches: all, or those at ``positions``. ``masks`` sum to one over the slots at every patch."""
+
+    reconstruction: Float[Tensor, "B M D"]
+    masks: Float[Tensor, "B K M"]
+    similarity: Float[Tensor, "B M N"] | None = None  # logits of where each patch is in a later frame
+    positions: Int[Tensor, M] | None = None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of what a decoder is built for."""
+
+    slot_dim: int
+    grid: tuple[int, int]
+    dim: int  # of the tokens to reconstruct
+    reconstructs: bool = True  # False: no loss looks at the reconstruction, and its layer is not trained
+    similarity: bool = False  # predict where each patch is in a later frame, too
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+class Decoder(nn.Module):
+    """Slots -> patch tokens and masks."""
+
+    def __init__(self, sizes: Sizes, config: DecoderConfig) -> None:
+        super().__init__()
+        self.sizes, self.config = sizes, config
+
+    def forward(self, attended: Attended, target: Float[Tensor, "B N D"], draws: Draws) -> Decoded:
+        """``target`` is for the decoders that are autoregressive; ``draws`` drive what is random in training."""
+        raise NotImplementedError
+
+    def draw_positions(self, draws: Draws) -> Tensor | None:
+        """In training, the random patches (M,) to decode; None: all.
+
+        Where patches are decoded independently, a loss that is a mean over them is estimated without bias.
+        """
+        wanted = self.config.patches
+        if wanted is None or not self.training or wanted >= self.sizes.patches:
+            return None
+        return draws.choice(self.sizes.patches, wanted)
+
+
+class Heads(nn.Module):
+    """The last linear layer, to tokens; and another, to similarities with the patches of a later frame."""
+
+    def __init__(self, width: int, sizes: Sizes) -> None:
+        super().__init__()
+        self.tokens = nn.Linear(width, sizes.dim).requires_grad_(sizes.reconstructs)
+        self.similarity = nn.Linear(width, sizes.patches) if sizes.similarity else None
+
+    def forward(self, hidden: Float[Tensor, "B M H"]) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B M N"] | None]:
+        return self.tokens(hidden), None if self.similarity is None else self.similarity(hidden)
+
+
+def positions_parameter(sizes: Sizes, width: int) -> nn.Parameter:
+    """Learnt positions (N, width)."""
+    return nn.Parameter(torch.randn(sizes.patches, width) * width**-0.5)
+
+
+def select(positions: Float[Tensor, "N W"], chosen: Int[Tensor, M] | None) -> Float[Tensor, "M W"]:
+    return positions if chosen is None else positions[chosen.to(positions.device)]
+
+
+def hidden_layers(width: int, count: int) -> nn.Sequential:
+    """``count`` further hidden layers behind an activation."""
+    layers: list[nn.Module] = [nn.ReLU()]
+    for _ in range(count):
+        layers += [nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(*layers)

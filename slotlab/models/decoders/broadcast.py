@@ -1,0 +1,112 @@
+"""Every slot decoded at every patch: DINOSAUR's MLP."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from slotlab.draws import Draws
+from slotlab.models.config import DecoderConfig
+from slotlab.models.decoders.base import Decoded, Decoder, Heads, Sizes, hidden_layers, positions_parameter, select
+from slotlab.models.slot_attention import Attended, hide_padding
+
+# Rows of hidden activations, one a slot and patch, that pass the layers at a time: few enough for a CPU's cache, and
+# enough to fill a GPU.
+ROWS_ON_CPU, ROWS = 1 << 11, 1 << 18
+
+
+class MLPDecoder(Decoder):
+    """MLP broadcast decoder of DINOSAUR (Seitzer et al., 2023, arXiv:2209.14860), by two exact identities.
+
+    As published, an MLP maps (slot + position) to a token and a mask logit for every slot and patch, and the
+    tokens are averaged with the softmax of the logits. The first linear layer is applied to slots and
+    positions apart and added (it is linear); the last one is applied after the average (it is linear, and
+    the weights sum to one). What remains for every slot and patch are the hidden layers alone, and the
+    (B, K, N, D) tensor is never made.
+
+    Patches pass the hidden layers a few at a time. The first layer's activation is a mere sum, so it is not kept for
+    the backward pass but made again; ``recompute`` does so with all of them.
+
+    The softmax has a temperature. In training, its masks can be made hard, one slot a patch, with the gradient of
+    the soft ones: by the largest (straight through, Bengio et al., 2013, arXiv:1308.3432), or by a draw (Gumbel-
+    softmax, Jang et al., 2017, arXiv:1611.01144).
+    """
+
+    def __init__(self, sizes: Sizes, config: DecoderConfig) -> None:
+        super().__init__(sizes, config)
+        self.position = positions_parameter(sizes, sizes.slot_dim)
+        self.first = nn.Linear(sizes.slot_dim, config.hidden)
+        self.hidden = hidden_layers(config.hidden, config.layers - 1)
+        self.mask = nn.Linear(config.hidden, 1)
+        self.heads = Heads(config.hidden, sizes)
+
+    def forward(self, attended: Attended, target: Float[Tensor, "B N D"], draws: Draws) -> Decoded:
+        positions = self.draw_positions(draws)
+        slots, active = attended.slots, attended.active
+        from_slots = self.first(slots)  # (B, K, H)
+        from_position = F.linear(select(self.position, positions), self.first.weight)  # (M, H)
+        noise = None
+        if self.training and self.config.masks == "gumbel":
+            shape = (len(slots), len(from_position), slots.shape[1])
+            noise = -draws.exponential(shape).to(slots.device).log()  # (B, M, K), of Gumbel's distribution
+        parts = []
+        step = self._patches_at_a_time(slots)
+        for start in range(0, len(from_position), step):
+            some = slice(start, start + step)
+            given = (from_slots, from_position[some], None if noise is None else noise[:, some], active)
+            if self.config.recompute and torch.is_grad_enabled():
+                parts.append(checkpoint(self._mix, *given, use_reentrant=False, preserve_rng_state=False))
+            else:
+                parts.append(self._mix(*given))
+        mixed, masks = (torch.cat(part, 1) for part in zip(*parts, strict=True))  # (B, M, H), (B, M, K)
+        tokens, similarity = self.heads(mixed)
+        return Decoded(tokens, masks.transpose(1, 2), similarity, positions)
+
+    def _patches_at_a_time(self, slots: Float[Tensor, "B K S"]) -> int:
+        if torch.compiler.is_compiling():  # which keeps no first activation either, and would unroll the loop
+            return self.sizes.patches
+        rows = ROWS_ON_CPU if slots.device.type == "cpu" else ROWS
+        return max(1, rows // (slots.shape[0] * slots.shape[1]))
+
+    def _mix(
+        self,
+        from_slots: Float[Tensor, "B K H"],
+        from_position: Float[Tensor, "M H"],
+        noise: Float[Tensor, "B M K"] | None,
+        active: Bool[Tensor, "B K"] | None,
+    ) -> tuple[Float[Tensor, "B M H"], Float[Tensor, "B M K"]]:
+        """Hidden vectors averaged over the slots, and the masks that they were averaged with."""
+        # Slots in the last place but one: the average over them is a matrix product that copies nothing.
+        hidden = self.hidden[2:](self._second_layer(from_slots, from_position))  # (B, M, K, H)
+        logits = self.mask(hidden)[..., 0].float()  # (B, M, K)
+        logits = hide_padding(logits.transpose(1, 2), active).transpose(1, 2)
+        masks = self._masks(logits if noise is None else logits + noise)
+        return (masks.unsqueeze(2).to(hidden.dtype) @ hidden).squeeze(2), masks
+
+    def _second_layer(
+        self, from_slots: Float[Tensor, "B K H"], from_position: Float[Tensor, "M H"]
+    ) -> Float[Tensor, "B M K H"]:
+        """First activation and second linear layer, if there is one.
+
+        When the backward pass asks for the activation, the checkpoint's recomputation ends before the linear layer.
+        """
+
+        def layers(slots: Tensor, position: Tensor) -> Tensor:
+            hidden: Tensor = self.hidden[:2](slots[:, None] + position[:, None])
+            return hidden
+
+        keeps = self.config.layers == 1 or self.config.recompute or torch.compiler.is_compiling()
+        if keeps or not torch.is_grad_enabled():
+            return layers(from_slots, from_position)
+        hidden: Tensor = checkpoint(layers, from_slots, from_position, use_reentrant=False, preserve_rng_state=False)
+        return hidden
+
+    def _masks(self, logits: Float[Tensor, "B M K"]) -> Float[Tensor, "B M K"]:
+        soft = (logits / self.config.mask_temperature).softmax(-1)
+        if not self.training or self.config.masks == "soft":
+            return soft
+        hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
+        return hard + soft - soft.detach()

@@ -1,0 +1,89 @@
+"""Slots mixed into one vector a patch, which is decoded alone: K times cheaper than a broadcast."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from slotlab.draws import Draws
+from slotlab.models.config import DecoderConfig
+from slotlab.models.decoders.base import Decoded, Decoder, Heads, Sizes, hidden_layers, positions_parameter, select
+from slotlab.models.slot_attention import Attended, hide_padding
+from slotlab.models.transformer import CrossBlock, xavier
+
+
+class MixDecoder(Decoder):
+    """Mix the slots by the attention that formed them, then decode one vector a patch.
+
+    The plain form of VideoSAUR's slot mixer (Zadaianchuk et al., 2023, arXiv:2306.04829): the mixing weights
+    are slot attention's own, so the masks that are scored are the masks that are trained, and no slot is
+    decoded at a patch it does not hold.
+    """
+
+    def __init__(self, sizes: Sizes, config: DecoderConfig) -> None:
+        super().__init__(sizes, config)
+        self.position = positions_parameter(sizes, sizes.slot_dim)
+        self.render = Render(sizes, config)
+
+    def forward(self, attended: Attended, target: Float[Tensor, "B N D"], draws: Draws) -> Decoded:
+        positions = self.draw_positions(draws)
+        masks = attended.attention  # (B, K, M)
+        if positions is not None:
+            masks = masks[..., positions.to(masks.device)]
+        tokens, similarity = self.render(mix(masks, attended.slots) + select(self.position, positions))
+        return Decoded(tokens, masks, similarity, positions)
+
+
+class SlotMixerDecoder(Decoder):
+    """Slot mixer (Sajjadi et al., 2022, arXiv:2206.06922) as VideoSAUR has it (Zadaianchuk et al., 2023).
+
+    Learnt positions ask the slots, in a transformer without attention among positions, what to look for; a last
+    attention of one head weighs the slots at each position, and those weights are the masks. Their mixture is
+    rendered by an MLP.
+    """
+
+    def __init__(self, sizes: Sizes, config: DecoderConfig) -> None:
+        super().__init__(sizes, config)
+        width = sizes.slot_dim
+        self.position = positions_parameter(sizes, width)
+        self.norm_slots = nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(CrossBlock(width, config.heads, 4 * width, width) for _ in range(config.blocks))
+        self.to_query = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width, bias=False))
+        self.to_key = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width, bias=False))
+        for part in (self.blocks, self.to_query, self.to_key):
+            part.apply(xavier)
+        self.render = Render(sizes, config)
+
+    def forward(self, attended: Attended, target: Float[Tensor, "B N D"], draws: Draws) -> Decoded:
+        positions = self.draw_positions(draws)
+        slots, active = attended.slots, attended.active
+        position = select(self.position, positions)  # (M, S)
+        query, memory = position.expand(len(slots), -1, -1), self.norm_slots(slots)
+        for block in self.blocks:
+            query = block(query, memory, active)
+        query = self.to_query(query) * query.shape[-1] ** -0.5  # (B, M, S)
+        logits = torch.einsum("bks,bms->bkm", self.to_key(slots), query).float()
+        masks = hide_padding(logits, active).softmax(dim=1)  # (B, K, M)
+        tokens, similarity = self.render(mix(masks, slots) + position)
+        return Decoded(tokens, masks, similarity, positions)
+
+
+class Render(nn.Module):
+    """The MLP of one vector a patch."""
+
+    def __init__(self, sizes: Sizes, config: DecoderConfig) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(sizes.slot_dim, config.hidden), *hidden_layers(config.hidden, config.layers - 1)
+        )
+        self.heads = Heads(config.hidden, sizes)
+
+    def forward(self, mixed: Float[Tensor, "B M S"]) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B M N"] | None]:
+        decoded: tuple[Tensor, Tensor | None] = self.heads(self.layers(mixed))
+        return decoded
+
+
+def mix(masks: Float[Tensor, "B K M"], slots: Float[Tensor, "B K S"]) -> Float[Tensor, "B M S"]:
+    """Each patch's mixture of slots."""
+    return masks.transpose(1, 2).to(slots.dtype) @ slots

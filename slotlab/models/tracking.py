@@ -1,0 +1,92 @@
+"""Slots of the clustering model that keep their object from frame to frame.
+
+Online and causal: a frame's slots start where the last frame's ended. Tokens of objects that no slot explains start
+new slots, two slots that have come together become one (the older stays), and a slot that holds nothing is free for
+another object. The choices are sequential and the arrays small, so this runs on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from slotlab.models.config import ClusteringConfig
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # keys, objectness, slots, active -> (B, N, K)
+
+
+@dataclass
+class Tracker:
+    """State after some frames: K object slots, which of them hold an object, and how many ever did.
+
+    Args:
+        config: distances and iterations.
+        attend: attention (1, N, K) of keys (1, N, S) and objectness (1, N) to slots (1, K, S), active (1, K).
+    """
+
+    config: ClusteringConfig
+    attend: Attend
+    slots: Float[Tensor, "K S"]
+    active: Bool[Tensor, " K"]
+    age: list[int]  # frames that each slot has held its object; 0: none
+
+    @classmethod
+    def start(cls, config: ClusteringConfig, attend: Attend, width: int) -> Tracker:
+        count = config.slots - 1
+        return cls(config, attend, torch.zeros(count, width), torch.zeros(count, dtype=torch.bool), [0] * count)
+
+    def step(self, keys: Float[Tensor, "N S"], objectness: Float[Tensor, " N"]) -> Float[Tensor, "N K"]:
+        """Take the next frame; its attention, which sums to the objectness over slots."""
+        # New slots first: a carried slot, refined alone, would take a new object for its own.
+        self._give_birth(keys, objectness)
+        self._refine(keys, objectness)
+        self._merge(self._attention(keys, objectness).sum(0))
+        mass = self._refine(keys, objectness).sum(0)  # (K,) patches
+        self.active = self.active & (mass >= self.config.least_mass)
+        self.age = [age + 1 if alive else 0 for age, alive in zip(self.age, self.active.tolist(), strict=True)]
+        return self._attention(keys, objectness)
+
+    def _attention(self, keys: Tensor, objectness: Tensor) -> Tensor:
+        return self.attend(keys[None], objectness[None], self.slots[None], self.active[None])[0]
+
+    def _refine(self, keys: Tensor, objectness: Tensor) -> Tensor:
+        """Move the slots to the means of what they hold; the attention that they then have."""
+        for _ in range(self.config.tracking_iterations):
+            attention = self._attention(keys, objectness)  # (N, K)
+            mean = attention.T @ keys / (attention.sum(0).unsqueeze(-1) + 1e-3)
+            self.slots = torch.where(self.active.unsqueeze(-1), mean, self.slots)
+        return self._attention(keys, objectness)
+
+    def _give_birth(self, keys: Tensor, objectness: Tensor) -> None:
+        """Farthest first, until every token of an object is within ``new_slot_distance`` of a slot."""
+        candidate = objectness > self.config.seed_objectness  # (N,)
+        distance = _squared_distance(keys, self.slots).masked_fill(~self.active, torch.inf).amin(-1)  # (N,)
+        # Without any slot all tokens are infinitely far: the likeliest object comes first.
+        distance = distance.where(distance.isfinite(), 1e3 * objectness)
+        slots, active = self.slots.clone(), self.active.clone()
+        for free in (~active).nonzero().flatten().tolist():
+            farthest, chosen = (distance * candidate).max(0)
+            if float(farthest) <= self.config.new_slot_distance:
+                break
+            slots[free], active[free] = keys[chosen], True
+            distance = torch.minimum(distance, _squared_distance(keys, slots[free : free + 1])[:, 0])
+        self.slots, self.active = slots, active
+
+    def _merge(self, mass: Tensor) -> None:
+        """Of two active slots within ``merge_distance`` the younger goes, or the one that holds less."""
+        close = _squared_distance(self.slots, self.slots) < self.config.merge_distance
+        pairs = (close & self.active & self.active.unsqueeze(-1)).triu(1).nonzero().tolist()
+        active = self.active.clone()
+        for one, other in pairs:
+            if active[one] and active[other]:
+                rank = {slot: (self.age[slot] > 0, float(mass[slot])) for slot in (one, other)}
+                active[min(rank, key=rank.__getitem__)] = False
+        self.active = active
+
+
+def _squared_distance(a: Float[Tensor, "N S"], b: Float[Tensor, "K S"]) -> Float[Tensor, "N K"]:
+    return (a.unsqueeze(1) - b).square().sum(-1)

@@ -1,0 +1,8 @@
+"""One page that shows what runs do. ``write_report(runs, out)`` writes it; ``slotlab view`` serves it."""
+
+from __future__ import annotations
+
+from slotlab.report.page import PageOptions
+from slotlab.report.write import Extras, write_report
+
+__all__ = ["Extras", "PageOptions", "write_report"]

@@ -1,0 +1,190 @@
+"""The report's charts as data; the page draws them as SVG, papers get them through matplotlib."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from featcache.report import StoreReport
+from featcache.stats import Float
+from slotlab.report.gather import Gathered, Logged, RunData
+from slotlab.timecurves import QUANTITIES
+
+# Not losses, though they are logged with them.
+OPTIMISATION = {
+    "learning_rate": ("Learning rate", "of Adam"),
+    "grad_norm": ("Gradient norm", "before clipping"),
+    "samples_per_second": ("Samples a second", "training alone"),
+    "wait_share": ("Waiting for data", "share of the time"),
+}
+UNDRAWN = ("step", "seconds", "warnings")
+LOSS_NAMES = {
+    "loss": ("Loss, total", "the weighted sum of its components"),
+    "feature_mse": ("Feature MSE", "1 is the mean predictor, where features are standardised"),
+    "cosine": ("Cosine", ""),
+    "temporal_similarity": ("Temporal similarity", "VideoSAUR"),
+    "slot_contrast": ("Slot contrast", "SlotContrast"),
+    "diversity": ("Diversity", ""),
+    "sharpness": ("Sharpness", ""),
+}
+MOST_POINTS = 400  # of a line
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line, with a band around it where there is one."""
+
+    colour: int  # position in the palette of lines
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]  # NaN breaks the line
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over one axis."""
+
+    key: str
+    title: str
+    why: str
+    x_label: str
+    series: tuple[Series, ...]
+    log_x: bool = False
+    log_y: bool = False
+    y_min: float | None = None
+    y_max: float | None = None
+
+    @property
+    def summary(self) -> str:
+        """What a reader who cannot see the chart is told."""
+        parts = []
+        for line in self.series:
+            known = [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
+            if known:
+                (x0, y0), (x1, y1) = known[0], known[-1]
+                parts.append(f"{line.label}: from {y0:.3g} at {x0:g} to {y1:.3g} at {x1:g}")
+        return f"{self.title} by {self.x_label}. " + "; ".join(parts)
+
+
+def training_charts(runs: Sequence[Logged]) -> list[Chart]:
+    """Total loss, each component, looks at the masks, and what the optimiser did, from metrics.jsonl."""
+    keys: list[str] = []
+    for run in runs:
+        for row in run.rows:
+            keys += [k for k, v in row.items() if k not in (*keys, *UNDRAWN) and isinstance(v, int | float)]
+    # A single component of weight one is the total itself.
+    redundant = {
+        k
+        for k in LOSS_NAMES
+        if k != "loss" and all(row.get(k) in (None, row.get("loss")) for r in runs for row in r.rows)
+    }
+    order = {name: n for n, name in enumerate((*LOSS_NAMES, "", *OPTIMISATION))}
+    keys = sorted((k for k in keys if k not in redundant), key=lambda k: order.get(k, order[""]))
+    return [training_chart(key, runs) for key in keys]
+
+
+def training_chart(key: str, runs: Sequence[Logged]) -> Chart:
+    """One column of metrics.jsonl over the steps."""
+    title, why = LOSS_NAMES.get(key) or OPTIMISATION.get(key) or look_name(key)
+    series = []
+    for n, run in enumerate(runs):
+        points = thinned([(row["step"], row[key]) for row in run.rows if isinstance(row.get(key), int | float)])
+        if points:
+            series.append(Series(n, run.name, [p[0] for p in points], [p[1] for p in points]))
+    return Chart(f"train-{key}", title, why, "step", tuple(series))
+
+
+def look_name(key: str) -> tuple[str, str]:
+    """Titles of the values that a look at the masks adds."""
+    known = {q.name: q.title for q in QUANTITIES}
+    name = key.removeprefix("eval_")
+    title = known.get(name, name.replace("_", " ").capitalize().replace("Fg ari", "FG-ARI"))
+    return title, "while training, on a few videos of the evaluation split" if name != key else ""
+
+
+def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most about ``MOST_POINTS`` of them, each the mean of its neighbours; the first and the last as they are."""
+    if len(points) <= MOST_POINTS:
+        return points
+    blocks = np.array_split(np.asarray(points[1:-1], float), MOST_POINTS - 2)
+    return [points[0], *((float(b[:, 0].mean()), float(b[:, 1].mean())) for b in blocks), points[-1]]
+
+
+def time_charts(runs: Sequence[RunData]) -> list[Chart]:
+    """Every quantity over the frame index; empty where no video has two frames."""
+    charts = []
+    for q in QUANTITIES:
+        series = []
+        for n, run in enumerate(runs):
+            curve = run.curves.get(q.name)
+            if curve is not None and np.isfinite(curve.mean).sum() > 1:
+                x = list(range(len(curve.mean)))
+                series.append(Series(n, run.name, x, curve.mean.tolist(), curve.low.tolist(), curve.high.tolist()))
+        if series:
+            low = min(0.0, *(float(np.nanmin(s.low)) for s in series)) if q.unit_interval else 0.0
+            high = 1.0 if q.unit_interval else None
+            charts.append(Chart(f"time-{q.name}", q.title, q.why, "frame", tuple(series), y_min=low, y_max=high))
+    return charts
+
+
+def scale_charts(reports: Sequence[StoreReport]) -> list[Chart]:
+    """The three panels of ``slotlab stats --plot``, of the stores that the runs were trained on."""
+    channels, norms, spectrum = [], [], []
+    for n, report in enumerate(reports):
+        curves, label = report.scale.curves, store_label(report)
+        std = np.sort(curves.channel_std)
+        rank = 100 * (np.arange(len(std)) + 0.5) / len(std)
+        channels.append(Series(n, label, *sampled(rank, std)))
+        norms.append(Series(n, label, *sampled(100 * curves.norm_levels, curves.norm_quantiles)))
+        share = 100 * curves.eigenvalues / max(curves.eigenvalues.sum(), np.finfo(float).tiny)
+        share = np.where(share > share[0] * 1e-6, share, np.nan)  # what rounding alone fills
+        spectrum.append(Series(n, label, *sampled(np.arange(1.0, len(share) + 1), share)))
+    if not reports:
+        return []
+    return [
+        Chart(
+            "scale-channels",
+            "Standard deviation of channels",
+            "which ones carry the scale",
+            "channels (%) below",
+            tuple(channels),
+            log_y=True,
+        ),
+        Chart(
+            "scale-norms", "Token norms", "a final step means outliers", "tokens (%) below", tuple(norms), log_y=True
+        ),
+        Chart(
+            "scale-spectrum",
+            "Spectrum, % of the variance",
+            "steep: few directions rule the loss, so whiten",
+            "principal direction",
+            tuple(spectrum),
+            log_x=True,
+            log_y=True,
+        ),
+    ]
+
+
+def store_label(report: StoreReport) -> str:
+    """A store and its tap, short."""
+    return f"{report.path.rsplit('/', 1)[-1]} · {report.tap}"
+
+
+def sampled(x: Float, y: Float) -> tuple[list[float], list[float]]:
+    """At most 120 of the points, both ends included."""
+    kept = np.unique(np.linspace(0, len(x) - 1, min(120, len(x))).round().astype(int))
+    return x[kept].tolist(), y[kept].tolist()
+
+
+def all_charts(gathered: Gathered) -> Mapping[str, list[Chart]]:
+    """Section -> its charts."""
+    return {
+        "training": training_charts(gathered.runs),
+        "time": time_charts(gathered.runs),
+        "scale": scale_charts(gathered.scales),
+    }

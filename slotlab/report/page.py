@@ -1,0 +1,144 @@
+"""The page: one HTML file with everything in it, and nothing that it would have to load."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from slotlab import palette
+from slotlab.report import charts, gallery, tables
+from slotlab.report.gather import Gathered, Logged, RunData
+from slotlab.report.provenance import environment, provenance
+from slotlab.report.svg import draw
+
+
+@dataclass(frozen=True)
+class PageOptions:
+    """What a reader may choose."""
+
+    title: str | None = None
+    videos: int = 6
+    rank: str = "mbo"  # the score by which videos are worst and best
+    frames: int = 48  # of a video, at most
+    command: str = ""  # that makes this page again
+    live: bool = False  # served, and refreshed while a run trains
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A run between its floors and its ceiling, in one score; positions in percent."""
+
+    name: str
+    colour: int
+    value: float
+    ceiling: float | None
+    floors: tuple[tuple[str, float], ...]
+
+    @property
+    def floor(self) -> float:
+        return max(value for _, value in self.floors)
+
+    @property
+    def share(self) -> float | None:
+        """How much of the way from the best floor to the ceiling the run has come."""
+        if self.ceiling is None or not self.floors or self.ceiling <= self.floor:
+            return None
+        return (self.value - self.floor) / (self.ceiling - self.floor)
+
+
+def ladder(runs: Sequence[RunData], key: str) -> list[Rung]:
+    """Every scored run in one score."""
+    rungs = []
+    for n, run in enumerate(runs):
+        found = run.evaluation
+        if found and found.get(key) is not None:
+            floors = [(tables.FLOORS.get(name, name), values.get(key)) for name, values in found["floor"].items()]
+            known = tuple((name, value) for name, value in floors if value is not None)
+            rungs.append(Rung(run.name, n, found[key], found["reference"].get(key), known))
+    return rungs
+
+
+def environment_of_templates() -> Environment:
+    """Jinja with the page's filters."""
+    env = Environment(
+        loader=PackageLoader("slotlab.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    env.filters["svg"] = lambda chart: Markup(draw(chart))
+    env.filters["script_json"] = script_json
+    env.filters["percent"] = lambda value: f"{100 * value:.2f}%"
+    return env
+
+
+def script_json(value: Any) -> Markup:
+    """JSON that may stand in a ``<script>``."""
+    return Markup(json.dumps(value, separators=(",", ":")).replace("<", "\\u003c").replace("&", "\\u0026"))
+
+
+def render(gathered: Gathered, options: PageOptions) -> str:
+    """The page as one string of HTML."""
+    runs = gathered.runs
+    cards = gallery.pack(runs, options.videos, options.rank, options.frames)
+    context: dict[str, Any] = {
+        "title": options.title or default_title(runs),
+        "options": options,
+        "runs": runs,
+        "cards": cards,
+        "data": {"cards": cards, "palette": colours(), "runs": [run.name for run in runs]},
+        "provenance": [provenance(run) for run in runs],
+        "environment": environment(),
+        "lines": list(zip(palette.LINES, palette.LINES_ON_DARK, strict=True)),
+        **sections(gathered),
+    }
+    return environment_of_templates().get_template("page.html.j2").render(context)
+
+
+def render_training(runs: Sequence[Logged]) -> str:
+    """The part of the page that changes with every logged row."""
+    template = environment_of_templates().get_template("training.html.j2")
+    return template.render(runs=runs, training=charts.training_charts(runs))
+
+
+def sections(gathered: Gathered) -> Mapping[str, Any]:
+    """Tables and charts."""
+    runs = gathered.runs
+    drawn = charts.all_charts(gathered)
+    return {
+        "state": tables.state,
+        "describe": tables.description,
+        "summary": tables.summary(runs),
+        "ladders": {
+            name: rungs for key, name in (("fg_ari", "FG-ARI"), ("mbo", "mBO")) if (rungs := ladder(runs, key))
+        },
+        "groups": tables.groups(runs),
+        "paired_table": tables.paired_runs(runs),
+        "masks_table": tables.masks_of(runs),
+        "videos_table": tables.videos(runs),
+        "scale_table": tables.scale(gathered.scales),
+        "config_table": tables.configuration(runs),
+        "training": drawn["training"],
+        "time": drawn["time"],
+        "scale": drawn["scale"],
+    }
+
+
+def colours() -> dict[str, list[palette.Rgb]]:
+    """What the canvases draw with."""
+    return {
+        "objects": [palette.rgb(c) for c in palette.OBJECTS],
+        "others": [palette.rgb(c) for c in palette.OTHERS],
+        "confidence": [palette.rgb(c) for c in palette.CONFIDENCE],
+    }
+
+
+def default_title(runs: Sequence[RunData]) -> str:
+    """Of a report that was given none."""
+    return runs[0].name if len(runs) == 1 else f"{len(runs)} runs"

@@ -1,0 +1,125 @@
+"""Where every number of a report comes from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from slotlab import checkpoint
+from slotlab.report.gather import RunData
+
+PACKAGES = ("slotlab", "torch", "numpy", "zarr", "scipy", "pillow", "matplotlib")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What some of the numbers are, the file that they were read from, and the command that makes them again."""
+
+    numbers: str
+    file: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Of one run: facts by name, and sources."""
+
+    name: str
+    facts: tuple[tuple[str, str], ...]
+    sources: tuple[Source, ...]
+    identity: tuple[tuple[str, str], ...]  # of the store, flat
+
+
+def provenance(run: RunData) -> Provenance:
+    """Facts and sources of one run."""
+    identity = json.loads(json.dumps(run.store.spec.identity()))
+    facts = [("run folder", str(run.path)), ("seed", str(run.config.seed))]
+    if run.step is not None:
+        weights = weights_file(run.path)
+        facts += [
+            ("checkpoint", f"step {run.step} of {run.config.optim.steps}, written {when(weights)}"),
+            ("model weights", f"{weights.relative_to(run.path)}, sha256 {digest_of_file(weights)}"),
+        ]
+    facts += [
+        ("feature store", str(run.store.path)),
+        ("store identity", f"sha256 {hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}"),
+        ("backbone", f"{run.store.spec.backbone}, tap {run.tap}"),
+        ("backbone weights", backbone_weights(run.store.spec.model)),
+        ("videos scored", f"split {run.split.name}, source fingerprint {run.split.spec.source_fingerprint}"),
+    ]
+    made = run.path / "summary.json"
+    if made.exists():
+        found = json.loads(made.read_text())
+        versions = ", ".join(f"{name} {value}" for name, value in found.get("versions", {}).items())
+        facts.append(("trained on", f"{found.get('device', '?')}, {found.get('processes', 1)} processes; {versions}"))
+    return Provenance(run.name, tuple(facts), tuple(sources(run)), tuple((k, str(v)) for k, v in identity.items()))
+
+
+def sources(run: RunData) -> list[Source]:
+    """The files that a run's numbers were read from, and commands."""
+    train = ("train", "--cache", run.store.path, "--config", run.path / "config.toml", "--out", f"{run.path}-again")
+    found = [Source("training curves", str(run.path / "metrics.jsonl"), command(*train))]
+    if run.evaluation is not None:
+        path = run.path / f"eval-{run.split.name}.json"
+        scored = ("eval", run.path, "--cache", run.store.path, "--split", run.split.name, "--json")
+        found.append(Source("scores, ceiling, floors, groups", f"{path}, written {when(path)}", command(*scored)))
+    stats = ("stats", run.store.path, "--split", run.config.data.train_split, "--json")
+    found.append(Source("feature scale", str(run.store.path), command(*stats)))
+    if run.loaded is not None:
+        report = ("report", run.path, "--split", run.split.name, "--json")
+        found.append(Source("curves over the frames, gallery", "computed for this report", command(*report)))
+    return found
+
+
+def environment() -> tuple[tuple[str, str], ...]:
+    """When and with what a report was made."""
+    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return (("made", made), ("versions", f"python {platform.python_version()}, {packages}"))
+
+
+def command(*words: object) -> str:
+    """A slotlab command as one would type it."""
+    return shlex.join(["slotlab", *map(str, words)])
+
+
+def report_command(runs: Sequence[Path], out: Path, options: Sequence[tuple[str, Any]]) -> str:
+    """The command that makes a report again."""
+    words: list[object] = ["report", *runs, "-o", out]
+    for name, value in options:
+        if value is not None:
+            words += [f"--{name}", value]
+    return command(*words)
+
+
+def weights_file(run: Path) -> Path:
+    """The weights that are evaluated: averaged ones where there are any."""
+    averaged = checkpoint.folder(run) / checkpoint.AVERAGE
+    return averaged if averaged.exists() else checkpoint.folder(run) / checkpoint.MODEL
+
+
+def backbone_weights(model: Any) -> str:
+    """Name and checksum of the frozen weights, as the store has them."""
+    parts = [str(model[key]) for key in ("library", "model_id", "weights_tag") if model.get(key)]
+    if model.get("weights_sha256"):
+        parts.append(f"sha256 {model['weights_sha256']}")
+    return ", ".join(parts) or "–"
+
+
+def digest_of_file(path: Path) -> str:
+    """Hex SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def when(path: Path) -> str:
+    """A file's time of writing."""
+    return datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC")

@@ -1,0 +1,143 @@
+"""A report served to this machine alone, that follows its runs while they train.
+
+The page asks ``/state`` every other second. When a row is logged it fetches ``/training``, the curves; when a
+checkpoint is written the whole page is made again in the background, and the reader's page reloads where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featcache.errors import FeatcacheError, UsageError
+from slotlab.report.gather import KnownReferences, Say, gather, logged
+from slotlab.report.page import PageOptions, render, render_training
+from slotlab.runs import read_rows
+
+HOST = "127.0.0.1"
+LOOK_SECONDS = 1.0  # between two looks at the run folders
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+
+
+@dataclass
+class LiveReport:
+    """The current page of some runs, and how new it is. One thread makes it, any number read it."""
+
+    runs: Sequence[Path]
+    split: str | None = None
+    cache: Path | None = None
+    options: PageOptions = field(default_factory=PageOptions)
+    device: torch.device | str = "cpu"
+    say: Say = lambda _: None
+    _page: str = ""
+    _made_of: str = ""  # the checkpoints that the page shows
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _known: KnownReferences = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.options = replace(self.options, live=True)
+
+    def refresh(self) -> None:
+        """Make the page, if the runs have new checkpoints; raises what :func:`gather` does."""
+        seen = stamp(self.runs, "checkpoint/state.json")
+        if seen != self._made_of:
+            gathered = gather(self.runs, self.split, self.cache, self.device, self.say, self._known)
+            self._page, self._made_of = render(gathered, self.options), seen
+
+    def follow(self) -> None:
+        """Refresh until :meth:`stop`. A checkpoint that is being replaced is read at the next look."""
+        while not self._stop.wait(LOOK_SECONDS):
+            try:
+                self.refresh()
+            except (FeatcacheError, OSError, ValueError) as error:
+                self.say(f"not refreshed: {error}")
+
+    def stop(self) -> None:
+        """End :meth:`follow`."""
+        self._stop.set()
+
+    def page(self) -> str:
+        """The page as it was last made."""
+        return self._page
+
+    def training(self) -> str:
+        """The curves as they are now."""
+        return render_training(logged(self.runs))
+
+    def state(self) -> dict[str, Any]:
+        """What has changed, for the page to compare, and one line for its reader."""
+        return {
+            "page": self._made_of,
+            "training": stamp(self.runs, "metrics.jsonl"),
+            "message": message(self.runs),
+        }
+
+
+def stamp(runs: Sequence[Path], file: str) -> str:
+    """Changes whenever one of the runs' files does."""
+    parts = []
+    for run in runs:
+        try:
+            found = (run / file).stat()
+            parts.append(f"{found.st_mtime_ns}.{found.st_size}")
+        except OSError:
+            parts.append("-")
+    return " ".join(parts)
+
+
+def message(runs: Sequence[Path]) -> str:
+    """How far the runs are."""
+    steps = [rows[-1]["step"] if (rows := read_rows(run / "metrics.jsonl")) else 0 for run in runs]
+    done = sum((run / "summary.json").exists() for run in runs)
+    if len(runs) == 1:
+        return "finished" if done else f"step {steps[0]}"
+    return f"{done} of {len(runs)} finished"
+
+
+def serve(report: LiveReport, port: int) -> ThreadingHTTPServer:
+    """A server for ``report`` on the loopback address, not yet running. ``UsageError`` where the port is taken."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            host = (self.headers.get("Host") or "").rsplit(":", 1)[0]
+            if host not in (HOST, "localhost"):  # another site's name that was made to point here
+                self.send_error(HTTPStatus.FORBIDDEN)
+                return
+            path = self.path.partition("?")[0]
+            if path == "/":
+                self.answer("text/html; charset=utf-8", report.page())
+            elif path == "/training":
+                self.answer("text/html; charset=utf-8", report.training())
+            elif path == "/state":
+                self.answer("application/json", json.dumps(report.state()))
+            else:
+                self.send_error(HTTPStatus.NOT_FOUND)
+
+        def answer(self, kind: str, text: str) -> None:
+            body = text.encode()
+            self.send_response(HTTPStatus.OK)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Cache-Control", "no-store")
+            self.send_header("Content-Security-Policy", POLICY)
+            self.send_header("X-Content-Type-Options", "nosniff")
+            self.end_headers()
+            with suppress(ConnectionError):  # a reader who has left
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            """Nothing: the page asks every other second."""
+
+    try:
+        return ThreadingHTTPServer((HOST, port), Handler)
+    except OSError as error:
+        raise UsageError(f"--port {port}: {error.strerror}; name another, or 0 for any free one") from error

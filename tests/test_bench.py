@@ -1,0 +1,200 @@
+"""The benchmarks: they measure what the trainer and the extractor do, and say it in the promised form."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import cli
+from featcache.bench import measure_stream
+from featcache.convert import ConvertOptions, convert
+from featcache.errors import UsageError
+from featcache.store import FeatureStore
+from featcache.stream import FeatureStream
+from slotlab import bench, checkpoint
+from slotlab.bench import GpuMonitor, Seconds, Trainee, convolution_backward_flops, measure_training
+from slotlab.config import Config, load_config
+from slotlab.models.registry import build_model
+from slotlab.train import train
+from tests.synthetic import DiscSource, make_store
+
+CPU = torch.device("cpu")
+SMALL = (  # for the synthetic store: 12 channels, a 4x4 grid
+    "model.slots=4", "model.slot_dim=8", "model.decoder.hidden=16", "model.slot_mlp_hidden=16", "optim.batch_size=4",
+    "optim.warmup_steps=0", "optim.decay=constant", "optim.learning_rate=1e-3",
+)  # fmt: skip
+SETS = tuple(part for override in SMALL for part in ("--set", override))
+
+
+def small(*overrides: str) -> Config:
+    return load_config("dinosaur", None, [*SMALL, *overrides])
+
+
+def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    cli.app(["bench", *arguments, "--json"], standalone_mode=False)
+    printed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return printed
+
+
+# -- streams -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["raw", "sharded"])
+def test_each_pattern_stands_beside_its_limit(tmp_path: Path, layout: str) -> None:
+    store = make_store(tmp_path / "raw.zarr", DiscSource({"train": (7, 6)}))
+    if layout == "sharded":
+        convert(store.path, tmp_path / "sharded.zarr", ConvertOptions("int8", shard_videos=2))
+        store = FeatureStore.open(tmp_path / "sharded.zarr")
+    rates = {rate.name: rate for rate in measure_stream(store["train"], "block1", rounds=1, batches=1)}
+    warm = {f"{job} {what}" for job in ("read", "stream") for what in ("clips 32x6", "clips 128x6", "frames 1024")}
+    assert set(rates) - {"cold frames", "cold videos"} == warm  # a temporary folder may be in memory
+    for rate in rates.values():
+        assert {"name", "bytes_per_s", "limit_bytes_per_s", "ratio"} <= rate.as_dict().keys()
+        if not rate.name.startswith("cold"):  # a median of several rounds, whatever was asked for
+            assert rate.ratio == pytest.approx(rate.bytes_per_s / rate.limit_bytes_per_s, abs=0.01)
+
+
+def test_the_parts_of_a_batch_are_timed_apart(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = FeatureStream(store["train"], "block1", batch_size=4)
+    gather = stream._readers[0].gather
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.02)
+        gather(*arguments)
+
+    monkeypatch.setattr(stream._readers[0], "gather", slow)
+    part = stream.batch_seconds(3)
+    assert part.read >= 0.02 and part.copy == 0
+    assert stream.samples_seen == 0, "measuring takes nothing from the stream"
+
+
+# -- training ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [(), ("optim.accumulate=2", "optim.ema=0.5"), ("optim.precision=bfloat16",)])
+def test_the_measured_step_is_the_trainer_s(store: FeatureStore, tmp_path: Path, more: tuple[str, ...]) -> None:
+    config = small("optim.steps=3", *more)
+    train(config, store, tmp_path / "run")
+    trained = build_model(config, store)
+    checkpoint.load_model(tmp_path / "run", trained, checkpoint.MODEL)
+
+    trainee = Trainee(config, store, CPU)
+    stream = FeatureStream(store["train"], "block1", batch_size=4, seed=config.seed)
+    for batch in stream:
+        trainee.step(batch.features)
+        if trainee.steps == 3:
+            break
+    for (name, expected), found in zip(trained.state_dict().items(), trainee.model.state_dict().values(), strict=True):
+        assert torch.equal(found, expected), name
+
+
+def test_training_is_reported_with_what_bounds_it(store: FeatureStore, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("--batch-size", "2", "--batch-size", "4")
+    fast = ("--steps", "2", "--rounds", "1", "--device", "cpu")
+    report = run_command(capsys, "train", "--cache", str(store.path), "--preset", "dinosaur", *SETS, *sizes, *fast)
+    two, four = report["patterns"]
+    assert [two["batch_size"], four["batch_size"]] == [2, 4]
+    assert four["flops_per_step"] == pytest.approx(2 * two["flops_per_step"], rel=0.01)
+    for pattern in (two, four):
+        assert pattern["ratio"] == pytest.approx(pattern["frames_per_s"] / pattern["limit_frames_per_s"])
+        assert pattern["flops_per_s"] == pytest.approx(
+            pattern["flops_per_step"] * pattern["samples_per_s"] / pattern["batch_size"]
+        )
+        assert pattern["flop_utilisation"] == pytest.approx(pattern["flops_per_s"] / pattern["matmul_flops_per_s"])
+        assert pattern["seconds"]["copy"] == 0 and pattern["bound"] in ("compute", "data")
+        assert 0 <= pattern["wait_share"] <= 1
+        assert pattern["gpu_utilisation"] is None and pattern["gpu_memory_bytes"] is None
+
+
+@pytest.mark.parametrize(("largest", "name"), [((2, 1, 1), "compute"), ((1, 2, 1), "data"), ((1, 1, 2), "copy")])
+def test_the_largest_part_bounds_the_step(largest: tuple[int, int, int], name: str) -> None:
+    assert Seconds(*largest).bound == name
+
+
+def test_a_table_is_printed_for_people(store: FeatureStore, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "train", "--cache", str(store.path), "--preset", "dinosaur", *SETS, "--steps", "1"]
+    cli.app([*command, "--rounds", "1", "--device", "cpu"], standalone_mode=False)
+    printed = capsys.readouterr().out
+    assert "batch 4" in printed and "bound by" in printed and "(float32)" in printed
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_convolutions_cost_their_forward_once_for_each_gradient(groups: int, transposed: bool) -> None:
+    features = torch.randn(2, 8, 5, 5, requires_grad=True)
+    weight = torch.randn(8, 8 // groups, 3, 3, requires_grad=True)
+    convolve = F.conv_transpose2d if transposed else F.conv2d
+    corrected = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    with FlopCounterMode(display=False) as forward:
+        convolve(features, weight, groups=groups)
+    sides = 5 if transposed else 3  # of what the products are summed over
+    assert forward.get_total_flops() == 2 * 2 * 8 * (8 // groups) * 9 * sides**2
+    with FlopCounterMode(display=False, custom_mapping=corrected) as both:
+        convolve(features, weight, groups=groups).sum().backward()
+    assert both.get_total_flops() == 3 * forward.get_total_flops()
+    with FlopCounterMode(display=False, custom_mapping=corrected) as one:
+        convolve(features.detach(), weight, groups=groups).sum().backward()
+    assert one.get_total_flops() == 2 * forward.get_total_flops()
+
+
+def test_a_batch_that_does_not_fit_is_one_line(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", full)
+    with pytest.raises(UsageError, match="--batch-size 4: does not fit in the memory of cpu; choose a smaller one"):
+        measure_training(small(), store, steps=1, rounds=1)
+    with pytest.raises(UsageError, match="--batch-size 4: must be a multiple of optim.accumulate, 3"):
+        measure_training(small("optim.accumulate=3"), store)
+
+
+def test_a_gpu_is_watched_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    busy = iter(range(10, 1000, 10))
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: asked.append(uuid) or "handle",
+        nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=next(busy)),
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=7 << 30),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
+    monkeypatch.setattr(bench, "SAMPLE_SECONDS", 0.01)
+    monitor = GpuMonitor(torch.device("cuda:1"))
+    for _ in range(2):  # rounds add up
+        with monitor:
+            time.sleep(0.1)
+    assert asked == ["GPU-1234"]
+    assert monitor.utilisation is not None and monitor.utilisation > 0.1
+    assert monitor.memory_bytes == 7 << 30
+
+
+def test_without_nvml_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # import fails
+    for device in ("cpu", "cuda"):
+        with GpuMonitor(torch.device(device)) as monitor:
+            pass
+        assert monitor.utilisation is None and monitor.memory_bytes is None
+
+
+# -- extraction --------------------------------------------------------------------------------------------
+
+
+def test_extraction_stands_beside_the_bare_model(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ("--backbone", "resnet18", "--weights", "random", "--input-size", "32", "--device", "cpu")
+    fixed = ("--videos", "1", "--rounds", "1", "--batch-size", "8", "--precision", "float32")
+    report = run_command(capsys, "extract", *model, *fixed)
+    (pattern,) = report["patterns"]
+    assert report["backbone"] == "resnet18" and pattern["name"] == "extract resnet18"
+    assert (pattern["frames"], pattern["batch_size"], pattern["precision"]) == (24, 8, "float32")
+    assert 0 < pattern["ratio"] == pytest.approx(pattern["frames_per_s"] / pattern["limit_frames_per_s"], rel=0.01)

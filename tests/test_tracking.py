@@ -1,0 +1,125 @@
+"""Slots keep their objects over a video: moving, entering, leaving, meeting."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from slotlab.draws import Draws
+from slotlab.models.clustering_model import ClusteringModel
+from slotlab.models.config import ClusteringConfig
+from slotlab.models.tracking import Tracker
+from slotlab.normalise import Normaliser
+
+SIDE, DIM = 10, 12
+Box = tuple[int, int]  # top left corner of a 2x2 object
+
+
+def model(**options: object) -> ClusteringModel:
+    torch.manual_seed(0)
+    small_grid = {"position_weight": 0.4, "new_slot_distance": 1.0, "merge_distance": 1.0}  # where a patch is wide
+    config = ClusteringConfig.model_validate({"slots": 6, "slot_dim": DIM, "hidden": 16, **small_grid, **options})
+    return ClusteringModel(config, Normaliser("none", DIM), (SIDE, SIDE))
+
+
+def video(*paths: list[Box | None]) -> tuple[Tensor, Tensor]:
+    """Tokens (T, N, D) of objects on paths (None: not there), and labels (T, N), 0 for the background."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(DIM, DIM, generator=generator))[0]
+    length = len(paths[0])
+    tokens = 0.2 * torch.randn(length, SIDE, SIDE, DIM, generator=generator)
+    labels = torch.zeros(length, SIDE, SIDE, dtype=torch.long)
+    for k, path in enumerate(paths):
+        for t, box in enumerate(path):
+            if box is not None:
+                y, x = box
+                labels[t, y : y + 2, x : x + 2] = k + 1
+                tokens[t, y : y + 2, x : x + 2] = 6 * directions[k]
+    return tokens.flatten(1, 2), labels.flatten(1)
+
+
+def slot_of(masks: Tensor, labels: Tensor, label: int) -> list[int | None]:
+    """The slot that holds most of an object in each frame; None where it is not there."""
+    hard = masks.argmax(1)  # (T, N)
+    return [
+        int(hard[t][labels[t] == label].mode().values) if bool((labels[t] == label).any()) else None
+        for t in range(len(masks))
+    ]
+
+
+def segment(clustering: ClusteringModel, tokens: Tensor) -> Tensor:
+    clustering.calibrate(tokens)
+    with torch.no_grad():
+        output = clustering.segment(tokens, Draws(0))
+    torch.testing.assert_close(output.masks.sum(1), torch.ones(tokens.shape[:2]))
+    return output.masks
+
+
+def test_slots_follow_objects_that_move_past_each_other() -> None:
+    one: list[Box | None] = [(1, x) for x in range(8)]
+    other: list[Box | None] = [(6, 8 - x) for x in range(8)]
+    tokens, labels = video(one, other)
+    masks = segment(model(), tokens)
+    seen = [slot_of(masks, labels, label) for label in (1, 2)]
+    assert all(len(set(slots)) == 1 for slots in seen) and seen[0][0] != seen[1][0]
+
+
+def test_an_object_that_enters_takes_a_slot_of_its_own() -> None:
+    stays: list[Box | None] = [(1, 1)] * 6
+    enters: list[Box | None] = [None] * 3 + [(6, 6)] * 3
+    tokens, labels = video(stays, enters)
+    masks = segment(model(), tokens)
+    first, second = (slot_of(masks, labels, label) for label in (1, 2))
+    assert len(set(first)) == 1
+    assert second[:3] == [None] * 3 and len(set(second[3:])) == 1 and second[3] not in (0, first[0])
+
+
+def test_a_slot_whose_object_left_is_free_again() -> None:
+    """Six objects one after the other in a model of two object slots."""
+    paths = [[(4, 4) if t == k else None for t in range(6)] for k in range(6)]
+    tokens, labels = video(*paths)
+    masks = segment(model(slots=3), tokens)
+    assert all(slot_of(masks, labels, k + 1)[k] not in (0, None) for k in range(6))
+
+
+@pytest.mark.parametrize("older", [0, 1])
+def test_of_two_slots_on_one_object_the_older_stays(older: int) -> None:
+    tokens, labels = video([(4, 4)])
+    clustering = model()
+    clustering.calibrate(tokens)
+    with torch.no_grad():
+        keys, objectness = clustering.encode(tokens)
+        tracker = Tracker.start(clustering.config, clustering.attend, keys.shape[-1])
+        middle = keys[0][labels[0] == 1].mean(0)
+        tracker.slots[:2] = middle + 0.01 * torch.randn(2, len(middle), generator=torch.Generator().manual_seed(0))
+        tracker.active[:2] = True
+        tracker.age[older] = 5
+        tracker.step(keys[0], objectness[0])
+    assert tracker.active.nonzero().flatten().tolist() == [older] and tracker.age[older] == 6
+
+
+def test_the_future_changes_nothing() -> None:
+    tokens, _ = video([(1, x) for x in range(6)], [(6, 8 - x) for x in range(6)])
+    clustering = model()
+    whole = segment(clustering, tokens)
+    with torch.no_grad():
+        part = clustering.segment(tokens[:3], Draws(0)).masks
+    torch.testing.assert_close(part, whole[:3])
+
+
+def test_an_empty_video_is_all_background() -> None:
+    tokens, _ = video([(4, 4)] * 2)
+    clustering = model()
+    clustering.calibrate(tokens)
+    empty = 0.1 * torch.randn(3, SIDE * SIDE, DIM, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        masks = clustering.segment(empty, Draws(0)).masks
+    assert float(masks[:, 0].min()) > 0.5
+
+
+@pytest.mark.parametrize("frames", [1, 2])
+def test_single_frames_are_videos_too(frames: int) -> None:
+    tokens, labels = video([(4, 4)] * frames)
+    masks = segment(model(), tokens)
+    assert all(slot not in (0, None) for slot in slot_of(masks, labels, 1))
