@@ -45,7 +45,7 @@ def cached_share(address: int, size: int) -> float:
     pages = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))
     if _libc.mincore(address, size, pages):
         return 0.0
-    return float((np.frombuffer(pages, np.uint8) & 1).mean())
+    return float((np.frombuffer(pages.raw, np.uint8) & 1).mean())
 
 
 def populate(address: int, size: int) -> None:

@@ -28,7 +28,8 @@ from slotlab.metrics import masks_to_labels
 from slotlab.models.base import Model, Output
 from slotlab.models.registry import empty_model, model_spec, model_tap
 from slotlab.pictures import Frames, as_frames
-from slotlab.refine import Method, refine as refine_masks
+from slotlab.refine import Method
+from slotlab.refine import refine as refine_masks
 
 Read = Callable[[npt.NDArray[np.uint8]], Tensor]  # frames (T, H, W, 3) to the model's input
 
@@ -114,9 +115,7 @@ def trained_spec(run: Path) -> StoreSpec:
     return StoreSpec.from_json(raw)
 
 
-def fine_labels(
-    masks: Tensor, pictures: npt.NDArray[np.uint8], method: Method | None = None
-) -> npt.NDArray[np.uint8]:
+def fine_labels(masks: Tensor, pictures: npt.NDArray[np.uint8], method: Method | None = None) -> npt.NDArray[np.uint8]:
     """Slot of each pixel (T, H, W) from masks on a grid (T, K, h, w), refined along the pictures' edges if asked."""
     size = (pictures.shape[1], pictures.shape[2])
     if method is None:

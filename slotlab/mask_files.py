@@ -137,7 +137,7 @@ def label_image(labels: npt.NDArray[np.uint8], slots: int) -> Image.Image:
 
 
 def overlay(masked: Masked) -> Pictures:
-    """Frames tinted by slot, slots parted by light lines; the one that holds the most pixels, as a background, is not."""
+    """Frames tinted by slot, with light lines between slots; the one with the most pixels, the background, is not."""
     pixels = np.bincount(masked.labels.ravel(), minlength=masked.slots)
     tint = np.where(np.arange(masked.slots) == pixels.argmax(), 0.0, TINT).astype(np.float32)  # (K,)
     colours = slot_colours(masked.slots).astype(np.float32)

@@ -28,7 +28,7 @@ def outline_scores(
     method: Method | None = None,
     binarisations: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """``boundaries`` of a run's masks beside its grid's reference, ``refined`` and ``binarised`` where asked; JSON-able.
+    """``boundaries`` of a run's masks beside its grid's reference; where asked, ``refined`` and ``binarised``.
 
     The reference is the ground truth brought to the grid and back, as in :mod:`slotlab.references`. ``refined`` are
     the scores of the masks after ``method``, their ``gain`` over the plain ones, and the seconds that refinement took.
@@ -100,9 +100,7 @@ def outlines_table(result: Mapping[str, Any]) -> Table:
     ]
     columns = ("masks", "boundary F", *CLASSES, "bleeding", *CLASSES)
     table = display.plain_table(columns, rows, f"outlines, within {boundaries['tolerance_px']} px")
-    spans = [
-        f"{name} {of['area_px'][0]}–{of['area_px'][1]} px" for name, of in boundaries["by_area"].items()
-    ]
+    spans = [f"{name} {of['area_px'][0]}–{of['area_px'][1]} px" for name, of in boundaries["by_area"].items()]
     table.caption = "objects by area: " + ", ".join(spans)
     return table
 

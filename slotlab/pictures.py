@@ -31,7 +31,7 @@ def as_frames(frames: Frames) -> npt.NDArray[np.uint8]:
     if isinstance(frames, str | os.PathLike):
         return read_path(Path(frames))
     if isinstance(frames, Image.Image):
-        return np.asarray(frames.convert("RGB"))[None]
+        return _checked(np.asarray(frames.convert("RGB")))
     if isinstance(frames, torch.Tensor):
         frames = frames.detach().cpu()
         if frames.ndim in (3, 4) and frames.shape[-1] != 3 and frames.shape[-3] == 3:
@@ -52,7 +52,8 @@ def as_frames(frames: Frames) -> npt.NDArray[np.uint8]:
 def _checked(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] != 3 or not array.size:
         raise UsageError(f"frames must be uint8 (H, W, 3) or (T, H, W, 3), not {array.dtype} {array.shape}")
-    return np.ascontiguousarray(array if array.ndim == 4 else array[None])
+    # Torch shares the memory, and wants it writable.
+    return np.require(array if array.ndim == 4 else array[None], requirements=["C", "W"])
 
 
 def read_path(path: Path) -> npt.NDArray[np.uint8]:
@@ -62,7 +63,7 @@ def read_path(path: Path) -> npt.NDArray[np.uint8]:
         if not files:
             raise DataError(f"{path}: no picture in it; known are {' '.join(sorted(IMAGES))}")
         return stack([_picture(file) for file in files], [str(file) for file in files])
-    return video_file.read_frames(path) if path.suffix.lower() in video_file.SUFFIXES else _picture(path)[None]
+    return video_file.read_frames(path) if path.suffix.lower() in video_file.SUFFIXES else _checked(_picture(path))
 
 
 def _picture(path: Path) -> npt.NDArray[np.uint8]:

@@ -3,7 +3,7 @@
 - ``guided``: the guided filter (He, Sun & Tang 2013, IEEE TPAMI 35(6)) in its fast form (He & Sun 2015,
   arXiv:1505.00996): in every window of about two patches, each mask is a linear function of the colour; the
   functions are found at three times the patch grid and applied to every pixel. Two rounds, with the masks sharpened
-  between them.
+  between them. Windows without any colour contrast, where the filter would only blur, leave the masks as they are.
 - ``crf``: mean field inference in a fully connected CRF (Krähenbühl & Koltun 2011, arXiv:1210.5644), by pydensecrf2
   on the CPU, frame by frame; needs the extra ``slotlab[crf]``.
 
@@ -37,7 +37,8 @@ class Guided:
 
     scales: tuple[int, ...] = (3, 3)  # of each round's grid, in patch grids
     radius: float = 1.0  # of the window, in patches
-    epsilon: float = 1e-5  # variance of colours in [0, 1] below which a window counts as flat
+    epsilon: float = 1e-5  # ridge on the colours, which are in [0, 1]
+    flat: float = 3e-4  # variance of a window's colours, of all channels, at which the filter counts half
     sharpening: float = 4.0  # power that masks are raised to between rounds
 
 
@@ -73,7 +74,7 @@ def refine(masks: Tensor, frames: Tensor, method: Method, parameters: Guided | C
     guided = parameters if isinstance(parameters, Guided) else Guided()
     height, width = frames.shape[1:3]
     step = max(1, _VALUES_A_CHUNK.get(masks.device.type, 2**24) // (4 * masks.shape[1] * height * width))
-    chunks = zip(masks.split(step), frames.split(step), strict=True)
+    chunks = zip(torch.split(masks, step), torch.split(frames, step), strict=True)
     return torch.cat([_guided(mask.float(), frame.to(masks.device), guided) for mask, frame in chunks])
 
 
@@ -88,29 +89,34 @@ def _guided(masks: Tensor, frames: Tensor, parameters: Guided) -> Tensor:
     guides = [F.interpolate(guide, size=size, mode="area") for size in sizes]
     for index, (coarse, fine) in enumerate(zip(guides, [*guides[1:], guide], strict=True)):
         if index:
-            masks = _normalised(masks ** parameters.sharpening)
+            masks = _normalised(masks**parameters.sharpening)
         down, along = coarse.shape[-2] / rows, coarse.shape[-1] / columns  # cells a patch
         radius = max(1, round(parameters.radius * down)), max(1, round(parameters.radius * along))
-        filtered = fast_guided_filter(masks, coarse, fine, radius, parameters.epsilon)
+        filtered = fast_guided_filter(masks, coarse, fine, radius, parameters.epsilon, parameters.flat)
         masks = _normalised(filtered.clamp(_SMALLEST, 1))
     return masks
 
 
-def fast_guided_filter(masks: Tensor, coarse: Tensor, fine: Tensor, radius: tuple[int, int], epsilon: float) -> Tensor:
+def fast_guided_filter(
+    masks: Tensor, coarse: Tensor, fine: Tensor, radius: tuple[int, int], epsilon: float, flat: float
+) -> Tensor:
     """Masks (B, K, h, w) as local linear functions of the guide, at the resolution of ``fine``: (B, K, H, W).
 
     ``coarse`` (B, 3, r, c) and ``fine`` (B, 3, H, W) are the guide in two sizes. The functions are fitted on the coarse
     one, in windows of ``2 * radius + 1`` of its cells (rows, columns), ridge-regularised by ``epsilon``: equations 19
-    to 21 of the TPAMI paper.
+    to 21 of the TPAMI paper. Where the guide's variance v is small, the masks stay: the filter counts v / (v + flat).
     """
     masks = F.interpolate(masks, size=coarse.shape[-2:], mode="bilinear")
     guide_mean, mask_mean = _window_mean(coarse, radius), _window_mean(masks, radius)
-    products = _window_mean((coarse.unsqueeze(1) * coarse.unsqueeze(2)).flatten(1, 2), radius).unflatten(1, (3, 3))
-    covariance = products - guide_mean.unsqueeze(1) * guide_mean.unsqueeze(2)  # (B, 3, 3, r, c)
+    products = _window_mean((coarse.unsqueeze(1) * coarse.unsqueeze(2)).flatten(1, 2), radius)
+    cells = coarse.shape[-2:]
+    outer = guide_mean.unsqueeze(1) * guide_mean.unsqueeze(2)
+    covariance = products.reshape(-1, 3, 3, *cells) - outer  # (B, 3, 3, r, c)
     ridge = epsilon * torch.eye(3, device=masks.device).view(1, 3, 3, 1, 1)
     inverse = torch.linalg.inv((covariance + ridge).permute(0, 3, 4, 1, 2))  # (B, r, c, 3, 3)
-    mixed = _window_mean((coarse.unsqueeze(2) * masks.unsqueeze(1)).flatten(1, 2), radius).unflatten(1, (3, -1))
-    mixed = mixed - guide_mean.unsqueeze(2) * mask_mean.unsqueeze(1)  # (B, 3, K, r, c)
+    mixed = _window_mean((coarse.unsqueeze(2) * masks.unsqueeze(1)).flatten(1, 2), radius)
+    outer = guide_mean.unsqueeze(2) * mask_mean.unsqueeze(1)
+    mixed = mixed.reshape(len(mixed), 3, -1, *cells) - outer  # (B, 3, K, r, c)
     slope = torch.einsum("brcij,bjkrc->bikrc", inverse, mixed)
     offset = mask_mean - (slope * guide_mean.unsqueeze(2)).sum(1)  # (B, K, r, c)
     # Each cell lies in many windows: their functions are averaged, then each pixel's is read between the cells.
@@ -119,7 +125,11 @@ def fast_guided_filter(masks: Tensor, coarse: Tensor, fine: Tensor, radius: tupl
     for channel in range(3):
         slopes = F.interpolate(_window_mean(slope[:, channel], radius), size=size, mode="bilinear")
         filtered.addcmul_(slopes, fine[:, channel : channel + 1])
-    return filtered
+    variance = covariance.diagonal(dim1=1, dim2=2).sum(-1).unsqueeze(1)  # (B, 1, r, c)
+    contrast = _window_mean(variance / (variance + flat), radius)
+    return F.interpolate(masks, size=size, mode="bilinear").lerp(
+        filtered, F.interpolate(contrast, size=size, mode="bilinear")
+    )
 
 
 def _window_mean(x: Tensor, radius: tuple[int, int]) -> Tensor:
@@ -159,4 +169,4 @@ def _crf(masks: Tensor, frame: Tensor, parameters: Crf) -> Tensor:
         compat=parameters.weight,
     )
     marginals = np.array(field.inference(parameters.iterations), np.float32)  # (K, H * W)
-    return torch.from_numpy(marginals).unflatten(1, (height, width))
+    return torch.from_numpy(marginals.reshape(-1, height, width))

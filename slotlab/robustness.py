@@ -10,9 +10,10 @@ with the same random draws as without. Compared are the masks that are published
   at all: 1 means the same partition.
 - **mask correlation**: mean Pearson correlation of the soft masks on the model's grid, matched for the largest total
   correlation, and divided likewise by the number of masks that vary at all.
-- **slot similarity**: mean cosine of the slot vectors that this second matching pairs.
+- **slot similarity**: mean cosine of the slot vectors that this second matching pairs, of masks that vary.
 - **slot diversity**: 1 - mean cosine between two slots of one frame (see :func:`slotlab.metrics.slot_similarity`).
 
+A model whose masks do not look at the picture is perfectly stable, so stability is to be read beside the scores.
 Each value is a mean over a video's frames, then over videos; intervals are bootstrapped over the videos.
 """
 
@@ -93,7 +94,11 @@ def robustness(
             progress("robustness", done, total)
     every = [rows for name, rows in values.items() if name != IDENTITY]
     mean_row = [
-        {key: float(np.nanmean([rows[v][key] for rows in every])) for key in every[0][v]} for v in range(len(videos))
+        {
+            key: float(torch.tensor([rows[v][key] for rows in every], dtype=torch.float64).nanmean())
+            for key in every[0][v]
+        }
+        for v in range(len(videos))
     ]
     return {
         "run": str(loaded.path),
@@ -182,7 +187,8 @@ def matched_correlation(before: View, after: View) -> tuple[Tensor, Tensor]:
     used = torch.maximum(varies_one.sum(1), varies_other.sum(1))  # (T,)
     cosine = F.normalize(before.slots, dim=-1) @ F.normalize(after.slots, dim=-1).transpose(1, 2)
     both = varies_one.unsqueeze(2) & varies_other.unsqueeze(1)
-    cosine = torch.where(both, cosine, torch.nan)
+    directed = (before.slots.norm(dim=-1) > 0).unsqueeze(2) & (after.slots.norm(dim=-1) > 0).unsqueeze(1)
+    cosine = torch.where(both & directed, cosine, torch.nan)  # a slot at the origin has no direction
     pairs = [match(table) for table in correlation]
     matched = torch.stack([table[pair].sum() for table, pair in zip(correlation, pairs, strict=True)])
     return matched / used.where(used > 0, torch.nan), torch.stack(

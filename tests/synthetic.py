@@ -23,6 +23,7 @@ class DiscSource:
     """Videos of coloured discs that drift over a noisy floor."""
 
     location = "synthetic discs"
+    masks = True  # whether its videos have ground truth
 
     def __init__(self, lengths: Mapping[str, tuple[int, ...]] | None = None, size: int = SIZE) -> None:
         self._lengths = dict(lengths or {"train": (4, 4, 3, 4, 2), "validation": (4, 4)})
@@ -90,7 +91,7 @@ def make_store(
             lengths = source.lengths(name)
             split = writer.split(
                 name,
-                SplitSpec(source.fingerprint(name), lengths, chunk_frames or max(lengths), (SIZE, SIZE), True),
+                SplitSpec(source.fingerprint(name), lengths, chunk_frames or max(lengths), (SIZE, SIZE), source.masks),
             )
             moments = Moments.empty(GRID[0] * GRID[1], DIM)
             for index in range(len(lengths)):

@@ -48,13 +48,13 @@ def test_dilation_is_a_disc(radius: int, seed: int) -> None:
 def test_boundary_f_equals_its_definition_on_whole_frames(seed: int, tolerance: int) -> None:
     """Against distances on the whole frame, which knows nothing of the part that shows the masks."""
     random = np.random.default_rng(seed)
-    truth, labels = square(24, *random.integers(0, 14, 2).tolist(), 6), square(24, *random.integers(0, 14, 2).tolist(), 7)
+    truth, labels = (
+        square(24, *random.integers(0, 14, 2).tolist(), 6),
+        square(24, *random.integers(0, 14, 2).tolist(), 7),
+    )
     slots = torch.tensor([[1]])
     edges = [outline(x[0] == 1).numpy() for x in (labels, truth)]
-    shares = [
-        (distance_transform_edt(~other)[edge] <= tolerance + 1e-9).mean()
-        for edge, other in (edges, edges[::-1])
-    ]
+    shares = [(distance_transform_edt(~other)[edge] <= tolerance + 1e-9).mean() for edge, other in (edges, edges[::-1])]
     expected = 2 * shares[0] * shares[1] / sum(shares) if sum(shares) else 0.0
     assert float(boundary_f(labels, truth, slots, tolerance)[0, 0]) == pytest.approx(expected)
 

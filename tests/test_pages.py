@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def test_large_host_buffers_ask_for_huge_pages() -> None:
     buffer = pages.host_empty((4 * HUGE,), torch.int8)
     assert buffer.data_ptr() % HUGE == 0
     blocks = Path("/proc/self/smaps").read_text().split("VmFlags:")
-    for block, flags in zip(blocks, blocks[1:], strict=False):
+    for block, flags in pairwise(blocks):
         span = next(line for line in block.splitlines() if "-" in line.split(" ")[0] and ":" not in line.split(" ")[0])
         first, last = (int(part, 16) for part in span.split(" ")[0].split("-"))
         if first <= buffer.data_ptr() < last:

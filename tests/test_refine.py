@@ -18,8 +18,8 @@ from slotlab.config import load_config
 from slotlab.evaluate import evaluate, load_run
 from slotlab.metrics import mask_tables, masks_to_labels, object_iou
 from slotlab.outlines import outline_scores
-from slotlab.refine import Guided, Method, refine
 from slotlab.references import grid_masks
+from slotlab.refine import Guided, Method, refine
 from slotlab.train import train
 
 METHODS: list[Method] = ["guided", "crf"]

@@ -74,6 +74,12 @@ def test_mask_correlation_by_hand() -> None:
     assert float(cosine) == pytest.approx(1), "of the pairs whose masks vary: the first slot and itself"
 
 
+def test_a_slot_at_the_origin_has_no_direction_to_compare() -> None:
+    before = view(0)
+    before.slots[:, 2] = 0
+    assert compare(before, before)["slot_similarity"] == pytest.approx(1)
+
+
 def test_masks_that_never_vary_have_no_correlation() -> None:
     flat = View(torch.full((1, 2, 4), 0.5).double(), torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 2, 3).double())
     assert all(bool(values.isnan().all()) for values in matched_correlation(flat, flat))

@@ -118,12 +118,15 @@ def pack_run(run: RunData, position: int, video: int, kept: npt.NDArray[np.int64
     masks = run.loaded.segment(run.split, video).masks[torch.from_numpy(kept)].float().cpu()  # (T, K, N)
     found = run.traces[video]
     scores = (run.evaluation or {}).get("by_video", {}).get(run.split.manifest[video].id, {})
+    bits = 8 if max(grid) >= FINE_GRID else 16
+    codes, ranges = quantised(masks, bits)
     return {
         "run": position,
         "slots": masks.shape[1],
         "grid": list(grid),
-        "bits": 8 if max(grid) >= FINE_GRID else 16,
-        "masks": packed(quantised(masks, 8 if max(grid) >= FINE_GRID else 16)),
+        "bits": bits,
+        "masks": packed(codes),
+        "ranges": ranges,
         "matches": found.matches[kept].tolist(),
         "mass": [[round(float(v), 4) for v in frame] for frame in masks.mean(-1)],
         "scores": {key: scores.get(key) for key in ("fg_ari", "mbo")},
@@ -131,10 +134,17 @@ def pack_run(run: RunData, position: int, video: int, kept: npt.NDArray[np.int64
     }
 
 
-def quantised(masks: Tensor, bits: int) -> npt.NDArray[Any]:
-    """Masks in [0, 1] as unsigned integers of 8 or 16 bits (little-endian)."""
-    codes: npt.NDArray[Any] = (masks.clamp(0, 1) * (2**bits - 1)).round().numpy()
-    return codes.astype("u1" if bits == 8 else "<u2")
+def quantised(masks: Tensor, bits: int) -> tuple[npt.NDArray[Any], list[list[float]]]:
+    """Masks (T, ...) as unsigned integers of 8 or 16 bits (little-endian), and each frame's least and largest value.
+
+    A frame's codes span its own range, so that masks that hardly differ (a softmax that is still flat) keep their
+    order too; upsampling commutes with that, so the largest slot of a pixel is decided as if on the values.
+    """
+    flat = masks.flatten(1).double()
+    low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
+    share = (flat - low) / (high - low).clamp_min(torch.finfo(torch.float64).tiny)
+    codes: npt.NDArray[Any] = (share * (2**bits - 1)).round().numpy().reshape(masks.shape)
+    return codes.astype("u1" if bits == 8 else "<u2"), torch.cat([low, high], 1).tolist()
 
 
 def packed(values: npt.NDArray[Any]) -> str:

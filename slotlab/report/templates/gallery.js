@@ -40,25 +40,26 @@ class RunView {
     Object.assign(this, packed);
     [this.height, this.width] = size;
     this.values = packed.bits === 16 ? new Uint16Array(masks.buffer) : masks;
-    this.scale = 1 / (2 ** packed.bits - 1);
+    this.levels = 2 ** packed.bits - 1;
     this.rows = between(this.grid[0], this.height);
     this.columns = between(this.grid[1], this.width);
     this.decided = new Map();
   }
 
-  /* One slot's soft mask at every pixel: Float32Array(height * width). */
+  /* One slot's soft mask at every pixel: Float64Array(height * width), as flat masks differ late in their digits. */
   soft(t, slot) {
     const [rows, columns] = this.grid, { width, height } = this;
+    const [least, largest] = this.ranges[t], step = (largest - least) / this.levels;
     const start = (t * this.slots + slot) * rows * columns;
     const [left, right, across] = this.columns, [above, below, down] = this.rows;
-    const wide = new Float32Array(rows * width);
+    const wide = new Float64Array(rows * width);
     for (let r = 0; r < rows; r++) {
       for (let x = 0; x < width; x++) {
         const a = this.values[start + r * columns + left[x]], b = this.values[start + r * columns + right[x]];
-        wide[r * width + x] = (a + (b - a) * across[x]) * this.scale;
+        wide[r * width + x] = least + (a + (b - a) * across[x]) * step;
       }
     }
-    const fine = new Float32Array(width * height);
+    const fine = new Float64Array(width * height);
     for (let y = 0; y < height; y++) {
       const a = above[y] * width, b = below[y] * width, share = down[y];
       for (let x = 0; x < width; x++) fine[y * width + x] = wide[a + x] + (wide[b + x] - wide[a + x]) * share;
@@ -157,7 +158,7 @@ class Card {
     for (const canvas of this.element.querySelectorAll("canvas")) {
       const run = canvas.dataset.panel === "run" ? Number(canvas.dataset.run) : null;
       const mode = run === null ? canvas.dataset.panel : view.mode;
-      canvas.getContext("2d").putImageData(this.picture(mode, run), 0, 0);
+      canvas.getContext("2d", { willReadFrequently: true }).putImageData(this.picture(mode, run), 0, 0);
     }
     if (this.slider) this.slider.setAttribute("aria-valuetext", `frame ${this.packed.indices[t] + 1} of ${this.packed.total}`);
     const count = this.element.querySelector(".frame-number");

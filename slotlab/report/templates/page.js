@@ -56,8 +56,13 @@ function showTip(svg, x) {
     line.appendChild(document.createElement("b")).textContent = row.point[3];
   }
   tip.hidden = false;
+  tip.dataset.x = nearest[0];
+  placeTip(svg);
+}
+
+function placeTip(svg) {
   const box = svg.getBoundingClientRect(), scale = box.width / svg.viewBox.baseVal.width;
-  const left = box.left + nearest[0] * scale, width = tip.offsetWidth;
+  const left = box.left + Number(tip.dataset.x) * scale, width = tip.offsetWidth;
   tip.style.left = `${left + 14 + width > innerWidth ? left - 14 - width : left + 14}px`;
   tip.style.top = `${Math.max(60, box.top + 8)}px`;
 }
@@ -80,7 +85,10 @@ document.addEventListener("pointerout", (event) => {
   if (svg && !svg.contains(event.relatedTarget)) hideTip(svg);
 });
 document.addEventListener("focusout", (event) => { const svg = chartOf(event); if (svg) hideTip(svg); });
-document.addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
+document.addEventListener("scroll", () => {
+  if (cursor === null) tip.hidden = true;
+  else placeTip(document.activeElement);
+}, { passive: true });
 document.addEventListener("keydown", (event) => {
   const svg = chartOf(event);
   if (!svg || !["ArrowLeft", "ArrowRight", "Escape"].includes(event.key)) return;

@@ -1,0 +1,132 @@
+"""Every preset on one store for the same wall time, several seeds: which recipe gives the best masks?
+
+``python -m benchmarks.peers --cache cache/dinov2.zarr --seconds 240 --seeds 3 --out peers``
+
+Each run takes one thread; ``--workers`` of them run side by side. A run's number of steps is what fits into the time,
+by its own step time measured just before, so that its learning-rate schedule ends when the time does. Finished runs
+are kept: a second call goes on, and more seconds are another folder.
+
+The published batches (64 to 512 frames) allow a CPU a handful of steps in such a time, so the peers get
+``--peer-frames`` a step instead, which serves them better; learning rates stay, but where a preset scales its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from slotlab.config import Config, load_config
+
+PRESETS = ("default", "dinosaur", "dinosaur-ar", "savi-dinosaur", "videosaur", "slotcontrast", "pixel")
+OURS = ("default", "demo")
+SCORES = ("fg_ari", "mbo", "fg_ari_video", "mbo_video", "effective_slots")
+MEASURED_STEPS = 6
+
+
+def seconds_a_step(config: Config, cache: Path) -> float:
+    """Median time of a step, without the first."""
+    from featcache.store import FeatureStore
+    from slotlab.train import train
+
+    ends: list[float] = []
+    brief = config.model_copy(
+        update={"log_every": 1, "optim": config.optim.model_copy(update={"steps": MEASURED_STEPS})}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        train(brief, FeatureStore.open(cache), Path(folder) / "run", report=lambda _: ends.append(time.perf_counter()))
+    return statistics.median(b - a for a, b in itertools.pairwise(ends))
+
+
+def one(
+    preset: str, seed: int, cache: Path, seconds: float, out: Path, peer_frames: int, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """Train and score a run; a line of the table."""
+    import torch
+
+    from featcache.store import FeatureStore
+    from slotlab.evaluate import evaluate, load_run
+    from slotlab.train import train
+
+    torch.set_num_threads(1)
+    run = out / f"{preset}-seed{seed}"
+    done = run / "peer.json"
+    if not done.exists():
+        if not (run / "config.toml").exists():
+            config = load_config(preset, None, overrides, seed=seed)
+            if preset not in OURS:
+                batch = max(1, peer_frames // config.data.clip)
+                config = config.model_copy(update={"optim": config.optim.model_copy(update={"batch_size": batch})})
+            steps = max(2, round(seconds / seconds_a_step(config, cache)))
+            # The warm-up keeps its share of a run that is shorter than the published one.
+            warmup = min(config.optim.warmup_steps, steps // 10)
+            optim = config.optim.model_copy(update={"steps": steps, "warmup_steps": warmup})
+            config = config.model_copy(update={"optim": optim, "log_every": 50, "checkpoint_every": 500})
+        else:
+            from slotlab.checkpoint import load_run_config
+
+            config = load_run_config(run)
+        train(config, FeatureStore.open(cache), run, resume=(run / "config.toml").exists())
+        result = evaluate(load_run(run))
+        summary = json.loads((run / "summary.json").read_text())
+        frames = config.optim.steps * config.optim.batch_size * config.data.clip
+        row = {"preset": preset, "seed": seed, "seconds": summary["seconds"], "frames": frames}
+        row |= {"steps": config.optim.steps} | {key: result[key] for key in SCORES}
+        done.write_text(json.dumps(row))
+    found: dict[str, Any] = json.loads(done.read_text())
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Mean over seeds, and the lowest to the highest, as Markdown."""
+    lines = ["| preset | seeds | seconds | frames seen | FG-ARI | mBO | FG-ARI video | mBO video |", "|---" * 8 + "|"]
+    for preset in dict.fromkeys(row["preset"] for row in rows):
+        mine = [row for row in rows if row["preset"] == preset]
+
+        def spread(key: str, mine: list[dict[str, Any]] = mine) -> str:
+            values = [row[key] for row in mine]
+            return f"{statistics.mean(values):.3f} ({min(values):.3f}–{max(values):.3f})"
+
+        scores = " | ".join(spread(key) for key in SCORES[:4])
+        seconds = statistics.mean(row["seconds"] for row in mine)
+        frames = statistics.mean(row["frames"] for row in mine)
+        lines.append(f"| {preset} | {len(mine)} | {seconds:.0f} | {frames:.0f} | {scores} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=Path("cache/dinov2.zarr"))
+    parser.add_argument("--presets", nargs="+", default=PRESETS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1800)
+    parser.add_argument("--peer-frames", type=int, default=32)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("peers"))
+    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="KEY=VALUE")
+    options = parser.parse_args()
+    rows = []
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        jobs = [
+            pool.submit(
+                one, preset, seed, options.cache, options.seconds, options.out, options.peer_frames, options.overrides
+            )
+            for seed in range(options.seeds)
+            for preset in options.presets
+        ]
+        for job in jobs:
+            rows.append(job.result())
+            print(json.dumps(rows[-1]), flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
