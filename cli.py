@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from featcache.errors import DataError, FeatcacheError, UsageError
-from slotlab.commands import bench, experiments, masks, stores
+from slotlab.commands import bench, experiments, masks, robustness, stores
 from slotlab.commands.options import CACHE_FOLDER, Cache, Device, Dtype, Json, Precision, Refine, print_json
 
 app = typer.Typer(
@@ -296,6 +296,7 @@ app.command()(stores.weights)
 app.command()(stores.doctor)
 app.command()(masks.masks)
 app.command()(masks.segment)
+app.command()(robustness.robustness)
 app.command()(experiments.compare)
 app.command()(experiments.ablate)
 app.command()(experiments.table)

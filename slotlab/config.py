@@ -93,6 +93,8 @@ class Config(Section):
             raise ValueError("data.clip above 1 needs a model of video: set model.predictor.kind")
         if recurrent and self.data.clip == 1:
             raise ValueError("model.predictor needs clips: set data.clip to 2 or more")
+        if self.loss.temporal_similarity and self.model.kind != "slot_attention":
+            raise ValueError("loss.temporal_similarity needs model.kind = slot_attention, whose decoders predict it")
         if self.loss.temporal_similarity and self.data.clip <= self.loss.similarity_shift:
             raise ValueError("loss.temporal_similarity needs data.clip above loss.similarity_shift")
         if self.loss.slot_contrast and not recurrent:

@@ -42,6 +42,9 @@ def test_configuration_is_frozen() -> None:
         ("model.decoder=cnn", "model.decoder: no such key"),  # not one of this kind of model
         ("model.kind=slot_attention", "data.clip above 1 needs a model of video"),
         ("model.kind=perceiver", "model: Input tag 'perceiver'"),
+        ("loss.temporal_similarity=0.1", "loss.temporal_similarity needs model.kind = slot_attention"),
+        ("loss.slot_contrast=0.5", "loss.slot_contrast needs slots carried over clips"),
+        ("data.tap=video", "model.kind = pixel goes with data.tap = video"),
         ("model.slots", "write it as key=value"),
     ],
 )

@@ -35,7 +35,7 @@ from slotlab.report.charts import Chart, Series, thinned
 from slotlab.report.gallery import frame_indices, packed, quantised
 from slotlab.report.gather import gather, names
 from slotlab.report.server import LiveReport, serve
-from slotlab.report.svg import draw, ticks
+from slotlab.report.svg import draw, labels, ticks
 from slotlab.timecurves import identity_switches, over_videos, slot_persistence, trace
 from tests.reporting import NoMasks, disc_store, make_run
 from tests.synthetic import make_store
@@ -276,6 +276,14 @@ def test_ticks_are_round_and_inside(low: float, width: float, count: int) -> Non
     slack = 1e-6 * (abs(low) + width)
     assert 1 <= len(found) <= count + 1
     assert all(low - slack <= value <= low + width + slack for value in found) and found == sorted(found)
+    assert len(set(labels(found))) == len(found)
+
+
+def test_tick_labels_are_short() -> None:
+    assert labels([0.0, 0.00025, 0.0005]) == ["0", "2.5e-4", "5e-4"]
+    assert labels([0.0, 0.25, 0.5, 1.0]) == ["0", "0.25", "0.5", "1"]
+    assert labels([0.999926, 0.9999262]) == ["0.999926", "0.9999262"]
+    assert labels([0, 50_000, 100_000, 2_500_000]) == ["0", "50k", "100k", "2.5M"]
 
 
 def test_a_chart_breaks_at_what_is_not_defined() -> None:

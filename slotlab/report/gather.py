@@ -152,11 +152,13 @@ def evaluation_of(
 
 
 def current_evaluation(path: Path, loaded: LoadedRun, step: int) -> dict[str, Any] | None:
-    """The scores in a file, or None if they are of an earlier checkpoint or another store."""
+    """The scores in a file, or None if they are of an earlier checkpoint, another store, or not all there."""
     try:
         found = json.loads(path.read_text())
         written = path.stat().st_mtime
     except (OSError, ValueError):
+        return None
+    if "confidence" not in found:  # of an earlier version, without intervals and parts
         return None
     same = found.get("step") == step and Path(found.get("cache", "")).resolve() == loaded.store.path.resolve()
     trained = (checkpoint.folder(loaded.path) / "state.json").stat().st_mtime

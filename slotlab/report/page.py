@@ -16,6 +16,8 @@ from slotlab.report.gather import Gathered, Logged, RunData
 from slotlab.report.provenance import environment, provenance
 from slotlab.report.svg import draw
 
+NAMED_RUNS = 3  # that a title of its own names
+
 
 @dataclass(frozen=True)
 class PageOptions:
@@ -91,6 +93,7 @@ def render(gathered: Gathered, options: PageOptions) -> str:
         "title": options.title or default_title(runs),
         "options": options,
         "runs": runs,
+        "coverage": coverage(runs),
         "cards": cards,
         "data": {"cards": cards, "palette": colours(), "runs": [run.name for run in runs]},
         "provenance": [provenance(run) for run in runs],
@@ -141,4 +144,10 @@ def colours() -> dict[str, list[palette.Rgb]]:
 
 def default_title(runs: Sequence[RunData]) -> str:
     """Of a report that was given none."""
-    return runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    return ", ".join(run.name for run in runs) if len(runs) <= NAMED_RUNS else f"{len(runs)} runs"
+
+
+def coverage(runs: Sequence[RunData]) -> str:
+    """What was looked at."""
+    seen = dict.fromkeys((r.split.name, len(r.split.videos), r.split.frames) for r in runs)
+    return "; ".join(f"split {name}, {videos} videos, {frames} frames" for name, videos, frames in seen)

@@ -32,19 +32,19 @@ def draw(chart: Chart) -> str:
     )  # fmt: skip
     x_of = scale(x0, x1, LEFT, WIDTH - RIGHT, chart.log_x)
     y_of = scale(y0, y1, HEIGHT - BOTTOM, TOP, chart.log_y)
+    data = json.dumps(points(chart, x_of, y_of), separators=(",", ":"))
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" tabindex="0" '
-        f'aria-label="{escape(chart.summary)}" data-chart="{escape(json.dumps(points(chart, x_of, y_of)))}">'
+        f'aria-label="{escape(chart.summary)}" data-chart="{escape(data)}">'
     ]
-    for value in ticks(y0, y1, 5, chart.log_y):
+    y_ticks, x_ticks = ticks(y0, y1, 5, chart.log_y), ticks(x0, x1, 6, chart.log_x)
+    for value, label in zip(y_ticks, labels(y_ticks), strict=True):
         y = y_of(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{short(value)}</text>')
-    for value in ticks(x0, x1, 6, chart.log_x):
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{label}</text>')
+    for value, label in zip(x_ticks, labels(x_ticks), strict=True):
         x = x_of(value)
-        parts.append(
-            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{short(value)}</text>'
-        )
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{label}</text>')
     parts.append(
         f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>'
         f'<text class="axis-label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">'
@@ -120,16 +120,27 @@ def ticks(low: float, high: float, count: int, log: bool) -> list[float]:
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def short(value: float) -> str:
-    """A tick's label."""
+def labels(values: Sequence[float]) -> list[str]:
+    """Ticks in as few digits as tell them apart."""
+    for digits in range(1, 16):
+        found = [short(value, digits) for value in values]
+        if all(abs(float(f"{v:.{digits}g}") - v) <= 1e-9 * max(map(abs, values)) for v in values):
+            return found
+    return [repr(value) for value in values]
+
+
+def short(value: float, digits: int) -> str:
+    """A number of so many digits, with k and M for thousands and millions."""
     size = abs(value)
     if size >= 1e6:
-        return f"{value / 1e6:g}M"
+        return f"{value / 1e6:.{digits}g}M"
     if size >= 1e4:
-        return f"{value / 1e3:g}k"
-    if 1e-9 < size < 1e-3:
-        return f"{value:.1e}".replace("e-0", "e-").replace(".0e", "e")
-    return f"{round(value, 9):.6g}"
+        return f"{value / 1e3:.{max(digits, 3)}g}k"
+    if size < 1e-12:
+        return "0"
+    if size < 1e-3:
+        return f"{value:.{digits - 1}e}".replace("e-0", "e-").replace(".0e", "e")
+    return f"{float(f'{value:.{digits}g}'):g}" if digits <= 6 else f"{value:.{digits}g}"
 
 
 def path(x: Sequence[float], y: Sequence[float], x_of: Scale, y_of: Scale) -> str:

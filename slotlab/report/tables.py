@@ -60,13 +60,13 @@ def number(value: Any, digits: int = 3) -> Cell:
     """A score; a dash where it is not defined."""
     if value is None:
         return Cell("–")
-    return Cell(f"{value:.{digits}f}" if isinstance(value, float) else f"{value}", float(value))
+    return Cell(f"{value:.{digits}f}".replace("-", "−") if isinstance(value, float) else f"{value}", float(value))
 
 
 def scored(values: Mapping[str, Any], key: str, confidence: Mapping[str, Any] | None) -> Cell:
     """A score with its confidence interval, where there is one."""
     interval = (confidence or {}).get(key)
-    detail = f"{interval[0]:.3f}–{interval[1]:.3f}" if interval else ""
+    detail = f"{interval[0]:.3f}–{interval[1]:.3f}".replace("-", "−") if interval else ""
     return replace(number(values.get(key)), detail=detail)
 
 
@@ -223,10 +223,11 @@ def paired_runs(runs: Sequence[RunData]) -> Table | None:
         for key in ("fg_ari", "mbo"):
             if key in found:
                 item = found[key]
-                interval = f"{item['low']:+.3f} to {item['high']:+.3f}" if item["low"] is not None else ""
+                low, high = item["low"], item["high"]
+                interval = f"{signed(low)} to {signed(high)}" if low is not None else ""
                 cells = (
-                    Cell(f"{item['difference']:+.3f}", item["difference"], interval),
-                    Cell(f"{item['p']:.2g}", item["p"]),
+                    Cell(signed(item["difference"]), item["difference"], interval),
+                    Cell(f"{item['p']:.3f}" if item["p"] >= 0.001 else "< 0.001", item["p"]),
                     Cell(f"{item['ahead']} of {item['videos']}", item["ahead"]),
                 )
                 rows.append(Row(f"{SCORES[key]} · {run.name}", cells, colour=n))
@@ -236,6 +237,11 @@ def paired_runs(runs: Sequence[RunData]) -> Table | None:
     )
     title = f"Against {first.name}"
     return Table("paired", title, ("difference", "p", "videos ahead"), tuple(rows), "score", note) if rows else None
+
+
+def signed(value: float) -> str:
+    """With its sign, a true minus."""
+    return f"{value:+.3f}".replace("-", "−")
 
 
 def videos(runs: Sequence[RunData]) -> Table | None:
