@@ -21,6 +21,7 @@ bench: $(VENV)/.installed
 	$(BIN)/slotlab bench stream --cache cache/dinov2.zarr
 	$(BIN)/slotlab bench train --cache cache/dinov2.zarr --preset demo
 	$(BIN)/python -m benchmarks.train
+	$(BIN)/python -m benchmarks.step
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

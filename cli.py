@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from featcache.errors import DataError, FeatcacheError, UsageError
-from slotlab.commands import bench, experiments, masks, robustness, stores
+from slotlab.commands import bench, experiments, masks, report, robustness, stores
 from slotlab.commands.options import CACHE_FOLDER, Cache, Device, Dtype, Json, Precision, Refine, print_json
 
 app = typer.Typer(
@@ -193,17 +193,17 @@ def train(
 
     run = out or Path("runs") / f"{cache.stem}-{preset}-{settings.seed}"
     store = FeatureStore.open(cache)
-    reports = [context.with_resource(display.training_display(settings.optim.steps))]
+    shown = [context.with_resource(display.training_display(settings.optim.steps))]
     if tensorboard:
         from slotlab.tensorboard import events
 
-        reports.append(context.with_resource(events(run, resume)))
+        shown.append(context.with_resource(events(run, resume)))
 
-    def report(row: dict[str, Any]) -> None:
-        for each in reports:
+    def tell(row: dict[str, Any]) -> None:
+        for each in shown:
             each(row)
 
-    run_train(settings, store, run, resume=resume, init_from=init_from, device=pick_device(device), report=report)
+    run_train(settings, store, run, resume=resume, init_from=init_from, device=pick_device(device), report=tell)
     if is_leader():
         display.out.print(f"{run}: trained. Next: slotlab eval {run}")
 
@@ -297,6 +297,8 @@ app.command()(stores.doctor)
 app.command()(masks.masks)
 app.command()(masks.segment)
 app.command()(robustness.robustness)
+app.command()(report.report)
+app.command()(report.view)
 app.command()(experiments.compare)
 app.command()(experiments.ablate)
 app.command()(experiments.table)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from slotlab import display
 from slotlab.binarise import BinarisedScores, parse_binarisation
-from slotlab.boundaries import CLASSES, BoundaryScores
+from slotlab.boundaries import BoundaryScores
 from slotlab.draws import Draws
 from slotlab.evaluate import LoadedRun, count_labels, on_grid
 from slotlab.metrics import masks_to_labels
@@ -82,27 +82,20 @@ def _difference(after: float | None, before: float | None) -> float | None:
 
 
 def outlines_table(result: Mapping[str, Any]) -> Table:
-    """What :func:`outline_scores` found, a row a kind of mask."""
+    """What :func:`outline_scores` found, a column a kind of mask."""
     boundaries, refined = result["boundaries"], result.get("refined")
-    kinds = [("this run", boundaries)]
+    kinds = {"this run": boundaries}
     if refined:
-        kinds.append((f"refined, {refined['method']}", refined["boundaries"]))
-    kinds.append(("the patch grid's reference", boundaries["reference"]))
-    rows = [
-        (
-            name,
-            found["boundary_f"],
-            *(found["by_area"].get(size, {}).get("boundary_f") for size in CLASSES),
-            found["bleeding"],
-            *(found["by_area"].get(size, {}).get("bleeding") for size in CLASSES),
-        )
-        for name, found in kinds
-    ]
-    columns = ("masks", "boundary F", *CLASSES, "bleeding", *CLASSES)
-    table = display.plain_table(columns, rows, f"outlines, within {boundaries['tolerance_px']} px")
-    spans = [f"{name} {of['area_px'][0]}–{of['area_px'][1]} px" for name, of in boundaries["by_area"].items()]
-    table.caption = "objects by area: " + ", ".join(spans)
-    return table
+        kinds["refined"] = refined["boundaries"]
+    kinds["grid's reference"] = boundaries["reference"]
+    rows = []
+    for key, title in (("boundary_f", "boundary F"), ("bleeding", "bleeding")):
+        rows.append((title, *(found[key] for found in kinds.values())))
+        for size, of in boundaries["by_area"].items():
+            low, high = of["area_px"]
+            values = (found["by_area"].get(size, {}).get(key) for found in kinds.values())
+            rows.append((f"  {size}, {low}–{high} px", *values))
+    return display.plain_table(("outlines", *kinds), rows, f"within {boundaries['tolerance_px']} px")
 
 
 def gains_table(result: Mapping[str, Any]) -> Table:

@@ -111,7 +111,7 @@ def test_the_numbers_are_those_of_eval(page: Any, home: Path) -> None:
         expected = json.loads((home / name / "eval-validation.json").read_text())
         cells = row.find_elements(By.TAG_NAME, "td")[:4]
         keys = ("fg_ari", "mbo", "miou", "ari")
-        assert [cell.text.split()[0] for cell in cells] == [f"{expected[key]:.3f}" for key in keys]
+        assert [cell.text.split()[0] for cell in cells] == [f"{expected[key]:.3f}".replace("-", "−") for key in keys]
         assert [float(cell.get_attribute("data-value")) for cell in cells] == [expected[key] for key in keys]
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from html import escape
+from itertools import pairwise
 
 from slotlab.report.charts import Chart, Series
 
@@ -122,10 +123,10 @@ def ticks(low: float, high: float, count: int, log: bool) -> list[float]:
 
 def labels(values: Sequence[float]) -> list[str]:
     """Ticks in as few digits as tell them apart."""
+    gap = min((b - a for a, b in pairwise(values)), default=max(map(abs, values), default=0.0))
     for digits in range(1, 16):
-        found = [short(value, digits) for value in values]
-        if all(abs(float(f"{v:.{digits}g}") - v) <= 1e-9 * max(map(abs, values)) for v in values):
-            return found
+        if all(abs(float(f"{value:.{digits}g}") - value) <= 1e-3 * gap for value in values):
+            return [short(value, digits) for value in values]
     return [repr(value) for value in values]
 
 
@@ -140,7 +141,7 @@ def short(value: float, digits: int) -> str:
         return "0"
     if size < 1e-3:
         return f"{value:.{digits - 1}e}".replace("e-0", "e-").replace(".0e", "e")
-    return f"{float(f'{value:.{digits}g}'):g}" if digits <= 6 else f"{value:.{digits}g}"
+    return f"{float(f'{value:.{digits}g}'):.{max(digits, 6)}g}"
 
 
 def path(x: Sequence[float], y: Sequence[float], x_of: Scale, y_of: Scale) -> str:
