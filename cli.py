@@ -217,6 +217,7 @@ def evaluate(
     boundaries: Annotated[bool, typer.Option("--boundaries", help="Also boundary F and bleeding by area.")] = False,
     refine: Annotated[Refine | None, typer.Option(help="Also score masks refined by the frames.")] = None,
     binarise: Annotated[list[str] | None, typer.Option(help="Also argmax, threshold=T or gumbel=T.")] = None,
+    against: Annotated[Path | None, typer.Option(help="Run to test this one against, video by video.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -227,23 +228,30 @@ def evaluate(
     from slotlab.evaluate import load_run
 
     loaded = load_run(run, cache, pick_device(device))
-    result = run_evaluate(loaded, split)
-    fine = boundaries or refine is not None or bool(binarise)
-    if fine:
+    fine = {}
+    if boundaries or refine is not None or binarise:
         from slotlab.outlines import gains_table, outline_scores, outlines_table
 
-        result |= outline_scores(loaded, split, refine, binarise or ())
+        fine = outline_scores(loaded, split, refine, binarise or ())  # first, as it may lack a package
+    result = run_evaluate(loaded, split) | fine
     (run / f"eval-{result['split']}.json").write_text(json.dumps(result, indent=1))
     if sheet:
         from slotlab.sheet import draw_sheet
 
         draw_sheet(loaded, loaded.store[result["split"]], sheet)
+    compared = None
+    if against is not None:
+        from slotlab.subgroups import paired
+
+        compared = paired(result, run_evaluate(load_run(against, None, pick_device(device)), result["split"]))
     if as_json:
-        print_json(result)
+        print_json(result | ({"against": compared} if compared else {}))
     else:
         display.out.print(display.scores_table(result))
         if fine:
             display.out.print(outlines_table(result), gains_table(result))
+        if compared:
+            display.out.print(display.paired_table(compared))
 
 
 @app.command()

@@ -88,7 +88,7 @@ def main() -> None:
             found = score(refined, truth, labels)
             tried.append({"parameters": str(parameters), **found, "ms_per_frame": round(milliseconds, 1)})
     gains = [
-        {"run": str(run.path), "boundary_f": found["boundaries"]["boundary_f"], **found["refined"]}
+        {"run": str(run.path), "plain_boundary_f": found["boundaries"]["boundary_f"], **found["refined"]}
         for run in runs
         for method in methods
         for found in [outline_scores(run, None, method)]

@@ -110,6 +110,10 @@ def number(value: Any) -> str:
     return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
+def interval(bounds: Sequence[float] | None) -> str:
+    return "–" if bounds is None else f"{bounds[0]:.3f}–{bounds[1]:.3f}"
+
+
 def scores_table(result: Mapping[str, Any]) -> Table:
     """The evaluation of one run, with its ceiling and floors as rows beside it."""
     keys = ("fg_ari", "mbo", "miou", "ari")
@@ -122,9 +126,14 @@ def scores_table(result: Mapping[str, Any]) -> Table:
         table.add_row(name, *(number(values.get(key)) for key in keys), style=style)
 
     add("this run, per frame", result, "bold")
+    sure = result["confidence"]
+    table.add_row(f"  {sure['level']:.0%} interval", *(interval(sure.get(key)) for key in keys))
     add("this run, per video", {key: result.get(f"{key}_video") for key in keys})
-    for name, values in result["by_material"].items():
-        add(f"  {name} objects only", values)
+    for name, values in (result["by_material"] | result["by_size"]).items():
+        add(f"  {name} objects", values)
+    for count, values in result["by_objects"].items():
+        if count != "0":
+            add(f"  {count} in sight", values)
     add("ceiling of the patch grid", result["reference"], "dim")
     add("floor: k-means, raw tokens", result["floor"]["kmeans_raw"], "dim")
     add("floor: k-means, whitened", result["floor"]["kmeans_whitened"], "dim")
@@ -132,6 +141,20 @@ def scores_table(result: Mapping[str, Any]) -> Table:
         f"{result['frames']} frames of {result['videos']} videos, {result['skipped_frames']} without objects skipped; "
         f"{result['effective_slots']:.1f} effective slots, mask similarity {result['mask_similarity']:.2f}"
     )
+    return table
+
+
+def paired_table(compared: Mapping[str, Any]) -> Table:
+    """Whether two runs differ, score by score."""
+    table = Table(title=f"{compared['run']} against {compared['against']} on {compared['split']}", title_justify="left")
+    for title in ("score", "this run", "the other", "difference", "interval", "p", "ahead"):
+        table.add_column(title, justify="left" if title == "score" else "right")
+    for name, of in compared["scores"].items():
+        bounds = "–" if of["low"] is None else f"{of['low']:+.3f} to {of['high']:+.3f}"
+        ahead = f"{of['ahead']} of {of['videos']}"
+        means = (number(of["run"]), number(of["against"]), f"{of['difference']:+.3f}")
+        table.add_row(name.replace("_", " "), *means, bounds, f"{of['p']:.2g}", ahead)
+    table.caption, table.caption_justify = f"{compared['test']}; {compared['interval']}", "left"
     return table
 
 

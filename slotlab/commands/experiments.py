@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -116,25 +117,24 @@ def table(
 
 def _leave(table: dict[str, Any]) -> None:
     """Exit code 3 if a run failed; the others are in the table all the same."""
-    from slotlab import display
     from slotlab.experiments.table import failures
 
     if failed := failures(table):
-        display.err.print(
-            f"slotlab: {len(failed)} runs failed (first: {failed[0]['error']}); each has an error.json in its folder, "
-            "and the same command tries them again",
-            markup=False,
-            highlight=False,
-        )
+        for run in failed:
+            print(f"slotlab: {run['path']}: {run['error']}", file=sys.stderr)
+        print(f"slotlab: {len(failed)} runs failed; the same command tries them again", file=sys.stderr)
         raise typer.Exit(DataError.exit_code)
 
 
 def _print(table: dict[str, Any], as_json: bool) -> None:
+    from rich.console import Console
+
     from slotlab import display
     from slotlab.experiments.table import render
 
     if as_json:
         print_json(table)
     else:
-        display.out.print(render(table), width=None if display.out.is_terminal else WIDTH)
+        console = display.out if display.out.is_terminal else Console(width=WIDTH)
+        console.print(render(table))
         display.out.print(f"{table['out']}/: table.md, table.csv" + (", report.html" if "report" in table else ""))

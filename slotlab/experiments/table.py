@@ -22,8 +22,8 @@ COLUMNS = {
     "fg_ari": "FG-ARI",
     "mbo": "mBO",
     "miou": "mIoU",
-    "fg_ari_video": "FG-ARI video",
-    "effective_slots": "slots in use",
+    "fg_ari_video": "video FG-ARI",
+    "effective_slots": "slots used",
     "loss": "loss",
     "seconds": "seconds",
 }
@@ -188,16 +188,14 @@ def to_csv(table: Mapping[str, Any]) -> str:
 
 def render(table: Mapping[str, Any]) -> Table:
     """For a terminal: the mean, and the spread below it."""
-    shown = Table(title=f"{table['out']} on {table['split']}", title_justify="left", row_styles=("", "dim"))
-    shown.add_column("cell", overflow="fold")
+    shown = Table(title=f"{table['out']} on {table['split']}", title_justify="left")
+    shown.add_column("cell", overflow="fold", min_width=12)
     for title in ("runs", *COLUMNS.values()):
-        shown.add_column(title, justify="right", no_wrap=True)
+        shown.add_column(title, justify="right")
     for cell in table["cells"]:
         name, *values = _row(table, cell)
-        shown.add_row(name, *(value.replace(" (", "\n(") for value in values))
-    shown.caption = f"{SPREAD}; {sum(cell['finished'] for cell in table['cells'])} runs finished"
-    for run in failures(table):
-        shown.caption += f"\n{run['path']}: {run['error']}"
+        shown.add_row(name, *(value.replace(" (", "\n").removesuffix(")") for value in values))
+    shown.caption, shown.caption_justify = SPREAD.replace("(", "and ").replace(")", ""), "left"
     return shown
 
 
@@ -207,7 +205,7 @@ def failures(table: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _row(table: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
     failed = sum(run["state"] == "failed" for run in cell["runs"])
-    runs = f"{cell['finished']}/{len(cell['runs'])}" + (f", {failed} failed" if failed else "")
+    runs = f"{cell['finished']}/{len(cell['runs'])}" + (f" ({failed} failed)" if failed else "")
     return [cell["name"], runs, *(_value(cell[key], key) for key in COLUMNS)]
 
 

@@ -14,8 +14,15 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from featcache.durable import write_durably
 from featcache.errors import FeatcacheError
+from featcache.store import FeatureStore
+from slotlab import checkpoint
+from slotlab.evaluate import evaluate, load_run, references
 from slotlab.experiments.plan import ERROR, Run
+from slotlab.train import train
 
 OUTPUT = "output.txt"  # what a run printed, if anything
 
@@ -27,8 +34,6 @@ def work(link: Connection, device: str) -> None:
     leaves its error in its folder; this process goes on with the next.
     """
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    import torch
-
     if torch.device(device).type == "cpu":
         torch.set_num_threads(1)  # many processes share the cores, and one thread makes a run repeatable
     known: dict[Any, Any] = {}  # ceilings and floors, which many runs share
@@ -37,19 +42,32 @@ def work(link: Connection, device: str) -> None:
             run: Run = link.recv()
         except EOFError:
             return
-        error = None
-        try:
-            carry_out(run, device, link, known)
-        except Exception as failure:  # whatever it is, it is this run's alone
-            lines = str(failure).strip().splitlines()
-            error = lines[-1] if lines else ""
-            if not isinstance(failure, FeatcacheError):
-                error = f"{type(failure).__name__}: {error}"
-            run.fail(error, None if isinstance(failure, FeatcacheError) else traceback.format_exc())
-        _send(link, ("ended", error))
+        _send(link, ("ended", attempt(run, device, link, known)))
         gc.collect()  # a model and its compiled graphs hold each other
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def attempt(run: Run, device: str, link: Connection, known: dict[Any, Any]) -> str | None:
+    """Carry out a run; what it prints, and its error, are left in its folder. Returns the error."""
+    if not checkpoint.exists(run.path):  # a start that was cut short may have left half a folder
+        shutil.rmtree(run.path, ignore_errors=True)
+    run.path.mkdir(parents=True, exist_ok=True)
+    (run.path / ERROR).unlink(missing_ok=True)
+    _redirect(run.path / OUTPUT)
+    error = None
+    try:
+        carry_out(run, device, link, known)
+    except Exception as failure:  # whatever it is, it is this run's alone
+        lines = str(failure).strip().splitlines() or [""]
+        error = lines[-1].removeprefix(f"{run.path}: ")
+        if not isinstance(failure, FeatcacheError):
+            error = f"{type(failure).__name__}: {error}"
+        run.fail(error, None if isinstance(failure, FeatcacheError) else traceback.format_exc())
+    _redirect(Path(os.devnull))
+    if (run.path / OUTPUT).stat().st_size == 0:
+        (run.path / OUTPUT).unlink()
+    return error
 
 
 def carry_out(run: Run, device: str, link: Connection, known: dict[Any, Any]) -> None:
@@ -57,21 +75,7 @@ def carry_out(run: Run, device: str, link: Connection, known: dict[Any, Any]) ->
 
     ``known`` keeps the references between the runs of one process.
     """
-    import torch
-
-    from featcache.durable import write_durably
-    from featcache.store import FeatureStore
-    from slotlab import checkpoint
-    from slotlab.evaluate import evaluate, load_run, references
-    from slotlab.train import train
-
-    resume = checkpoint.exists(run.path)
-    if not resume:  # a start that was cut short may have left half a folder
-        shutil.rmtree(run.path, ignore_errors=True)
-    run.path.mkdir(parents=True, exist_ok=True)
-    (run.path / ERROR).unlink(missing_ok=True)
-    _redirect(run.path / OUTPUT)
-    where, store = torch.device(device), FeatureStore.open(run.cell.cache)
+    where, store, resume = torch.device(device), FeatureStore.open(run.cell.cache), checkpoint.exists(run.path)
     train(run.config, store, run.path, resume=resume, device=where, report=lambda row: _send(link, ("row", row)))
     loaded = load_run(run.path, store.path, where)
     split = store[run.split].require_complete()
@@ -80,9 +84,6 @@ def carry_out(run: Run, device: str, link: Connection, known: dict[Any, Any]) ->
         known[key] = references(split, loaded)
     result: dict[str, Any] = evaluate(loaded, run.split, known[key])
     write_durably(run.evaluation, json.dumps(result, indent=1).encode())
-    _redirect(Path(os.devnull))
-    if (run.path / OUTPUT).stat().st_size == 0:
-        (run.path / OUTPUT).unlink()
 
 
 def _send(link: Connection, message: tuple[str, Any]) -> None:
