@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from featcache.quantise import as_stored
@@ -17,6 +18,7 @@ from featcache.writer import StoreWriter
 SIZE = 32
 GRID = (4, 4)
 DIM = 12
+Scale = float | npt.NDArray[np.float64]  # of all channels, or of each
 
 
 class DiscSource:
@@ -58,7 +60,7 @@ class DiscSource:
         return Video(f"{split}-{index}", frames, masks, instances)
 
 
-def tokens_of(video: Video, grid: tuple[int, int] = GRID, dim: int = DIM, scale: float = 1.0) -> torch.Tensor:
+def tokens_of(video: Video, grid: tuple[int, int] = GRID, dim: int = DIM, scale: Scale = 1.0) -> torch.Tensor:
     """Tokens (T, N, D) that a frozen backbone might give: a fixed random map of each patch's mean colour."""
     length, size = len(video.frames), video.frames.shape[1]
     cell = size // grid[0]
@@ -73,7 +75,7 @@ def make_store(
     source: DiscSource | None = None,
     *,
     dtype: str = "float16",
-    scale: float = 1.0,
+    scale: Scale = 1.0,
     chunk_frames: int | None = None,
 ) -> FeatureStore:
     """A finished store of synthetic tokens, by the product's own writer."""

@@ -34,7 +34,10 @@ class SizedSource(DiscSource):
             video.id,
             video.frames,
             video.segmentations,
-            tuple(Instance(i.shape, s, i.color, i.material, i.visibility) for i, s in zip(video.instances, sizes)),
+            tuple(
+                Instance(i.shape, s, i.color, i.material, i.visibility)
+                for i, s in zip(video.instances, sizes, strict=True)
+            ),
         )
 
 

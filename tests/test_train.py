@@ -104,7 +104,7 @@ def test_loss_falls_below_the_mean_predictor(tmp_path: Path, store: FeatureStore
 
 
 @pytest.mark.parametrize("normalize", ["whiten", "channel", "scale", "slow=3"])
-@pytest.mark.parametrize("factor", [0.2, 100.0])
+@pytest.mark.parametrize("factor", [0.2, 1.55, 100.0])
 def test_rescaled_features_train_the_same(tmp_path: Path, normalize: str, factor: float) -> None:
     results = []
     preset = "default" if normalize.startswith("slow") else "dinosaur"
@@ -113,6 +113,17 @@ def test_rescaled_features_train_the_same(tmp_path: Path, normalize: str, factor
         run = train(small(f"data.normalize={normalize}", preset=preset), store, tmp_path / f"run-{scale}")
         results.append([row["loss"] for row in rows_of(run)])
     np.testing.assert_allclose(*results, rtol=2e-2)
+
+
+def test_channels_rescaled_each_by_its_own_factor_train_the_same(tmp_path: Path) -> None:
+    factors = 2.0 ** (np.arange(12) - 5)  # exact in float16, so that nothing is rounded on the way
+    results = []
+    for name, scale in (("plain", np.ones(12)), ("rescaled", factors)):
+        store = make_store(tmp_path / f"{name}.zarr", scale=scale)
+        run = train(small("data.normalize=channel"), store, tmp_path / name)
+        scores = evaluate(load_run(run))
+        results.append([row["loss"] for row in rows_of(run)] + [scores["fg_ari"], scores["mbo"]])
+    np.testing.assert_allclose(*results, rtol=1e-5)
 
 
 @pytest.mark.parametrize("preset", presets())

@@ -47,6 +47,7 @@ def compare(
     from slotlab.experiments.ablation import seed_range
     from slotlab.experiments.comparison import Settings, plan_comparison
     from slotlab.experiments.conduct import conduct
+    from slotlab.experiments.plan import require_free
     from slotlab.experiments.pool import places
 
     settings = Settings(
@@ -65,6 +66,7 @@ def compare(
     )
     folder = out or Path("compare") / "-".join(dict.fromkeys(name.replace("/", "_") for name in names))
     comparison = plan_comparison(settings, folder, cache_folder)
+    require_free(comparison.plan, folder)  # before hours go into an extraction
     if comparison.missing:
         device = places(devices, workers, 1)[0]
         with display.ExtractProgress() as progress:

@@ -141,9 +141,22 @@ def read_plan(out: Path) -> Plan:
 def opened(plan: Plan, out: Path) -> Iterator[None]:
     """Hold ``out`` for this plan alone, having written the plan there.
 
-    An earlier plan is kept to: more seeds and more cells are welcome, anything else is not. Raises
-    ``IncompatibleError`` naming what differs, ``DataError`` when another process is at work there or the
-    folder holds other things.
+    Raises as :func:`require_free` does, and ``DataError`` when another process is at work there.
+    """
+    require_free(plan, out)
+    make_directory(out)
+    lock = _lock(out)
+    try:
+        write_durably(out / PLAN, json.dumps(plan.to_json(), indent=1).encode())
+        yield
+    finally:
+        os.close(lock)
+
+
+def require_free(plan: Plan, out: Path) -> None:
+    """``IncompatibleError``, naming what differs, if another plan has ``out``; ``DataError`` if other things are there.
+
+    An earlier plan is kept to: more seeds and more cells are welcome, anything else is not.
     """
     if (out / PLAN).exists():
         if differences := differing(read_plan(out), plan):
@@ -152,13 +165,6 @@ def opened(plan: Plan, out: Path) -> Iterator[None]:
             raise IncompatibleError(f"{out}: was made by another plan ({shown}{more}); choose another --out")
     elif out.exists() and any(path.name != LOCK for path in out.iterdir()):
         raise DataError(f"{out}: holds other things and no {PLAN}; choose another --out")
-    make_directory(out)
-    lock = _lock(out)
-    try:
-        write_durably(out / PLAN, json.dumps(plan.to_json(), indent=1).encode())
-        yield
-    finally:
-        os.close(lock)
 
 
 def differing(then: Plan, now: Plan) -> list[str]:
