@@ -11,17 +11,20 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from featcache.backbones import Backbone, load_backbone
 from featcache.errors import DataError, IncompatibleError, UsageError
-from featcache.extract import ExtractOptions, Progress, extract, plan
 from featcache.registry import BackboneSpec, get_spec
 from featcache.sources import Source, open_source
 from featcache.store import FeatureStore
 from slotlab.config import Config, load_config
 from slotlab.experiments.plan import PLAN, Cell, Plan, cell_name, read_plan
+
+if TYPE_CHECKING:  # the model libraries take seconds to import, and a comparison with its stores needs none
+    import torch
+
+    from featcache.backbones import Backbone
+    from featcache.extract import Progress
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ class StoreRequest:
 
     def load(self, device: str | torch.device) -> Backbone:
         """The backbone with the input size that gives the grid."""
+        from featcache.backbones import load_backbone
+
         size = self.grid * self.spec.patch
         backbone = load_backbone(self.spec.name, self.weights, self.taps, size, device)
         if backbone.grid != (self.grid, self.grid):  # a tap of another stride than the default one
@@ -122,6 +127,8 @@ class Comparison:
 
     def extract(self, device: str | torch.device, progress: Progress) -> None:
         """Make the missing stores; an unfinished one is resumed. ``progress`` is told store and split as one name."""
+        from featcache.extract import ExtractOptions, extract, plan
+
         for request in self.missing:
             backbone, name = request.load(device), request.path.stem
             options = ExtractOptions(splits=request.splits, max_videos=request.max_videos)
@@ -175,7 +182,14 @@ def plan_comparison(settings: Settings, out: Path, cache_folder: Path) -> Compar
             raise UsageError(f"{request.spec.name}: no input size gives a grid of {request.grid}x{request.grid}")
     paths = [store or request.path for request, store in zip(requests, stores, strict=True)]
     cells = tuple(_cells(settings, configs, requests, paths))
-    return Comparison(Plan("compare", data[0].eval_split, settings.seeds, cells), source, missing)
+    made_of = {
+        "data": source.location,
+        "fingerprint": {name: source.fingerprint(name) for name in splits},
+        "grid": settings.grid,
+        "max_videos": settings.max_videos,
+        "weights": {name: weights.get(name) for name in specs},
+    }
+    return Comparison(Plan("compare", data[0].eval_split, settings.seeds, cells, made_of), source, missing)
 
 
 def _cells(

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +81,7 @@ class Plan:
     split: str
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
+    stores: Mapping[str, Any] = field(default_factory=dict)  # what a comparison's are made of; {} if they are given
 
     def __post_init__(self) -> None:
         if not self.cells or not self.seeds:
@@ -111,6 +112,7 @@ class Plan:
             "kind": self.kind,
             "split": self.split,
             "seeds": list(self.seeds),
+            "stores": dict(self.stores),
             "cells": {cell.name: cell.to_json() for cell in self.cells},
         }
 
@@ -120,7 +122,7 @@ class Plan:
             Cell(name, cell["settings"], cell["cache"], validate(cell["config"], f"{where}: cell {name}"))
             for name, cell in raw["cells"].items()
         ]
-        return cls(raw["kind"], raw["split"], tuple(raw["seeds"]), tuple(cells))
+        return cls(raw["kind"], raw["split"], tuple(raw["seeds"]), tuple(cells), raw["stores"])
 
 
 def read_plan(out: Path) -> Plan:
@@ -174,6 +176,8 @@ def differing(then: Plan, now: Plan) -> list[str]:
         for name, before, after in (("kind", then.kind, now.kind), ("split", then.split, now.split))
         if before != after
     ]
+    made, makes = flatten(then.stores), flatten(now.stores)
+    found += [f"{key}: {made[key]} then, {makes.get(key)} now" for key in made if made[key] != makes.get(key)]
     if lost := set(then.seeds) - set(now.seeds):
         found.append(f"seeds {', '.join(map(str, sorted(lost)))} then, not now")
     cells = {cell.name: cell for cell in now.cells}
