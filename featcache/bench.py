@@ -80,10 +80,10 @@ class Rate:
 class Window:
     """Part of a split that fits in memory, so that a measurement can make it warm or cold."""
 
-    def __init__(self, split: Split, tap: str) -> None:
+    def __init__(self, split: Split, tap: str, threads: int = 1) -> None:
         self.split, self.tap = split, tap
         self.arrays = feature_arrays(split, tap)
-        self.readers = open_readers(split, tap, None)
+        self.readers = open_readers(split, tap, None, threads)
         self.frame_bytes = int(np.prod(self.arrays[0].shape[1:])) * 2  # as float16
         self.stop = min(split.spec.rows, max(1, WINDOW // self.frame_bytes))  # rows before this one
         self._rng = np.random.default_rng(0)
@@ -159,7 +159,12 @@ def bare_read(window: Window, access: Access, batches: int) -> Callable[[], floa
 
 
 def whole_stream(
-    window: Window, access: Access, batches: int, device: torch.device, residence: Residence
+    window: Window,
+    access: Access,
+    batches: int,
+    device: torch.device,
+    residence: Residence,
+    threads: int | None = None,
 ) -> Callable[[], float]:
     """A job: batches as a trainer gets them, ready for use on the device."""
     stream = FeatureStream(
@@ -169,6 +174,7 @@ def whole_stream(
         clip=access.frames,
         device=device,
         residence=residence,
+        threads=threads,
     )
     stream.starts = window.starts(access.frames)
     iterator = iter(stream)

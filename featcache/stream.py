@@ -28,7 +28,7 @@ from featcache.errors import UsageError
 from featcache.readers import TORCH_DTYPES, FileRows, ResidentRows, Rows, open_rows
 from featcache.staging import Slot, Staging
 from featcache.store import Split
-from featcache.threads import start_single_threaded
+from featcache.threads import start_limited
 
 Residence = Literal["auto", "disk", "host", "device"]
 RING = 3  # one with the trainer, one ready, one being filled
@@ -73,6 +73,8 @@ class FeatureStream:
             memory; else the disk, whose page cache is host memory without a copy; but the host for stores that
             must be decoded (compressed) and fit in half of its free memory.
         rank, world_size: each rank takes its part of every global batch; see :meth:`rows_at`.
+        threads: that copy. None: one beside a trainer on the CPU, which needs the cores itself; for a GPU a share of
+            the machine's, up to four.
 
     Raises ``UsageError`` when no video is as long as the clip. Damaged files raise ``DataError`` from the iterator.
     """
@@ -89,6 +91,7 @@ class FeatureStream:
         residence: Residence = "auto",
         rank: int = 0,
         world_size: int = 1,
+        threads: int | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.batch_size, self.clip, self.seed = batch_size, clip, seed
@@ -99,7 +102,8 @@ class FeatureStream:
         arrays = feature_arrays(split, tap)
         self.residence = choose_residence(self.device, arrays) if residence == "auto" else residence
         homes = {"disk": None, "host": torch.device("cpu"), "device": self.device}
-        self._readers = open_readers(split, tap, homes[self.residence])
+        self.threads = threads or reader_threads(self.device, world_size)
+        self._readers = open_readers(split, tap, homes[self.residence], self.threads)
         self._shapes = [(batch_size, clip, *array.shape[1:]) for array in arrays]
         self._dtypes = [TORCH_DTYPES[str(array.dtype)] for array in arrays]
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
@@ -178,7 +182,7 @@ class FeatureStream:
             except BaseException as error:  # handed to the trainer, which raises it
                 ready.put(error)
 
-        thread = start_single_threaded(fill, "featcache-stream")
+        thread = start_limited(fill, "featcache-stream", self.threads)
 
         def stop() -> None:
             free.put(None)
@@ -212,7 +216,7 @@ def feature_arrays(split: Split, tap: str) -> list[zarr.Array[Any]]:
     return [split.array(path) for path in (f"features/{tap}", *scales)]
 
 
-def open_readers(split: Split, tap: str, home: torch.device | None) -> list[Rows]:
+def open_readers(split: Split, tap: str, home: torch.device | None, threads: int = 1) -> list[Rows]:
     """Readers of :func:`feature_arrays`, which are held on ``home`` unless it is None.
 
     Scales are held in memory in any case: half a kilobyte a frame, while a copy that small would cost as much
@@ -221,10 +225,15 @@ def open_readers(split: Split, tap: str, home: torch.device | None) -> list[Rows
     spans = [split.rows(video) for video in split.videos]
     readers: list[Rows] = []
     for array in feature_arrays(split, tap):
-        reader = open_rows(split, array.path)
+        reader = open_rows(split, array.path, threads)
         keep = torch.device("cpu") if home is None and readers else home
         readers.append(reader if keep is None else ResidentRows.load(reader, array, spans, keep))
     return readers
+
+
+def reader_threads(device: torch.device, world_size: int) -> int:
+    """How many threads are best left to copying; see :class:`FeatureStream`."""
+    return 1 if device.type == "cpu" else max(1, min(4, (os.cpu_count() or 1) // (2 * world_size)))
 
 
 def choose_residence(device: torch.device, arrays: list[zarr.Array[Any]]) -> Residence:

@@ -13,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 
-def start_single_threaded(work: Callable[[], None], name: str) -> threading.Thread:
-    """A started daemon thread whose own torch operations use one core."""
+def start_limited(work: Callable[[], None], name: str, cores: int = 1) -> threading.Thread:
+    """A started daemon thread whose own torch operations use so many cores."""
     threads = torch.get_num_threads()
     limited = threading.Event()
 
     def run() -> None:
-        torch.set_num_threads(1)
+        torch.set_num_threads(cores)
         limited.set()
         work()
 

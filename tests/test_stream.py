@@ -26,7 +26,7 @@ from featcache.errors import DataError, UsageError
 from featcache.quantise import dequantise
 from featcache.readers import TORCH_DTYPES, FileRows, ZarrRows, open_rows
 from featcache.store import FeatureStore
-from featcache.stream import VIDEO, FeatureStream, Residence, choose_residence, clip_starts
+from featcache.stream import VIDEO, FeatureStream, Residence, choose_residence, clip_starts, reader_threads
 from tests.synthetic import DiscSource, make_store
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -156,6 +156,23 @@ def test_file_and_zarr_readers_agree(
     assert torch.equal(torch.nan_to_num(fast), torch.nan_to_num(slow))
     assert advised == {"warm": [], "cold": [9], "turns cold": [7]}[disk]
     assert len(reader._maps) <= maps
+
+
+@given(threads=st.integers(2, 5), clip=st.integers(1, 4), starts=st.lists(st.integers(0, 20), min_size=1, max_size=30))
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_threads_share_a_copy(stores: dict[str, FeatureStore], threads: int, clip: int, starts: list[int]) -> None:
+    split, rows = stores["float16"]["train"], np.sort(np.array(starts))
+    alone, shared = (torch.zeros(len(rows), clip, 16, 12, dtype=torch.float16) for _ in range(2))
+    open_rows(split, "features/block1").gather(rows, alone)
+    open_rows(split, "features/block1", threads).gather(rows, shared)
+    assert torch.equal(torch.nan_to_num(alone), torch.nan_to_num(shared))
+
+
+def test_a_gpu_gets_several_copying_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert [reader_threads(cuda, ranks) for ranks in (1, 2, 4, 8, 16)] == [4, 4, 2, 1, 1]
+    assert reader_threads(cpu, 1) == 1
 
 
 def test_zarr_s_own_chunk_names_are_read_too(tmp_path: Path) -> None:
