@@ -19,7 +19,7 @@ lint: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/slotlab bench extract
 	$(BIN)/slotlab bench stream --cache cache/dinov2.zarr
-	$(BIN)/slotlab bench train --cache cache/dinov2.zarr --preset demo
+	$(BIN)/slotlab bench train --cache cache/dinov2.zarr --preset default
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.step
 

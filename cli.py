@@ -269,7 +269,7 @@ def demo(
     from slotlab import display
     from slotlab.config import load_config
 
-    settings = load_config("demo", optim__steps=steps, seed=seed)
+    settings = load_config("default", optim__steps=steps, seed=seed)
     chosen = pick_device(device)
     say = display.err.print
     say("[bold]1/4[/] extracting DINOv2 ViT-S/14 features of the embedded MOVi-A sample")

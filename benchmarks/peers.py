@@ -27,7 +27,6 @@ from typing import Any
 from slotlab.config import Config, load_config
 
 PRESETS = ("default", "dinosaur", "dinosaur-ar", "savi-dinosaur", "videosaur", "slotcontrast", "pixel")
-OURS = ("default", "demo")
 SCORES = ("fg_ari", "mbo", "fg_ari_video", "mbo_video", "effective_slots")
 MEASURED_STEPS = 6
 
@@ -62,7 +61,7 @@ def one(
     if not done.exists():
         if not (run / "config.toml").exists():
             config = load_config(preset, None, overrides, seed=seed)
-            if preset not in OURS:
+            if preset != "default":
                 batch = max(1, peer_frames // config.data.clip)
                 config = config.model_copy(update={"optim": config.optim.model_copy(update={"batch_size": batch})})
             steps = max(2, round(seconds / seconds_a_step(config, cache)))

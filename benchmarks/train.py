@@ -43,7 +43,7 @@ def in_the_loop(stream: FeatureStream, split: Split, backbone: Backbone, tap: st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, default=Path("cache/dinov2.zarr"))
-    parser.add_argument("--preset", default="demo")
+    parser.add_argument("--preset", default="default")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")

@@ -342,3 +342,11 @@ def test_a_worker_that_dies_costs_its_run_alone(place: Path, tmp_path: Path, mon
     assert states["mask_temperature=0.5"]["state"] == "finished"
     assert "not finite" in states["too_fast"]["error"]
     assert "killed by SIGKILL" in to_markdown(table) and "killed by SIGKILL" in to_csv(table)
+
+
+def test_the_shipped_ablations_are_valid() -> None:
+    files = sorted((ROOT / "docs/ablations").glob("*.toml"))
+    assert files
+    for file in files:
+        plan = read_ablation(file)
+        assert plan.cells[0].settings == {}, "the first is what the others are tested against"
