@@ -36,6 +36,7 @@ from featcache.threads import single_threaded_executor
 from featcache.writer import SplitWriter, StoreWriter, array_layouts, write_chunks
 
 READ_AHEAD = 2  # groups decoded ahead of the backbone, and written behind it
+LONG_BATCH = 1.0  # seconds
 MEASURED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 Tokens = Mapping[str, torch.Tensor]  # tap -> (T, N, D)
@@ -309,7 +310,8 @@ def forward(
 def measure_batch_size(backbone: Backbone, frames: np.ndarray, precision: Precision) -> int:
     """Smallest batch within 5 % of the best rate; stops where memory ends, or two sizes running gain nothing.
 
-    Each size is timed twice and its better time counts: a busy machine only ever slows one down.
+    Each size is timed twice and its better time counts: a busy machine only ever slows one down. A batch that takes
+    a second hides whatever larger ones could save.
     """
     best_rate, best, idle = 0.0, 1, 0
     for size in MEASURED_BATCHES:
@@ -327,6 +329,8 @@ def measure_batch_size(backbone: Backbone, frames: np.ndarray, precision: Precis
         if rate > 1.05 * best_rate:
             best_rate, best, idle = rate, size, 0
         elif (idle := idle + 1) == 2:
+            break
+        if min(taken) > LONG_BATCH:
             break
     return best
 

@@ -258,6 +258,19 @@ def test_batch_size_is_measured_once_and_kept(
     assert (resumed.spec.batch_size, resumed.spec.precision) == (4, "float32")
 
 
+def test_a_batch_that_takes_long_is_not_outgrown(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def recorded(backbone: Backbone, videos: Any, size: int, kind: Any) -> Any:
+        sizes.append(size)
+        return forward(backbone, videos, size, kind)
+
+    monkeypatch.setattr(extraction, "forward", recorded)
+    monkeypatch.setattr(extraction, "LONG_BATCH", 0.0)
+    assert measure_batch_size(backbone, DiscSource().read("train", 0).frames, "float32") == 1
+    assert set(sizes) == {1}
+
+
 def test_precision_is_chosen_by_its_measured_error(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     frames = DiscSource().read("train", 0).frames
     error = relative_error(backbone, frames, "bfloat16")
