@@ -16,23 +16,30 @@ from slotlab import checkpoint
 from slotlab.config import Config
 
 
-def prepare_run(config: Config, store: FeatureStore, run: Path, resume: bool) -> None:
-    """Create the run folder, or check that the one to resume is of this configuration and store."""
-    trained_on = {"path": str(store.path), "identity": store.spec.identity(), "spec": store.spec.to_json()}
+def check_run(config: Config, store: FeatureStore, run: Path, resume: bool) -> None:
+    """``UsageError`` if there is a run already, or none to resume; ``IncompatibleError`` if it is another one."""
+    exists = (run / "config.toml").exists()
     if not resume:
-        if (run / "config.toml").exists():
+        if exists:
             raise UsageError(f"{run}: exists already; add --resume to continue it, or choose another --out")
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "store.json").write_text(json.dumps(trained_on, indent=1))
-        (run / "config.toml").write_text(config.to_toml())
         return
-    if not (run / "config.toml").exists():
+    if not exists:
         raise UsageError(f"{run}: nothing to resume; leave out --resume")
     before, now = (flatten(c.model_dump()) for c in (checkpoint.load_run_config(run), config))
     changed = [f"{key}: {before[key]} then, {now[key]} now" for key in now if before[key] != now[key]]
     if changed:
         raise IncompatibleError(f"{run}: was made with another configuration ({'; '.join(changed)})")
     check_store(run, store)
+
+
+def create_run(config: Config, store: FeatureStore, run: Path, init_from: Path | None) -> None:
+    """The folder of a fresh run: its configuration, its store, and the run whose parameters it starts with."""
+    trained_on = {"path": str(store.path), "identity": store.spec.identity(), "spec": store.spec.to_json()}
+    if init_from is not None:
+        trained_on["init_from"] = str(init_from)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "store.json").write_text(json.dumps(trained_on, indent=1))
+    (run / "config.toml").write_text(config.to_toml())
 
 
 def check_store(run: Path, store: FeatureStore) -> None:

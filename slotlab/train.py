@@ -24,7 +24,7 @@ from slotlab.losses import losses, total
 from slotlab.models.base import Model
 from slotlab.models.registry import build_model, model_tap
 from slotlab.ranks import Ranks, join
-from slotlab.runs import keep_rows, prepare_run, write_summary
+from slotlab.runs import check_run, create_run, keep_rows, write_summary
 from slotlab.schedule import learning_rate, make_schedule, plain_state
 from slotlab.watch import look
 
@@ -47,13 +47,13 @@ def train(
     On the CPU a resumed run gives, bit for bit, what an unbroken one would have given. Under torchrun each
     rank takes its share of every batch, and the run is the one that a single process would have made, up to
     rounding. ``init_from`` is a run whose parameters are taken to start with. Raises ``UsageError`` when the
-    run exists already (or does not, with ``resume``), ``IncompatibleError`` when it was made with another
-    configuration or store, ``DataError`` when the loss is not finite.
+    run exists already (or does not, with ``resume``) or the batch cannot be shared, ``IncompatibleError`` when it
+    was made with another configuration or store, or ``init_from`` with another model, ``DataError`` when the loss
+    is not finite.
     """
     with join(device) as ranks:
         if ranks.leads:
-            prepare_run(config, store, run, resume)
-        ranks.wait()
+            check_run(config, store, run, resume)
         _train(config, store, run, resume, init_from, ranks, report)
         ranks.wait()
     return run
@@ -95,6 +95,9 @@ def _train(
         rank=ranks.rank,
         world_size=ranks.count,
     )
+    if ranks.leads and not resume:  # only now: what cannot be trained leaves no folder behind
+        create_run(config, store, run, init_from)
+    ranks.wait()
     step = 0
     if resume and checkpoint.exists(run):  # a run that was stopped before its first checkpoint starts again
         checkpoint.load_model(run, model, checkpoint.MODEL)

@@ -201,6 +201,7 @@ def test_accumulated_parts_are_the_whole_batch(tmp_path: Path, store: FeatureSto
     np.testing.assert_allclose(losses[1:], [losses[0]] * 2, rtol=1e-4)
     with pytest.raises(UsageError, match="cannot be shared by 1 processes in 3 parts"):
         train(small(*parts, "optim.accumulate=3"), store, tmp_path / "3")
+    assert not (tmp_path / "3").exists(), "what cannot be trained leaves no folder that a better try would meet"
 
 
 @pytest.mark.parametrize("parts", PARTS)
@@ -239,6 +240,8 @@ def test_a_run_starts_from_another_s_parameters(tmp_path: Path, store: FeatureSt
     assert not torch.allclose(a["normaliser.weight"], b["normaliser.weight"]), "the new store's own statistics"
     with pytest.raises(IncompatibleError, match="--init-from .*: another model"):
         train(small(model__slot_dim=5), store, tmp_path / "third", init_from=first)
+    assert json.loads((second / "store.json").read_text())["init_from"] == str(first)
+    assert not (tmp_path / "third").exists()
 
 
 def test_looks_at_the_masks_are_logged(tmp_path: Path, store: FeatureStore) -> None:
