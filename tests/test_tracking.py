@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from slotlab.draws import Draws
@@ -90,13 +93,41 @@ def test_of_two_slots_on_one_object_the_older_stays(older: int) -> None:
     clustering.calibrate(tokens)
     with torch.no_grad():
         keys, objectness = clustering.encode(tokens)
-        tracker = Tracker.start(clustering.config, clustering.attend, keys.shape[-1])
+        tracker = Tracker.start(clustering.config, clustering.attend, clustering.position, keys.shape[-1])
         middle = keys[0][labels[0] == 1].mean(0)
         tracker.slots[:2] = middle + 0.01 * torch.randn(2, len(middle), generator=torch.Generator().manual_seed(0))
         tracker.active[:2] = True
         tracker.age[older] = 5
-        tracker.step(keys[0], objectness[0])
+        tracker.step(tokens[0], keys[0], objectness[0])
     assert tracker.active.nonzero().flatten().tolist() == [older] and tracker.age[older] == 6
+
+
+def turning(degrees: float, frames: int = 4) -> tuple[Tensor, Tensor]:
+    """One object that stays, and one beside it that looks different by so many degrees in every frame."""
+    tokens, labels = video([(1, 1)] * frames, [(4, 4)] * frames)
+    one, other = torch.linalg.qr(torch.randn(DIM, DIM, generator=torch.Generator().manual_seed(0)))[0][1:3]
+    for t in range(frames):
+        angle = torch.tensor(math.radians(degrees * t))
+        tokens[t][labels[t] == 2] = 6 * (angle.cos() * one + angle.sin() * other)
+    return tokens, labels
+
+
+def test_an_object_that_turns_keeps_its_slot() -> None:
+    tokens, labels = turning(70)  # farther than a new slot's distance: 2 - 2 cos(70 degrees) = 1.3
+    masks = segment(model(), tokens)
+    stays, turns = (set(slot_of(masks, labels, label)) for label in (1, 2))
+    assert len(stays) == len(turns) == 1 and stays != turns and 0 not in turns
+
+
+@pytest.mark.parametrize(("radius", "flows"), [(0.3, False), (3.0, True)])
+def test_nothing_flows_farther_than_the_radius(radius: float, flows: bool) -> None:
+    tokens, labels = video([(1, 1), (7, 7)])
+    clustering = model(flow_radius=radius)
+    tracker = Tracker.start(clustering.config, clustering.attend, clustering.position, DIM)
+    before, now = F.normalize(tokens, dim=-1)
+    tracker.last = before, F.one_hot(labels[0], tracker.config.slots - 1).float()
+    came = tracker._propagate(now)[labels[1] == 1, 1]
+    assert bool((came > 0.9).all() if flows else (came == 0).all())
 
 
 def test_the_future_changes_nothing() -> None:

@@ -94,9 +94,9 @@ class ClusteringModel(Model):
         """All frames of a video in order, each slot staying with its object (:mod:`slotlab.models.tracking`)."""
         tokens = self.normaliser(features)
         keys, objectness = self.encode(tokens)
-        tracker = Tracker.start(self.config, self.attend, keys.shape[-1])
+        tracker = Tracker.start(self.config, self.attend, self.position.cpu(), keys.shape[-1])
         slots, attention = [], []
-        for frame in zip(keys.cpu(), objectness.cpu(), strict=True):
+        for frame in zip(tokens.cpu(), keys.cpu(), objectness.cpu(), strict=True):
             attention.append(tracker.step(*frame))
             slots.append(tracker.slots)
         return self.output(tokens, objectness, *(torch.stack(item).to(tokens.device) for item in (slots, attention)))

@@ -2,7 +2,14 @@
 
 Online and causal: a frame's slots start where the last frame's ended. Tokens of objects that no slot explains start
 new slots, two slots that have come together become one (the older stays), and a slot that holds nothing is free for
-another object. The choices are sequential and the arrays small, so this runs on the CPU.
+another object.
+
+A slot's key alone would lose an object that turns, or pass its slot to a neighbour. So the last frame's attention
+flows along the likeness of tokens, as labels do in video segmentation by propagation (Jabri et al., 2020,
+arXiv:2006.14613), and is used twice: slots are named by whom they take most from (Hungarian), and it is the prior of
+a Bayes filter, whose likelihood is the attention by keys.
+
+The choices are sequential and the arrays small, so this runs on the CPU.
 """
 
 from __future__ import annotations
@@ -11,7 +18,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from slotlab.models.config import ClusteringConfig
@@ -21,25 +30,31 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # keys, objectness,
 
 @dataclass
 class Tracker:
-    """State after some frames: K object slots, which of them hold an object, and how many ever did.
+    """State after some frames: K object slots, which of them hold an object, and what the last frame looked like.
 
     Args:
         config: distances and iterations.
         attend: attention (1, N, K) of keys (1, N, S) and objectness (1, N) to slots (1, K, S), active (1, K).
+        position: of the patches, in [-1, 1].
     """
 
     config: ClusteringConfig
     attend: Attend
+    position: Float[Tensor, "N 2"]
     slots: Float[Tensor, "K S"]
     active: Bool[Tensor, " K"]
     age: list[int]  # frames that each slot has held its object; 0: none
+    last: tuple[Float[Tensor, "N D"], Float[Tensor, "N K"]] | None = None  # directions of tokens, and attention
 
     @classmethod
-    def start(cls, config: ClusteringConfig, attend: Attend, width: int) -> Tracker:
+    def start(cls, config: ClusteringConfig, attend: Attend, position: Float[Tensor, "N 2"], width: int) -> Tracker:
         count = config.slots - 1
-        return cls(config, attend, torch.zeros(count, width), torch.zeros(count, dtype=torch.bool), [0] * count)
+        none = torch.zeros(count, dtype=torch.bool)
+        return cls(config, attend, position, torch.zeros(count, width), none, [0] * count)
 
-    def step(self, keys: Float[Tensor, "N S"], objectness: Float[Tensor, " N"]) -> Float[Tensor, "N K"]:
+    def step(
+        self, tokens: Float[Tensor, "N D"], keys: Float[Tensor, "N S"], objectness: Float[Tensor, " N"]
+    ) -> Float[Tensor, "N K"]:
         """Take the next frame; its attention, which sums to the objectness over slots."""
         # New slots first: a carried slot, refined alone, would take a new object for its own.
         self._give_birth(keys, objectness)
@@ -48,7 +63,37 @@ class Tracker:
         mass = self._refine(keys, objectness).sum(0)  # (K,) patches
         self.active = self.active & (mass >= self.config.least_mass)
         self.age = [age + 1 if alive else 0 for age, alive in zip(self.age, self.active.tolist(), strict=True)]
-        return self._attention(keys, objectness)
+        attention = self._attention(keys, objectness)
+        directions = F.normalize(tokens, dim=-1)
+        if self.last is not None:
+            prior = self._propagate(directions)  # (N, K)
+            attention = self._filter(prior, self._rename(prior, attention), objectness)
+            self.slots = torch.where(self.active.unsqueeze(-1), _means(attention, keys), self.slots)
+        self.last = directions, attention
+        return attention
+
+    def _propagate(self, directions: Float[Tensor, "N D"]) -> Float[Tensor, "N K"]:
+        """The last frame's attention, as it flows to the tokens of this one that lie near and look alike."""
+        assert self.last is not None
+        before, attention = self.last
+        away = _squared_distance(self.position, self.position) > self.config.flow_radius**2
+        likeness = directions @ before.T / self.config.flow_temperature  # (N, N): from which token each comes
+        return likeness.masked_fill(away, -torch.inf).softmax(-1) @ attention
+
+    def _rename(self, prior: Float[Tensor, "N K"], attention: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
+        """Give every slot the name of the one it takes most from; a slot that takes from none keeps its own."""
+        taken = prior.T @ attention + 1e-4 * torch.eye(len(self.slots))  # (K before, K now): patches
+        order = linear_sum_assignment(taken.numpy(), maximize=True)[1]
+        self.slots, self.active, self.age = self.slots[order], self.active[order], [self.age[k] for k in order]
+        return attention[:, order]
+
+    def _filter(self, prior: Tensor, attention: Tensor, objectness: Tensor) -> Float[Tensor, "N K"]:
+        """Posterior of prior and attention, over the slots that are there, as much as there is of an object."""
+        prior = prior * self.active
+        prior = prior / (prior.sum(-1, keepdim=True) + 1e-3) + self.config.prior_floor
+        posterior = attention * prior**self.config.prior_weight
+        whole = posterior.sum(-1, keepdim=True).clamp_min(torch.finfo(posterior.dtype).tiny)
+        return posterior / whole * objectness.unsqueeze(-1)
 
     def _attention(self, keys: Tensor, objectness: Tensor) -> Tensor:
         return self.attend(keys[None], objectness[None], self.slots[None], self.active[None])[0]
@@ -57,8 +102,7 @@ class Tracker:
         """Move the slots to the means of what they hold; the attention that they then have."""
         for _ in range(self.config.tracking_iterations):
             attention = self._attention(keys, objectness)  # (N, K)
-            mean = attention.T @ keys / (attention.sum(0).unsqueeze(-1) + 1e-3)
-            self.slots = torch.where(self.active.unsqueeze(-1), mean, self.slots)
+            self.slots = torch.where(self.active.unsqueeze(-1), _means(attention, keys), self.slots)
         return self._attention(keys, objectness)
 
     def _give_birth(self, keys: Tensor, objectness: Tensor) -> None:
@@ -90,3 +134,7 @@ class Tracker:
 
 def _squared_distance(a: Float[Tensor, "N S"], b: Float[Tensor, "K S"]) -> Float[Tensor, "N K"]:
     return (a.unsqueeze(1) - b).square().sum(-1)
+
+
+def _means(attention: Float[Tensor, "N K"], keys: Float[Tensor, "N S"]) -> Float[Tensor, "K S"]:
+    return attention.T @ keys / (attention.sum(0).unsqueeze(-1) + 1e-3)
