@@ -7,7 +7,8 @@ by its own step time measured just before, so that its learning-rate schedule en
 are kept: a second call goes on, and more seconds are another folder.
 
 The published batches (64 to 512 frames) allow a CPU a handful of steps in such a time, so the peers get
-``--peer-frames`` a step instead, which serves them better; learning rates stay, but where a preset scales its own.
+``--peer-frames`` a step instead, in bfloat16 and on ``--peer-patches`` random patches of each frame (an unbiased
+estimate of their loss), all of which serves them better; learning rates stay, but where a preset scales its own.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -45,8 +45,20 @@ def seconds_a_step(config: Config, cache: Path) -> float:
     return statistics.median(b - a for a, b in itertools.pairwise(ends))
 
 
+def configured(preset: str, seed: int, peer_frames: int, peer_patches: int) -> Config:
+    """A preset with a number of frames a step that a CPU can afford; ours as it is."""
+    config = load_config(preset, None, (), seed=seed)
+    if preset == "default":
+        return config
+    batch = max(1, peer_frames // config.data.clip)
+    changes = [f"optim.batch_size={batch}", "optim.precision=bfloat16"]
+    if getattr(getattr(config.model, "decoder", None), "kind", None) in ("mlp", "mix", "slot_mixer"):
+        changes.append(f"model.decoder.patches={peer_patches}")
+    return load_config(preset, None, changes, seed=seed)
+
+
 def one(
-    preset: str, seed: int, cache: Path, seconds: float, out: Path, peer_frames: int, overrides: Sequence[str]
+    preset: str, seed: int, cache: Path, seconds: float, out: Path, peer_frames: int, peer_patches: int
 ) -> dict[str, Any]:
     """Train and score a run; a line of the table."""
     import torch
@@ -60,10 +72,7 @@ def one(
     done = run / "peer.json"
     if not done.exists():
         if not (run / "config.toml").exists():
-            config = load_config(preset, None, overrides, seed=seed)
-            if preset != "default":
-                batch = max(1, peer_frames // config.data.clip)
-                config = config.model_copy(update={"optim": config.optim.model_copy(update={"batch_size": batch})})
+            config = configured(preset, seed, peer_frames, peer_patches)
             steps = max(2, round(seconds / seconds_a_step(config, cache)))
             # The warm-up keeps its share of a run that is shorter than the published one.
             warmup = min(config.optim.warmup_steps, steps // 10)
@@ -108,15 +117,22 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1800)
     parser.add_argument("--peer-frames", type=int, default=32)
+    parser.add_argument("--peer-patches", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("peers"))
-    parser.add_argument("--set", dest="overrides", nargs="*", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
     rows = []
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         jobs = [
             pool.submit(
-                one, preset, seed, options.cache, options.seconds, options.out, options.peer_frames, options.overrides
+                one,
+                preset,
+                seed,
+                options.cache,
+                options.seconds,
+                options.out,
+                options.peer_frames,
+                options.peer_patches,
             )
             for seed in range(options.seeds)
             for preset in options.presets

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,8 @@ from slotlab.scores import Scores
 from slotlab.subgroups import subgroup_scores
 
 MASKS = ("decoder", "attention")
+PACKAGE = Path(__file__).parent
+SCORING = "models/**/*.py draws.py normalise.py kmeans.py metrics.py scores.py subgroups.py references.py"
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,13 @@ def load_run(run: Path, cache: Path | None = None, device: torch.device | str = 
     return LoadedRun(run, config, store, model_tap(config, store), model.to(device).eval())
 
 
+@cache
+def scoring_code() -> str:
+    """Digest of the sources that masks and scores come from: numbers of other sources are not to be mixed with."""
+    files = [file for pattern in SCORING.split() for file in sorted(PACKAGE.glob(pattern))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
 References = tuple[dict[str, Any], dict[str, Any]]  # the grid's ceiling, and k-means' floor
 
 
@@ -89,6 +100,7 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References
         "split": split.name,
         "tap": loaded.tap,
         "step": checkpoint.state(loaded.path)["step"],
+        "code": scoring_code(),
         "resolution": list(split.spec.frame_size),
         **decoder.summary(),
         "attention": scores["attention"].summary(),

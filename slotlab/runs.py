@@ -12,6 +12,7 @@ import torch
 
 from featcache.errors import IncompatibleError, UsageError
 from featcache.store import FeatureStore, flatten
+from featcache.stream import VIDEO
 from slotlab import checkpoint
 from slotlab.config import Config
 
@@ -43,7 +44,12 @@ def create_run(config: Config, store: FeatureStore, run: Path, init_from: Path |
 
 
 def check_store(run: Path, store: FeatureStore) -> None:
-    """``IncompatibleError`` unless the store holds the same kind of features that the run was trained on."""
+    """``IncompatibleError`` unless the store holds the same kind of features that the run was trained on.
+
+    A run on the stored frames goes with any store: it reads no features.
+    """
+    if checkpoint.load_run_config(run).data.tap == VIDEO:
+        return
     then = json.loads((run / "store.json").read_text())["identity"]
     now = json.loads(json.dumps(store.spec.identity()))
     ignored = ("dtype", "precision", "frame_stride", "taps.")  # how, and what else, is stored; not what it means

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,13 @@ def events(run: Path, resume: bool) -> Iterator[Callable[[dict[str, Any]], None]
 
     # What was logged after the checkpoint happens again.
     purge = checkpoint.state(run)["step"] + 1 if resume and checkpoint.exists(run) else None
-    with SummaryWriter(str(run / "tensorboard"), purge_step=purge) as writer:
+    with ExitStack() as stack:
+        writer: SummaryWriter | None = None  # opened by the first row: a run that is refused leaves no folder behind
 
         def write(row: dict[str, Any]) -> None:
+            nonlocal writer
+            if writer is None:
+                writer = stack.enter_context(SummaryWriter(str(run / "tensorboard"), purge_step=purge))
             for name, value in row.items():
                 if isinstance(value, float):
                     group, _, rest = name.partition("eval_")

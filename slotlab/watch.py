@@ -30,6 +30,9 @@ def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
     scores, found, outputs = Scores(), [], []
     for video in chosen_videos(split, config.evaluate_videos):
         output = model.segment(model_input(config, split, video).to(device), Draws.of_step(config.seed, video))
+        if not bool(output.masks.isfinite().all()):  # the next step's loss is not, either, and ends the run
+            model.train(training)
+            return {"warnings": ["the masks are no longer finite"]}
         found.append(diagnostics.diagnose(output))
         outputs.append(output)
         if split.spec.masks:

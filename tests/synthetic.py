@@ -77,11 +77,12 @@ def make_store(
     dtype: str = "float16",
     scale: Scale = 1.0,
     chunk_frames: int | None = None,
+    backbone: str = "synthetic",
 ) -> FeatureStore:
     """A finished store of synthetic tokens, by the product's own writer."""
     source = source or DiscSource()
     spec = StoreSpec(
-        backbone="synthetic",
+        backbone=backbone,
         model={"library": "none"},
         preprocessing={"size": SIZE},
         taps={"block1": TapSpec(GRID, DIM)},

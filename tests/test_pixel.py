@@ -22,7 +22,7 @@ from slotlab.models.pixel_model import BroadcastDecoder, PixelModel, frame_token
 from slotlab.models.registry import build_model, model_input
 from slotlab.normalise import Normaliser
 from slotlab.train import train
-from tests.synthetic import DiscSource
+from tests.synthetic import DiscSource, make_store
 
 SIDE = 16
 SMALL = [f"model.resolution={SIDE}", "model.broadcast=4", "model.slots=4", "model.slot_dim=16"]
@@ -116,6 +116,13 @@ def test_a_run_is_trained_and_evaluated_like_any_other(tmp_path: Path, store: Fe
     first, again = (load_run(run).segment(store["validation"], 1) for _ in range(2))
     assert torch.equal(first.masks, again.masks)
     assert metrics.slot_similarity(first.slots).shape == (4,)
+
+
+def test_a_run_on_frames_goes_with_any_store_of_them(tmp_path: Path, store: FeatureStore) -> None:
+    config = load_config("pixel", None, SMALL, optim__steps=2, optim__batch_size=3)
+    run = train(config, store, tmp_path / "run")
+    other = make_store(tmp_path / "other.zarr", backbone="another")
+    assert evaluate(load_run(run, other.path))["mbo"] == evaluate(load_run(run))["mbo"]
 
 
 def test_loss_falls_below_the_mean_predictor(tmp_path: Path, store: FeatureStore) -> None:

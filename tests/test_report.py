@@ -112,6 +112,10 @@ def test_scores_are_taken_from_the_file_only_while_they_are_the_checkpoints(home
     again = gather([home / "features"]).runs[0].evaluation
     assert again and again["mbo"] != 0.125 and again["step"] == 6
 
+    file.write_text(json.dumps(marked | {"code": "0" * 12}))
+    again = gather([home / "features"]).runs[0].evaluation
+    assert again and again["mbo"] != 0.125, "other sources made these scores"
+
     file.write_text(json.dumps(marked))
     state = checkpoint.folder(home / "features") / "state.json"
     os.utime(file, (0, state.stat().st_mtime - 60))

@@ -257,6 +257,15 @@ def test_looks_at_the_masks_are_logged(tmp_path: Path, store: FeatureStore) -> N
     assert [row["loss"] for row in plain] == [row["loss"] for row in rows], "looking changes nothing"
 
 
+def test_a_run_whose_masks_break_at_a_look_says_so_and_ends(tmp_path: Path, store: FeatureStore) -> None:
+    """The gradient of the first step is finite; its step, at such a rate, leaves nothing that is."""
+    rows: list[dict[str, Any]] = []
+    config = small("evaluate_every=1", "optim.learning_rate=1e38", "optim.warmup_steps=0")
+    with pytest.raises(DataError, match=r"not finite at step 2 .* lower --set optim.learning_rate"):
+        train(config, store, tmp_path / "run", report=rows.append)
+    assert rows[0]["warnings"] == ["the masks are no longer finite"]
+
+
 def test_the_rate_grows_with_the_batch_and_the_warm_up_counts_samples() -> None:
     optim = small("optim.reference_batch=64", "optim.warmup_samples=640").optim
     for batch, scaling, factor in ((64, "sqrt", 1), (256, "sqrt", 2), (256, "linear", 4), (16, "linear", 0.25)):
@@ -358,3 +367,9 @@ def test_tensorboard_has_every_number_once(tmp_path: Path, store: FeatureStore) 
     logged = {e.step: e.value for e in read.Scalars("train/loss")}
     assert logged == pytest.approx({row["step"]: row["loss"] for row in rows_of(run)})
     assert [e.step for e in read.Scalars("eval/fg_ari")] == [6, 12]
+
+
+def test_a_refused_run_leaves_no_events(tmp_path: Path, store: FeatureStore) -> None:
+    with pytest.raises(IncompatibleError), events(tmp_path / "run", False) as write:
+        train(small("data.tap=block99"), store, tmp_path / "run", report=write)
+    assert not (tmp_path / "run").exists()

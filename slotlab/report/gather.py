@@ -15,7 +15,7 @@ from featcache.report import StoreReport, store_reports
 from featcache.store import FeatureStore, Split
 from slotlab import checkpoint
 from slotlab.config import Config
-from slotlab.evaluate import LoadedRun, References, count_labels, evaluate, load_run
+from slotlab.evaluate import LoadedRun, References, count_labels, evaluate, load_run, scoring_code
 from slotlab.runs import read_rows
 from slotlab.timecurves import Curve, VideoTrace, over_videos, trace
 
@@ -152,15 +152,17 @@ def evaluation_of(
 
 
 def current_evaluation(path: Path, loaded: LoadedRun, step: int) -> dict[str, Any] | None:
-    """The scores in a file, or None if they are of an earlier checkpoint, another store, or not all there."""
+    """The scores in a file, or None if they are of an earlier checkpoint, another store, or made by other sources."""
     try:
         found = json.loads(path.read_text())
         written = path.stat().st_mtime
     except (OSError, ValueError):
         return None
-    if "confidence" not in found:  # of an earlier version, without intervals and parts
-        return None
-    same = found.get("step") == step and Path(found.get("cache", "")).resolve() == loaded.store.path.resolve()
+    same = (
+        found.get("step") == step
+        and found.get("code") == scoring_code()
+        and Path(found.get("cache", "")).resolve() == loaded.store.path.resolve()
+    )
     trained = (checkpoint.folder(loaded.path) / "state.json").stat().st_mtime
     return dict(found) if same and written >= trained else None
 
