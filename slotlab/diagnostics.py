@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from slotlab import metrics
@@ -29,10 +28,13 @@ def diagnose(output: Output) -> dict[str, float]:
     return {name: float(values.double().mean()) for name, values in by_frame(output).items()}
 
 
-def kept_slots(outputs: Sequence[Output]) -> float:
-    """Effective slots at the last frame of each video over those at its first, averaged: 1 means none are lost."""
-    effective = [metrics.effective_slots(output.masks) for output in outputs]
-    return float(torch.stack([frames[-1] / frames[0] for frames in effective]).mean())
+def kept_slots(effective: Sequence[Tensor]) -> float:
+    """Effective slots at the last frames over those at the first, each summed over videos: 1 means none are lost.
+
+    ``effective`` holds (T,) of each video (:func:`slotlab.metrics.effective_slots`). Objects leave and enter, so it
+    is to be read beside the same of the ground truth.
+    """
+    return float(sum(frames[-1] for frames in effective) / sum(frames[0] for frames in effective))
 
 
 def warnings(found: Mapping[str, float], slots: int) -> list[str]:

@@ -135,6 +135,7 @@ def scores_table(result: Mapping[str, Any]) -> Table:
         if count != "0":
             add(f"  {count} in sight", values)
     add("ceiling of the patch grid", result["reference"], "dim")
+    add("  per video", {key: result["reference"].get(f"{key}_video") for key in keys}, "dim")
     add("floor: k-means, raw tokens", result["floor"]["kmeans_raw"], "dim")
     add("floor: k-means, whitened", result["floor"]["kmeans_whitened"], "dim")
     table.caption = (

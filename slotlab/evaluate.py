@@ -17,19 +17,19 @@ from torch import Tensor
 from featcache.store import FeatureStore, Split
 from slotlab import checkpoint, metrics
 from slotlab.config import Config
-from slotlab.diagnostics import diagnose
+from slotlab.diagnostics import diagnose, kept_slots
 from slotlab.draws import Draws
 from slotlab.models.base import Model, Output
 from slotlab.models.registry import empty_model, model_input, model_moments, model_spec, model_tap, model_tokens
 from slotlab.normalise import Normaliser
-from slotlab.references import grid_reference, kmeans_floor
+from slotlab.references import grid_masks, grid_reference, kmeans_floor
 from slotlab.runs import check_store
 from slotlab.scores import Scores
 from slotlab.subgroups import subgroup_scores
 
 MASKS = ("decoder", "attention")
 PACKAGE = Path(__file__).parent
-SCORING = "models/**/*.py draws.py normalise.py kmeans.py metrics.py scores.py subgroups.py references.py"
+SCORING = "models/**/*.py draws.py normalise.py kmeans.py metrics.py scores.py subgroups.py references.py evaluate.py"
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References
     labels = count_labels(split)
     scores = {name: Scores() for name in MASKS}
     diagnostics: list[dict[str, float]] = []
+    effective: list[Tensor] = []
     for video in split.videos:
         truth = torch.from_numpy(split.segmentations(video))  # (T, H, W)
         output = loaded.segment(split, video)
@@ -92,6 +93,7 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References
             tables = metrics.mask_tables(on_grid(masks, loaded.model.grid).cpu(), truth, labels)
             scores[name].add(tables, torch.full((len(truth),), video))
         diagnostics.append(diagnose(output))
+        effective.append(metrics.effective_slots(output.masks))
     reference, floor = known or references(split, loaded)
     decoder = scores["decoder"]
     return {
@@ -107,6 +109,7 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References
         "reference": reference,
         "floor": floor,
         **{key: float(np.mean([item[key] for item in diagnostics])) for key in diagnostics[0]},
+        "kept_slots": kept_slots(effective),
         **subgroup_scores(decoder, split, labels),
     }
 
@@ -130,16 +133,21 @@ def references(split: Split, loaded: LoadedRun) -> References:
     whiten = Normaliser.from_moments("whiten", moments, shrinkage=0.1, center="channel")
     labels, grid, clusters = count_labels(split), loaded.model.grid, loaded.model.slots
     ceiling, raw, whitened = Scores(), Scores(), Scores()
+    effective: list[Tensor] = []
     for video in split.videos:
         truth = torch.from_numpy(split.segmentations(video))
         tokens = model_tokens(loaded.config, split, video)
         ids = torch.full((len(truth),), video)
         ceiling.add(grid_reference(truth, grid, labels), ids)
+        effective.append(metrics.effective_slots(grid_masks(truth, grid, labels)))
         raw.add(kmeans_floor(tokens, grid, clusters, truth, labels, seed=video), ids)
         whitened.add(kmeans_floor(whiten(tokens), grid, clusters, truth, labels, seed=video), ids)
-    kept = ("fg_ari", "ari", "mbo", "miou")
-    brief = [{key: item.summary()[key] for key in kept} for item in (ceiling, raw, whitened)]
-    return brief[0], {"kmeans_raw": brief[1], "kmeans_whitened": brief[2]}
+    keys = ("fg_ari", "ari", "mbo", "miou")
+    found = [{key: item.summary()[key] for key in keys} for item in (ceiling, raw, whitened)]
+    tracked = {f"{key}_video": ceiling.summary()[f"{key}_video"] for key in keys}  # k-means does not track
+    return found[0] | tracked | {"kept_slots": kept_slots(effective)}, dict(
+        zip(("kmeans_raw", "kmeans_whitened"), found[1:], strict=True)
+    )
 
 
 def beats_floor(result: Mapping[str, Any]) -> bool:

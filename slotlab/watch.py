@@ -27,21 +27,21 @@ def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
     labels = count_labels(split) if split.spec.masks else 0
     device, training = next(model.parameters()).device, model.training
     model.eval()
-    scores, found, outputs = Scores(), [], []
+    scores, found, effective = Scores(), [], []
     for video in chosen_videos(split, config.evaluate_videos):
         output = model.segment(model_input(config, split, video).to(device), Draws.of_step(config.seed, video))
         if not bool(output.masks.isfinite().all()):  # the next step's loss is not, either, and ends the run
             model.train(training)
             return {"warnings": ["the masks are no longer finite"]}
         found.append(diagnostics.diagnose(output))
-        outputs.append(output)
+        effective.append(metrics.effective_slots(output.masks))
         if split.spec.masks:
             truth = torch.from_numpy(split.segmentations(video))  # (T, H, W)
             tables = metrics.mask_tables(on_grid(output.masks, model.grid).cpu(), truth, labels)
             scores.add(tables, torch.full((len(truth),), video))
     model.train(training)
     means = {key: sum(item[key] for item in found) / len(found) for key in found[0]}
-    means["kept_slots"] = diagnostics.kept_slots(outputs)
+    means["kept_slots"] = diagnostics.kept_slots(effective)
     row: dict[str, Any] = {f"eval_{key}": value for key, value in means.items()}
     if split.spec.masks:
         summary = scores.summary()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slotlab import diagnostics
+from slotlab import diagnostics, metrics
 from slotlab.models.base import Output
 
 F, K, N = 3, 4, 16
@@ -24,7 +24,9 @@ def quarters() -> Tensor:
 
 
 def told(*outputs: Output) -> list[str]:
-    means = diagnostics.diagnose(outputs[0]) | {"kept_slots": diagnostics.kept_slots(outputs)}
+    means = diagnostics.diagnose(outputs[0]) | {
+        "kept_slots": diagnostics.kept_slots([metrics.effective_slots(o.masks) for o in outputs])
+    }
     return diagnostics.warnings(means, K)
 
 
@@ -57,3 +59,9 @@ def test_slots_that_are_lost_over_a_video() -> None:
     assert len(said) == 1 and "slots are lost over the frames (25% left" in said[0]
     frames = diagnostics.by_frame(output(masks))
     assert frames["effective_slots"].tolist() == [4, 4, 1]
+
+
+def test_kept_slots_weigh_videos_by_their_slots() -> None:
+    crowded, empty = torch.tensor([8.0, 6.0, 6.0]), torch.tensor([1.0, 3.0])
+    assert diagnostics.kept_slots([crowded]) == 0.75
+    assert diagnostics.kept_slots([crowded, empty]) == 1.0, "not (0.75 + 3) / 2"
