@@ -13,6 +13,7 @@ from torch import Tensor
 from featcache.errors import UsageError
 from slotlab.config import LossConfig
 from slotlab.models.base import Output
+from slotlab.ranks import gathered, rank
 
 
 def feature_mse(output: Output, config: LossConfig) -> Tensor:
@@ -54,14 +55,16 @@ def slot_contrast(output: Output, config: LossConfig) -> Tensor:
     """Each slot is to be told from all others of the frame before by itself (SlotContrast, arXiv:2412.14295).
 
     InfoNCE over cosines: the positive is the same slot one frame earlier, the negatives are all other slots of the
-    earlier frame, in the whole batch.
+    earlier frame, in the whole batch (of all ranks; under accumulation, of one part).
     """
     if output.slots.ndim != 4:
         raise UsageError("loss.slot_contrast: needs slots carried over clips; set model.predictor.kind")
     with torch.autocast(output.slots.device.type, enabled=False):
         frames = F.normalize(output.slots.float(), dim=-1).transpose(0, 1).flatten(1, 2)  # (T, B K, S)
-        logits = frames[1:] @ frames[:-1].transpose(-2, -1) / config.contrast_temperature  # (T - 1, B K, B K)
-    return -logits.log_softmax(-1).diagonal(dim1=-2, dim2=-1).mean()
+        before = gathered(frames[:-1]).transpose(0, 1)  # (T - 1, R, B K, S)
+        logits = frames[1:] @ before.flatten(1, 2).transpose(-2, -1) / config.contrast_temperature  # (.., B K, R B K)
+    first = rank() * frames.shape[1]
+    return -logits.log_softmax(-1).diagonal(first, dim1=-2, dim2=-1).mean()
 
 
 def diversity(output: Output, config: LossConfig) -> Tensor:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,9 +39,35 @@ class Ranks:
             dist.barrier()
 
 
+def rank() -> int:
+    """Of this process, 0 if it is alone; also before :func:`join`."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_leader() -> bool:
-    """Whether this process is rank 0, or alone; also before :func:`join`."""
-    return os.environ.get("RANK", "0") == "0"
+    return rank() == 0
+
+
+def gathered(value: Tensor) -> Tensor:
+    """What every rank has, (R, ...) in their order, with the gradient of all ranks' use of it; alone, (1, ...)."""
+    if not dist.is_initialized():
+        return value.unsqueeze(0)
+    found: Tensor = _Gather.apply(value)
+    return found
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, value.contiguous())
+        return torch.stack(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        whole = gradients[0].contiguous()
+        dist.all_reduce(whole)
+        return whole[dist.get_rank()]
 
 
 @contextmanager

@@ -204,9 +204,12 @@ def test_accumulated_parts_are_the_whole_batch(tmp_path: Path, store: FeatureSto
     assert not (tmp_path / "3").exists(), "what cannot be trained leaves no folder that a better try would meet"
 
 
-@pytest.mark.parametrize("parts", PARTS)
-def test_two_ranks_train_the_run_of_one(tmp_path: Path, store: FeatureStore, parts: tuple[str, ...]) -> None:
-    config = small(*parts, "checkpoint_every=5", optim__steps=10)
+@pytest.mark.parametrize(("preset", "parts"), [("dinosaur", PARTS[0]), ("videosaur", ())])
+def test_two_ranks_train_the_run_of_one(
+    tmp_path: Path, store: FeatureStore, preset: str, parts: tuple[str, ...]
+) -> None:
+    """The video model's slots are also told from those of the other rank (slot_contrast)."""
+    config = small(*parts, "checkpoint_every=5", preset=preset, optim__steps=10)
     one = train(config, store, tmp_path / "one")
     (tmp_path / "config.toml").write_text(config.to_toml())
     code = (
