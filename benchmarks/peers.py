@@ -27,7 +27,7 @@ from typing import Any
 from slotlab.config import Config, load_config
 
 PRESETS = ("default", "dinosaur", "dinosaur-ar", "savi-dinosaur", "videosaur", "slotcontrast", "pixel")
-SCORES = ("fg_ari", "mbo", "fg_ari_video", "mbo_video", "effective_slots")
+SCORES = ("fg_ari", "mbo", "fg_ari_video", "mbo_video")
 MEASURED_STEPS = 6
 
 
@@ -88,6 +88,7 @@ def one(
         frames = config.optim.steps * config.optim.batch_size * config.data.clip
         row = {"preset": preset, "seed": seed, "seconds": summary["seconds"], "frames": frames}
         row |= {"steps": config.optim.steps} | {key: result[key] for key in SCORES}
+        row |= {f"attention_{key}": result["attention"][key] for key in SCORES[:2]}
         done.write_text(json.dumps(row))
     found: dict[str, Any] = json.loads(done.read_text())
     return found
@@ -95,7 +96,9 @@ def one(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean over seeds, and the lowest to the highest, as Markdown."""
-    lines = ["| preset | seeds | seconds | frames seen | FG-ARI | mBO | FG-ARI video | mBO video |", "|---" * 8 + "|"]
+    titles = ("preset", "seeds", "seconds", "frames seen", "FG-ARI", "mBO", "FG-ARI video", "mBO video")
+    titles += ("attention's FG-ARI", "attention's mBO")
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for preset in dict.fromkeys(row["preset"] for row in rows):
         mine = [row for row in rows if row["preset"] == preset]
 
@@ -103,7 +106,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             values = [row[key] for row in mine]
             return f"{statistics.mean(values):.3f} ({min(values):.3f}–{max(values):.3f})"
 
-        scores = " | ".join(spread(key) for key in SCORES[:4])
+        scores = " | ".join(spread(key) for key in (*SCORES, *(f"attention_{key}" for key in SCORES[:2])))
         seconds = statistics.mean(row["seconds"] for row in mine)
         frames = statistics.mean(row["frames"] for row in mine)
         lines.append(f"| {preset} | {len(mine)} | {seconds:.0f} | {frames:.0f} | {scores} |")
