@@ -7,8 +7,9 @@ by its own step time measured just before, so that its learning-rate schedule en
 are kept: a second call goes on, and more seconds are another folder.
 
 The published batches (64 to 512 frames) allow a CPU a handful of steps in such a time, so the peers get
-``--peer-frames`` a step instead, in bfloat16 and on ``--peer-patches`` random patches of each frame (an unbiased
-estimate of their loss), all of which serves them better; learning rates stay, but where a preset scales its own.
+``--peer-frames`` a step instead, on ``--peer-patches`` random patches of each frame (an unbiased estimate of their
+loss) and in the faster of float32 and bfloat16, all of which serves them better. Their learning rate is the published
+one of the published batch. ``--peer-set data.normalize=none`` and the like change all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,15 @@ from slotlab.config import Config, load_config
 PRESETS = ("default", "dinosaur", "dinosaur-ar", "savi-dinosaur", "videosaur", "slotcontrast", "pixel")
 SCORES = ("fg_ari", "mbo", "fg_ari_video", "mbo_video")
 MEASURED_STEPS = 6
+
+
+@dataclass(frozen=True)
+class Peers:
+    """What a CPU can afford of them."""
+
+    frames: int  # a step
+    patches: int  # that are decoded of each frame
+    changes: tuple[str, ...]  # KEY=VALUE
 
 
 def seconds_a_step(config: Config, cache: Path) -> float:
@@ -45,25 +57,41 @@ def seconds_a_step(config: Config, cache: Path) -> float:
     return statistics.median(b - a for a, b in itertools.pairwise(ends))
 
 
-def configured(preset: str, seed: int, peer_frames: int, peer_patches: int) -> Config:
+def configured(preset: str, seed: int, peers: Peers) -> Config:
     """A preset with a number of frames a step that a CPU can afford; ours as it is."""
+    from slotlab.schedule import learning_rate
+
     config = load_config(preset, None, (), seed=seed)
     if preset == "default":
         return config
-    batch = max(1, peer_frames // config.data.clip)
-    changes = [f"optim.batch_size={batch}", "optim.precision=bfloat16"]
+    batch = max(1, peers.frames // config.data.clip)
+    changes = [f"optim.learning_rate={learning_rate(config.optim)}", f"optim.reference_batch={batch}"]
+    changes.append(f"optim.batch_size={batch}")
     if getattr(getattr(config.model, "decoder", None), "kind", None) in ("mlp", "mix", "slot_mixer"):
-        changes.append(f"model.decoder.patches={peer_patches}")
-    return load_config(preset, None, changes, seed=seed)
+        changes.append(f"model.decoder.patches={peers.patches}")
+    return load_config(preset, None, [*changes, *peers.changes], seed=seed)
 
 
-def one(
-    preset: str, seed: int, cache: Path, seconds: float, out: Path, peer_frames: int, peer_patches: int
-) -> dict[str, Any]:
+def fitted(config: Config, cache: Path, seconds: float, precisions: Sequence[str]) -> Config:
+    """As many steps as the time allows, in the precision that allows the most."""
+    choices = [
+        config.model_copy(update={"optim": config.optim.model_copy(update={"precision": precision})})
+        for precision in precisions
+    ]
+    step, config = min(((seconds_a_step(choice, cache), choice) for choice in choices), key=lambda pair: pair[0])
+    steps = max(2, round(seconds / step))
+    # The warm-up keeps its share of a run that is shorter than the published one.
+    warmup = min(config.optim.warmup_steps, steps // 10)
+    optim = config.optim.model_copy(update={"steps": steps, "warmup_steps": warmup})
+    return config.model_copy(update={"optim": optim, "log_every": 50, "checkpoint_every": 500})
+
+
+def one(preset: str, seed: int, cache: Path, seconds: float, out: Path, peers: Peers) -> dict[str, Any]:
     """Train and score a run; a line of the table."""
     import torch
 
     from featcache.store import FeatureStore
+    from slotlab.checkpoint import load_run_config
     from slotlab.evaluate import evaluate, load_run
     from slotlab.train import train
 
@@ -71,18 +99,13 @@ def one(
     run = out / f"{preset}-seed{seed}"
     done = run / "peer.json"
     if not done.exists():
-        if not (run / "config.toml").exists():
-            config = configured(preset, seed, peer_frames, peer_patches)
-            steps = max(2, round(seconds / seconds_a_step(config, cache)))
-            # The warm-up keeps its share of a run that is shorter than the published one.
-            warmup = min(config.optim.warmup_steps, steps // 10)
-            optim = config.optim.model_copy(update={"steps": steps, "warmup_steps": warmup})
-            config = config.model_copy(update={"optim": optim, "log_every": 50, "checkpoint_every": 500})
-        else:
-            from slotlab.checkpoint import load_run_config
-
+        begun = (run / "config.toml").exists()
+        if begun:
             config = load_run_config(run)
-        train(config, FeatureStore.open(cache), run, resume=(run / "config.toml").exists())
+        else:
+            precisions = ("float32",) if preset == "default" else ("float32", "bfloat16")
+            config = fitted(configured(preset, seed, peers), cache, seconds, precisions)
+        train(config, FeatureStore.open(cache), run, resume=begun)
         result = evaluate(load_run(run))
         summary = json.loads((run / "summary.json").read_text())
         frames = config.optim.steps * config.optim.batch_size * config.data.clip
@@ -119,24 +142,17 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=PRESETS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1800)
-    parser.add_argument("--peer-frames", type=int, default=32)
+    parser.add_argument("--peer-frames", type=int, default=8)
     parser.add_argument("--peer-patches", type=int, default=64)
+    parser.add_argument("--peer-set", nargs="*", default=[], metavar="KEY=VALUE")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("peers"))
     options = parser.parse_args()
+    peers = Peers(options.peer_frames, options.peer_patches, tuple(options.peer_set))
     rows = []
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         jobs = [
-            pool.submit(
-                one,
-                preset,
-                seed,
-                options.cache,
-                options.seconds,
-                options.out,
-                options.peer_frames,
-                options.peer_patches,
-            )
+            pool.submit(one, preset, seed, options.cache, options.seconds, options.out, peers)
             for seed in range(options.seeds)
             for preset in options.presets
         ]

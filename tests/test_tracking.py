@@ -12,7 +12,7 @@ from torch import Tensor
 from slotlab.draws import Draws
 from slotlab.models.clustering_model import ClusteringModel
 from slotlab.models.config import ClusteringConfig
-from slotlab.models.tracking import Tracker
+from slotlab.models.tracking import Seen, Tracker
 from slotlab.normalise import Normaliser
 
 SIDE, DIM = 10, 12
@@ -125,8 +125,20 @@ def test_nothing_flows_farther_than_the_radius(radius: float, flows: bool) -> No
     clustering = model(flow_radius=radius)
     tracker = Tracker.start(clustering.config, clustering.attend, clustering.position, DIM)
     before, now = F.normalize(tokens, dim=-1)
-    tracker.last = before, F.one_hot(labels[0], tracker.config.slots - 1).float()
+    tracker.past.appendleft(Seen(before, F.one_hot(labels[0], tracker.config.slots - 1).float()))
     came = tracker._propagate(now)[labels[1] == 1, 1]
+    assert bool((came > 0.9).all() if flows else (came == 0).all())
+
+
+@pytest.mark.parametrize(("frames", "flows"), [(1, False), (2, True)])
+def test_attention_flows_past_a_frame_in_which_the_object_was_hidden(frames: int, flows: bool) -> None:
+    tokens, labels = video([(4, 4), None, (4, 5)])
+    clustering = model(flow_frames=frames)
+    tracker = Tracker.start(clustering.config, clustering.attend, clustering.position, DIM)
+    directions = F.normalize(tokens, dim=-1)
+    for t in (0, 1):
+        tracker.past.appendleft(Seen(directions[t], F.one_hot(labels[t], tracker.config.slots - 1).float()))
+    came = tracker._propagate(directions[2])[labels[2] == 1, 1]
     assert bool((came > 0.9).all() if flows else (came == 0).all())
 
 

@@ -4,18 +4,20 @@ Online and causal: a frame's slots start where the last frame's ended. Tokens of
 new slots, two slots that have come together become one (the older stays), and a slot that holds nothing is free for
 another object.
 
-A slot's key alone would lose an object that turns, or pass its slot to a neighbour. So the last frame's attention
-flows along the likeness of tokens, as labels do in video segmentation by propagation (Jabri et al., 2020,
-arXiv:2006.14613), and is used twice: slots are named by whom they take most from (Hungarian), and it is the prior of
-a Bayes filter, whose likelihood is the attention by keys.
+A slot's key alone would lose an object that turns, or pass its slot to a neighbour. So the attention of the last few
+frames, which outlast a short meeting, flows along the likeness of tokens, as labels do in video segmentation by
+propagation (Jabri et al., 2020, arXiv:2006.14613), and is used twice: slots are named by whom they take most from
+(Hungarian), and it is the prior of a Bayes filter, whose likelihood is the attention by keys.
 
 The choices are sequential and the arrays small, so this runs on the CPU.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +30,16 @@ from slotlab.models.config import ClusteringConfig
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # keys, objectness, slots, active -> (B, N, K)
 
 
+class Seen(NamedTuple):
+    """A frame of the past."""
+
+    directions: Float[Tensor, "N D"]  # of the tokens
+    attention: Float[Tensor, "N K"]
+
+
 @dataclass
 class Tracker:
-    """State after some frames: K object slots, which of them hold an object, and what the last frame looked like.
+    """State after some frames: K object slots, which of them hold an object, and what the last frames looked like.
 
     Args:
         config: distances and iterations.
@@ -44,13 +53,14 @@ class Tracker:
     slots: Float[Tensor, "K S"]
     active: Bool[Tensor, " K"]
     age: list[int]  # frames that each slot has held its object; 0: none
-    last: tuple[Float[Tensor, "N D"], Float[Tensor, "N K"]] | None = None  # directions of tokens, and attention
+    past: deque[Seen]  # newest first, at most flow_frames
 
     @classmethod
     def start(cls, config: ClusteringConfig, attend: Attend, position: Float[Tensor, "N 2"], width: int) -> Tracker:
         count = config.slots - 1
         none = torch.zeros(count, dtype=torch.bool)
-        return cls(config, attend, position, torch.zeros(count, width), none, [0] * count)
+        past: deque[Seen] = deque(maxlen=config.flow_frames)
+        return cls(config, attend, position, torch.zeros(count, width), none, [0] * count, past)
 
     def step(
         self, tokens: Float[Tensor, "N D"], keys: Float[Tensor, "N S"], objectness: Float[Tensor, " N"]
@@ -65,20 +75,28 @@ class Tracker:
         self.age = [age + 1 if alive else 0 for age, alive in zip(self.age, self.active.tolist(), strict=True)]
         attention = self._attention(keys, objectness)
         directions = F.normalize(tokens, dim=-1)
-        if self.last is not None:
+        if self.past:
             prior = self._propagate(directions)  # (N, K)
             attention = self._filter(prior, self._rename(prior, attention), objectness)
             self.slots = torch.where(self.active.unsqueeze(-1), _means(attention, keys), self.slots)
-        self.last = directions, attention
+        self.past.appendleft(Seen(directions, attention))
         return attention
 
     def _propagate(self, directions: Float[Tensor, "N D"]) -> Float[Tensor, "N K"]:
-        """The last frame's attention, as it flows to the tokens of this one that lie near and look alike."""
-        assert self.last is not None
-        before, attention = self.last
-        away = _squared_distance(self.position, self.position) > self.config.flow_radius**2
-        likeness = directions @ before.T / self.config.flow_temperature  # (N, N): from which token each comes
-        return likeness.masked_fill(away, -torch.inf).softmax(-1) @ attention
+        """The past's attention, as it flows to the tokens of this frame that lie near and look alike."""
+        squared = _squared_distance(self.position, self.position)  # (N, N)
+        likeness = torch.cat(
+            [
+                # The further back, the further an object may have come from.
+                (directions @ seen.directions.T).masked_fill(
+                    squared > (self.config.flow_radius * (1 + lag / 2)) ** 2, -torch.inf
+                )
+                for lag, seen in enumerate(self.past)
+            ],
+            -1,
+        )  # (N, frames * N): from which token each comes
+        share = (likeness / self.config.flow_temperature).softmax(-1)
+        return share @ torch.cat([seen.attention for seen in self.past])
 
     def _rename(self, prior: Float[Tensor, "N K"], attention: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
         """Give every slot the name of the one it takes most from; a slot that takes from none keeps its own."""
