@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def examine() -> dict[str, Any]:
     findings["tensorflow"] = "present" if importlib.util.find_spec("tensorflow") else "absent (only tfds: needs it)"
     findings["cpus"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     findings["torch_threads"] = torch.get_num_threads()
+    findings["bfloat16"] = _bfloat16()
     findings["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or "none"
     findings["disk_free_gb"] = round(shutil.disk_usage(Path.cwd()).free / 1e9, 1)
     findings["weights_cache"] = str(cache_dir())
@@ -42,3 +44,21 @@ def examine() -> dict[str, Any]:
     except FeatcacheError as error:
         findings["embedded_sample"] = str(error)
     return findings
+
+
+def _bfloat16() -> str:
+    """How matrix products in bfloat16 compare with float32 on the CPU: without instructions for it, it is emulated."""
+    import torch
+
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        square = torch.randn(384, 384, dtype=dtype)
+        square @ square
+        taken = []
+        for _ in range(3):
+            start = time.perf_counter()
+            square @ square
+            taken.append(time.perf_counter() - start)
+        seconds[dtype] = min(taken)
+    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    return f"{ratio:.2g} of float32's speed on the CPU" + ("" if ratio > 1 else ": train in float32 there")
