@@ -313,6 +313,16 @@ def test_broken_off_and_killed_it_ends_in_the_same_table(place: Path, unbroken: 
         assert steps == list(range(1, 121))
 
 
+def test_scores_by_other_sources_are_made_again_without_training(place: Path, unbroken: dict[str, Any]) -> None:
+    run = place / "whole/runs/mask_temperature=1.0-seed0"
+    path, log = run / "eval-validation.json", (run / "metrics.jsonl").read_text()
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"code": "other sources", "fg_ari": 0.123}))
+    _, text, err = slotlab(place, "ablate", "tiny.toml", "--out", "whole", "--workers", 1, "--json")
+    assert "3 of 6 runs are finished" in err
+    assert comparable(json.loads(text)) == comparable(unbroken)
+    assert (run / "metrics.jsonl").read_text() == log
+
+
 def test_another_plan_is_refused_by_the_command(place: Path, unbroken: dict[str, Any]) -> None:
     code, out, err = slotlab(place, "ablate", "tiny.toml", "--out", "whole", "--set", "model.slots=5")
     assert code == IncompatibleError.exit_code and out == ""

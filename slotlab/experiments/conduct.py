@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 from featcache.errors import DataError, FeatcacheError
 from featcache.store import FeatureStore
-from slotlab.experiments.plan import Plan, opened
+from slotlab.evaluate import scoring_code
+from slotlab.experiments.plan import Plan, Run, opened
 from slotlab.experiments.pool import carry_out, places
 from slotlab.experiments.progress import RunsProgress
 from slotlab.experiments.table import build_table, write_table
@@ -17,14 +19,15 @@ from slotlab.models.registry import model_tap
 def conduct(plan: Plan, out: Path, devices: str = "auto", workers: int | None = None) -> dict[str, Any]:
     """Carry out what is left of the plan in ``out``; returns the table, which also lies there.
 
-    Finished runs are left alone, unfinished ones resume from their checkpoints, failed ones are tried again.
+    Finished runs are left alone, unfinished ones resume from their checkpoints, failed ones are tried again; what was
+    scored by other sources is scored again.
     A run that fails stays in the table with its error. Raises, before anything is trained, what
     :func:`~slotlab.experiments.plan.opened` and :func:`check_stores` raise.
     """
     check_stores(plan)
     with opened(plan, out):
         runs = plan.runs(out)
-        left = [run for run in runs if not run.finished]
+        left = [run for run in runs if not _stands(run)]
         if left:
             where = places(devices, workers, len(left))
             with RunsProgress(left, len(runs) - len(left)) as progress:
@@ -32,6 +35,16 @@ def conduct(plan: Plan, out: Path, devices: str = "auto", workers: int | None = 
         table = build_table(out)
         write_table(table, out)
     return table
+
+
+def _stands(run: Run) -> bool:
+    """Whether a run's scores are there, and made by the sources that would make them today."""
+    if not run.finished:
+        return False
+    try:
+        return bool(json.loads(run.evaluation.read_text()).get("code") == scoring_code())
+    except ValueError:  # damaged: the table says what to do
+        return True
 
 
 def check_stores(plan: Plan) -> None:
