@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,3 +26,9 @@ torch.set_num_threads(1)
 def store(tmp_path: Path) -> FeatureStore:
     """A small finished store with two splits."""
     return make_store(tmp_path / "synthetic.zarr")
+
+
+def pytest_configure() -> None:
+    """Let programs that tests start be interrupted: a shell's background job inherits an ignored Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
