@@ -362,7 +362,10 @@ def test_view_ends_cleanly_at_ctrl_c(home: Path) -> None:
     with subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stderr
         address = process.stdout.readline().split()[0]
-        assert get(address)[0] == 200
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == 0
+        try:
+            assert get(address)[0] == 200
+            process.send_signal(signal.SIGINT)
+            assert process.wait(timeout=30) == 0
+        finally:
+            process.kill()
         assert "Traceback" not in process.stderr.read()
