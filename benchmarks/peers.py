@@ -65,8 +65,8 @@ def configured(preset: str, seed: int, peers: Peers) -> Config:
     if preset == "default":
         return config
     batch = max(1, peers.frames // config.data.clip)
-    changes = [f"optim.learning_rate={learning_rate(config.optim)}", f"optim.reference_batch={batch}"]
-    changes.append(f"optim.batch_size={batch}")
+    rate = learning_rate(config.optim)  # at the published batch
+    changes = [f"optim.learning_rate={rate}", f"optim.reference_batch={batch}", f"optim.batch_size={batch}"]
     if getattr(getattr(config.model, "decoder", None), "kind", None) in ("mlp", "mix", "slot_mixer"):
         changes.append(f"model.decoder.patches={peers.patches}")
     return load_config(preset, None, [*changes, *peers.changes], seed=seed)

@@ -323,6 +323,15 @@ def test_scores_by_other_sources_are_made_again_without_training(place: Path, un
     assert (run / "metrics.jsonl").read_text() == log
 
 
+def test_scores_whose_renewal_failed_are_not_shown_as_if_it_had_not(tmp_path: Path) -> None:
+    run = plan_of(tmp_path, f"{TINY}").runs(tmp_path / "out")[0]
+    run.path.mkdir(parents=True)
+    run.evaluation.write_text("{}")
+    assert run.finished and run.error is None
+    run.fail("the checkpoint is of another model")
+    assert not run.finished and run.error == "the checkpoint is of another model"
+
+
 def test_another_plan_is_refused_by_the_command(place: Path, unbroken: dict[str, Any]) -> None:
     code, out, err = slotlab(place, "ablate", "tiny.toml", "--out", "whole", "--set", "model.slots=5")
     assert code == IncompatibleError.exit_code and out == ""

@@ -20,9 +20,8 @@ def conduct(plan: Plan, out: Path, devices: str = "auto", workers: int | None = 
     """Carry out what is left of the plan in ``out``; returns the table, which also lies there.
 
     Finished runs are left alone, unfinished ones resume from their checkpoints, failed ones are tried again; what was
-    scored by other sources is scored again.
-    A run that fails stays in the table with its error. Raises, before anything is trained, what
-    :func:`~slotlab.experiments.plan.opened` and :func:`check_stores` raise.
+    scored by other sources is scored again. A run that fails stays in the table with its error. Raises, before
+    anything is trained, what :func:`~slotlab.experiments.plan.opened` and :func:`check_stores` raise.
     """
     check_stores(plan)
     with opened(plan, out):

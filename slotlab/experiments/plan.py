@@ -55,18 +55,18 @@ class Run:
 
     @property
     def evaluation(self) -> Path:
-        """Written last and at once: a run is finished when it is there."""
+        """Written last and at once: a run is finished when it is there, unless a later attempt failed."""
         return self.path / f"eval-{self.split}.json"
 
     @property
     def finished(self) -> bool:
-        return self.evaluation.exists()
+        return self.evaluation.exists() and not (self.path / ERROR).exists()
 
     @property
     def error(self) -> str | None:
         """Why the last attempt failed, in one line."""
         path = self.path / ERROR
-        return str(json.loads(path.read_text())["error"]) if path.exists() and not self.finished else None
+        return str(json.loads(path.read_text())["error"]) if path.exists() else None
 
     def fail(self, error: str, traceback: str | None = None) -> None:
         make_directory(self.path)

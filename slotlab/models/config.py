@@ -125,12 +125,10 @@ class ClusteringConfig(Section):
     merge_distance: float = Field(0.15, ge=0)  # of two slots that have become one; in tracking
     tracking_iterations: int = Field(2, ge=1)  # of a carried slot, each time
     least_mass: float = Field(1.0, ge=0)  # patches that a slot must hold to be kept, in tracking
-    flow_radius: float = Field(
-        0.34, gt=0
-    )  # how far a token may come from, sides being 2; half as much more a frame back
+    flow_radius: float = Field(0.34, gt=0)  # how far a token comes from, sides being 2; half as much more a frame back
     flow_frames: int = Field(5, ge=1)  # that attention flows from; in tracking
     flow_temperature: float = Field(0.1, gt=0)  # of the likeness of tokens, a cosine; in tracking
-    prior_weight: float = Field(2.0, ge=0)  # power of what flows from the last frame; in tracking
+    prior_weight: float = Field(2.0, ge=0)  # power of what flows from the last frames; in tracking
     prior_floor: float = Field(0.05, gt=0)  # what a slot may claim of patches that nothing flows to; in tracking
     objectness: Logistic = Logistic(threshold=1.0, width=0.25)  # that the model starts from
     target_objectness: Logistic = Logistic(threshold=1.1, width=0.125)  # tighter, or the masks swell
