@@ -9,12 +9,10 @@ batch is asked for all at once (``MADV_WILLNEED``), which keeps the disk's queue
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,12 +23,12 @@ import zarr
 from torch import Tensor
 
 from featcache import pages, shards
+from featcache.copying import Copier, Piece
 from featcache.errors import DataError
 from featcache.store import Split
 
 TORCH_DTYPES = {"float16": torch.float16, "int8": torch.int8, "uint8": torch.uint8}
 MAPS = 1 << 14  # files mapped at a time: a quarter of what Linux gives a process (vm.max_map_count)
-CHECK = 16  # copies between two looks at whether the disk had to be waited for
 STAY_COLD = 16  # batches that are still asked for ahead after the last one that came from the disk
 
 Int64 = npt.NDArray[np.int64]
@@ -53,9 +51,7 @@ class FileRows:
     """Rows of an array whose files hold raw values: one chunk each, or a shard of them."""
 
     def __init__(self, array: zarr.Array[Any], folder: Path, threads: int = 1) -> None:
-        # One thread moves about 10 GB/s, a machine's memory several times that.
-        self._helpers = ThreadPoolExecutor(threads - 1, "featcache-copy") if threads > 1 else None
-        self._threads = threads
+        self._copy = Copier(threads)
         key: Any = array.metadata.to_dict()["chunk_key_encoding"]
         self._separator: str = key["configuration"]["separator"]
         self._ndim = array.ndim
@@ -102,21 +98,20 @@ class FileRows:
             advised = self._cold > 0
             if advised:
                 pages.read_ahead((source, size) for _, source, size in pieces)
-            mine, *others = (pieces[part :: self._threads] for part in range(self._threads))
-            helping = [self._helpers.submit(_copy, part) for part in others] if self._helpers else []
-            for first in range(0, len(mine), CHECK):
-                _copy(mine[first : first + CHECK])
+
+            def look(left: Sequence[Piece]) -> None:
+                nonlocal advised
                 if not advised and pages.disk_reads() != before:
-                    pages.read_ahead((source, size) for _, source, size in mine[first + CHECK :])
+                    pages.read_ahead((source, size) for _, source, size in left)
                     advised = True
-            for part in helping:
-                part.result()
+
+            self._copy(pieces, look)
             self._cold = STAY_COLD if pages.disk_reads() != before else max(0, self._cold - 1)
             while len(self._maps) > MAPS:  # only now: pieces are bare addresses
                 file, _ = self._maps.popitem(last=False)
                 self._addresses[self._chunks_of(file)] = 0
 
-    def _pieces(self, starts: Int64, length: int, target: int) -> list[tuple[int, int, int]]:
+    def _pieces(self, starts: Int64, length: int, target: int) -> list[Piece]:
         """Target address, source address and bytes of each run of rows that lie together in memory."""
         first, last = starts // self._chunk_rows, (starts + length - 1) // self._chunk_rows
         counts = last - first + 1  # 1, but for clips that cross a chunk boundary
@@ -179,11 +174,6 @@ class FileRows:
         return np.where(absent, -1, offsets)
 
 
-def _copy(pieces: Sequence[tuple[int, int, int]]) -> None:
-    for target, source, size in pieces:
-        ctypes.memmove(target, source, size)  # without the GIL, and half the call of Tensor.copy_
-
-
 def _little(codecs: Any) -> bool:
     return all(codec.get("configuration", {}).get("endian", "little") == "little" for codec in codecs)
 
@@ -205,11 +195,14 @@ class ZarrRows:
 class ResidentRows:
     """Rows held in memory, on the host or on the device."""
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, threads: int = 1) -> None:
         self.rows = rows  # (F, ...)
+        self._copy = Copier(threads)
 
     @classmethod
-    def load(cls, source: Rows, array: zarr.Array[Any], spans: Iterable[slice], device: torch.device) -> ResidentRows:
+    def load(
+        cls, source: Rows, array: zarr.Array[Any], spans: Iterable[slice], device: torch.device, threads: int = 1
+    ) -> ResidentRows:
         """Holds the rows of ``array`` that lie in ``spans`` on ``device``; the others are undefined."""
         dtype = TORCH_DTYPES[str(array.dtype)]
         on_host = device.type == "cpu"
@@ -220,8 +213,14 @@ class ResidentRows:
             source.gather(np.array([span.start]), part)
             if part is not target:
                 target.copy_(part)
-        return cls(rows)
+        return cls(rows, threads)
 
     def gather(self, starts: Int64, out: Tensor) -> None:
-        index = torch.from_numpy((starts[:, None] + np.arange(out.shape[1])).ravel()).to(self.rows.device)
-        torch.index_select(self.rows, 0, index, out=out.flatten(0, 1))
+        if self.rows.device.type == "cpu":
+            assert out.is_contiguous() and out.device.type == "cpu"
+            sources = self.rows.data_ptr() + starts * self.rows[0].nbytes
+            size = out[0].nbytes
+            self._copy([(out.data_ptr() + i * size, source, size) for i, source in enumerate(sources.tolist())])
+        else:
+            rows = torch.from_numpy((starts[:, None] + np.arange(out.shape[1])).ravel()).to(self.rows.device)
+            torch.index_select(self.rows, 0, rows, out=out.flatten(0, 1))

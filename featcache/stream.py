@@ -227,7 +227,7 @@ def open_readers(split: Split, tap: str, home: torch.device | None, threads: int
     for array in feature_arrays(split, tap):
         reader = open_rows(split, array.path, threads)
         keep = torch.device("cpu") if home is None and readers else home
-        readers.append(reader if keep is None else ResidentRows.load(reader, array, spans, keep))
+        readers.append(reader if keep is None else ResidentRows.load(reader, array, spans, keep, threads))
     return readers
 
 

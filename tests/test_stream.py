@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BytesCodec, ShardingCodec
 
-from featcache import pages, readers, shards
+from featcache import copying, pages, readers, shards
 from featcache.convert import ConvertOptions, convert
 from featcache.errors import DataError, UsageError
 from featcache.quantise import dequantise
@@ -144,7 +144,7 @@ def test_file_and_zarr_readers_agree(
     reader = open_rows(split, "features/block1")
     assert isinstance(reader, FileRows)
     monkeypatch.setattr(readers, "MAPS", maps)
-    monkeypatch.setattr(readers, "CHECK", 2)
+    monkeypatch.setattr(copying, "CHECK", 2)
     reads, advised = itertools.count(), []
     monkeypatch.setattr(pages, "disk_reads", (lambda: 0) if disk == "warm" else lambda: next(reads))
     monkeypatch.setattr(pages, "read_ahead", lambda spans: advised.append(len(list(spans))))

@@ -1,0 +1,102 @@
+"""Two loops over host memory whose stores go past the processor's caches.
+
+An ordinary store first fetches the line that it is about to overwrite: a third of a copy's traffic, for nothing where
+the target is larger than the caches, as batches are. Non-temporal stores do without. libc has them, but only for single
+copies of tens of megabytes, and a clip has two; torch has none. So the loops are written here, in LLVM's assembly, and
+compiled on first use for the processor at hand (some 50 ms).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Any, cast
+
+LINE = 64  # bytes that a step of a loop writes; targets and sizes are multiples of it
+PAST_CACHES = 16 << 20  # so many bytes have left the caches before they are used
+
+COPY = """
+define void @copy(ptr %target, ptr %source, i64 %size) {
+start:
+  br label %line
+line:
+  %at = phi i64 [0, %start], [%next, %line]
+  %from = getelementptr i8, ptr %source, i64 %at
+  %to = getelementptr i8, ptr %target, i64 %at
+  %values = load <16 x i32>, ptr %from, align 1
+  store <16 x i32> %values, ptr %to, align 64, !nontemporal !0
+  %next = add i64 %at, 64
+  %more = icmp ult i64 %next, %size
+  br i1 %more, label %line, label %end
+end:
+  fence seq_cst ; such stores keep no order: the batch is complete before anyone is told so
+  ret void
+}
+!0 = !{i32 1}
+"""
+
+DEQUANTISE = """
+define void @dequantise(ptr %values, ptr %codes, ptr %scales, i64 %tokens, i64 %size) {
+start:
+  br label %token
+token:
+  %row = phi i64 [0, %start], [%after, %scaled]
+  %begin = mul i64 %row, %size
+  %stop = add i64 %begin, %size
+  %its = getelementptr float, ptr %scales, i64 %row
+  %scale = load float, ptr %its, align 4
+  %lane = insertelement <16 x float> poison, float %scale, i64 0
+  %lanes = shufflevector <16 x float> %lane, <16 x float> poison, <16 x i32> zeroinitializer
+  br label %line
+line:
+  %at = phi i64 [%begin, %token], [%next, %line]
+  %from = getelementptr i8, ptr %codes, i64 %at
+  %to = getelementptr float, ptr %values, i64 %at
+  %bytes = load <16 x i8>, ptr %from, align 1
+  %whole = sext <16 x i8> %bytes to <16 x i32>
+  %float = sitofp <16 x i32> %whole to <16 x float>
+  %product = fmul <16 x float> %float, %lanes
+  store <16 x float> %product, ptr %to, align 64, !nontemporal !0
+  %next = add i64 %at, 16
+  %more = icmp ult i64 %next, %stop
+  br i1 %more, label %line, label %scaled
+scaled:
+  %after = add i64 %row, 1
+  %others = icmp ult i64 %after, %tokens
+  br i1 %others, label %token, label %end
+end:
+  fence seq_cst
+  ret void
+}
+!0 = !{i32 1}
+"""
+
+
+@cache
+def copy() -> Callable[[int, int, int], None]:
+    """A function of target and source address and size in bytes; target and size are multiples of ``LINE``, not 0."""
+    return _compile("copy", COPY, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+@cache
+def dequantise() -> Callable[[int, int, int, int, int], None]:
+    """A function of the addresses of float32 values (R, D) to write, int8 codes (R, D), float32 scales (R,), R and D.
+
+    The values' address is a multiple of ``LINE``, D one of 16, and neither R nor D is 0.
+    """
+    addresses = (ctypes.c_void_p,) * 3
+    return _compile("dequantise", DEQUANTISE, *addresses, ctypes.c_size_t, ctypes.c_size_t)
+
+
+def _compile(name: str, assembly: str, *arguments: Any) -> Callable[..., None]:
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    machine = llvm.Target.from_default_triple().create_target_machine(cpu=llvm.get_host_cpu_name(), opt=3)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(assembly), machine)
+    engine.finalize_object()
+    function: Any = ctypes.CFUNCTYPE(None, *arguments)(engine.get_function_address(name))
+    function.engine = engine  # the code lives as long
+    return cast(Callable[..., None], function)

@@ -1,0 +1,74 @@
+"""Copies and scaling past the caches: every byte, and not one more."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from featcache import compiled
+from featcache.copying import CHECK, Copier
+from featcache.pages import host_empty
+from featcache.quantise import dequantise_into
+
+
+@given(
+    sizes=st.lists(st.one_of(st.integers(1, 20).map(lambda lines: 64 * lines), st.integers(1, 900)), max_size=50),
+    threads=st.integers(1, 3),
+    past_caches=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_copies_are_exact(sizes: list[int], threads: int, past_caches: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    source = rng.integers(1, 256, 1 << 12).astype(np.uint8)
+    target = host_empty((sum(size + 64 for size in sizes) + 64,), torch.uint8).zero_().numpy()
+    expected, pieces, place = target.copy(), [], -target.ctypes.data % 64
+    for size in sizes:
+        begin = int(rng.integers(0, len(source) - size))
+        expected[place : place + size] = source[begin : begin + size]
+        pieces.append((target.ctypes.data + place, source.ctypes.data + begin, size))
+        place += size  # the next one starts on a line, or not
+    left: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "PAST_CACHES", 0 if past_caches else 1 << 40)
+        Copier(threads)(pieces, lambda rest: left.append(len(rest)))
+    assert np.array_equal(target, expected)
+    mine = -(-len(pieces) // threads)
+    assert left == [max(0, mine - done) for done in range(CHECK, mine + CHECK, CHECK)]
+
+
+@pytest.mark.parametrize("size, copies", [(64, ["lines"]), (96, ["libc"])])
+def test_only_whole_lines_go_past_the_caches(size: int, copies: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[str] = []
+    monkeypatch.setattr(compiled, "PAST_CACHES", 64)
+    monkeypatch.setattr(compiled, "copy", lambda: lambda *_: used.append("lines"))
+    monkeypatch.setattr("ctypes.memmove", lambda *_: used.append("libc"))
+    Copier()([(1 << 12, 5, size)])
+    assert used == copies
+    Copier()([(1 << 12, 5, 32)])  # a small batch stays in the caches
+    assert used == [*copies, "libc"]
+
+
+@pytest.mark.parametrize("shape", [(5, 100, 16), (3, 2, 70, 384), (2, 50, 24), (7, 16)])
+@pytest.mark.parametrize("past_caches", [0, 1 << 40])
+def test_scaling_is_the_product(shape: tuple[int, ...], past_caches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "PAST_CACHES", past_caches)
+    codes = torch.randint(-127, 128, shape, dtype=torch.int8)
+    scale = torch.rand(shape[:-1]).half()
+    held = torch.full((codes.numel() + 64,), 7.0)
+    out = held[16 : 16 + codes.numel()].view(shape)
+    assert torch.equal(dequantise_into(codes, scale, out), codes.float() * scale.float().unsqueeze(-1))
+    assert (held[:16] == 7).all() and (held[16 + codes.numel() :] == 7).all()
+
+
+def test_parts_of_a_tensor_are_scaled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "PAST_CACHES", 0)
+    codes = torch.randint(-127, 128, (4, 32, 8), dtype=torch.int8).transpose(1, 2)
+    scale = torch.rand(8, 4).half().T
+    expected = codes.float() * scale.float().unsqueeze(-1)
+    assert torch.equal(dequantise_into(codes, scale, torch.zeros(4, 8, 32)), expected)
+    wide = torch.zeros(4, 8, 64)[..., :32]
+    assert torch.equal(dequantise_into(codes.contiguous(), scale, wide), expected)
