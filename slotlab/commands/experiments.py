@@ -83,7 +83,7 @@ def compare(
 
 
 def ablate(
-    file: Annotated[Path, typer.Argument(help="TOML: preset, cache, seeds, [set], [grid], [[cells]].")],
+    file: Annotated[Path, typer.Argument(help="TOML: preset, cache, seeds, and the tables set, grid and cells.")],
     cache: Annotated[Path | None, typer.Option(help="Store; goes before the file's.")] = None,
     override: Override = None,
     seeds: Annotated[int | None, typer.Option(help="0 to N - 1; goes before the file's.")] = None,
