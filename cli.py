@@ -165,7 +165,7 @@ def train(
     override: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example model.slots=7.")] = None,
     normalize: Annotated[str | None, typer.Option(help="slow=K, whiten, channel, scale, none, sample ...")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Frames a step.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples a step: frames, or clips.")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/STORE-PRESET-SEED.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue this run from its checkpoint.")] = False,
@@ -192,7 +192,12 @@ def train(
     from slotlab.train import train as run_train
 
     run = out or Path("runs") / f"{cache.stem}-{preset}-{settings.seed}"
-    store = FeatureStore.open(cache)
+    store, place = FeatureStore.open(cache), pick_device(device)
+    if settings.optim.precision == "bfloat16" and place.type == "cpu":
+        from slotlab.doctor import bfloat16_speed, bfloat16_verdict
+
+        if (speed := bfloat16_speed()) < 1:
+            display.err.print(f"warning: optim.precision=bfloat16 has {bfloat16_verdict(speed)}", style="yellow")
     shown = [context.with_resource(display.training_display(settings.optim.steps))]
     if tensorboard:
         from slotlab.tensorboard import events
@@ -203,7 +208,7 @@ def train(
         for each in shown:
             each(row)
 
-    run_train(settings, store, run, resume=resume, init_from=init_from, device=pick_device(device), report=tell)
+    run_train(settings, store, run, resume=resume, init_from=init_from, device=place, report=tell)
     if is_leader():
         display.out.print(f"{run}: trained. Next: slotlab eval {run}")
 

@@ -34,7 +34,7 @@ def examine() -> dict[str, Any]:
     findings["tensorflow"] = "present" if importlib.util.find_spec("tensorflow") else "absent (only tfds: needs it)"
     findings["cpus"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     findings["torch_threads"] = torch.get_num_threads()
-    findings["bfloat16"] = _bfloat16()
+    findings["bfloat16"] = bfloat16_verdict(bfloat16_speed())
     findings["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or "none"
     findings["disk_free_gb"] = round(shutil.disk_usage(Path.cwd()).free / 1e9, 1)
     findings["weights_cache"] = str(cache_dir())
@@ -46,8 +46,8 @@ def examine() -> dict[str, Any]:
     return findings
 
 
-def _bfloat16() -> str:
-    """How matrix products in bfloat16 compare with float32 on the CPU: without instructions for it, it is emulated."""
+def bfloat16_speed() -> float:
+    """Rate of matrix products in bfloat16 on the CPU, as a multiple of float32's: below 1 where it is emulated."""
     import torch
 
     seconds = {}
@@ -60,5 +60,8 @@ def _bfloat16() -> str:
             square @ square
             taken.append(time.perf_counter() - start)
         seconds[dtype] = min(taken)
-    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
-    return f"{ratio:.2g} of float32's speed on the CPU" + ("" if ratio > 1 else ": train in float32 there")
+    return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def bfloat16_verdict(speed: float) -> str:
+    return f"{speed:.2g} of float32's speed on the CPU" + ("" if speed > 1 else ": train in float32 there")

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import cli
 from featcache import manifest
 from featcache.store import FeatureStore
+from slotlab import doctor
 from tests.synthetic import make_store
 
 ROOT = Path(__file__).parent.parent
@@ -115,6 +117,23 @@ def test_from_a_store_to_scores(tmp_path: Path) -> None:
         4, "another configuration",
         "train", "--cache", "cache/synthetic.zarr", "--out", "runs/one", "--resume", "--seed", 9, cwd=tmp_path,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("speed, warned", [(0.012, True), (2.5, False)])
+def test_emulated_bfloat16_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], speed: float, warned: bool
+) -> None:
+    store = make_store(tmp_path / "synthetic.zarr")
+    monkeypatch.setattr(doctor, "bfloat16_speed", lambda: speed)
+    command = ["train", "--cache", str(store.path), "--steps", "1", "--batch-size", "2", "--device", "cpu"]
+    command += ["--set", "model.slots=4", "--set", "optim.warmup_steps=0", "--normalize", "slow=8"]
+    for precision in ("float32", "bfloat16"):
+        cli.app(
+            [*command, "--set", f"optim.precision={precision}", "--out", str(tmp_path / precision)],
+            standalone_mode=False,
+        )
+        said = "bfloat16 has 0.012 of float32's speed on the CPU" in " ".join(capsys.readouterr().err.split())
+        assert said == (warned and precision == "bfloat16")
 
 
 def test_dry_run_writes_nothing(tmp_path: Path) -> None:
