@@ -94,7 +94,9 @@ def _compile(name: str, assembly: str, *arguments: Any) -> Callable[..., None]:
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    machine = llvm.Target.from_default_triple().create_target_machine(cpu=llvm.get_host_cpu_name(), opt=3)
+    # The features, too: a virtual machine may lack what its processor's name promises.
+    host = {"cpu": llvm.get_host_cpu_name(), "features": llvm.get_host_cpu_features().flatten()}
+    machine = llvm.Target.from_default_triple().create_target_machine(**host, opt=3)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(assembly), machine)
     engine.finalize_object()
     function: Any = ctypes.CFUNCTYPE(None, *arguments)(engine.get_function_address(name))

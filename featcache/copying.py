@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from featcache import compiled
 
@@ -25,7 +26,8 @@ class Copier:
 
     def __call__(self, pieces: Sequence[Piece], between: Callable[[Sequence[Piece]], None] = lambda _: None) -> None:
         """Copy all pieces. ``between`` is told now and then which of the calling thread's own are left."""
-        copy = _past_caches if sum(size for *_, size in pieces) >= compiled.PAST_CACHES else _through_caches
+        past_caches = sum(size for *_, size in pieces) >= compiled.PAST_CACHES
+        copy = partial(_copy, compiled.copy() if past_caches else ctypes.memmove)
         mine, *others = (pieces[part :: self._threads] for part in range(self._threads))
         helping = [self._helpers.submit(copy, part) for part in others] if self._helpers else []
         for first in range(0, len(mine), CHECK):
@@ -35,13 +37,8 @@ class Copier:
             part.result()
 
 
-def _through_caches(pieces: Sequence[Piece]) -> None:
-    for target, source, size in pieces:
-        ctypes.memmove(target, source, size)  # without the GIL, and half the call of Tensor.copy_
-
-
-def _past_caches(pieces: Sequence[Piece]) -> None:
-    lines = compiled.copy()
+def _copy(lines: Callable[[int, int, int], object], pieces: Sequence[Piece]) -> None:
+    """By ``lines`` what consists of whole ones. Both copy without the GIL, and take half the call of Tensor.copy_."""
     for target, source, size in pieces:
         copy = ctypes.memmove if (target | size) % compiled.LINE else lines
         copy(target, source, size)
