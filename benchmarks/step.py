@@ -1,6 +1,6 @@
 """A training step of the broadcast decoder's model against the same mathematics as published.
 
-    python -m benchmarks.step [--preset dinosaur] [--batch-size 4] [--rounds 5] [--device auto]
+    python -m benchmarks.step [--preset dinosaur] [--batch-size 4] [--rounds 5] [--device auto] [--variants ...]
 
 The reference applies every layer of the decoder to every slot at every patch, in float32 and eager, and keeps what
 autograd keeps; all else is the same model with the same weights. A step is forward, loss, backward, clipping and
@@ -100,8 +100,8 @@ class Stepper:
         """The loss, detached; its gradients are at the parameters."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(features.device.type, torch.bfloat16, enabled=self.variant.bfloat16):
-            output = self.forward(features, Draws(0))
-        loss = total(losses(output, LossConfig()), LossConfig())
+            found = losses(self.forward(features, Draws(0)), LossConfig())
+        loss = total(found, LossConfig())
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
@@ -140,12 +140,16 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
+    others = [name for name in VARIANTS if name != REFERENCE]
+    parser.add_argument("--variants", nargs="+", choices=others, default=others, help="beside the published")
     args = parser.parse_args()
 
     device, config = pick_device(args.device), load_config(args.preset)
     features = torch.randn(args.batch_size, args.side**2, args.dim, generator=torch.Generator().manual_seed(1))
     features = features.to(device)
-    steppers = {name: Stepper(config, variant, args.side, args.dim, device) for name, variant in VARIANTS.items()}
+    steppers = {
+        name: Stepper(config, VARIANTS[name], args.side, args.dim, device) for name in (REFERENCE, *args.variants)
+    }
     first = {name: float(stepper.gradients(features)) for name, stepper in steppers.items()}  # warms up, compiles
     peaks = {name: peak_bytes(lambda s=stepper: s.gradients(features), device) for name, stepper in steppers.items()}  # type: ignore[misc]
     rates = alternate(
@@ -165,7 +169,7 @@ def main() -> None:
                     "peak_mb": round(peaks[name] / 1e6, 1),
                     "memory": round(peaks[name] / peaks[REFERENCE], 3),
                 }
-                for name in VARIANTS
+                for name in steppers
             },
         },
     )

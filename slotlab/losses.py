@@ -21,7 +21,7 @@ def feature_mse(output: Output, config: LossConfig) -> Tensor:
 
     Targets have a mean square of 1 over the data set, so that always predicting the mean scores about 1.
     """
-    return (output.reconstruction.float() - output.decoded_target).square().mean()
+    return F.mse_loss(output.reconstruction.float(), output.decoded_target)
 
 
 def cosine(output: Output, config: LossConfig) -> Tensor:
