@@ -193,11 +193,12 @@ def train(
 
     run = out or Path("runs") / f"{cache.stem}-{preset}-{settings.seed}"
     store, place = FeatureStore.open(cache), pick_device(device)
-    if settings.optim.precision == "bfloat16" and place.type == "cpu":
+    if settings.optim.precision == "bfloat16" and place.type == "cpu" and is_leader():
         from slotlab.doctor import bfloat16_speed, bfloat16_verdict
 
         if (speed := bfloat16_speed()) < 1:
-            display.err.print(f"warning: optim.precision=bfloat16 has {bfloat16_verdict(speed)}", style="yellow")
+            warning = f"warning: optim.precision=bfloat16 has {bfloat16_verdict(speed)}"
+            display.err.print(warning, style="yellow", soft_wrap=True)
     shown = [context.with_resource(display.training_display(settings.optim.steps))]
     if tensorboard:
         from slotlab.tensorboard import events

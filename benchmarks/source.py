@@ -75,7 +75,7 @@ def source_config(config: Config, patches: int, dim: int) -> dict[str, Any]:
     assert isinstance(model, SlotAttentionConfig)
     width, decoder = model.slot_dim, model.decoder
     hidden = [decoder.hidden] * decoder.layers
-    found: dict[str, Any] = {
+    parts: dict[str, Any] = {
         "input_type": "image",
         "initializer": {"name": "RandomInit", "n_slots": model.slots, "dim": width},
         "encoder": {
@@ -92,9 +92,9 @@ def source_config(config: Config, patches: int, dim: int) -> dict[str, Any]:
     }  # fmt: skip
     if model.predictor is None:
         sizes = {"inp_dim": width, "outp_dim": dim, "hidden_dims": hidden, "n_patches": patches}
-        return found | {"decoder": {"name": "MLPDecoder"} | sizes}
+        return parts | {"decoder": {"name": "MLPDecoder"} | sizes}
     attention = {"dim": width, "n_heads": decoder.heads}
-    return found | {
+    return parts | {
         "input_type": "video",
         "latent_processor": {"first_step_corrector_args": {"n_iters": model.predictor.first_iterations}},
         "predictor": {"name": "networks.TransformerEncoder", "n_blocks": 1} | attention,

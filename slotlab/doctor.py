@@ -64,4 +64,5 @@ def bfloat16_speed() -> float:
 
 
 def bfloat16_verdict(speed: float) -> str:
+    """What :func:`bfloat16_speed` means, in words."""
     return f"{speed:.2g} of float32's speed on the CPU" + ("" if speed > 1 else ": train in float32 there")

@@ -64,6 +64,20 @@ def test_scaling_is_the_product(shape: tuple[int, ...], past_caches: int, monkey
     assert (held[:16] == 7).all() and (held[16 + codes.numel() :] == 7).all()
 
 
+@pytest.mark.parametrize("dim, offset, compiles", [(16, 0, True), (24, 0, False), (16, 1, False)])
+def test_only_aligned_values_are_scaled_past_the_caches(
+    dim: int, offset: int, compiles: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[int] = []
+    monkeypatch.setattr(compiled, "dequantise", lambda: lambda *arguments: used.append(arguments[-1]))
+    codes, scale = torch.ones((8, dim), dtype=torch.int8), torch.ones(8).half()
+    out = host_empty((8 * dim + 1,), torch.float32)[offset : offset + 8 * dim].view(8, dim)
+    for past_caches in (out.nbytes, out.nbytes + 1):
+        monkeypatch.setattr(compiled, "PAST_CACHES", past_caches)
+        dequantise_into(codes, scale, out)
+    assert used == [dim] * compiles
+
+
 def test_parts_of_a_tensor_are_scaled_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "PAST_CACHES", 0)
     codes = torch.randint(-127, 128, (4, 32, 8), dtype=torch.int8).transpose(1, 2)
