@@ -1,7 +1,7 @@
 """A training step of ours beside the same step by the public source of VideoSAUR, which has DINOSAUR as well.
 
     git clone https://github.com/martius-lab/videosaur CHECKOUT
-    pip install --no-deps pytorch-lightning lightning-utilities torchmetrics einops omegaconf \
+    pip install --no-deps pytorch-lightning lightning-utilities torchmetrics einops omegaconf webdataset braceexpand \
         antlr4-python3-runtime==4.9.3
     OMP_NUM_THREADS=1 python -m benchmarks.source CHECKOUT [--preset dinosaur] [--batch-size 4] [--rounds 7]
 
