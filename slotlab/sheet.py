@@ -22,6 +22,7 @@ from slotlab.evaluate import LoadedRun, count_labels, on_grid
 from slotlab.palette import OBJECTS, OTHERS
 
 OBJECT_COLOURS, OTHER_COLOURS = ([to_rgb(colour) for colour in names] for names in (OBJECTS, OTHERS))
+HEADER = 0.67  # inches above the first row, for the titles
 SINGLE_SLOTS = 6
 SHOWN_IOU = 0.1  # below it a slot only grazes the object that the matching gave it
 
@@ -37,7 +38,8 @@ def draw_sheet(loaded: LoadedRun, split: Split, path: Path, videos: Sequence[int
     """Write the PNG. Objects and the slots matched to them (Hungarian, by IoU) share a colour."""
     videos = list(videos if videos is not None else pick_videos(split))
     labels, columns = count_labels(split), 3 + SINGLE_SLOTS
-    figure, axes = plt.subplots(len(videos), columns, figsize=(1.72 * columns, 1.86 * len(videos)), squeeze=False)
+    height = HEADER + 1.75 * len(videos)
+    figure, axes = plt.subplots(len(videos), columns, figsize=(1.72 * columns, height), squeeze=False)
     for row, video in zip(axes, videos, strict=True):
         frames, truth = split.video(video), split.segmentations(video)
         t = len(frames) // 2
@@ -66,7 +68,7 @@ def draw_sheet(loaded: LoadedRun, split: Split, path: Path, videos: Sequence[int
     for cell, title in zip(axes[0], ("frame", "ground truth", "slots"), strict=False):
         cell.text(0.5, 1.22, title, transform=cell.transAxes, ha="center", fontsize=9, weight="bold")
     axes[0][3].text(0.0, 1.22, "single slots, soft masks", transform=axes[0][3].transAxes, fontsize=9, weight="bold")
-    figure.subplots_adjust(left=0.01, right=0.99, top=0.94, bottom=0.01, wspace=0.03, hspace=0.14)
+    figure.subplots_adjust(left=0.01, right=0.99, top=1 - HEADER / height, bottom=0.01, wspace=0.03, hspace=0.14)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, facecolor="white")
     plt.close(figure)
