@@ -1,7 +1,7 @@
 """Extraction: videos -> decode -> preprocess -> forward -> store, overlapped and resumable.
 
-Decoding runs ahead in threads, the backbone runs in the calling thread, and encoding, statistics and durable
-writes follow in one more thread, so that the backbone waits for neither. Batches are cut from fixed groups of
+Decoding runs ahead in threads, the backbone runs in the calling thread, and encoding and durable writes follow in
+threads of their own, so that the backbone waits for neither. Batches are cut from fixed groups of
 videos: which frames share a batch depends only on their position, never on where an earlier run stopped or
 which process a group went to (`featcache.distributed`), and so all their stores are equal byte for byte.
 """
@@ -32,10 +32,11 @@ from featcache.quantise import as_stored
 from featcache.sources.base import Source, Video
 from featcache.stats import Moments
 from featcache.store import MAX_CHUNK_FRAMES, Dtype, FeatureStore, Precision, Split, SplitSpec, StoreSpec, TapSpec
-from featcache.threads import single_threaded_executor
+from featcache.threads import limited_executor
 from featcache.writer import SplitWriter, StoreWriter, array_layouts, write_chunks
 
 READ_AHEAD = 2  # groups decoded ahead of the backbone, and written behind it
+WRITERS = 4  # videos of a group that are written at a time: most of it is waiting for the disk
 LONG_BATCH = 1.0  # seconds
 MEASURED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -182,13 +183,13 @@ def _extract_split(writer: SplitWriter, job: SplitJob, source: Source, backbone:
     def record(group: range, videos: Sequence[Video], tokens: Sequence[Tokens], moments: Sequence[TapMoments]) -> None:
         """In the writing thread, in order."""
         nonlocal frames_done
-        for row in job.store_group(group, done, videos, tokens):
+        for row in job.store_group(group, done, videos, tokens, chunks.map):
             writer.append(row)
         merge(statistics, merged(moments))
         frames_done += sum(job.spec.lengths[index] for index in group)
         progress(job.name, frames_done, total)
 
-    with single_threaded_executor("write") as writing:
+    with limited_executor("chunks", WRITERS) as chunks, limited_executor("write") as writing:
         pending: list[Future[None]] = []
         for group, videos in _decoded_groups(source, job, done):
             tokens = job.forward(backbone, videos) if videos else []
@@ -243,14 +244,25 @@ class SplitJob:
         return found
 
     def store_group(
-        self, group: range, done: Container[int], videos: Sequence[Video], tokens: Sequence[Tokens]
+        self,
+        group: range,
+        done: Container[int],
+        videos: Sequence[Video],
+        tokens: Sequence[Tokens],
+        each: Callable[[Callable[[int], Row], Sequence[int]], Iterator[Row]] = map,
     ) -> Iterator[Row]:
-        """Make the chunks of the group's new videos durable; gives the rows to append."""
-        for position, index in enumerate(group):
-            if index not in done:
-                where = f"{self.location}: {self.name} video {index}"
-                video = _fitted(videos[position], self.spec, self.resize_frames, where)
-                yield write_chunks(self.path, self.store, self.spec, index, video, tokens[position])
+        """Make the chunks of the group's new videos durable; gives the rows to append, in order.
+
+        ``each`` may be an executor's ``map``, which writes several at a time.
+        """
+
+        def store(position: int) -> Row:
+            index = group[position]
+            where = f"{self.location}: {self.name} video {index}"
+            video = _fitted(videos[position], self.spec, self.resize_frames, where)
+            return write_chunks(self.path, self.store, self.spec, index, video, tokens[position])
+
+        return each(store, [position for position, index in enumerate(group) if index not in done])
 
     @cached_property
     def _stored(self) -> Split:

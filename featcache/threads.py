@@ -30,10 +30,12 @@ def start_limited(work: Callable[[], None], name: str, cores: int = 1) -> thread
     return thread
 
 
-def single_threaded_executor(name: str) -> ThreadPoolExecutor:
-    """One worker thread whose own torch operations use one core."""
+def limited_executor(name: str, workers: int = 1) -> ThreadPoolExecutor:
+    """Worker threads whose own torch operations use one core each."""
     threads = torch.get_num_threads()
-    executor = ThreadPoolExecutor(1, name, initializer=torch.set_num_threads, initargs=(1,))
-    executor.submit(torch.get_num_threads).result()  # the thread is there, and limited
+    executor = ThreadPoolExecutor(workers, name, initializer=torch.set_num_threads, initargs=(1,))
+    everyone = threading.Barrier(workers)  # each waits for the others, so that none takes two of the calls
+    for call in [executor.submit(everyone.wait) for _ in range(workers)]:
+        call.result()  # the threads are there, and limited
     torch.set_num_threads(threads)
     return executor

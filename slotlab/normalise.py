@@ -107,7 +107,7 @@ class Normaliser(nn.Module):
             self.weight.copy_(_whitening(covariance, shrinkage))
         elif name == "slow":
             if motion is None or not bool(motion.any()):
-                raise DataError(f"normalisation {kind}: nothing moves in single frames; use whiten")
+                raise DataError(f"normalisation {kind}: nothing moves in single frames; train with --preset image")
             self.weight.copy_(_slow_directions(covariance, _symmetric(motion, dim, "motion"), self.dim, kind))
         elif name == "channel":
             self.weight.copy_(_inverse_root(variance))

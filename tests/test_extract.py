@@ -163,6 +163,30 @@ def test_interrupt_keeps_what_was_finished(tmp_path: Path, backbone: Backbone) -
     assert threading.active_count() <= before
 
 
+def test_videos_written_side_by_side_are_promised_in_order(
+    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, source = replace(FIXED, batch_size=16, splits=("train",)), DiscSource({"train": (4, 4, 4, 4, 4)})
+    whole = run(tmp_path / "whole.zarr", backbone, options, source)
+    writing = threading.Barrier(3)
+    write = extraction.write_chunks
+
+    def failing(path: Path, store: Any, split: Any, index: int, video: Video, tokens: Any) -> manifest.Row:
+        if index < 3:
+            writing.wait(timeout=30)  # three at a time, or this breaks
+        if index == 1:
+            raise DataError("the second video cannot be written")
+        return write(path, store, split, index, video, tokens)
+
+    monkeypatch.setattr(extraction, "write_chunks", failing)
+    with pytest.raises(DataError, match="the second video"):
+        run(tmp_path / "s.zarr", backbone, options, source)
+    promised = set(manifest.read(tmp_path / "s.zarr" / "train"))
+    assert promised - {4} == {0}  # none of the group behind the one that failed; the next group stands by itself
+    monkeypatch.setattr(extraction, "write_chunks", write)
+    assert arrays_of(run(tmp_path / "s.zarr", backbone, options, source).path) == arrays_of(whole.path)
+
+
 def test_a_full_disk_says_so_and_loses_nothing(
     tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:

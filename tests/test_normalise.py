@@ -106,7 +106,7 @@ def test_slow_directions_leave_out_what_never_varies() -> None:
         Normaliser.from_statistics("slow=6", *_statistics(features))
     with pytest.raises(UsageError, match="only 6 channels"):
         Normaliser("slow=7", DIM)
-    with pytest.raises(DataError, match="nothing moves in single frames; use whiten"):
+    with pytest.raises(DataError, match="nothing moves in single frames; train with --preset image"):
         Normaliser.from_statistics("slow=2", *_statistics(features)[:2])
 
 
