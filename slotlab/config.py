@@ -26,7 +26,7 @@ class DataConfig(Section):
     tap: str | None = None  # None: the store's first; "video": the stored frames
     train_split: str = "train"
     eval_split: str = "validation"
-    normalize: str = "whiten"  # whiten | slow=K | channel | scale | none | sample | fixed=FACTOR
+    normalize: str = "whiten"  # whiten | whiten=K | slow=K | channel | scale | none | sample | fixed=FACTOR
     center: Literal["channel", "position"] = "channel"  # the mean that normalisation subtracts
     shrinkage: float = Field(0.1, ge=0, le=1)
     residence: Literal["auto", "disk", "host", "device"] = "auto"

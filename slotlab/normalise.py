@@ -5,6 +5,8 @@ Kinds, for features x with mean m, covariance C about it, and D channels:
 - ``whiten``: ``c (x - m) C'^(-1/2)`` with ``C' = (1 - s) C + s tr(C)/D I``, shrinkage s (Ledoit & Wolf 2004
   with a fixed s), and c such that the mean channel variance is 1. The symmetric root (ZCA) is the one that no
   eigenvector's sign or order can change.
+- ``whiten=K``: the K directions of the largest variance (principal components), each of unit variance, largest
+  first.
 - ``slow=K``: the K directions in which tokens of unit variance change least from frame to frame: linear slow
   feature analysis (Wiskott & Sejnowski 2002), by the covariance of the features' motion. What stays while
   objects move is what tells them apart, so this also reduces D channels to K.
@@ -32,8 +34,9 @@ from torch import Tensor, nn
 from featcache.errors import DataError, UsageError
 from featcache.stats import Moments
 
-KINDS = ("whiten", "slow=K", "channel", "scale", "none", "sample", "fixed=FACTOR")
+KINDS = ("whiten", "whiten=K", "slow=K", "channel", "scale", "none", "sample", "fixed=FACTOR")
 FROM_STATISTICS = ("whiten", "slow", "channel", "scale")
+REDUCING = ("whiten", "slow")  # to K directions
 Center = Literal["channel", "position"]
 
 _DEAD = 1e-12  # variance, relative to the largest, below which a direction is rounding noise and is set to 0
@@ -53,13 +56,13 @@ class Normaliser(nn.Module):
 
     def __init__(self, kind: str, dim: int, positions: int = 1) -> None:
         super().__init__()
-        self.kind, value = _parse(kind)
-        if self.kind == "slow" and value > dim:
+        self.kind, number = _parse(kind)
+        self.dim = int(number) if number and self.kind in REDUCING else dim  # of the output
+        if self.dim > dim:
             raise UsageError(f"normalisation {kind}: the features have only {dim} channels")
-        self.dim = int(value) if self.kind == "slow" else dim  # of the output
         self.register_buffer("shift", torch.zeros(positions, dim))
-        shape = {"whiten": (dim, dim), "slow": (dim, self.dim), "channel": (dim,)}.get(self.kind, ())
-        self.register_buffer("weight", torch.full(shape, value))
+        shape = {"whiten": (dim, self.dim), "slow": (dim, self.dim), "channel": (dim,)}.get(self.kind, ())
+        self.register_buffer("weight", torch.full(shape, number or 1.0))
 
     @classmethod
     def from_moments(cls, kind: str, moments: Moments, shrinkage: float, center: Center) -> Normaliser:
@@ -84,7 +87,7 @@ class Normaliser(nn.Module):
     ) -> Normaliser:
         """From the mean (D,) or (N, D) of the tokens, their covariance (D, D) about it, and that of their motion.
 
-        ``motion`` (D, D) is needed by ``slow`` alone, ``shrinkage`` in [0, 1] used by ``whiten`` alone.
+        ``motion`` (D, D) is needed by ``slow`` alone, ``shrinkage`` in [0, 1] used by ``whiten`` without K alone.
         Computed in float64, stored in float32. Raises DataError when the statistics are not finite or the
         features do not vary, UsageError for a wrong kind or shrinkage.
         """
@@ -92,7 +95,7 @@ class Normaliser(nn.Module):
         positions, dim = mean.shape
         if not 0 <= shrinkage <= 1:
             raise UsageError(f"normalisation shrinkage is {shrinkage}; choose a value from 0 to 1")
-        name, _ = _parse(kind)
+        name, number = _parse(kind)
         if name not in FROM_STATISTICS:
             return cls(kind, dim, positions)
         self = cls(kind, dim, positions)
@@ -103,7 +106,9 @@ class Normaliser(nn.Module):
         if float(variance.max()) <= 0:
             raise DataError("feature statistics: no channel varies; choose another tap or check the backbone")
         self.shift.copy_(mean)
-        if name == "whiten":
+        if name == "whiten" and number:
+            self.weight.copy_(_principal_directions(covariance, self.dim, kind))
+        elif name == "whiten":
             self.weight.copy_(_whitening(covariance, shrinkage))
         elif name == "slow":
             if motion is None or not bool(motion.any()):
@@ -151,32 +156,45 @@ def _whitening(covariance: Tensor, shrinkage: float) -> Tensor:
     return weight * variance.rsqrt()
 
 
-def _slow_directions(covariance: Tensor, motion: Tensor, count: int, kind: str) -> Tensor:
-    """(D, K) directions of unit variance with the least motion, slowest first."""
-    values, vectors = torch.linalg.eigh(covariance)
+def _sphere(covariance: Tensor, count: int, kind: str) -> Tensor:
+    """(D, R) principal directions of unit variance, largest last: all R >= ``count`` in which tokens vary."""
+    values, vectors = torch.linalg.eigh(covariance)  # ascending
     alive = values > _DEAD * values.max()  # a channel that never varies never moves either
     if int(alive.sum()) < count:
         raise UsageError(f"normalisation {kind}: the features vary in only {int(alive.sum())} directions")
-    sphere: Tensor = vectors[:, alive] * values[alive].rsqrt()  # (D, R): tokens of unit variance in every direction
+    return torch.mul(vectors[:, alive], values[alive].rsqrt())
+
+
+def _principal_directions(covariance: Tensor, count: int, kind: str) -> Tensor:
+    """(D, K) directions of unit variance in which tokens vary most, largest first."""
+    return _signed(_sphere(covariance, count, kind)[:, -count:].flip(1))
+
+
+def _slow_directions(covariance: Tensor, motion: Tensor, count: int, kind: str) -> Tensor:
+    """(D, K) directions of unit variance with the least motion, slowest first."""
+    sphere = _sphere(covariance, count, kind)  # (D, R)
     _, rotation = torch.linalg.eigh(sphere.T @ motion @ sphere)  # ascending: slowest first
-    slow = sphere @ rotation[:, :count]
-    # An eigenvector's sign is arbitrary; fixed by its largest entry, training repeats on every machine.
-    largest = slow.gather(0, slow.abs().argmax(0, keepdim=True))
-    return torch.mul(slow, largest.sign())
+    return _signed(sphere @ rotation[:, :count])
+
+
+def _signed(directions: Tensor) -> Tensor:
+    """An eigenvector's sign is arbitrary; fixed by its largest entry, training repeats on every machine."""
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    return torch.mul(directions, largest.sign())
 
 
 def _parse(kind: str) -> tuple[str, float]:
-    """The kind's name and its number (1 where it has none)."""
-    name, _, value = kind.partition("=")
-    if name in ("fixed", "slow"):
+    """The kind's name and its number; 0 where it has none."""
+    name, equals, value = kind.partition("=")
+    if name == "fixed" or (equals and name in REDUCING):
         try:
             number = float(value)
         except ValueError:
             number = math.nan
         if math.isfinite(number) and number > 0 and (name == "fixed" or number.is_integer()):
             return name, number
-    elif kind in KINDS:
-        return kind, 1.0
+    elif kind in KINDS and not kind.endswith("=K"):
+        return kind, 0.0
     raise UsageError(f"normalisation {kind!r} is not known; choose one of {', '.join(KINDS)} with K, FACTOR > 0")
 
 

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from featcache.errors import DataError, UsageError
 from slotlab.config import Config, load_config, presets, read_toml, validate
+from slotlab.models.config import ClusteringConfig, Logistic
 
 
 def test_command_line_over_file_over_preset(tmp_path: Path) -> None:
@@ -27,6 +28,12 @@ def test_presets_survive_the_round_trip(preset: str, tmp_path: Path) -> None:
     file = tmp_path / "config.toml"
     file.write_text(config.to_toml())
     assert validate(read_toml(file), str(file)) == config
+
+
+def test_one_number_of_a_pair_can_be_set_alone() -> None:
+    model = load_config("default", None, ["model.target_objectness.threshold=0.9"]).model
+    assert isinstance(model, ClusteringConfig)
+    assert model.target_objectness == Logistic(threshold=0.9, width=0.125)
 
 
 def test_configuration_is_frozen() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.decomposition import PCA
 from torch import Tensor
 
 from featcache.errors import DataError, UsageError
@@ -11,7 +12,7 @@ from featcache.stats import Moments
 from slotlab.normalise import Normaliser
 
 DIM = 6
-STATISTICAL = ["whiten", "slow=4", "channel", "scale"]
+STATISTICAL = ["whiten", "whiten=4", "slow=4", "channel", "scale"]
 
 
 def _features(seed: int = 0) -> Tensor:
@@ -97,15 +98,29 @@ def test_slow_directions_are_decorrelated_and_ordered_by_their_motion() -> None:
     )
 
 
-def test_slow_directions_leave_out_what_never_varies() -> None:
+def test_principal_directions_are_those_of_scikit_learn() -> None:
+    features = _features()
+    out = Normaliser.from_statistics("whiten=3", *_statistics(features))(features).flatten(0, 1)
+    expected = torch.from_numpy(PCA(3, whiten=True).fit_transform(features.flatten(0, 1).numpy()))
+    alike = torch.corrcoef(torch.cat([out, expected.float()], 1).T)[:3, 3:]  # but for the sign
+    torch.testing.assert_close(alike.abs(), torch.eye(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(out.std(0), torch.ones(3), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["slow", "whiten"])
+def test_directions_leave_out_what_never_varies(name: str) -> None:
     features = _features()
     features[..., 2] = 0.3
-    out = Normaliser.from_statistics("slow=5", *_statistics(features))(features)
+    out = Normaliser.from_statistics(f"{name}=5", *_statistics(features))(features)
     torch.testing.assert_close(_statistics(out)[1], torch.eye(5).double(), atol=1e-3, rtol=0)
     with pytest.raises(UsageError, match="vary in only 5 directions"):
-        Normaliser.from_statistics("slow=6", *_statistics(features))
+        Normaliser.from_statistics(f"{name}=6", *_statistics(features))
     with pytest.raises(UsageError, match="only 6 channels"):
-        Normaliser("slow=7", DIM)
+        Normaliser(f"{name}=7", DIM)
+
+
+def test_slow_directions_need_something_that_moves() -> None:
+    features = _features()
     with pytest.raises(DataError, match="nothing moves in single frames; train with --preset image"):
         Normaliser.from_statistics("slow=2", *_statistics(features)[:2])
 
@@ -164,7 +179,19 @@ def test_autocast_does_not_lower_its_precision() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["whitening", "fixed", "fixed=", "fixed=0", "fixed=nan", "none=1", "fixed=FACTOR", "slow", "slow=2.5"]
+    "kind",
+    [
+        "whitening",
+        "fixed",
+        "fixed=",
+        "fixed=0",
+        "fixed=nan",
+        "none=1",
+        "fixed=FACTOR",
+        "slow",
+        "whiten=K",
+        "whiten=2.5",
+    ],
 )
 def test_unknown_kinds_are_refused(kind: str) -> None:
     with pytest.raises(UsageError, match="choose one of"):

@@ -166,3 +166,13 @@ def test_single_frames_are_videos_too(frames: int) -> None:
     tokens, labels = video([(4, 4)] * frames)
     masks = segment(model(), tokens)
     assert all(slot not in (0, None) for slot in slot_of(masks, labels, 1))
+
+
+def test_without_tracking_pictures_know_nothing_of_each_other() -> None:
+    tokens, labels = video([(1, x) for x in range(6)], [(6, 8 - x) for x in range(6)])
+    clustering = model(tracking=False)
+    whole = segment(clustering, tokens)
+    assert all(slot not in (0, None) for slot in slot_of(whole, labels, 1) + slot_of(whole, labels, 2))
+    with torch.no_grad():
+        alone = [clustering.segment(tokens[t : t + 1], Draws(0)).masks for t in range(6)]
+    torch.testing.assert_close(torch.cat(alone), whole)

@@ -55,7 +55,7 @@ class Model(nn.Module):
     def segment(self, features: Tensor, draws: Draws) -> Output:
         """As used: all frames of one video in order, (T, ...); the output's ``*B`` is (T,).
 
-        An image model takes the frames apart; a video model carries its slots from frame to frame.
+        An image model takes the frames apart, as here; a video model carries its slots from frame to frame.
         """
         output: Output = self(features, draws)
         return output

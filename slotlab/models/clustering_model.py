@@ -1,10 +1,10 @@
 """Slots as soft clusters of learnt keys, trained across time.
 
-Over slow, position-centred tokens (``data.normalize = "slow=128"``, ``data.center = "position"``) the background
-lies near the origin: a token's *norm* says that there is an object, and its *direction* says which. The model is
-built on that:
+Over slow, position-centred tokens (``data.normalize = "slow=128"``, ``data.center = "position"``; where nothing moves,
+principal components, ``whiten=128``) the background lies near the origin: a token's *norm* says that there is an
+object, and its *direction* says which. The model is built on that:
 
-- **keys** (B, N, S): direction of the slowest S channels, smoothed over 3x3 patches, plus a learnt residual that
+- **keys** (B, N, S): direction of the first S channels, smoothed over 3x3 patches, plus a learnt residual that
   starts at zero; beside them each patch's position, so that equal objects in two places part;
 - **objectness** (B, N): a logistic function of the norm around Otsu's threshold (Otsu 1979), with a learnt
   residual; what it leaves is the background slot;
@@ -38,7 +38,7 @@ class ClusteringModel(Model):
 
     Args:
         config: sizes; ``config.slots`` counts the background.
-        normaliser: its channels must be ordered by importance, as ``slow=K`` has them.
+        normaliser: its channels must be ordered by importance, as ``slow=K`` and ``whiten=K`` have them.
         grid: rows and columns of patches.
     """
 
@@ -92,6 +92,8 @@ class ClusteringModel(Model):
 
     def segment(self, features: Float[Tensor, "T N D"], draws: Draws) -> Output:
         """All frames of a video in order, each slot staying with its object (:mod:`slotlab.models.tracking`)."""
+        if not self.config.tracking:
+            return super().segment(features, draws)
         tokens = self.normaliser(features)
         keys, objectness = self.encode(tokens)
         tracker = Tracker.start(self.config, self.attend, self.position.cpu(), keys.shape[-1])
@@ -137,9 +139,9 @@ class ClusteringModel(Model):
         hidden = F.relu(self.embed(torch.cat([tokens, logit.unsqueeze(-1) / RESIDUAL_GAIN, position], -1)))
         hidden = hidden + self.context(self._bordered_map(hidden)).flatten(2).transpose(1, 2)
         residual = self.residual(hidden)  # (B, N, S + 1)
-        slowest = tokens[..., : self.keys]
-        smooth = F.avg_pool2d(self._bordered_map(slowest), 3, stride=1)
-        base = F.normalize((slowest + smooth.flatten(2).transpose(1, 2)) / 2, dim=-1)
+        leading = tokens[..., : self.keys]
+        smooth = F.avg_pool2d(self._bordered_map(leading), 3, stride=1)
+        base = F.normalize((leading + smooth.flatten(2).transpose(1, 2)) / 2, dim=-1)
         keys = F.normalize(base + residual[..., :-1], dim=-1)
         objectness = (logit + RESIDUAL_GAIN * residual[..., -1]).sigmoid()
         return torch.cat([keys, self.config.position_weight * position], -1), objectness

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -122,6 +123,7 @@ class ClusteringConfig(Section):
     temperature: float = Field(0.05, gt=0)
     position_weight: float = Field(1.0, ge=0)
     new_slot_distance: float = Field(0.6, gt=0)  # squared, between unit keys with position
+    tracking: bool = True  # carry the slots from frame to frame of a video; false: frames apart
     merge_distance: float = Field(0.15, ge=0)  # of two slots that have become one; in tracking
     tracking_iterations: int = Field(2, ge=1)  # of a carried slot, each time
     least_mass: float = Field(1.0, ge=0)  # patches that a slot must hold to be kept, in tracking
@@ -133,6 +135,15 @@ class ClusteringConfig(Section):
     objectness: Logistic = Logistic(threshold=1.0, width=0.25)  # that the model starts from
     target_objectness: Logistic = Logistic(threshold=1.1, width=0.125)  # tighter, or the masks swell
     seed_objectness: float = Field(0.6, gt=0, lt=1)  # a token below it starts no slot
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_number_of_a_pair(cls, values: Any) -> Any:
+        """A logistic function may be changed in one number: the default has the other."""
+        if not isinstance(values, Mapping):
+            return values
+        pairs = [name for name in ("objectness", "target_objectness") if isinstance(values.get(name), Mapping)]
+        return {**values, **{name: cls.model_fields[name].default.model_dump() | values[name] for name in pairs}}
 
 
 ModelConfig = SlotAttentionConfig | ClusteringConfig | PixelConfig
