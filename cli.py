@@ -163,7 +163,7 @@ def train(
     preset: Annotated[str, typer.Option(help="A shipped configuration.")] = "default",
     config: Annotated[Path | None, typer.Option(help="TOML file, laid over the preset.")] = None,
     override: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example model.slots=7.")] = None,
-    normalize: Annotated[str | None, typer.Option(help="slow=K, whiten, channel, scale, none, sample ...")] = None,
+    normalize: Annotated[str | None, typer.Option(help="slow=K, whiten, whiten=K, channel, scale, none ...")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples a step: frames, or clips.")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
