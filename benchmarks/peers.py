@@ -25,9 +25,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from slotlab.config import Config, load_config
+
+if TYPE_CHECKING:
+    from slotlab.evaluate import LoadedRun
 
 PRESETS = ("default", "dinosaur", "dinosaur-ar", "savi-dinosaur", "videosaur", "slotcontrast", "pixel")
 SCORES = ("fg_ari", "mbo", "fg_ari_video", "mbo_video")
@@ -106,21 +109,34 @@ def one(preset: str, seed: int, cache: Path, seconds: float, out: Path, peers: P
             precisions = ("float32",) if preset == "default" else ("float32", "bfloat16")
             config = fitted(configured(preset, seed, peers), cache, seconds, precisions)
         train(config, FeatureStore.open(cache), run, resume=begun)
-        result = evaluate(load_run(run))
+        loaded = load_run(run)
+        result = evaluate(loaded)
         summary = json.loads((run / "summary.json").read_text())
         frames = config.optim.steps * config.optim.batch_size * config.data.clip
         row = {"preset": preset, "seed": seed, "seconds": summary["seconds"], "frames": frames}
         row |= {"steps": config.optim.steps} | {key: result[key] for key in SCORES}
         row |= {f"attention_{key}": result["attention"][key] for key in SCORES[:2]}
+        row["error"] = held_out_error(loaded)
         done.write_text(json.dumps(row))
     found: dict[str, Any] = json.loads(done.read_text())
     return found
 
 
+def held_out_error(loaded: LoadedRun) -> float:
+    """Squared error on the evaluation split, every patch decoded, over that of always predicting the mean token."""
+    split = loaded.store[loaded.config.data.eval_split]
+    error, size = 0.0, 0.0
+    for video in split.videos:
+        output = loaded.segment(split, video)
+        error += float((output.reconstruction - output.target).square().mean())
+        size += float(output.target.square().mean())
+    return error / size
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean over seeds, and the lowest to the highest, as Markdown."""
     titles = ("preset", "seeds", "seconds", "frames seen", "FG-ARI", "mBO", "FG-ARI video", "mBO video")
-    titles += ("attention's FG-ARI", "attention's mBO")
+    titles += ("attention's FG-ARI", "attention's mBO", "error")
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for preset in dict.fromkeys(row["preset"] for row in rows):
         mine = [row for row in rows if row["preset"] == preset]
@@ -129,7 +145,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             values = [row[key] for row in mine]
             return f"{statistics.mean(values):.3f} ({min(values):.3f}–{max(values):.3f})"
 
-        scores = " | ".join(spread(key) for key in (*SCORES, *(f"attention_{key}" for key in SCORES[:2])))
+        scores = " | ".join(spread(key) for key in (*SCORES, *(f"attention_{key}" for key in SCORES[:2]), "error"))
         seconds = statistics.mean(row["seconds"] for row in mine)
         frames = statistics.mean(row["frames"] for row in mine)
         lines.append(f"| {preset} | {len(mine)} | {seconds:.0f} | {frames:.0f} | {scores} |")
