@@ -123,7 +123,11 @@ def one(preset: str, seed: int, cache: Path, seconds: float, out: Path, peers: P
 
 
 def held_out_error(loaded: LoadedRun) -> float:
-    """Squared error on the evaluation split, every patch decoded, over that of always predicting the mean token."""
+    """Squared error on the evaluation split, every patch decoded, over the mean square of its tokens.
+
+    The latter is the error of always predicting the training mean, where the normalisation subtracts it. Of a model
+    that is not trained to reconstruct it says nothing.
+    """
     split = loaded.store[loaded.config.data.eval_split]
     error, size = 0.0, 0.0
     for video in split.videos:

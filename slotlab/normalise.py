@@ -34,7 +34,9 @@ from torch import Tensor, nn
 from featcache.errors import DataError, UsageError
 from featcache.stats import Moments
 
-KINDS = ("whiten", "whiten=K", "slow=K", "channel", "scale", "none", "sample", "fixed=FACTOR")
+PLAIN = ("whiten", "channel", "scale", "none", "sample")
+NUMBERED = {"whiten": "K", "slow": "K", "fixed": "FACTOR"}
+KINDS = (*PLAIN, *(f"{name}={number}" for name, number in NUMBERED.items()))
 FROM_STATISTICS = ("whiten", "slow", "channel", "scale")
 REDUCING = ("whiten", "slow")  # to K directions
 Center = Literal["channel", "position"]
@@ -185,16 +187,16 @@ def _signed(directions: Tensor) -> Tensor:
 
 def _parse(kind: str) -> tuple[str, float]:
     """The kind's name and its number; 0 where it has none."""
-    name, equals, value = kind.partition("=")
-    if name == "fixed" or (equals and name in REDUCING):
+    if kind in PLAIN:
+        return kind, 0.0
+    name, _, value = kind.partition("=")
+    if name in NUMBERED:
         try:
             number = float(value)
         except ValueError:
             number = math.nan
         if math.isfinite(number) and number > 0 and (name == "fixed" or number.is_integer()):
             return name, number
-    elif kind in KINDS and not kind.endswith("=K"):
-        return kind, 0.0
     raise UsageError(f"normalisation {kind!r} is not known; choose one of {', '.join(KINDS)} with K, FACTOR > 0")
 
 

@@ -12,7 +12,8 @@ object, and its *direction* says which. The model is built on that:
   as slot attention (Locatello et al., 2020, arXiv:2006.15055) in its k-means form: attention is the softmax over
   slots of the negative squared distance, a slot is the weighted mean of what it holds;
 - **decoding** by mixing (see :class:`slotlab.models.decoders.MixDecoder`): the slots of one frame attend to and
-  reconstruct another frame of the clip, so that only what lasts is worth keeping in a slot.
+  reconstruct another frame of the clip, so that only what lasts is worth keeping in a slot. A single image is
+  reconstructed by its own.
 """
 
 from __future__ import annotations
