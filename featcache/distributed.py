@@ -35,7 +35,7 @@ from featcache.backbones import Backbone, load_backbone
 from featcache.device import pick_device
 from featcache.durable import TEMPORARY
 from featcache.errors import DataError, FeatcacheError, IncompatibleError, UsageError
-from featcache.extract import ExtractPlan, Progress, SplitJob, merge, merged, require_space
+from featcache.extract import ExtractPlan, Progress, SplitJob, merge, require_space
 from featcache.manifest import Row
 from featcache.sources import open_source
 from featcache.sources.base import Source
@@ -267,7 +267,7 @@ def _run_group(work: bytes, group: range, done: frozenset[int]) -> _GroupResult:
         with _model_lock:
             tokens = job.forward(backbone, videos) if videos else []
         _require_permit(task.permit)
-        statistics = merged(job.measure(group, done, tokens))
+        statistics = job.measure(group, done, tokens)
         for row in job.store_group(group, done, videos, tokens):
             rows.append(row)
     except FeatcacheError as error:

@@ -30,7 +30,7 @@ from featcache.manifest import Row
 from featcache.precision import autocast, choose_precision
 from featcache.quantise import as_stored
 from featcache.sources.base import Source, Video
-from featcache.stats import Moments
+from featcache.stats import Moments, NonFiniteTokensError
 from featcache.store import MAX_CHUNK_FRAMES, Dtype, FeatureStore, Precision, Split, SplitSpec, StoreSpec, TapSpec
 from featcache.threads import limited_executor
 from featcache.writer import SplitWriter, StoreWriter, array_layouts, write_chunks
@@ -180,12 +180,12 @@ def _extract_split(writer: SplitWriter, job: SplitJob, source: Source, backbone:
     statistics: dict[str, Moments] = {}
     frames_done = 0
 
-    def record(group: range, videos: Sequence[Video], tokens: Sequence[Tokens], moments: Sequence[TapMoments]) -> None:
+    def record(group: range, videos: Sequence[Video], tokens: Sequence[Tokens], moments: TapMoments) -> None:
         """In the writing thread, in order."""
         nonlocal frames_done
         for row in job.store_group(group, done, videos, tokens, chunks.map):
             writer.append(row)
-        merge(statistics, merged(moments))
+        merge(statistics, moments)
         frames_done += sum(job.spec.lengths[index] for index in group)
         progress(job.name, frames_done, total)
 
@@ -232,16 +232,9 @@ class SplitJob:
     def forward(self, backbone: Backbone, videos: Sequence[Video]) -> list[dict[str, torch.Tensor]]:
         return forward(backbone, [v.frames for v in videos], self.store.batch_size, self.store.precision)
 
-    def measure(self, group: range, done: Container[int], tokens: Sequence[Tokens]) -> list[TapMoments]:
-        """Moments of each of the group's videos, of the tokens as stored; old videos are read back."""
-        found: list[TapMoments] = []
-        for position, index in enumerate(group):
-            if index in done:
-                stored = {tap: self._stored.tokens(tap, index) for tap in self.store.taps}
-            else:
-                stored = {tap: as_stored(values, self.store.dtype) for tap, values in tokens[position].items()}
-            found.append({tap: self._moments(index, tap, values) for tap, values in stored.items()})
-        return found
+    def measure(self, group: range, done: Container[int], tokens: Sequence[Tokens]) -> TapMoments:
+        """Moments of the group's videos together, of the tokens as stored; old videos are read back."""
+        return {tap: self._moments(group, tap, done, tokens) for tap in self.store.taps}
 
     def store_group(
         self,
@@ -268,26 +261,29 @@ class SplitJob:
     def _stored(self) -> Split:
         return Split(FeatureStore.open(self.path.parent), self.name)
 
-    def _moments(self, index: int, tap: str, tokens: torch.Tensor) -> Moments:
+    def _moments(self, group: range, tap: str, done: Container[int], tokens: Sequence[Tokens]) -> Moments:
+        stored = [
+            self._stored.tokens(tap, index) if index in done else as_stored(tokens[position][tap], self.store.dtype)
+            for position, index in enumerate(group)
+        ]
+        device = tokens[0][tap].device if tokens else "cpu"
+        lengths = [self.spec.lengths[index] for index in group]
         try:
-            return Moments.from_tokens(tokens)
-        except ValueError as error:
-            raise DataError(f"{self.location}: {self.name} video {index}, tap {tap}: {error}") from error
+            return Moments.from_tokens(torch.cat([video.to(device) for video in stored]), lengths)
+        except NonFiniteTokensError:
+            for index, video in zip(group, stored, strict=True):
+                try:
+                    Moments.from_tokens(video)
+                except NonFiniteTokensError as error:
+                    raise DataError(f"{self.location}: {self.name} video {index}, tap {tap}: {error}") from error
+            raise
 
 
 def merge(total: dict[str, Moments], part: TapMoments) -> None:
-    """Add moments by tap to ``total``. Videos are merged within their group (`merged`), and groups in order,
+    """Add moments by tap to ``total``. Videos are measured together with their group, and groups are merged in order,
     wherever they ran: the sums are rounded alike."""
     for tap, moments in part.items():
         total[tap] = total[tap] + moments if tap in total else moments
-
-
-def merged(group: Sequence[TapMoments]) -> dict[str, Moments]:
-    """Moments of a group of videos."""
-    total: dict[str, Moments] = {}
-    for part in group:
-        merge(total, part)
-    return total
 
 
 def _decoded_groups(source: Source, job: SplitJob, done: frozenset[int]) -> Iterator[tuple[range, list[Video]]]:

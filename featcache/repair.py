@@ -21,7 +21,7 @@ from featcache.backbones import Backbone
 from featcache.convert import ConvertOptions, convert, copied_spec, open_origin
 from featcache.durable import write_tree
 from featcache.errors import DataError, IncompatibleError, compare_settings
-from featcache.extract import ExtractPlan, Progress, SplitJob, SplitPlan, extract, merge, merged
+from featcache.extract import ExtractPlan, Progress, SplitJob, SplitPlan, extract, merge
 from featcache.layout import array_layouts, split_metadata
 from featcache.reload import refuse_other_backbone, store_backbone
 from featcache.sources import open_source
@@ -111,7 +111,7 @@ def _finish(writer: StoreWriter, name: str) -> None:
         groups = [range(v, v + 1) for v in split.done] if store.exported_from else job.groups()
         statistics: dict[str, Moments] = {}
         for group in groups:
-            merge(statistics, merged(job.measure(group, split.done, [])))
+            merge(statistics, job.measure(group, split.done, []))
         split.finish(statistics)
 
 

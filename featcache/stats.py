@@ -8,7 +8,7 @@ video while extracting, or block by block over a finished store, with the same r
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -85,10 +85,10 @@ class Moments:
         )
 
     @classmethod
-    def from_tokens(cls, tokens: Tensor) -> Self:
+    def from_tokens(cls, tokens: Tensor, lengths: Sequence[int] | None = None) -> Self:
         """Moments of tokens (F, N, D) of any float type on any device, computed in float64 where they are.
 
-        The frames are taken to follow each other in one video: give each video by itself.
+        ``lengths`` are those of the videos whose frames these are, one behind the other; None: of one video.
         Raises :class:`NonFiniteTokensError` (a ``ValueError``) if any value is NaN or infinite.
         """
         if tokens.ndim != 3 or not tokens.is_floating_point():
@@ -100,10 +100,13 @@ class Moments:
         if tokens.device.type == "mps":  # has no float64
             tokens = tokens.cpu()
         step = max(1, _BLOCK_TOKENS // patches)
+        follows = np.ones(frames, np.bool_)  # there is a frame before it in its video
+        follows[np.cumsum([0, *(lengths or [frames])])[:-1]] = False
         for start in range(0, frames, step):
             try:
-                before = tokens[start - 1].detach() if start else None
-                total = total.merge(cls._from_block(tokens[start : start + step].detach(), before))
+                before = tokens[max(0, start - 1)].detach()
+                block = slice(start, start + step)
+                total = total.merge(cls._from_block(tokens[block].detach(), before, follows[block]))
             except NonFiniteTokensError:
                 # Located over all frames, not the block: the message must count them all.
                 bad = ~torch.isfinite(tokens)
@@ -112,7 +115,7 @@ class Moments:
         return total
 
     @classmethod
-    def _from_block(cls, tokens: Tensor, before: Tensor | None) -> Self:
+    def _from_block(cls, tokens: Tensor, before: Tensor, follows: npt.NDArray[np.bool_]) -> Self:
         frames, patches, dim = tokens.shape
         x = tokens.to(torch.float64, copy=True)  # (F, N, D); ours to centre in place
         low, high = x.aminmax(dim=1)  # (F, D) each; NaN and infinity show in these
@@ -121,8 +124,8 @@ class Moments:
             raise NonFiniteTokensError(0, 0, 0)
         norms = torch.linalg.vector_norm(x, dim=-1)  # (F, N)
         position_mean = x.mean(0)  # (N, D)
-        moved = torch.diff(x, dim=0, prepend=None if before is None else before.double().unsqueeze(0))
-        moved = moved.reshape(-1, dim)  # (tokens with a frame before, D)
+        moved = torch.diff(x, dim=0, prepend=before.double().unsqueeze(0))  # (F, N, D)
+        moved = moved[torch.from_numpy(follows).to(x.device)].reshape(-1, dim)  # (tokens with a frame before, D)
         means = x.mean(1)  # (F, D)
         mean = means.mean(0)  # (D,)
         # Centring before the product, never E[xx'] - mean mean': that cancels when the mean is large.

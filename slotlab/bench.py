@@ -9,13 +9,14 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from featcache.errors import UsageError
@@ -89,9 +90,10 @@ class Trainee:
         optim = config.optim
         self.config, self.device, self.steps = config, device, 0
         self.model = build_model(config, store).to(device)
-        self.forward: Any = torch.compile(self.model) if optim.compile else self.model
-        averaging = get_ema_multi_avg_fn(optim.ema)  # type: ignore[no-untyped-call]
-        self._average = AveragedModel(self.model, multi_avg_fn=averaging) if optim.ema else None
+        mode = "reduce-overhead" if optim.cuda_graphs else "default"
+        self.forward: Any = torch.compile(self.model, mode=mode) if optim.compile else self.model
+        self._average = deepcopy(self.model) if optim.ema else None
+        self._approach = get_ema_multi_avg_fn(optim.ema)  # type: ignore[no-untyped-call]
         self._optimizer = torch.optim.Adam(
             self.model.parameters(), lr=learning_rate(optim), weight_decay=optim.weight_decay, fused=True
         )
@@ -100,6 +102,8 @@ class Trainee:
         """One step on a batch (B, ...). Returns before the device has finished."""
         optim, loss = self.config.optim, self.config.loss
         self._optimizer.zero_grad(set_to_none=True)
+        if optim.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         for part, share in enumerate(features.chunk(optim.accumulate)):
             draws = Draws.of_step(self.config.seed, self.steps, Share(part, optim.accumulate))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
@@ -108,7 +112,7 @@ class Trainee:
         nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip_norm)
         self._optimizer.step()
         if self._average is not None:
-            self._average.update_parameters(self.model)
+            self._approach(list(self._average.parameters()), list(self.model.parameters()), self.steps)
         self.steps += 1
 
     def flops(self, features: Tensor) -> int:

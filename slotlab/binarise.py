@@ -63,7 +63,7 @@ def threshold_labels(masks: Tensor, size: tuple[int, int], threshold: float) -> 
 
 def gumbel_masks(masks: Tensor, temperature: float, draws: Draws) -> Tensor:
     """One slot a patch, drawn: masks (B, K, h, w), not negative, to masks of 0 and 1 of the same shape."""
-    noise = -draws.exponential(tuple(masks.shape)).log().to(masks.device)  # standard Gumbel
+    noise = -draws.exponential(tuple(masks.shape), masks.device).log()  # standard Gumbel
     drawn = (masks.float().clamp_min(1e-12).log() / temperature + noise).argmax(1)  # (B, h, w)
     return F.one_hot(drawn, masks.shape[1]).movedim(-1, 1).float()
 

@@ -71,6 +71,17 @@ class OptimConfig(Section):
     ema: float = Field(0.0, ge=0, lt=1)  # decay of averaged weights, which are then the ones evaluated; 0: none
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
+    cuda_graphs: bool = False  # of what is compiled: a step's many small kernels are launched as a few graphs
+
+    @model_validator(mode="after")
+    def _graphs_fit(self) -> Self:
+        if self.cuda_graphs and not self.compile:
+            raise ValueError("optim.cuda_graphs needs optim.compile=true, which finds what a graph may hold")
+        if self.cuda_graphs and self.accumulate > 1:
+            raise ValueError(
+                "optim.cuda_graphs needs optim.accumulate=1: a replay writes over the gradients of the one before"
+            )
+        return self
 
 
 class Config(Section):

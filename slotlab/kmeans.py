@@ -91,7 +91,7 @@ def _seed(x: Tensor, k: int, draws: Draws | None) -> Tensor:
     batch, count, _ = x.shape
     # Of exponential variables e_n, the largest p_n / e_n falls on n with probability p_n / sum p, the next
     # largest are further draws without replacement: no float cumsum, which is not deterministic on a GPU.
-    waits = (draws or Draws(0)).exponential((k, batch, count), batch=1).to(x.device)
+    waits = (draws or Draws(0)).exponential((k, batch, count), x.device, batch=1)
     square = x.square().sum(-1)  # (B, N)
     chosen = waits[0].argmin(-1, keepdim=True)  # (B, 1), each token as likely as any other
     nearest = _distance(x, square, chosen).squeeze(-1)  # (B, N), squared distance to the nearest seed

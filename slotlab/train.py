@@ -6,13 +6,14 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from featcache.errors import DataError, UsageError
 from featcache.store import FeatureStore
@@ -21,7 +22,6 @@ from slotlab import checkpoint
 from slotlab.config import Config
 from slotlab.draws import Draws, Share
 from slotlab.losses import losses, total
-from slotlab.models.base import Model
 from slotlab.models.registry import build_model, model_tap
 from slotlab.ranks import Ranks, join
 from slotlab.runs import check_run, create_run, keep_rows, write_summary
@@ -78,8 +78,8 @@ def _train(
     model = build_model(config, store).to(device)
     if init_from is not None:
         checkpoint.load_parameters(init_from, model)
-    averaging = get_ema_multi_avg_fn(optim.ema)  # type: ignore[no-untyped-call]
-    average = AveragedModel(model, multi_avg_fn=averaging) if optim.ema else None
+    average = deepcopy(model) if optim.ema else None
+    approach = get_ema_multi_avg_fn(optim.ema)  # type: ignore[no-untyped-call]
     optimizer = torch.optim.Adam(
         model.parameters(), lr=learning_rate(optim), weight_decay=optim.weight_decay, fused=True
     )
@@ -102,8 +102,7 @@ def _train(
     if resume and checkpoint.exists(run):  # a run that was stopped before its first checkpoint starts again
         checkpoint.load_model(run, model, checkpoint.MODEL)
         if average is not None:
-            checkpoint.load_model(run, average.module, checkpoint.AVERAGE)
-            average.n_averaged += 1  # the next update is an average, not a first copy
+            checkpoint.load_model(run, average, checkpoint.AVERAGE)
         checkpoint.load_optimizer(run, optimizer)
         state = checkpoint.state(run)
         step = state["step"]
@@ -113,7 +112,7 @@ def _train(
             group["lr"] = rate
     forward: Any = DistributedDataParallel(model) if ranks.count > 1 else model
     if optim.compile:
-        forward = torch.compile(forward)
+        forward = torch.compile(forward, mode="reduce-overhead" if optim.cuda_graphs else "default")
     spent = keep_rows(run / "metrics.jsonl", step) if ranks.leads else 0.0  # seconds
     bad_since = torch.full((), NEVER, device=device)  # the first step whose loss or gradient was not finite
     began = logged_at = time.perf_counter()
@@ -124,6 +123,8 @@ def _train(
             if step >= optim.steps:
                 break
             optimizer.zero_grad(set_to_none=True)
+            if optim.cuda_graphs:
+                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             components: dict[str, torch.Tensor] = {}
             for part, features in enumerate(batch.features.chunk(optim.accumulate)):
                 draws = Draws.of_step(
@@ -174,10 +175,10 @@ def _train(
             optimizer.step()
             schedule.step()
             if average is not None:
-                average.update_parameters(model)
+                approach(list(average.parameters()), list(model.parameters()), step)
             if row and ranks.leads:
                 if looks:
-                    row |= look(cast(Model, average.module) if average is not None else model, config, store)
+                    row |= look(average if average is not None else model, config, store)
                 assert log is not None
                 log.write(json.dumps(row) + "\n")
                 log.flush()
@@ -186,6 +187,6 @@ def _train(
                 waited, logged, logged_at = stream.wait_seconds, step, time.perf_counter()
             if saves and ranks.leads:
                 state = {"step": step, "schedule": plain_state(schedule), "stream": stream.state_dict()}
-                checkpoint.save(run, model, average.module if average is not None else None, optimizer, state)
+                checkpoint.save(run, model, average, optimizer, state)
     if ranks.leads:
         write_summary(run, device, ranks.count)

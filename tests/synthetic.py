@@ -14,6 +14,7 @@ from featcache.sources.base import Instance, Video
 from featcache.stats import Moments
 from featcache.store import FeatureStore, SplitSpec, StoreSpec, TapSpec
 from featcache.writer import StoreWriter
+from slotlab.config import load_config
 
 SIZE = 32
 GRID = (4, 4)
@@ -115,3 +116,11 @@ def arrays_of(path: Path) -> dict[str, bytes]:
         for file in sorted(path.rglob("*"))
         if file.is_file() and file.name not in skipped and "statistics" not in file.parts
     }
+
+
+def fitted(preset: str) -> list[str]:
+    """Overrides under which a preset trains on such a store: two to four frames a video, 12 channels."""
+    data = load_config(preset).data
+    kind, reduces, _ = data.normalize.partition("=")
+    fewer = [f"data.normalize={kind}=8"] if reduces else []
+    return ["model.slots=4", f"data.clip={min(data.clip, 2)}", "optim.batch_size=2", *fewer]

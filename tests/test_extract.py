@@ -224,17 +224,23 @@ def test_too_small_a_disk_is_refused_before_starting(
 # -- refusing ----------------------------------------------------------------------------------------------
 
 
-def test_features_that_are_not_finite_name_their_video(tmp_path: Path, backbone: Backbone) -> None:
+@pytest.mark.parametrize(("batch_size", "bad", "video", "frame"), [(3, 2, 0, 2), (17, 9, 2, 1)])
+def test_features_that_are_not_finite_name_their_video(
+    tmp_path: Path, batch_size: int, bad: int, video: int, frame: int
+) -> None:
+    """A video by itself, and one of several that share a batch: they have 4, 4, 3, 4 and 2 frames."""
     broken = load_backbone("dinov2_vits14", weights="random", taps=("block2",), input_size=28)
     real = type(broken).__call__
 
     class Overflowing(type(broken)):  # type: ignore[misc]
         def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-            return {tap: tokens * 1e6 for tap, tokens in real(self, images).items()}
+            factors = torch.where(torch.arange(len(images)) < bad, 1.0, 1e6)[:, None, None]
+            return {tap: tokens * factors for tap, tokens in real(self, images).items()}
 
     broken.__class__ = Overflowing
-    with pytest.raises(DataError, match=r"synthetic discs: train video 0, tap block2: \d+ non-finite values"):
-        run(tmp_path / "s.zarr", broken)
+    message = rf"synthetic discs: train video {video}, tap block2: \d+ non-finite values, the first at frame {frame},"
+    with pytest.raises(DataError, match=message):
+        run(tmp_path / "s.zarr", broken, replace(FIXED, batch_size=batch_size))
 
 
 def test_another_input_size_is_refused(tmp_path: Path, backbone: Backbone) -> None:

@@ -96,6 +96,21 @@ def test_motion_is_the_change_since_the_frame_before(monkeypatch: pytest.MonkeyP
     np.testing.assert_allclose(m.motion_covariance, change.T @ change / len(change), rtol=1e-10)
 
 
+@settings(max_examples=60, deadline=None)
+@given(splits(), st.integers(1, 30))
+def test_videos_measured_together_are_the_sum_of_each(
+    case: tuple[torch.Tensor, list[torch.Tensor]], block: int
+) -> None:
+    parts = [part for part in case[1] if len(part)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("featcache.stats._BLOCK_TOKENS", block)
+        together = Moments.from_tokens(torch.cat(parts), [len(part) for part in parts])
+    each = sum((Moments.from_tokens(part) for part in parts), Moments.empty(*parts[0].shape[1:]))
+    assert_same(together, each)
+    assert together.motion_tokens == each.motion_tokens
+    np.testing.assert_allclose(together.motion, each.motion, rtol=1e-10, atol=1e-10)
+
+
 def test_position_covariance_leaves_out_what_the_position_tells() -> None:
     x = tokens(9, 7) + 10 * torch.randn(7, DIM, generator=torch.Generator().manual_seed(3)).double()
     m = Moments.from_tokens(x[:2]) + Moments.from_tokens(x[2:])

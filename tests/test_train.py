@@ -25,7 +25,7 @@ from slotlab.evaluate import beats_floor, evaluate, load_run
 from slotlab.schedule import learning_rate, make_schedule, warmup_steps
 from slotlab.tensorboard import events
 from slotlab.train import train
-from tests.synthetic import make_store
+from tests.synthetic import fitted, make_store
 
 # What makes each kind of model small enough for the synthetic store (12 channels, a 4x4 grid).
 SMALL = {
@@ -128,12 +128,7 @@ def test_channels_rescaled_each_by_its_own_factor_train_the_same(tmp_path: Path)
 
 @pytest.mark.parametrize("preset", presets())
 def test_every_preset_trains_a_step(tmp_path: Path, store: FeatureStore, preset: str) -> None:
-    data = load_config(preset).data
-    fitted = [f"data.clip={min(data.clip, 2)}"]  # the store's videos have two to four frames
-    kind, reduces, _ = data.normalize.partition("=")
-    if reduces:
-        fitted.append(f"data.normalize={kind}=8")  # and their features 12 channels
-    config = load_config(preset, None, ["model.slots=4", *fitted], optim__steps=1, optim__batch_size=2)
+    config = load_config(preset, None, fitted(preset), optim__steps=1)
     run = train(config, store, tmp_path / "run")
     assert np.isfinite(rows_of(run)[-1]["loss"])
     assert evaluate(load_run(run))["frames"] == 8

@@ -81,9 +81,9 @@ class ClusteringModel(Model):
     def forward(self, features: Float[Tensor, "B N D"] | Float[Tensor, "B T N D"], draws: Draws) -> Output:
         """Stored features of frames, or of clips: slots of one drawn frame, reconstruction of another."""
         if features.ndim == 4:
-            source, other = draws.integers(features.shape[1], 2)
-            slots, active = self.find_slots(*self.encode(self.normaliser(features[:, source])))
-            tokens = self.normaliser(features[:, other])
+            drawn = features[:, draws.integers(features.shape[1], 2, features.device)]  # (B, 2, N, D)
+            slots, active = self.find_slots(*self.encode(self.normaliser(drawn[:, 0])))
+            tokens = self.normaliser(drawn[:, 1])
             keys, objectness = self.encode(tokens)
         else:
             tokens = self.normaliser(features)

@@ -23,7 +23,7 @@ class Gaussian(nn.Module):
         self, tokens: Float[Tensor, "B N S"], clustered: Float[Tensor, "B N D"], draws: Draws
     ) -> Float[Tensor, "B K S"]:
         shape = (len(tokens), self.slots, self.mean.shape[-1])
-        return self.mean + self.log_std.exp() * draws.normal(shape).to(tokens.device)
+        return self.mean + self.log_std.exp() * draws.normal(shape, tokens.device)
 
 
 class GaussianPerSlot(Gaussian):

@@ -43,10 +43,13 @@ class TransformerDecoder(Decoder):
         self.heads = Heads(width, sizes)
 
     def forward(self, attended: Attended, target: Float[Tensor, "B N D"], draws: Draws) -> Decoded:
-        scan = draws.integers(len(self.orders), 1)[0] if self.training and len(self.orders) > 1 else 0
-        order = self.orders[scan]  # (N,)
+        if self.training and len(self.orders) > 1:
+            scan = draws.integers(len(self.orders), 1, target.device)  # (1,)
+            order, begin = self.orders[scan][0], self.begin[scan]  # (N,), (1, W)
+        else:
+            order, begin = self.orders[0], self.begin[:1]
         before = self.embed(target[:, order[:-1]])  # (B, N - 1, W)
-        begin = self.begin[scan].to(before.dtype).expand(len(target), 1, -1)
+        begin = begin.to(before.dtype).expand(len(target), 1, -1)
         tokens = torch.cat([begin, before], 1) + self.position[order]  # the place of the token that comes next
         slots = self.norm_slots(attended.slots)
         for block in self.blocks:

@@ -49,7 +49,7 @@ class Decoder(nn.Module):
         """``target`` is for the decoders that are autoregressive; ``draws`` drive what is random in training."""
         raise NotImplementedError
 
-    def draw_positions(self, draws: Draws) -> Tensor | None:
+    def draw_positions(self, draws: Draws, device: torch.device) -> Tensor | None:
         """In training, the random patches (M,) to decode; None: all.
 
         Where patches are decoded independently, a loss that is a mean over them is estimated without bias.
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
         wanted = self.config.patches
         if wanted is None or not self.training or wanted >= self.sizes.patches:
             return None
-        return draws.choice(self.sizes.patches, wanted)
+        return draws.choice(self.sizes.patches, wanted, device)
 
 
 class Heads(nn.Module):
@@ -78,7 +78,7 @@ def positions_parameter(sizes: Sizes, width: int) -> nn.Parameter:
 
 
 def select(positions: Float[Tensor, "N W"], chosen: Int[Tensor, M] | None) -> Float[Tensor, "M W"]:
-    return positions if chosen is None else positions[chosen.to(positions.device)]
+    return positions if chosen is None else positions[chosen]
 
 
 def hidden_layers(width: int, count: int) -> nn.Sequential:

@@ -44,14 +44,14 @@ class MLPDecoder(Decoder):
         self.heads = Heads(config.hidden, sizes)
 
     def forward(self, attended: Attended, target: Float[Tensor, "B N D"], draws: Draws) -> Decoded:
-        positions = self.draw_positions(draws)
+        positions = self.draw_positions(draws, attended.slots.device)
         slots, active = attended.slots, attended.active
         from_slots = self.first(slots)  # (B, K, H)
         from_position = F.linear(select(self.position, positions), self.first.weight)  # (M, H)
         noise = None
         if self.training and self.config.masks == "gumbel":
             shape = (len(slots), len(from_position), slots.shape[1])
-            noise = -draws.exponential(shape).to(slots.device).log()  # (B, M, K), of Gumbel's distribution
+            noise = -draws.exponential(shape, slots.device).log()  # (B, M, K), of Gumbel's distribution
         parts = []
         step = self._patches_at_a_time(slots)
         for start in range(0, len(from_position), step):

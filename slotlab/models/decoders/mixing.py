@@ -27,10 +27,10 @@ class MixDecoder(Decoder):
         self.render = Render(sizes, config)
 
     def forward(self, attended: Attended, target: Float[Tensor, "B N D"], draws: Draws) -> Decoded:
-        positions = self.draw_positions(draws)
+        positions = self.draw_positions(draws, attended.slots.device)
         masks = attended.attention  # (B, K, M)
         if positions is not None:
-            masks = masks[..., positions.to(masks.device)]
+            masks = masks[..., positions]
         tokens, similarity = self.render(mix(masks, attended.slots) + select(self.position, positions))
         return Decoded(tokens, masks, similarity, positions)
 
@@ -56,7 +56,7 @@ class SlotMixerDecoder(Decoder):
         self.render = Render(sizes, config)
 
     def forward(self, attended: Attended, target: Float[Tensor, "B N D"], draws: Draws) -> Decoded:
-        positions = self.draw_positions(draws)
+        positions = self.draw_positions(draws, attended.slots.device)
         slots, active = attended.slots, attended.active
         position = select(self.position, positions)  # (M, S)
         query, memory = position.expand(len(slots), -1, -1), self.norm_slots(slots)
