@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +22,7 @@ from slotlab.models.base import Model, Output
 from slotlab.models.registry import empty_model, model_input, model_moments, model_spec, model_tap, model_tokens
 from slotlab.normalise import Normaliser
 from slotlab.references import grid_masks, grid_reference, kmeans_floor
-from slotlab.runs import check_store
+from slotlab.runs import check_store, store_path
 from slotlab.scores import Scores
 from slotlab.subgroups import subgroup_scores
 
@@ -56,8 +55,7 @@ class LoadedRun:
 def load_run(run: Path, cache: Path | None = None, device: torch.device | str = "cpu") -> LoadedRun:
     """Open a run folder; ``cache`` overrides the store that it was trained on."""
     config = checkpoint.load_run_config(run)
-    trained_on = json.loads((run / "store.json").read_text())
-    store = FeatureStore.open(cache or trained_on["path"])
+    store = FeatureStore.open(cache or store_path(run))
     check_store(run, store)
     model = empty_model(config, model_spec(config, store))
     checkpoint.load_model(run, model)

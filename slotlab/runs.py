@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from featcache.errors import IncompatibleError, UsageError
+from featcache.errors import DataError, IncompatibleError, UsageError
 from featcache.store import FeatureStore, flatten
 from featcache.stream import VIDEO
 from slotlab import checkpoint
@@ -35,12 +36,25 @@ def check_run(config: Config, store: FeatureStore, run: Path, resume: bool) -> N
 
 def create_run(config: Config, store: FeatureStore, run: Path, init_from: Path | None) -> None:
     """The folder of a fresh run: its configuration, its store, and the run whose parameters it starts with."""
-    trained_on = {"path": str(store.path), "identity": store.spec.identity(), "spec": store.spec.to_json()}
+    path = store.path.resolve()
+    places = {"path": str(path), "from_run": os.path.relpath(path, run.resolve())}  # the run may move, or both
+    trained_on = {**places, "identity": store.spec.identity(), "spec": store.spec.to_json()}
     if init_from is not None:
         trained_on["init_from"] = str(init_from)
     run.mkdir(parents=True, exist_ok=True)
     (run / "store.json").write_text(json.dumps(trained_on, indent=1))
     (run / "config.toml").write_text(config.to_toml())
+
+
+def store_path(run: Path) -> Path:
+    """The store that a run was trained on, as seen from here. ``DataError`` if it is not there."""
+    trained_on = json.loads((run / "store.json").read_text())
+    path = Path(os.path.normpath(run.resolve() / trained_on["from_run"]))
+    if not path.exists():
+        path = Path(trained_on["path"])
+    if not path.exists():
+        raise DataError(f"{run}: was trained on {path}, which is not there; say where its store is with --cache")
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def check_store(run: Path, store: FeatureStore) -> None:

@@ -243,6 +243,24 @@ def test_a_run_starts_from_another_s_parameters(tmp_path: Path, store: FeatureSt
     assert not (tmp_path / "third").exists()
 
 
+def test_a_run_finds_its_store_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From another folder, after it has moved, and after both have; when the store alone moves it says what to do."""
+    (tmp_path / "here/deeper").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    train(small(optim__steps=1), make_store(Path("store.zarr")), Path("runs/one"))
+    assert load_run(Path("runs/one")).store.path == Path("store.zarr")
+    monkeypatch.chdir(tmp_path / "here/deeper")
+    assert load_run(Path("../runs/one")).store.path == tmp_path / "here/store.zarr"
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert load_run(tmp_path / "there/runs/one").store.path == tmp_path / "there/store.zarr"
+    train(small(optim__steps=1), FeatureStore.open(tmp_path / "there/store.zarr"), tmp_path / "there/two")
+    (tmp_path / "there/two").rename(tmp_path / "two")
+    assert load_run(tmp_path / "two").store.path == tmp_path / "there/store.zarr"
+    (tmp_path / "there/store.zarr").rename(tmp_path / "other.zarr")
+    with pytest.raises(DataError, match=r"two: was trained on .*store.zarr, which is not there; say .* with --cache"):
+        load_run(tmp_path / "two")
+
+
 def test_looks_at_the_masks_are_logged(tmp_path: Path, store: FeatureStore) -> None:
     config = small("evaluate_every=6", "evaluate_videos=2")
     rows = rows_of(train(config, store, tmp_path / "run"))

@@ -16,7 +16,7 @@ from featcache.store import FeatureStore, Split
 from slotlab import checkpoint
 from slotlab.config import Config
 from slotlab.evaluate import LoadedRun, References, count_labels, evaluate, load_run, scoring_code
-from slotlab.runs import read_rows
+from slotlab.runs import read_rows, store_path
 from slotlab.timecurves import Curve, VideoTrace, over_videos, trace
 
 Say = Callable[[str], None]
@@ -112,7 +112,7 @@ def gather_run(
     config = checkpoint.load_run_config(path)
     rows = tuple(read_rows(path / "metrics.jsonl"))
     if not checkpoint.exists(path):
-        store = FeatureStore.open(cache or json.loads((path / "store.json").read_text())["path"])
+        store = FeatureStore.open(cache or store_path(path))
         return RunData(name, rows, path, config, store, choose_split(config, store, split_name))
     loaded = load_run(path, cache, device)
     split = choose_split(config, loaded.store, split_name).require_complete()
