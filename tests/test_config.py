@@ -51,6 +51,7 @@ def test_configuration_is_frozen() -> None:
         ("model.kind=perceiver", "model: Input tag 'perceiver'"),
         ("loss.temporal_similarity=0.1", "loss.temporal_similarity needs model.kind = slot_attention"),
         ("loss.slot_contrast=0.5", "loss.slot_contrast needs slots carried over clips"),
+        ("optim.cuda_graphs=true", "optim.cuda_graphs needs optim.compile=true"),
         ("data.tap=video", "model.kind = pixel goes with data.tap = video"),
         ("model.slots", "write it as key=value"),
     ],
