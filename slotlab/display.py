@@ -128,18 +128,22 @@ def scores_table(result: Mapping[str, Any]) -> Table:
     add("this run, per frame", result, "bold")
     sure = result["confidence"]
     table.add_row(f"  {sure['level']:.0%} interval", *(interval(sure.get(key)) for key in keys))
-    add("this run, per video", {key: result.get(f"{key}_video") for key in keys})
+    films = result["frames"] > result["videos"]  # else single images, whose scores are those of their frames
+    if films:
+        add("this run, per video", {key: result.get(f"{key}_video") for key in keys})
     for name, values in (result["by_material"] | result["by_size"]).items():
         add(f"  {name} objects", values)
     for count, values in result["by_objects"].items():
         if count != "0":
             add(f"  {count} in sight", values)
     add("ceiling of the patch grid", result["reference"], "dim")
-    add("  per video", {key: result["reference"].get(f"{key}_video") for key in keys}, "dim")
+    if films:
+        add("  per video", {key: result["reference"].get(f"{key}_video") for key in keys}, "dim")
     add("floor: k-means, raw tokens", result["floor"]["kmeans_raw"], "dim")
     add("floor: k-means, whitened", result["floor"]["kmeans_whitened"], "dim")
+    seen = f"{result['frames']} frames of {result['videos']} videos" if films else f"{result['frames']} images"
     table.caption = (
-        f"{result['frames']} frames of {result['videos']} videos, {result['skipped_frames']} without objects skipped; "
+        f"{seen}, {result['skipped_frames']} without objects skipped; "
         f"{result['effective_slots']:.1f} effective slots, mask similarity {result['mask_similarity']:.2f}"
     )
     return table

@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 import zlib
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ import torch
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 
 from featcache.errors import DataError, UsageError
 from slotlab import checkpoint, metrics
 from slotlab.commands import report as commands
+from slotlab.display import scores_table
 from slotlab.evaluate import evaluate, load_run, on_grid
 from slotlab.report import Extras, PageOptions, write_report
 from slotlab.report.charts import Chart, Series, thinned
@@ -38,7 +41,7 @@ from slotlab.report.server import LiveReport, serve
 from slotlab.report.svg import draw, labels, ticks
 from slotlab.timecurves import identity_switches, over_videos, slot_persistence, trace
 from tests.reporting import NoMasks, disc_store, make_run
-from tests.synthetic import make_store
+from tests.synthetic import DiscSource, make_store
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +239,20 @@ def test_without_masks_slots_are_shown_without_scores(tmp_path: Path) -> None:
     assert [(card["truth"], card["why"], card["kind"]) for card in page.data["cards"]] == [(None, "", "")] * 2
     assert set(summary["runs"][0]["by_frame"]) >= {"slot_persistence", "effective_slots"}
     assert len(page.numbers["table-summary"][0]) == 2  # the diagnostics
+
+
+@pytest.mark.parametrize("lengths", [(1, 1, 1, 1), (1, 2, 1, 1)])
+def test_single_images_have_no_scores_of_videos(tmp_path: Path, lengths: tuple[int, ...]) -> None:
+    """They would be those of the frames again. One video among the images has them shown."""
+    store = make_store(tmp_path / "images.zarr", DiscSource({"train": lengths, "validation": lengths}))
+    run = make_run(tmp_path / "images", store)
+    write_report([run], tmp_path / "r.html")
+    shown = "FG-ARI video" in (tmp_path / "r.html").read_text()
+    console = Console(width=120, file=StringIO())
+    console.print(scores_table(json.loads((run / "eval-validation.json").read_text())))
+    text = console.file.getvalue()
+    assert shown == ("per video" in text) == (sum(lengths) > len(lengths))
+    assert ("5 frames of 4 videos" if shown else "4 images") in text
 
 
 def test_a_run_without_a_checkpoint_has_its_curves(home: Path, tmp_path: Path) -> None:

@@ -90,8 +90,10 @@ def description(run: RunData) -> str:
 
 def summary(runs: Sequence[RunData]) -> Table:
     """Every run, its ceiling and its floors."""
-    columns = (*SCORES.values(), "FG-ARI video", "mBO video", "Effective slots", "Mask similarity")
-    keys = (*SCORES, "fg_ari_video", "mbo_video")
+    films = any(found["frames"] > found["videos"] for run in runs if (found := run.evaluation))
+    of_videos = {"fg_ari_video": "FG-ARI video", "mbo_video": "mBO video"} if films else {}  # not of single images
+    columns = (*SCORES.values(), *of_videos.values(), "Effective slots", "Mask similarity")
+    keys = (*SCORES, *of_videos)
     rows = []
     for n, run in enumerate(runs):
         found = run.evaluation or {}
@@ -102,8 +104,8 @@ def summary(runs: Sequence[RunData]) -> Table:
     rows += [Row(label, cells_of(values, len(columns)), "reference") for label, values in references(runs)]
     level = [r.evaluation["confidence"]["level"] for r in runs if r.evaluation and r.evaluation.get("confidence")]
     note = (
-        "Means over frames, of the decoder’s masks at the resolution of the ground truth; “video”: slots must keep "
-        "their objects through a video."
+        "Means over frames, of the decoder’s masks at the resolution of the ground truth"
+        + ("; “video”: slots must keep their objects through a video." if films else ".")
         if any(run.evaluation for run in runs)
         else "Without ground-truth masks there is nothing to score against; diagnostics need none."
     )
