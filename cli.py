@@ -332,7 +332,8 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
-        print("slotlab: interrupted; what was finished is kept, the same command resumes", file=sys.stderr)
+        said = "interrupted; what was finished is kept, the same command resumes (train: with --resume)"
+        print(f"slotlab: {said}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except FeatcacheError as error:
         if os.environ.get("SLOTLAB_DEBUG"):

@@ -20,7 +20,7 @@ import torch
 from benchmarks.harness import alternate, paired_ratio, report, timed
 from featcache.backbones import Backbone, load_backbone
 from featcache.device import pick_device
-from featcache.extract import forward
+from featcache.forward import forward
 from featcache.store import FeatureStore, Split
 from featcache.stream import FeatureStream
 from slotlab.bench import Trainee

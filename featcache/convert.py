@@ -97,7 +97,7 @@ class _StoreSplit:
 class _StoreOrigin:
     def __init__(self, store: FeatureStore) -> None:
         self.path, self.spec = store.path, store.spec
-        self.splits = {name: _StoreSplit(store[name]) for name in store.splits}
+        self.splits = {name: _StoreSplit(store[name]) for name in store.splits if store[name].complete}
 
 
 @contextmanager

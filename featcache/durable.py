@@ -6,6 +6,7 @@ is. Nothing here is slow to read: a reader sees the old file or the new one, nev
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from collections.abc import Mapping
@@ -39,7 +40,9 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path}: cannot write ({error.strerror}); free space and run the same command again, it resumes")
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "free space" if full else "make the folder writable, or choose another --out,"
+    return DataError(f"{path}: cannot write ({error.strerror}); {remedy} and run the same command again, it resumes")
 
 
 def sync_directory(path: Path) -> None:

@@ -26,10 +26,12 @@ from PIL import Image
 
 from featcache.backbones import Backbone
 from featcache.errors import DataError, UsageError
+from featcache.forward import forward, measure_batch_size
 from featcache.manifest import Row
-from featcache.precision import autocast, choose_precision
+from featcache.precision import choose_precision
 from featcache.quantise import as_stored
 from featcache.sources.base import Source, Video
+from featcache.sources.decode import visibility
 from featcache.stats import Moments, NonFiniteTokensError
 from featcache.store import MAX_CHUNK_FRAMES, Dtype, FeatureStore, Precision, Split, SplitSpec, StoreSpec, TapSpec
 from featcache.threads import limited_executor
@@ -37,8 +39,6 @@ from featcache.writer import SplitWriter, StoreWriter, array_layouts, write_chun
 
 READ_AHEAD = 2  # groups decoded ahead of the backbone, and written behind it
 WRITERS = 4  # videos of a group that are written at a time: most of it is waiting for the disk
-LONG_BATCH = 1.0  # seconds
-MEASURED_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 Tokens = Mapping[str, torch.Tensor]  # tap -> (T, N, D)
 TapMoments = Mapping[str, Moments]
@@ -64,6 +64,8 @@ class ExtractOptions:
             raise UsageError(f"--max-videos {self.max_videos}: must be at least 1")
         if self.batch_size is not None and self.batch_size < 1:
             raise UsageError(f"--batch-size {self.batch_size}: must be at least 1, or auto")
+        if self.frame_size is not None and self.frame_size < 1:
+            raise UsageError(f"--frame-size {self.frame_size}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -137,11 +139,12 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
             masks=probe.segmentations is not None,
         )
         done: Sequence[int] = store[name].videos if store and name in store.splits else ()
-        todo = sum(length for i, length in enumerate(split_spec.lengths) if i not in set(done))
+        left = [length for i, length in enumerate(split_spec.lengths) if i not in set(done)]
+        rows = sum(-(-length // chunk_frames) * chunk_frames for length in left)  # chunks are written full
         frame_bytes = sum(
             int(np.prod(layout.shape)) * np.dtype(layout.dtype).itemsize for layout in array_layouts(spec, split_spec)
         )
-        splits.append(SplitPlan(name, split_spec, len(done), todo, todo * frame_bytes))
+        splits.append(SplitPlan(name, split_spec, len(done), sum(left), rows * frame_bytes))
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     return ExtractPlan(path, spec, tuple(splits), shutil.disk_usage(existing).free, options.frame_size is not None)
 
@@ -154,12 +157,30 @@ def extract(
     Raises ``DataError`` when the disk is too small (before starting) or a video is damaged,
     ``IncompatibleError`` when the store at this path holds something else.
     """
+    if (store := _finished(plan)) is not None:
+        for split in plan.splits:
+            progress(split.name, sum(split.spec.lengths), sum(split.spec.lengths))
+        return store
     require_space(plan)
     with StoreWriter(plan.path, plan.spec) as writer:
         for split in plan.splits:
             with closing(writer.split(split.name, split.spec)) as split_writer:
                 _extract_split(split_writer, SplitJob.of(split_writer, plan, source), source, backbone, progress)
     return FeatureStore.open(plan.path)
+
+
+def _finished(plan: ExtractPlan) -> FeatureStore | None:
+    """The store, where nothing is left to do: one that may only be read will do, too."""
+    if plan.frames_left or not (plan.path / "zarr.json").exists():
+        return None
+    store = FeatureStore.open(plan.path)
+    if store.spec.identity() != plan.spec.identity():
+        return None  # the writer says what differs
+    for split in plan.splits:
+        there = store[split.name]
+        if not there.complete or replace(there.spec, statistics_videos=0, shard_chunks=0) != split.spec:
+            return None
+    return store
 
 
 def require_space(plan: ExtractPlan) -> None:
@@ -303,46 +324,6 @@ def _decoded_groups(source: Source, job: SplitJob, done: frozenset[int]) -> Iter
             decoding.shutdown(wait=True, cancel_futures=True)
 
 
-def forward(
-    backbone: Backbone, videos: Sequence[np.ndarray], batch_size: int, precision: Precision
-) -> list[dict[str, torch.Tensor]]:
-    """Patch tokens of several videos' frames (T, H, W, 3), each a dict of tap -> (T, N, D) on the device."""
-    with autocast(backbone.device, precision):
-        images = torch.cat([backbone.preprocess(torch.from_numpy(frames)) for frames in videos])
-        parts = [backbone(batch) for batch in torch.split(images, batch_size)]
-    lengths = [len(frames) for frames in videos]
-    tokens = {tap: torch.split(torch.cat([part[tap].float() for part in parts]), lengths) for tap in backbone.taps}
-    return [{tap: values[i] for tap, values in tokens.items()} for i in range(len(videos))]
-
-
-def measure_batch_size(backbone: Backbone, frames: np.ndarray, precision: Precision) -> int:
-    """Smallest batch within 5 % of the best rate; stops where memory ends, or two sizes running gain nothing.
-
-    Each size is timed twice and its better time counts: a busy machine only ever slows one down. A batch that takes
-    a second hides whatever larger ones could save.
-    """
-    best_rate, best, idle = 0.0, 1, 0
-    for size in MEASURED_BATCHES:
-        batch = frames[np.arange(size) % len(frames)]
-        taken = []
-        try:
-            for _ in range(3):  # the first warms up
-                start = time.perf_counter()
-                forward(backbone, [batch], size, precision)[0][backbone.taps[0]].sum().item()
-                taken.append(time.perf_counter() - start)
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            break
-        rate = size / min(taken[1:])
-        if rate > 1.05 * best_rate:
-            best_rate, best, idle = rate, size, 0
-        elif (idle := idle + 1) == 2:
-            break
-        if min(taken) > LONG_BATCH:
-            break
-    return best
-
-
 def measure_seconds(plan: ExtractPlan, source: Source, backbone: Backbone) -> float:
     """How long the frames left will take, from one batch of real frames after a warm-up."""
     name, count = plan.splits[0].name, plan.spec.batch_size
@@ -371,17 +352,17 @@ def _fitted(video: Video, spec: SplitSpec, resize: bool, where: str) -> Video:
     height, width = spec.frame_size
     if not resize:
         raise DataError(
-            f"{where}: {video.frames.shape[1]}x{video.frames.shape[2]} frames in a store of {height}x{width}; "
+            f"{where}: {video.frames.shape[2]}x{video.frames.shape[1]} frames in a store of {width}x{height}; "
             "pass --frame-size N to store all frames at one size"
         )
 
     def resized(images: np.ndarray, how: Image.Resampling) -> np.ndarray:
         return np.stack([np.asarray(Image.fromarray(i).resize((width, height), how)) for i in images])
 
-    masks = video.segmentations
-    return Video(
-        video.id,
-        resized(video.frames, Image.Resampling.BICUBIC),
-        None if masks is None else resized(masks, Image.Resampling.NEAREST),
-        video.instances,
-    )
+    frames = resized(video.frames, Image.Resampling.BICUBIC)
+    if video.segmentations is None:
+        return Video(video.id, frames, None, video.instances)
+    masks = resized(video.segmentations, Image.Resampling.NEAREST)
+    pixels = [tuple(row.tolist()) for row in visibility(masks, len(video.instances))]
+    seen = tuple(replace(item, visibility=row) for item, row in zip(video.instances, pixels, strict=True))
+    return Video(video.id, frames, masks, seen)

@@ -38,6 +38,7 @@ from featcache.errors import DataError, UsageError
 from featcache.layout import COMPRESSED, array_layouts
 from featcache.manifest import Row
 from featcache.sources.base import Instance
+from featcache.sources.decode import as_mask
 from featcache.stats import Moments
 from featcache.store import MAX_CHUNK_FRAMES, Dtype, SplitSpec, StoreSpec, TapSpec
 
@@ -170,6 +171,7 @@ class _Hdf5Split:
         for name, shape in [(f"features/{tap}", shape) for tap, shape in self.taps.items()]:
             if len(shape) != 3 or shape[0] != frames:
                 raise DataError(f"{self._where}: {name} is {shape}; expected ({frames}, patch, feature)")
+        self._check_pictures(frames)
         kept = json.loads(group.attrs[ATTRIBUTE]) if ATTRIBUTE in group.attrs else {}
         known: dict[str, Any] = {
             "source_fingerprint": f"{path.name}:{path.stat().st_size}",
@@ -179,6 +181,15 @@ class _Hdf5Split:
             **kept,
         }
         self.spec = SplitSpec.from_json({**known, "lengths": lengths.tolist()})
+
+    def _check_pictures(self, frames: int) -> None:
+        """``DataError`` for frames and masks that are not as docs/store.md has them; masks may be of any integers."""
+        shape, dtype = self.group["video"].shape, self.group["video"].dtype
+        if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8:
+            raise DataError(f"{self._where}: video is {dtype} {shape}; expected uint8 ({frames}, height, width, 3)")
+        if "segmentations" in self.group and self.group["segmentations"].shape != shape[:3]:
+            found = self.group["segmentations"].shape
+            raise DataError(f"{self._where}: segmentations are {found}; expected {shape[:3]}, like the video")
 
     def read(self, video: int, names: list[str]) -> tuple[Row, Arrays]:
         """One video's rows of the arrays named, and its manifest row without checksums."""
@@ -191,6 +202,8 @@ class _Hdf5Split:
             sums = self.group.get(f"checksums/{name}")
             if sums is not None and int(sums[video]) != _checksum(arrays[name]):
                 raise DataError(f"{self._where}/{name}: video {video} has another checksum; copy the file again")
+            if name == "segmentations":
+                arrays[name] = as_mask(arrays[name], f"{self._where}/{name}: video {video}")
         name = self._text("video_ids", video) or f"{self.group.name.strip('/') or 'train'}_{video:05d}"
         instances = json.loads(self._text("instances", video) or "[]")
         known = tuple(Instance(**{**item, "visibility": tuple(item["visibility"])}) for item in instances)

@@ -28,18 +28,20 @@ def choose_precision(backbone: Backbone, frames: np.ndarray) -> Precision:
     """
     candidate: Precision = "float16" if backbone.device.type == "cuda" else "bfloat16"
     frames = frames[:4]
-    if relative_error(backbone, frames, candidate) > MAX_RELATIVE_ERROR:
+    if not relative_error(backbone, frames, candidate) <= MAX_RELATIVE_ERROR:  # nor NaN
         return "float32"
     return candidate if _seconds(backbone, frames, candidate) < _seconds(backbone, frames, "float32") else "float32"
 
 
 def relative_error(backbone: Backbone, frames: np.ndarray, precision: Precision) -> float:
-    """Largest over the taps of ‖x - x32‖ / ‖x32‖, x the tokens under ``precision``, x32 those in float32."""
+    """Largest over the taps of ‖x - x32‖ / ‖x32‖, x the tokens under ``precision``, x32 those in float32; NaN if any
+    is not finite."""
     images = backbone.preprocess(torch.from_numpy(np.ascontiguousarray(frames)))
     exact = backbone(images)
     with autocast(backbone.device, precision):
         rounded = backbone(images)
-    return max(float((rounded[tap].float() - exact[tap]).norm() / exact[tap].norm().clamp_min(1e-12)) for tap in exact)
+    errors = [(rounded[tap].float() - exact[tap]).norm() / exact[tap].norm().clamp_min(1e-12) for tap in exact]
+    return float(torch.stack(errors).amax())
 
 
 def _seconds(backbone: Backbone, frames: np.ndarray, precision: Precision) -> float:

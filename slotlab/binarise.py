@@ -24,6 +24,7 @@ from slotlab.metrics import (
     masks_to_labels,
     object_iou,
 )
+from slotlab.scores import mean
 
 KINDS = ("argmax", "threshold=T", "gumbel=T")
 
@@ -84,7 +85,7 @@ class BinarisedScores:
         tables = torch.cat(self._tables)
         none = tables[..., -1].sum()
         return {
-            "fg_ari": float(adjusted_rand_index(tables, foreground=True).nanmean()),
-            "mbo": float(object_iou(tables)[..., :-1].amax(-1).nanmean(-1).nanmean()),
+            "fg_ari": mean(adjusted_rand_index(tables, foreground=True)),
+            "mbo": mean(object_iou(tables)[..., :-1].amax(-1).nanmean(-1)),
             "unassigned": float(none / tables.sum()),
         }

@@ -108,6 +108,12 @@ class Config(Section):
             raise ValueError("loss.temporal_similarity needs model.kind = slot_attention, whose decoders predict it")
         if self.loss.temporal_similarity and self.data.clip <= self.loss.similarity_shift:
             raise ValueError("loss.temporal_similarity needs data.clip above loss.similarity_shift")
+        if not self.loss.weights():
+            raise ValueError("no loss is on: give one of loss.feature_mse, loss.cosine ... a weight")
+        if self.loss.slot_contrast and self.optim.accumulate > 1:
+            raise ValueError(
+                "loss.slot_contrast needs optim.accumulate=1: it tells a slot apart from all others of the batch"
+            )
         if self.loss.slot_contrast and not recurrent:
             raise ValueError("loss.slot_contrast needs slots carried over clips: set model.predictor.kind")
         if (self.model.kind == "pixel") != (self.data.tap == "video"):

@@ -13,19 +13,23 @@ NAMES = ("mask_similarity", "slot_similarity", "effective_slots", "largest_activ
 
 
 def by_frame(output: Output) -> dict[str, Tensor]:
-    """Diagnostics of each frame (F,) of one video or batch of frames; see :mod:`slotlab.metrics` for each."""
+    """Diagnostics of each frame (F,) of one video or batch of frames; see :mod:`slotlab.metrics` for each.
+
+    Taken on the host, as not every device has float64.
+    """
+    masks, slots, logits = (values.detach().cpu() for values in (output.masks, output.slots, output.logits))
     return {
-        "mask_similarity": metrics.mask_similarity(output.masks),
-        "slot_similarity": metrics.slot_similarity(output.slots),
-        "effective_slots": metrics.effective_slots(output.masks),
-        "largest_activation": metrics.largest_activation(output.masks).mean(-1),
-        "logit_std": metrics.logit_std(output.logits),
+        "mask_similarity": metrics.mask_similarity(masks),
+        "slot_similarity": metrics.slot_similarity(slots),
+        "effective_slots": metrics.effective_slots(masks),
+        "largest_activation": metrics.largest_activation(masks).mean(-1),
+        "logit_std": metrics.logit_std(logits),
     }
 
 
-def diagnose(output: Output) -> dict[str, float]:
-    """Means over frames."""
-    return {name: float(values.double().mean()) for name, values in by_frame(output).items()}
+def means(found: Mapping[str, Tensor]) -> dict[str, float]:
+    """Over the frames of :func:`by_frame`."""
+    return {name: float(values.double().mean()) for name, values in found.items()}
 
 
 def kept_slots(effective: Sequence[Tensor]) -> float:
@@ -40,7 +44,7 @@ def kept_slots(effective: Sequence[Tensor]) -> float:
 def warnings(found: Mapping[str, float], slots: int) -> list[str]:
     """One sentence for each way in which the slots of a run have collapsed, with the options that help.
 
-    ``found`` are the means of :func:`diagnose`, and ``kept_slots`` for video models.
+    ``found`` are :func:`means`, and ``kept_slots`` for video models.
     """
     said = []
     if found["effective_slots"] < 1.5:

@@ -16,7 +16,7 @@ from torch import Tensor
 from featcache.store import FeatureStore, Split
 from slotlab import checkpoint, metrics
 from slotlab.config import Config
-from slotlab.diagnostics import diagnose, kept_slots
+from slotlab.diagnostics import by_frame, kept_slots, means
 from slotlab.draws import Draws
 from slotlab.models.base import Model, Output
 from slotlab.models.registry import empty_model, model_input, model_moments, model_spec, model_tap, model_tokens
@@ -90,8 +90,9 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References
         for name, masks in (("decoder", output.masks), ("attention", output.attention)):
             tables = metrics.mask_tables(on_grid(masks, loaded.model.grid).cpu(), truth, labels)
             scores[name].add(tables, torch.full((len(truth),), video))
-        diagnostics.append(diagnose(output))
-        effective.append(metrics.effective_slots(output.masks))
+        shown = by_frame(output)
+        diagnostics.append(means(shown))
+        effective.append(shown["effective_slots"])
     reference, floor = known or references(split, loaded)
     decoder = scores["decoder"]
     return {

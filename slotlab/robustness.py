@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from featcache.extract import forward
+from featcache.forward import forward
 from featcache.quantise import as_stored
 from featcache.reload import store_backbone
 from featcache.store import Split

@@ -28,7 +28,11 @@ def check_run(config: Config, store: FeatureStore, run: Path, resume: bool) -> N
     if not exists:
         raise UsageError(f"{run}: nothing to resume; leave out --resume")
     before, now = (flatten(c.model_dump()) for c in (checkpoint.load_run_config(run), config))
-    changed = [f"{key}: {before[key]} then, {now[key]} now" for key in now if before[key] != now[key]]
+    changed = [
+        f"{key}: {before.get(key)} then, {now.get(key)} now"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
     if changed:
         raise IncompatibleError(f"{run}: was made with another configuration ({'; '.join(changed)})")
     check_store(run, store)
@@ -38,23 +42,42 @@ def create_run(config: Config, store: FeatureStore, run: Path, init_from: Path |
     """The folder of a fresh run: its configuration, its store, and the run whose parameters it starts with."""
     path = store.path.resolve()
     places = {"path": str(path), "from_run": os.path.relpath(path, run.resolve())}  # the run may move, or both
-    trained_on = {**places, "identity": store.spec.identity(), "spec": store.spec.to_json()}
+    note = {**places, "identity": store.spec.identity(), "spec": store.spec.to_json()}
     if init_from is not None:
-        trained_on["init_from"] = str(init_from)
+        note["init_from"] = str(init_from.resolve())
     run.mkdir(parents=True, exist_ok=True)
-    (run / "store.json").write_text(json.dumps(trained_on, indent=1))
+    (run / "store.json").write_text(json.dumps(note, indent=1))
     (run / "config.toml").write_text(config.to_toml())
+
+
+def trained_on(run: Path) -> dict[str, Any]:
+    """The run's ``store.json``. ``DataError`` if it is missing or damaged."""
+    path = run / "store.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        return {"from_run": None, "init_from": None} | {key: found[key] for key in ("path", "identity", "spec")} | found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: missing, damaged or of an earlier version; train the run again") from error
+
+
+def begun_from(run: Path, init_from: Path | None) -> Path | None:
+    """The run whose parameters a run was begun with. ``UsageError`` if ``init_from`` is another one."""
+    noted = trained_on(run)["init_from"]
+    if init_from is not None and str(init_from.resolve()) != noted:
+        raise UsageError(f"--init-from {init_from}: {run} was begun with {noted or 'fresh parameters'}; leave it out")
+    return None if noted is None else Path(noted)
 
 
 def store_path(run: Path) -> Path:
     """The store that a run was trained on, as seen from here. ``DataError`` if it is not there."""
-    trained_on = json.loads((run / "store.json").read_text())
-    path = Path(os.path.normpath(run.resolve() / trained_on["from_run"]))
-    if not path.exists():
-        path = Path(trained_on["path"])
-    if not path.exists():
-        raise DataError(f"{run}: was trained on {path}, which is not there; say where its store is with --cache")
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    noted = trained_on(run)
+    places = [Path(noted["path"])]
+    if noted["from_run"]:
+        places.append(Path(os.path.normpath(run.resolve() / noted["from_run"])))
+    for path in places:
+        if path.exists():
+            return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    raise DataError(f"{run}: was trained on {places[0]}, which is not there; say where its store is with --cache")
 
 
 def check_store(run: Path, store: FeatureStore) -> None:
@@ -64,7 +87,7 @@ def check_store(run: Path, store: FeatureStore) -> None:
     """
     if checkpoint.load_run_config(run).data.tap == VIDEO:
         return
-    then = json.loads((run / "store.json").read_text())["identity"]
+    then = trained_on(run)["identity"]
     now = json.loads(json.dumps(store.spec.identity()))
     ignored = ("dtype", "precision", "frame_stride", "taps.")  # how, and what else, is stored; not what it means
     changed = [

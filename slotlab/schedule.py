@@ -1,4 +1,4 @@
-"""The learning rate: warm-up, then a decay; and its size for a batch."""
+"""What changes with the step: the learning rate (warm-up, then a decay) and the average of the weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import (
     ConstantLR,
     CosineAnnealingLR,
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import (
     LRScheduler,
     SequentialLR,
 )
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from slotlab.config import OptimConfig
 
@@ -29,6 +31,17 @@ def learning_rate(optim: OptimConfig) -> float:
         return optim.learning_rate
     ratio = optim.batch_size / optim.reference_batch
     return optim.learning_rate * (ratio if optim.scaling == "linear" else math.sqrt(ratio))
+
+
+def update_average(average: nn.Module, model: nn.Module, optim: OptimConfig, step: int) -> None:
+    """Bring the averaged weights nearer to the model's after its ``step``-th step.
+
+    The decay is ``optim.ema``, but at first (1 + step) / (10 + step), as in TensorFlow: else a run that is short beside
+    1 / (1 - ema) steps would be evaluated with the weights that it was begun with.
+    """
+    decay = min(optim.ema, (1 + step) / (10 + step))
+    approach = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+    approach(list(average.parameters()), list(model.parameters()), step)
 
 
 def warmup_steps(optim: OptimConfig) -> int:

@@ -63,8 +63,8 @@ class Scores:
             "frames": len(frames["ari"]),
             "videos": len(videos["ari"]),
             "skipped_frames": int(frames["fg_ari"].isnan().sum()),
-            **{name: _mean(values) for name, values in frames.items()},
-            **{f"{name}_video": _mean(values) for name, values in videos.items()},
+            **{name: mean(values) for name, values in frames.items()},
+            **{f"{name}_video": mean(values) for name, values in videos.items()},
         }
 
     def of_objects(self, objects: Tensor) -> dict[str, float | int | None]:
@@ -80,8 +80,8 @@ class Scores:
             "frames": int((~frames["mbo"].isnan()).sum()),
             "frames_ari": int((~frames["fg_ari"].isnan()).sum()),
             "videos": int((~videos["mbo"].isnan()).sum()),
-            **{name: _mean(values) for name, values in frames.items()},
-            **{f"{name}_video": _mean(values) for name, values in videos.items()},
+            **{name: mean(values) for name, values in frames.items()},
+            **{f"{name}_video": mean(values) for name, values in videos.items()},
         }
 
 
@@ -103,6 +103,7 @@ def _values(tables: Tensor, videos: Tensor, objects: Tensor | None) -> dict[str,
     }
 
 
-def _mean(values: Tensor) -> float | None:
-    mean = float(values.nanmean())
-    return None if math.isnan(mean) else mean
+def mean(values: Tensor) -> float | None:
+    """Over the values that are defined; None if none is."""
+    found = float(values.nanmean())
+    return None if math.isnan(found) else found

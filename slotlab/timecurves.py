@@ -80,9 +80,7 @@ def trace(output: Output, grid: tuple[int, int], truth: Tensor | None = None, n_
     """
     masks = output.masks.detach().float().cpu()  # (T, K, N)
     frames, slots = masks.shape[:2]
-    values: dict[str, Float] = {
-        name: found.detach().double().cpu().numpy() for name, found in diagnostics.by_frame(output).items()
-    }
+    values: dict[str, Float] = {name: found.double().numpy() for name, found in diagnostics.by_frame(output).items()}
     values["slot_persistence"] = slot_persistence(output.slots.detach().cpu()).numpy()
     matches = np.full((frames, slots), -1, np.int64)
     tables = None

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from featcache.errors import DataError, UsageError
 from featcache.store import FeatureStore
@@ -22,10 +21,10 @@ from slotlab import checkpoint
 from slotlab.config import Config
 from slotlab.draws import Draws, Share
 from slotlab.losses import losses, total
-from slotlab.models.registry import build_model, model_tap
+from slotlab.models.registry import build_model, model_tap, settled
 from slotlab.ranks import Ranks, join
-from slotlab.runs import check_run, create_run, keep_rows, write_summary
-from slotlab.schedule import learning_rate, make_schedule, plain_state
+from slotlab.runs import begun_from, check_run, create_run, keep_rows, write_summary
+from slotlab.schedule import learning_rate, make_schedule, plain_state, update_average
 from slotlab.watch import look
 
 Report = Callable[[dict[str, Any]], None]  # one row of metrics.jsonl
@@ -51,9 +50,12 @@ def train(
     was made with another configuration or store, or ``init_from`` with another model, ``DataError`` when the loss
     is not finite.
     """
+    config = settled(config, store)
     with join(device) as ranks:
         if ranks.leads:
             check_run(config, store, run, resume)
+        if resume:
+            init_from = begun_from(run, init_from)
         _train(config, store, run, resume, init_from, ranks, report)
         ranks.wait()
     return run
@@ -76,10 +78,10 @@ def _train(
         )
     torch.manual_seed(config.seed)
     model = build_model(config, store).to(device)
-    if init_from is not None:
+    continues = resume and checkpoint.exists(run)  # a run that was stopped before its first checkpoint starts again
+    if init_from is not None and not continues:
         checkpoint.load_parameters(init_from, model)
     average = deepcopy(model) if optim.ema else None
-    approach = get_ema_multi_avg_fn(optim.ema)  # type: ignore[no-untyped-call]
     optimizer = torch.optim.Adam(
         model.parameters(), lr=learning_rate(optim), weight_decay=optim.weight_decay, fused=True
     )
@@ -99,7 +101,7 @@ def _train(
         create_run(config, store, run, init_from)
     ranks.wait()
     step = 0
-    if resume and checkpoint.exists(run):  # a run that was stopped before its first checkpoint starts again
+    if continues:
         checkpoint.load_model(run, model, checkpoint.MODEL)
         if average is not None:
             checkpoint.load_model(run, average, checkpoint.AVERAGE)
@@ -175,7 +177,7 @@ def _train(
             optimizer.step()
             schedule.step()
             if average is not None:
-                approach(list(average.parameters()), list(model.parameters()), step)
+                update_average(average, model, optim, step)
             if row and ranks.leads:
                 if looks:
                     row |= look(average if average is not None else model, config, store)

@@ -33,8 +33,9 @@ def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
         if not bool(output.masks.isfinite().all()):  # the next step's loss is not, either, and ends the run
             model.train(training)
             return {"warnings": ["the masks are no longer finite"]}
-        found.append(diagnostics.diagnose(output))
-        effective.append(metrics.effective_slots(output.masks))
+        shown = diagnostics.by_frame(output)
+        found.append(diagnostics.means(shown))
+        effective.append(shown["effective_slots"])
         if split.spec.masks:
             truth = torch.from_numpy(split.segmentations(video))  # (T, H, W)
             tables = metrics.mask_tables(on_grid(output.masks, model.grid).cpu(), truth, labels)

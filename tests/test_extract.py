@@ -18,7 +18,8 @@ from featcache import extract as extraction
 from featcache import manifest, precision
 from featcache.backbones import Backbone, load_backbone
 from featcache.errors import DataError, IncompatibleError, UsageError
-from featcache.extract import ExtractOptions, extract, forward, measure_batch_size, plan
+from featcache.extract import ExtractOptions, extract, plan
+from featcache.forward import MEASURED_BATCHES, forward, measure_batch_size
 from featcache.precision import MAX_RELATIVE_ERROR, choose_precision, relative_error
 from featcache.sources.base import Video
 from featcache.store import FeatureStore
@@ -281,7 +282,7 @@ def test_batch_size_is_measured_once_and_kept(
 ) -> None:
     source = DiscSource()
     size = measure_batch_size(backbone, source.read("train", 0).frames, "float32")
-    assert size in extraction.MEASURED_BATCHES
+    assert size in MEASURED_BATCHES
     run(tmp_path / "s.zarr", backbone, replace(FIXED, batch_size=4, max_videos=1))
     monkeypatch.setattr(extraction, "measure_batch_size", lambda *_: pytest.fail("measured again"))
     resumed = plan(tmp_path / "s.zarr", source, backbone, replace(FIXED, batch_size=None, precision="auto"))
@@ -296,7 +297,7 @@ def test_a_batch_that_takes_long_is_not_outgrown(backbone: Backbone, monkeypatch
         return forward(backbone, videos, size, kind)
 
     monkeypatch.setattr(extraction, "forward", recorded)
-    monkeypatch.setattr(extraction, "LONG_BATCH", 0.0)
+    monkeypatch.setattr("featcache.forward.LONG_BATCH", 0.0)
     assert measure_batch_size(backbone, DiscSource().read("train", 0).frames, "float32") == 1
     assert set(sizes) == {1}
 

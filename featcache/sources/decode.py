@@ -19,8 +19,16 @@ SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validatio
 
 
 def decode_image(data: bytes, where: str) -> npt.NDArray[np.uint8]:
-    """PNG, JPEG or whatever Pillow reads -> (H, W, 3), upright by its EXIF orientation."""
-    return np.asarray(_open(data, where, upright=True).convert("RGB"))
+    """PNG, JPEG or whatever Pillow reads -> (H, W, 3), upright by its EXIF orientation. 16-bit grey is scaled to 8."""
+    image = _open(data, where, upright=True)
+    if image.mode == "F":
+        raise DataError(f"{where}: holds floating-point values, whose range is unknown; save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+        values = np.asarray(image).astype(np.int64)
+        if values.size and not 0 <= values.min() <= values.max() < 1 << 16:
+            raise DataError(f"{where}: holds {values.min()}..{values.max()}; save it with 8 or 16 bits")
+        return np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=-1)
+    return np.asarray(image.convert("RGB"))
 
 
 def decode_mask(data: bytes, where: str) -> npt.NDArray[np.uint8]:
@@ -124,7 +132,7 @@ def digest(parts: Iterable[bytes | str]) -> str:
     """Short hash of a sequence; the lengths are hashed too, so that parts cannot run together."""
     hashed = hashlib.sha256()
     for part in parts:
-        data = part.encode() if isinstance(part, str) else part
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
         hashed.update(len(data).to_bytes(8, "little"))
         hashed.update(data)
     return hashed.hexdigest()[:16]

@@ -59,7 +59,8 @@ def read_ablation(
         name = cell_name([name]) if name else cell_name(_labels(settings))
         values = base | settings
         preset = values.pop("preset", raw.get("preset", "default"))
-        store = values.pop("cache", None) or cache or raw.get("cache")
+        values.pop("cache", None)
+        store = settings.get("cache") or cache or base.get("cache") or raw.get("cache")
         where = f"{path}: cell {name}"
         if "seed" in values:
             raise UsageError(f"{where}: seed: is not a key to vary; write seeds = 3, or a list of them")
@@ -79,7 +80,10 @@ def read_ablation(
         return Cell(name, settings, str(store), config)
 
     cells = [cell(None, settings) for settings in _grid(path, raw)]
-    for item in raw.get("cells", []):
+    items = raw.get("cells", [])
+    if not (isinstance(items, list) and all(isinstance(item, Mapping) for item in items)):
+        raise UsageError(f"{path}: cells: must be a list of tables, each written as [[cells]]")
+    for item in items:
         settings = flatten(item)
         cells.append(cell(settings.pop("name", None), settings))
     return Plan("ablate", cells[0].config.data.eval_split if cells else "", _seeds(path, raw, seeds), tuple(cells))

@@ -86,6 +86,12 @@ class StoreRequest:
         fitting = [store for path in candidates if (store := self._fits(path, source)) is not None]
         return min(fitting, key=lambda store: len(store.spec.taps)).path if fitting else None
 
+    def lacking(self) -> list[str]:
+        """The taps that the store of an earlier start does not hold."""
+        if self.settled is None or not (self.settled / "zarr.json").exists():
+            return []
+        return [tap for tap in self.taps if tap not in FeatureStore.open(self.settled).spec.taps]
+
     def _fits(self, path: Path, source: Source) -> FeatureStore | None:
         try:
             store = FeatureStore.open(path)
@@ -175,6 +181,12 @@ def plan_comparison(settings: Settings, out: Path, cache_folder: Path) -> Compar
         for name, spec in specs.items()
     ]
     stores = [request.find(source) for request in requests]
+    for request in requests:
+        if lacking := request.lacking():
+            raise UsageError(
+                f"--tap {lacking[0]}: {request.settled}, which the comparison in {out} has taken {request.spec.name} "
+                "from, does not hold it; choose another --out for a comparison with this tap"
+            )
     missing = tuple(request for request, store in zip(requests, stores, strict=True) if store is None)
     for request in missing:
         backbone = request.load("cpu")

@@ -45,7 +45,7 @@ class SlotAttentionConfig(Section):
     """DINOSAUR's model and its kin, for images and, with a predictor, for video (slotlab.models.slot_model)."""
 
     kind: Literal["slot_attention"] = "slot_attention"
-    slots: int = Field(11, ge=1)
+    slots: int = Field(11, ge=2)
     slot_dim: int = Field(128, ge=1)
     projection: Literal["mlp", "linear"] = "mlp"
     projection_hidden: int | None = None  # None: the features' width
@@ -73,7 +73,7 @@ class PixelConfig(Section):
 
     kind: Literal["pixel"] = "pixel"
     resolution: int = Field(64, ge=16)  # pixels a side that the model sees
-    slots: int = Field(11, ge=1)
+    slots: int = Field(11, ge=2)
     slot_dim: int = Field(64, ge=1)
     initializer: Literal["gaussian", "gaussian_per_slot", "learnt"] = "gaussian"
     iterations: int = Field(3, ge=1)
@@ -90,6 +90,7 @@ class PixelConfig(Section):
         doublings, rest = divmod(self.resolution, self.broadcast)
         if rest or doublings < 2 or doublings & (doublings - 1):
             raise ValueError("model.resolution must be model.broadcast doubled once or more, for example 64 from 8")
+        check_recurrence(self)
         return self
 
 

@@ -40,6 +40,11 @@ def model_tap(config: Config, store: FeatureStore) -> str:
     return config.data.tap if config.data.tap == VIDEO else store.tap(config.data.tap)
 
 
+def settled(config: Config, store: FeatureStore) -> Config:
+    """With the tap named, so that another store with more taps cannot mean another one."""
+    return config.model_copy(update={"data": config.data.model_copy(update={"tap": model_tap(config, store)})})
+
+
 def model_input(config: Config, split: Split, video: int) -> torch.Tensor:
     """All that the model reads of one video, as the stream would give it: (T, N, D), or (T, H, W, 3) uint8."""
     tap = model_tap(config, split.store)
