@@ -51,7 +51,9 @@ class ConvertOptions:
 class OriginSplit(Protocol):
     """Videos to copy, by position."""
 
-    spec: SplitSpec
+    @property
+    def spec(self) -> SplitSpec:
+        """``DataError`` for a split that is unfinished."""
 
     def read(self, video: int, names: list[str]) -> tuple[Row, Arrays]:
         """Manifest row and stored rows of the arrays named. ``DataError`` if they are damaged."""
@@ -65,16 +67,20 @@ class Origin(Protocol):
 
     @property
     def splits(self) -> Mapping[str, OriginSplit]:
-        """The finished splits, by name."""
+        """By name."""
 
 
 class _StoreSplit:
-    """A finished split of a zarr store, read chunk by chunk against its manifest."""
+    """A split of a zarr store, read chunk by chunk against its manifest."""
 
     def __init__(self, split: Split) -> None:
-        self._split = split.require_complete()
+        self._split = split
         self._layouts = {layout.name: layout for layout in array_layouts(split.store.spec, split.spec)}
-        self.spec = split.spec
+
+    @property
+    def spec(self) -> SplitSpec:
+        """``DataError`` for a split that is unfinished."""
+        return self._split.require_complete().spec
 
     def read(self, video: int, names: list[str]) -> tuple[Row, Arrays]:
         row, frames = self._split.manifest[video], self.spec.chunk_frames
@@ -97,7 +103,7 @@ class _StoreSplit:
 class _StoreOrigin:
     def __init__(self, store: FeatureStore) -> None:
         self.path, self.spec = store.path, store.spec
-        self.splits = {name: _StoreSplit(store[name]) for name in store.splits if store[name].complete}
+        self.splits = {name: _StoreSplit(store[name]) for name in store.splits}
 
 
 @contextmanager
@@ -129,10 +135,10 @@ def convert(
     with open_origin(path) as origin:
         names = _chosen("split", options.splits, origin.splits, path)
         spec = copied_spec(origin, options)
+        specs = [origin.splits[name].spec for name in names]
+        copies = [replace(s, statistics_videos=0, shard_chunks=_shard_chunks(s, options)) for s in specs]
         with Hdf5Writer.create(out, spec) if form == "hdf5" else StoreWriter(out, spec) as writer:
-            for name in names:
-                split = origin.splits[name]
-                copy = replace(split.spec, statistics_videos=0, shard_chunks=_shard_chunks(split.spec, options))
+            for name, copy in zip(names, copies, strict=True):
                 with closing(_Target(writer, name, copy)) as target:
                     _copy_split(origin, name, target, spec, progress)
 

@@ -79,14 +79,15 @@ def make_store(
     scale: Scale = 1.0,
     chunk_frames: int | None = None,
     backbone: str = "synthetic",
+    taps: tuple[str, ...] = ("block1",),
 ) -> FeatureStore:
-    """A finished store of synthetic tokens, by the product's own writer."""
+    """A finished store of synthetic tokens, by the product's own writer; negated in all taps but ``block1``."""
     source = source or DiscSource()
     spec = StoreSpec(
         backbone=backbone,
         model={"library": "none"},
         preprocessing={"size": SIZE},
-        taps={"block1": TapSpec(GRID, DIM)},
+        taps={tap: TapSpec(GRID, DIM) for tap in taps},
         dtype=dtype,  # type: ignore[arg-type]
         batch_size=4,
     )
@@ -97,13 +98,14 @@ def make_store(
                 name,
                 SplitSpec(source.fingerprint(name), lengths, chunk_frames or max(lengths), (SIZE, SIZE), source.masks),
             )
-            moments = Moments.empty(GRID[0] * GRID[1], DIM)
+            moments = {tap: Moments.empty(GRID[0] * GRID[1], DIM) for tap in taps}
             for index in range(len(lengths)):
                 video = source.read(name, index)
-                tokens = tokens_of(video, scale=scale)
-                split.write(index, video, {"block1": tokens})
-                moments = moments + Moments.from_tokens(as_stored(tokens, dtype))
-            split.finish({"block1": moments})
+                tokens = {tap: tokens_of(video, scale=scale) * (1 if tap == "block1" else -1) for tap in taps}
+                split.write(index, video, tokens)
+                for tap, values in tokens.items():
+                    moments[tap] = moments[tap] + Moments.from_tokens(as_stored(values, dtype))
+            split.finish(moments)
             split.close()
     return FeatureStore.open(path)
 

@@ -85,6 +85,9 @@ def test_an_earlier_plans_stores_are_kept_to(tmp_path: Path, discs: DiscSource) 
         with pytest.raises(IncompatibleError, match=message):
             require_free(plan_comparison(changed(**{"backbones": ("resnet18",), **more}), out, cache).plan, out)
     require_free(plan_comparison(PAIR, out, cache).plan, out)  # one more backbone
+    (cache / "a.zarr").rename(cache / "resnet18-2x2-random.zarr")
+    with pytest.raises(UsageError, match=r"--tap layer1: .*resnet18.*zarr, which .* does not hold it; choose another"):
+        plan_comparison(changed(backbones=("resnet18",), taps=("layer3", "layer1")), out, cache)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,7 @@ def test_configuration_is_frozen() -> None:
         ("model.kind=perceiver", "model: Input tag 'perceiver'"),
         ("loss.temporal_similarity=0.1", "loss.temporal_similarity needs model.kind = slot_attention"),
         ("loss.slot_contrast=0.5", "loss.slot_contrast needs slots carried over clips"),
+        ("loss.feature_mse=0", "no loss is on"),
         ("optim.cuda_graphs=true", "optim.cuda_graphs needs optim.compile=true"),
         ("data.tap=video", "model.kind = pixel goes with data.tap = video"),
         ("model.slots", "write it as key=value"),
@@ -59,6 +60,25 @@ def test_configuration_is_frozen() -> None:
 def test_wrong_overrides_name_the_key(override: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load_config("default", None, [override])
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "message"),
+    [
+        ("slotcontrast", ["optim.accumulate=2"], "loss.slot_contrast needs optim.accumulate=1"),
+        ("pixel", ["model.gradient=implicit", "model.initializer=learnt"], "implicit never reaches learnt slots"),
+        ("pixel", ["model.slots=1"], "model.slots: Input should be greater than or equal to 2"),
+        ("dinosaur", ["model.slots=1"], "model.slots: Input should be greater than or equal to 2"),
+        (
+            "default",
+            ["optim.compile=true", "optim.cuda_graphs=true", "optim.accumulate=2"],
+            "optim.cuda_graphs needs optim.accumulate=1",
+        ),
+    ],
+)
+def test_parts_that_do_not_go_together(preset: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_config(preset, None, overrides)
 
 
 def test_wrong_files_and_presets(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -245,6 +246,45 @@ def test_an_unfinished_store_is_not_exported(tmp_path: Path, store: FeatureStore
     manifest.write_bytes(b"".join(manifest.read_bytes().splitlines(keepends=True)[:-1]))
     with pytest.raises(DataError, match="extraction unfinished"):
         copy(store, tmp_path / "b.zarr")
+
+
+def test_an_unfinished_split_does_not_stop_a_finished_one(tmp_path: Path, store: FeatureStore) -> None:
+    manifest = store["validation"].path / "manifest.jsonl"
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
+    out = copy(FeatureStore.open(store.path), tmp_path / "b.zarr", splits=("train",))
+    assert out.splits == ("train",)
+    with pytest.raises((DataError, UsageError), match="validation"):
+        convert(store.path, tmp_path / "c.zarr", ConvertOptions(splits=("validation",)))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("segmentations", lambda v: v[..., None], r"segmentations are \(25, 32, 32, 1\); expected \(25, 32, 32\)"),
+        ("segmentations", lambda v: v[:, ::2], r"segmentations are \(25, 16, 32\)"),
+        ("segmentations", lambda v: v.astype(np.int64) + 300, "renumber the objects"),
+        ("video", lambda v: v.astype(np.float32), r"video is float32 .*; expected uint8 \(25, height, width, 3\)"),
+        ("video", lambda v: v[..., 0], r"video is uint8 \(25, 32, 32\)"),
+        ("segmentations", lambda v: v.astype(np.int64), ""),
+    ],
+)
+def test_pictures_of_other_code_are_checked(
+    tmp_path: Path, store: FeatureStore, name: str, change: Any, message: str
+) -> None:
+    """Masks may have any type that holds their numbers."""
+    convert(store.path, tmp_path / "a.h5", ConvertOptions(), "hdf5")
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        del file["train/checksums"]
+        values = change(file[f"train/{name}"][...])
+        del file[f"train/{name}"]
+        file[f"train/{name}"] = values
+    if message:
+        with pytest.raises(DataError, match=message):
+            convert(tmp_path / "a.h5", tmp_path / "b.zarr", ConvertOptions())
+    else:
+        convert(tmp_path / "a.h5", tmp_path / "b.zarr", ConvertOptions())
+        again = FeatureStore.open(tmp_path / "b.zarr")["train"]
+        assert all((again.segmentations(v) == store["train"].segmentations(v)).all() for v in again.videos)
 
 
 @pytest.mark.parametrize("shard_videos", [0, 2])

@@ -24,7 +24,7 @@ def quarters() -> Tensor:
 
 
 def told(*outputs: Output) -> list[str]:
-    means = diagnostics.diagnose(outputs[0]) | {
+    means = diagnostics.means(diagnostics.by_frame(outputs[0])) | {
         "kept_slots": diagnostics.kept_slots([metrics.effective_slots(o.masks) for o in outputs])
     }
     return diagnostics.warnings(means, K)

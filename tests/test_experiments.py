@@ -155,6 +155,8 @@ def test_the_command_line_goes_before_the_base_and_the_cell_before_both(tmp_path
         ('seeds = "3"\n[[cells]]', "seeds: write a number"),
         ("preset = 'default'", "at least one cell"),
         ("[[cells]]\n[[cells]]", "two cells are called base"),
+        ('[cells]\nname = "a"', r"cells: must be a list of tables, each written as \[\[cells\]\]"),
+        ("cells = [1]", "cells: must be a list of tables"),
         ('[grid]\n"data.eval_split" = ["validation", "test"]', "a table needs one split"),
     ],
 )  # fmt: skip
@@ -166,6 +168,12 @@ def test_wrong_plans_are_refused_by_name(tmp_path: Path, text: str, message: str
 def test_a_plan_without_a_store_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no store; write cache ="):
         plan_of(tmp_path, "[[cells]]", cache=None)
+
+
+def test_the_store_of_the_command_line_goes_before_the_base_and_the_cell_before_both(tmp_path: Path) -> None:
+    text = 'cache = "file"\n[set]\ncache = "base"\n[[cells]]\n[[cells]]\ncache = "cell"'
+    assert [cell.cache for cell in plan_of(tmp_path, text, cache=Path("line")).cells] == ["line", "cell"]
+    assert [cell.cache for cell in plan_of(tmp_path, text, cache=None).cells] == ["base", "cell"]
 
 
 def test_names_are_safe_for_files_and_distinct() -> None:

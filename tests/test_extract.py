@@ -269,9 +269,38 @@ def test_frames_of_several_sizes_are_resized_only_when_asked(tmp_path: Path, bac
         run(tmp_path / "a.zarr", backbone, source=source)
     split = run(tmp_path / "b.zarr", backbone, replace(FIXED, frame_size=32), source)["train"]
     assert split.video(1).shape == (2, 32, 32, 3)
-    assert set(np.unique(split.segmentations(1))) <= {0, 1, 2}
+    masks = split.segmentations(1)
+    assert set(np.unique(masks)) <= {0, 1, 2}
+    for number, instance in enumerate(split.instances(1), 1):  # pixels of the masks as stored
+        assert instance.visibility == tuple(int((mask == number).sum()) for mask in masks)
     whole = backbone(backbone.preprocess(torch.from_numpy(source.read("train", 1).frames)))["block2"]
     torch.testing.assert_close(split.tokens("block2", 1).float(), whole, atol=2e-3, rtol=2e-3)
+
+
+def test_a_finished_store_need_not_be_writable(
+    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = arrays_of(run(tmp_path / "s.zarr", backbone).path)
+    monkeypatch.setattr(extraction, "StoreWriter", lambda *_: pytest.fail("opened for writing"))
+    seen: list[tuple[str, int, int]] = []
+    todo = plan(tmp_path / "s.zarr", DiscSource(), backbone, FIXED)
+    assert arrays_of(extract(todo, DiscSource(), backbone, lambda *row: seen.append(row)).path) == before
+    assert seen == [("train", 17, 17), ("validation", 8, 8)]
+
+
+def test_space_is_asked_for_whole_chunks(tmp_path: Path, backbone: Backbone) -> None:
+    """Raw chunks are written full: one long video makes room of its length for each short one."""
+    source = DiscSource({"train": (9, 1, 1, 1)})
+    todo = plan(tmp_path / "s.zarr", source, backbone, FIXED)
+    extract(todo, source, backbone)
+    written = sum(file.stat().st_size for file in (tmp_path / "s.zarr/train/features").rglob("*") if file.is_file())
+    assert written <= todo.bytes_left and todo.frames_left == 12
+
+
+@pytest.mark.parametrize("wrong", [{"frame_size": -5}, {"frame_size": 0}, {"batch_size": 0}])
+def test_sizes_are_at_least_one(wrong: dict[str, int]) -> None:
+    with pytest.raises(UsageError, match="must be at least 1"):
+        replace(FIXED, **wrong)  # type: ignore[arg-type]
 
 
 # -- measuring ---------------------------------------------------------------------------------------------
@@ -296,7 +325,7 @@ def test_a_batch_that_takes_long_is_not_outgrown(backbone: Backbone, monkeypatch
         sizes.append(size)
         return forward(backbone, videos, size, kind)
 
-    monkeypatch.setattr(extraction, "forward", recorded)
+    monkeypatch.setattr("featcache.forward.forward", recorded)
     monkeypatch.setattr("featcache.forward.LONG_BATCH", 0.0)
     assert measure_batch_size(backbone, DiscSource().read("train", 0).frames, "float32") == 1
     assert set(sizes) == {1}
@@ -313,6 +342,51 @@ def test_precision_is_chosen_by_its_measured_error(backbone: Backbone, monkeypat
     assert choose_precision(backbone, frames) == "bfloat16"
     monkeypatch.setattr(precision, "MAX_RELATIVE_ERROR", error / 2)
     assert choose_precision(backbone, frames) == "float32", "faster, but not close enough"
+
+
+def test_a_format_that_overflows_is_not_chosen(backbone: Backbone) -> None:
+    """What overflows in a block is NaN after the next norm, and NaN compares as false."""
+    overflowing = load_backbone("dinov2_vits14", weights="random", taps=("block1", "block2"), input_size=28)
+    real = type(overflowing).__call__
+
+    class Overflowing(type(overflowing)):  # type: ignore[misc]
+        def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+            tokens = real(self, images)
+            return tokens | {"block2": tokens["block2"] * torch.nan} if torch.is_autocast_enabled("cpu") else tokens
+
+    overflowing.__class__ = Overflowing
+    assert choose_precision(overflowing, DiscSource().read("train", 0).frames) == "float32"
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 7, 20])
+def test_videos_share_batches_in_their_order(backbone: Backbone, batch_size: int) -> None:
+    """Whatever the batch cuts through; and it is never given more frames than it may hold."""
+    videos = [DiscSource().read("train", index).frames for index in (0, 2, 4)]  # 4, 3 and 2 frames
+    real, sizes = type(backbone).__call__, []
+
+    class Counting(type(backbone)):  # type: ignore[misc]
+        def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+            sizes.append(len(images))
+            return real(self, images)
+
+    counting = load_backbone("dinov2_vits14", weights="random", taps=("block2",), input_size=28)
+    expected = [counting(counting.preprocess(torch.from_numpy(frames)))["block2"] for frames in videos]
+    counting.__class__ = Counting
+    found = forward(counting, videos, batch_size, "float32")
+    for tokens, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(tokens["block2"], exact, atol=1e-4, rtol=1e-4)
+    assert sizes == [min(batch_size, 9 - start) for start in range(0, 9, batch_size)]
+
+
+def test_too_little_memory_is_told_in_one_line(backbone: Backbone) -> None:
+    class Full(type(backbone)):  # type: ignore[misc]
+        def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    full = load_backbone("dinov2_vits14", weights="random", taps=("block2",), input_size=28)
+    full.__class__ = Full
+    with pytest.raises(UsageError, match="the memory of cpu does not hold 3 frames at a time"):
+        forward(full, [DiscSource().read("train", 0).frames], 3, "float32")
 
 
 def test_forward_equals_the_backbone(backbone: Backbone) -> None:

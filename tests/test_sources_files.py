@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -45,6 +46,31 @@ def test_folder_of_images_in_natural_order_with_masks(tmp_path: Path) -> None:
     np.testing.assert_array_equal(walk.segmentations, masks)
     assert [i.visibility for i in walk.instances] == [tuple(int((m == k).sum()) for m in masks) for k in (1, 2)]
     np.testing.assert_array_equal(source.read("train", 0).frames[0], frames[1])
+
+
+@pytest.mark.parametrize(("name", "mode"), [("a.png", "I;16"), ("a.tif", "I;16"), ("a.ppm", "I;16"), ("a.tif", "I")])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, name: str, mode: str) -> None:
+    """Pillow by itself would cut them off at 255: white."""
+    ramp = np.arange(0, 1 << 16, 16, dtype=np.uint16).reshape(64, 64)
+    image = Image.fromarray(ramp if mode == "I;16" else ramp.astype(np.int32))
+    assert image.mode == mode
+    image.save(tmp_path / name)
+    frames = open_source(tmp_path).read("train", 0).frames
+    np.testing.assert_array_equal(frames[0], np.repeat((ramp >> 8).astype(np.uint8)[..., None], 3, -1))
+
+
+@pytest.mark.parametrize(("values", "message"), [(np.float32(0.5), "floating-point"), (np.int32(1 << 20), "1048576")])
+def test_values_of_unknown_range_are_refused(tmp_path: Path, values: np.generic, message: str) -> None:
+    Image.fromarray(np.full((8, 8), values)).save(tmp_path / "a.tif")
+    with pytest.raises(DataError, match=rf"a.tif: holds .*{message}.*; save it with 8 or 16 bits"):
+        open_source(tmp_path).read("train", 0)
+
+
+def test_names_that_are_not_utf8_are_names(tmp_path: Path) -> None:
+    _images(tmp_path, scene(0, frames=1)[0])
+    (tmp_path / "0.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
+    source = open_source(tmp_path)
+    assert len(source.fingerprint("train")) == 16 and len(source.read("train", 0).frames) == 1
 
 
 def test_folder_splits_and_their_other_names(tmp_path: Path) -> None:

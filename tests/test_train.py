@@ -22,7 +22,7 @@ from featcache.store import FeatureStore
 from slotlab import checkpoint
 from slotlab.config import Config, load_config, presets
 from slotlab.evaluate import beats_floor, evaluate, load_run
-from slotlab.schedule import learning_rate, make_schedule, warmup_steps
+from slotlab.schedule import learning_rate, make_schedule, update_average, warmup_steps
 from slotlab.tensorboard import events
 from slotlab.train import train
 from tests.synthetic import fitted, make_store
@@ -263,6 +263,63 @@ def test_a_run_finds_its_store_from_anywhere(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "there/store.zarr").rename(tmp_path / "other.zarr")
     with pytest.raises(DataError, match=r"two: was trained on .*store.zarr, which is not there; say .* with --cache"):
         load_run(tmp_path / "two")
+
+
+def test_another_store_does_not_mean_another_tap(tmp_path: Path) -> None:
+    """A run that was given no tap has read the first of its store; elsewhere it reads the same, wherever it stands."""
+    one, both = (make_store(tmp_path / f"{len(t)}.zarr", taps=t) for t in (("block1",), ("block0", "block1")))
+    run = train(small("checkpoint_every=4", optim__steps=4), one, tmp_path / "run")
+    here, there = (evaluate(load_run(run, store.path)) for store in (one, both))
+    assert here["tap"] == there["tap"] == "block1" and here["fg_ari"] == there["fg_ari"]
+    with pytest.raises(IncompatibleError, match=r"data.tap: block1 then, block0 now"):
+        train(small("checkpoint_every=4", optim__steps=4), both, run, resume=True)
+    with pytest.raises(IncompatibleError, match="no tap 'block1'; it has: block0"):
+        load_run(run, make_store(tmp_path / "none.zarr", taps=("block0",)).path)
+
+
+def test_a_resumed_start_begins_where_it_had_begun(tmp_path: Path, store: FeatureStore) -> None:
+    """Before its first checkpoint a run starts again, with the parameters that --init-from had given it."""
+    source = train(small(optim__steps=3, seed=5), store, tmp_path / "source")
+    whole, broken = (train(small(optim__steps=2), store, tmp_path / n, init_from=source) for n in ("whole", "broken"))
+    shutil.rmtree(broken / "checkpoint")
+    train(small(optim__steps=2), store, broken, resume=True)
+    assert [row["loss"] for row in rows_of(broken)] == [row["loss"] for row in rows_of(whole)]
+    train(small(optim__steps=2), store, broken, resume=True, init_from=source)
+    with pytest.raises(UsageError, match=r"--init-from .*whole: .*broken was begun with .*source; leave it out"):
+        train(small(optim__steps=2), store, broken, resume=True, init_from=whole)
+
+
+@pytest.mark.parametrize("other", ["default", "videosaur"])
+def test_resuming_with_another_preset_says_what_differs(tmp_path: Path, store: FeatureStore, other: str) -> None:
+    run = train(small(optim__steps=1), store, tmp_path / "run")
+    with pytest.raises(IncompatibleError, match=r"another configuration \(.*model\."):
+        train(small(preset=other, optim__steps=1), store, run, resume=True)
+
+
+def test_a_store_json_of_an_earlier_version_or_damaged(tmp_path: Path, store: FeatureStore) -> None:
+    run = train(small(optim__steps=1), store, tmp_path / "run")
+    note = json.loads((run / "store.json").read_text())
+    del note["from_run"]
+    (run / "store.json").write_text(json.dumps(note))
+    assert load_run(run).store.path == store.path
+    for damaged in ("{", "[]", "{}"):
+        (run / "store.json").write_text(damaged)
+        with pytest.raises(DataError, match=r"store.json: missing, damaged or of an earlier version"):
+            load_run(run)
+
+
+def test_averaged_weights_forget_how_they_began() -> None:
+    """Even where the run is short beside 1 / (1 - ema) steps; in a long one the decay is what was asked for."""
+    average, model = nn.Linear(1, 1), nn.Linear(1, 1)
+    for module, value in ((average, 1.0), (model, 0.0)):
+        nn.init.constant_(module.weight, value)
+    optim = small("optim.ema=0.999").optim
+    for step in range(1, 201):
+        update_average(average, model, optim, step)
+    assert 0 < average.weight.item() < 1e-6
+    nn.init.constant_(average.weight, 1.0)
+    update_average(average, model, optim, 100_000)
+    assert average.weight.item() == pytest.approx(0.999)
 
 
 def test_looks_at_the_masks_are_logged(tmp_path: Path, store: FeatureStore) -> None:

