@@ -55,7 +55,7 @@ def slot_contrast(output: Output, config: LossConfig) -> Tensor:
     """Each slot is to be told from all others of the frame before by itself (SlotContrast, arXiv:2412.14295).
 
     InfoNCE over cosines: the positive is the same slot one frame earlier, the negatives are all other slots of the
-    earlier frame, in the whole batch (of all ranks; under accumulation, of one part).
+    earlier frame, in the whole batch (of all ranks).
     """
     if output.slots.ndim != 4:
         raise UsageError("loss.slot_contrast: needs slots carried over clips; set model.predictor.kind")
