@@ -15,7 +15,7 @@ from PIL import Image
 
 from featcache.errors import DataError, UsageError
 from featcache.sources import video_file
-from featcache.sources.decode import decode_image, stack
+from featcache.sources.decode import as_rgb, decode_image, stack
 from featcache.sources.folder import IMAGES
 
 Frames = Any  # an array or tensor, a PIL image, a path, or a sequence of these
@@ -31,7 +31,7 @@ def as_frames(frames: Frames) -> npt.NDArray[np.uint8]:
     if isinstance(frames, str | os.PathLike):
         return read_path(Path(frames))
     if isinstance(frames, Image.Image):
-        return _checked(np.asarray(frames.convert("RGB")))
+        return _checked(as_rgb(frames, "image"))
     if isinstance(frames, torch.Tensor):
         frames = frames.detach().cpu()
         if frames.ndim in (3, 4) and frames.shape[-1] != 3 and frames.shape[-3] == 3:

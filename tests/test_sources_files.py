@@ -18,6 +18,7 @@ from featcache.sources import open_source
 from featcache.sources.decode import file_digest
 from featcache.sources.folder import FolderSource
 from featcache.sources.hdf5 import Hdf5Source
+from slotlab.pictures import as_frames
 from tests.movi_files import scene
 
 # Folders
@@ -57,6 +58,7 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, name: str, mode: str) 
     image.save(tmp_path / name)
     frames = open_source(tmp_path).read("train", 0).frames
     np.testing.assert_array_equal(frames[0], np.repeat((ramp >> 8).astype(np.uint8)[..., None], 3, -1))
+    np.testing.assert_array_equal(as_frames(image), frames)  # what slotlab.load(RUN).segment takes
 
 
 @pytest.mark.parametrize(("values", "message"), [(np.float32(0.5), "floating-point"), (np.int32(1 << 20), "1048576")])

@@ -19,8 +19,12 @@ SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validatio
 
 
 def decode_image(data: bytes, where: str) -> npt.NDArray[np.uint8]:
-    """PNG, JPEG or whatever Pillow reads -> (H, W, 3), upright by its EXIF orientation. 16-bit grey is scaled to 8."""
-    image = _open(data, where, upright=True)
+    """PNG, JPEG or whatever Pillow reads -> (H, W, 3), upright by its EXIF orientation."""
+    return as_rgb(_open(data, where, upright=True), where)
+
+
+def as_rgb(image: Image.Image, where: str) -> npt.NDArray[np.uint8]:
+    """(H, W, 3) of an image of any mode. 16-bit grey is scaled to 8; ``DataError`` for values of unknown range."""
     if image.mode == "F":
         raise DataError(f"{where}: holds floating-point values, whose range is unknown; save it with 8 or 16 bits")
     if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
