@@ -49,22 +49,20 @@ def test_folder_of_images_in_natural_order_with_masks(tmp_path: Path) -> None:
     np.testing.assert_array_equal(source.read("train", 0).frames[0], frames[1])
 
 
-@pytest.mark.parametrize(("name", "mode"), [("a.png", "I;16"), ("a.tif", "I;16"), ("a.ppm", "I;16"), ("a.tif", "I")])
-def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, name: str, mode: str) -> None:
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.ppm"])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, name: str) -> None:
     """Pillow by itself would cut them off at 255: white."""
     ramp = np.arange(0, 1 << 16, 16, dtype=np.uint16).reshape(64, 64)
-    image = Image.fromarray(ramp if mode == "I;16" else ramp.astype(np.int32))
-    assert image.mode == mode
-    image.save(tmp_path / name)
+    Image.fromarray(ramp).save(tmp_path / name)
     frames = open_source(tmp_path).read("train", 0).frames
     np.testing.assert_array_equal(frames[0], np.repeat((ramp >> 8).astype(np.uint8)[..., None], 3, -1))
-    np.testing.assert_array_equal(as_frames(image), frames)  # what slotlab.load(RUN).segment takes
+    np.testing.assert_array_equal(as_frames(Image.fromarray(ramp)), frames)  # what slotlab.load(RUN).segment takes
 
 
-@pytest.mark.parametrize(("values", "message"), [(np.float32(0.5), "floating-point"), (np.int32(1 << 20), "1048576")])
-def test_values_of_unknown_range_are_refused(tmp_path: Path, values: np.generic, message: str) -> None:
+@pytest.mark.parametrize(("values", "kind"), [(np.float32(0.5), "floating-point"), (np.int32(200), "32-bit")])
+def test_values_of_unknown_range_are_refused(tmp_path: Path, values: np.generic, kind: str) -> None:
     Image.fromarray(np.full((8, 8), values)).save(tmp_path / "a.tif")
-    with pytest.raises(DataError, match=rf"a.tif: holds .*{message}.*; save it with 8 or 16 bits"):
+    with pytest.raises(DataError, match=f"a.tif: holds {kind} values, whose range is unknown; save it with 8 or 16"):
         open_source(tmp_path).read("train", 0)
 
 
