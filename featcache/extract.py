@@ -27,6 +27,7 @@ from PIL import Image
 from featcache.backbones import Backbone
 from featcache.errors import DataError, UsageError
 from featcache.forward import forward, measure_batch_size
+from featcache.layout import COMPRESSED, array_layouts
 from featcache.manifest import Row
 from featcache.precision import choose_precision
 from featcache.quantise import as_stored
@@ -35,7 +36,7 @@ from featcache.sources.decode import visibility
 from featcache.stats import Moments, NonFiniteTokensError
 from featcache.store import MAX_CHUNK_FRAMES, Dtype, FeatureStore, Precision, Split, SplitSpec, StoreSpec, TapSpec
 from featcache.threads import limited_executor
-from featcache.writer import SplitWriter, StoreWriter, array_layouts, write_chunks
+from featcache.writer import SplitWriter, StoreWriter, write_chunks
 
 READ_AHEAD = 2  # groups decoded ahead of the backbone, and written behind it
 WRITERS = 4  # videos of a group that are written at a time: most of it is waiting for the disk
@@ -140,11 +141,14 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
         )
         done: Sequence[int] = store[name].videos if store and name in store.splits else ()
         left = [length for i, length in enumerate(split_spec.lengths) if i not in set(done)]
-        rows = sum(-(-length // chunk_frames) * chunk_frames for length in left)  # chunks are written full
-        frame_bytes = sum(
-            int(np.prod(layout.shape)) * np.dtype(layout.dtype).itemsize for layout in array_layouts(spec, split_spec)
+        padded = sum(-(-length // chunk_frames) * chunk_frames for length in left)  # raw chunks are written full
+        bytes_left = sum(
+            (sum(left) if layout.name in COMPRESSED else padded)
+            * int(np.prod(layout.shape))
+            * np.dtype(layout.dtype).itemsize
+            for layout in array_layouts(spec, split_spec)
         )
-        splits.append(SplitPlan(name, split_spec, len(done), sum(left), rows * frame_bytes))
+        splits.append(SplitPlan(name, split_spec, len(done), sum(left), bytes_left))
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     return ExtractPlan(path, spec, tuple(splits), shutil.disk_usage(existing).free, options.frame_size is not None)
 
