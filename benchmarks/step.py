@@ -5,7 +5,9 @@
 The reference applies every layer of the decoder to every slot at every patch, in float32 and eager, and keeps what
 autograd keeps; all else is the same model with the same weights. A step is forward, loss, backward, clipping and
 Adam. Memory is the highest sum of bytes allocated during forward and backward (on a CPU by the profiler's record of
-the allocator; on a GPU by the allocator's own), gradients of the parameters included.
+the allocator; on a GPU by the allocator's own), gradients of the parameters included. Beside it stands what no exact
+step in float32 can pass: the matrix products of the hidden layers by themselves, which have to be made for every slot
+and patch.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.harness import alternate, paired_ratio, report
 from featcache.device import pick_device
 from slotlab.config import Config, LossConfig, load_config
-from slotlab.draws import Draws
+from slotlab.draws import Draws, Share
 from slotlab.losses import losses, total
 from slotlab.models.config import SlotAttentionConfig
 from slotlab.models.decoders import Decoded, Decoder, MLPDecoder
@@ -34,6 +36,7 @@ from slotlab.models.slot_model import SlotModel
 from slotlab.normalise import Normaliser
 
 REFERENCE = "published"
+LIMIT = "limit"
 
 
 class PublishedDecoder(Decoder):
@@ -66,11 +69,13 @@ class Variant:
     decoder: dict[str, Any] = field(default_factory=dict)
     bfloat16: bool = False
     compiled: bool = False
+    accumulate: int = 1  # as optim.accumulate
 
 
 VARIANTS = {
     REFERENCE: Variant(published=True),
     "identities": Variant(),
+    "identities, accumulate=4": Variant(accumulate=4),
     "identities, recompute": Variant(decoder={"recompute": True}),
     "published, bfloat16": Variant(published=True, bfloat16=True),
     "identities, bfloat16": Variant(bfloat16=True),
@@ -99,11 +104,16 @@ class Stepper:
     def gradients(self, features: Tensor) -> Tensor:
         """The loss, detached; its gradients are at the parameters."""
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(features.device.type, torch.bfloat16, enabled=self.variant.bfloat16):
-            found = losses(self.forward(features, Draws(0)), LossConfig())
-        loss = total(found, LossConfig())
-        loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+        parts = self.variant.accumulate
+        mean = torch.zeros((), device=features.device)
+        for part, some in enumerate(features.chunk(parts)):
+            draws = Draws(0, Share(part, parts))
+            with torch.autocast(features.device.type, torch.bfloat16, enabled=self.variant.bfloat16):
+                found = losses(self.forward(some, draws), LossConfig())
+            loss = total(found, LossConfig()) / parts
+            loss.backward()  # type: ignore[no-untyped-call]
+            mean += loss.detach()
+        return mean
 
     def steps_per_second(self, features: Tensor) -> float:
         began = time.perf_counter()
@@ -111,6 +121,27 @@ class Stepper:
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
         self.optimizer.step()
         if features.is_cuda:
+            torch.cuda.synchronize()
+        return 1 / (time.perf_counter() - began)
+
+
+class HiddenProducts:
+    """The matrix products of the hidden layers, forward and backward, and nothing else."""
+
+    def __init__(self, decoder: Decoder, samples: int, slots: int, device: torch.device) -> None:
+        width, self.layers = decoder.config.hidden, decoder.config.layers - 1
+        self.rows = torch.randn(samples * slots * decoder.sizes.patches, width, device=device)
+        self.weight = torch.randn(width, width, device=device)
+        self.out, self.gradient = torch.empty_like(self.rows), torch.empty_like(self.weight)
+
+    def per_second(self) -> float:
+        """How often the products of one step can be made."""
+        began = time.perf_counter()
+        for _ in range(self.layers):
+            torch.mm(self.rows, self.weight.T, out=self.out)  # forward
+            torch.mm(self.rows, self.weight, out=self.out)  # gradient of the rows
+            torch.mm(self.rows.T, self.out, out=self.gradient)  # and of the weight
+        if self.rows.is_cuda:
             torch.cuda.synchronize()
         return 1 / (time.perf_counter() - began)
 
@@ -152,15 +183,20 @@ def main() -> None:
     }
     first = {name: float(stepper.gradients(features)) for name, stepper in steppers.items()}  # warms up, compiles
     peaks = {name: peak_bytes(lambda s=stepper: s.gradients(features), device) for name, stepper in steppers.items()}  # type: ignore[misc]
-    rates = alternate(
-        {name: lambda s=stepper: s.steps_per_second(features) for name, stepper in steppers.items()},  # type: ignore[misc]
-        args.rounds,
-    )
+    rivals: dict[str, Callable[[], float]] = {
+        name: lambda s=stepper: s.steps_per_second(features)  # type: ignore[misc]
+        for name, stepper in steppers.items()
+    }
+    decoder = steppers[REFERENCE].model.decode
+    if decoder.config.layers > 1:
+        rivals[LIMIT] = HiddenProducts(decoder, args.batch_size, config.model.slots, device).per_second
+    rates = alternate(rivals, args.rounds)
     report(
         "step",
         {
             "preset": args.preset,
             "batch_size": args.batch_size,
+            "limit_of_float32": round(paired_ratio(rates, LIMIT, REFERENCE), 2) if LIMIT in rates else None,
             "variants": {
                 name: {
                     "loss": round(first[name], 5),
