@@ -193,6 +193,8 @@ def train(
 
     run = out or Path("runs") / f"{cache.stem}-{preset}-{settings.seed}"
     store, place = FeatureStore.open(cache), pick_device(device)
+    for idle in settings.unread() if is_leader() else ():
+        display.err.print(f"note: {idle}", soft_wrap=True)
     if settings.optim.precision == "bfloat16" and place.type == "cpu" and is_leader():
         from slotlab.doctor import bfloat16_speed, bfloat16_verdict
 
@@ -254,6 +256,7 @@ def evaluate(
         print_json(result | ({"against": compared} if compared else {}))
     else:
         display.out.print(display.scores_table(result))
+        display.warn(result["warnings"])
         if fine:
             display.out.print(outlines_table(result), gains_table(result))
         if compared:
@@ -294,6 +297,7 @@ def demo(
         print_json(result.scores)
     else:
         display.out.print(display.scores_table(result.scores))
+        display.warn(result.scores["warnings"])
         display.out.print(f"picture of the masks  {result.sheet}")
         display.out.print(f"run folder            {result.run}")
         display.out.print(f"feature store         {cache}")

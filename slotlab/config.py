@@ -11,13 +11,13 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from featcache.errors import DataError, UsageError
-from slotlab.models.config import MODEL_KINDS, ModelConfig, Section, SlotAttentionConfig
+from slotlab.models.config import MODEL_KINDS, ModelConfig, ReadBy, Section, SlotAttentionConfig
 
 
 class DataConfig(Section):
@@ -32,6 +32,11 @@ class DataConfig(Section):
     residence: Literal["auto", "disk", "host", "device"] = "auto"
     clip: int = Field(1, ge=1)  # consecutive frames a sample; more than one needs a model of video
 
+    read_by: ClassVar[ReadBy] = {
+        "center": ("normalize", ("whiten", "slow", "channel", "scale")),
+        "shrinkage": ("normalize", ("whiten",)),
+    }
+
 
 class LossConfig(Section):
     """Weights of the losses (slotlab.losses); one at 0 is not computed. Each is logged apart."""
@@ -45,6 +50,11 @@ class LossConfig(Section):
     similarity_shift: int = Field(1, ge=1)  # frames ahead
     similarity_temperature: float = Field(0.075, gt=0)
     contrast_temperature: float = Field(0.1, gt=0)
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether a loss looks at the reconstruction."""
+        return self.feature_mse > 0 or self.cosine > 0
 
     def weights(self) -> dict[str, float]:
         """Name -> weight of the losses that are on."""
@@ -61,7 +71,7 @@ class OptimConfig(Section):
     learning_rate: float = Field(1e-3, gt=0)
     reference_batch: int | None = Field(None, ge=1)  # the rate is for this batch size; None: for the one given
     scaling: Literal["linear", "sqrt"] = "sqrt"  # how the rate grows with the batch
-    warmup_steps: int = Field(50, ge=0)
+    warmup_steps: int = Field(50, ge=0)  # at most a fifth of the steps
     warmup_samples: int | None = Field(None, ge=0)  # instead of steps: the same for every batch size
     decay: Literal["cosine", "exponential", "constant"] = "cosine"
     half_life: int = Field(100_000, ge=1)  # steps, of the exponential decay
@@ -87,7 +97,7 @@ class OptimConfig(Section):
 class Config(Section):
     """Everything that decides a run's result, besides the store itself."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=1 << 63)
     data: DataConfig = DataConfig()
     model: ModelConfig = Field(SlotAttentionConfig(), discriminator="kind")
     loss: LossConfig = LossConfig()
@@ -116,6 +126,11 @@ class Config(Section):
             )
         if self.loss.slot_contrast and not recurrent:
             raise ValueError("loss.slot_contrast needs slots carried over clips: set model.predictor.kind")
+        hard = self.model.kind == "slot_attention" and self.model.decoder.hard
+        if hard and (self.loss.diversity or self.loss.sharpness):
+            raise ValueError(
+                "loss.diversity and loss.sharpness need model.decoder.masks = soft: hard masks neither overlap nor blur"
+            )
         if (self.model.kind == "pixel") != (self.data.tap == "video"):
             raise ValueError("model.kind = pixel goes with data.tap = video, the stored frames, and they with it")
         return self
@@ -158,6 +173,13 @@ def load_config(
     return validate(values, where)
 
 
+def changed_by(config: Config, key: str, value: str) -> Config:
+    """With one more ``--set key=value``; ``UsageError`` where there is no such key, or it does not go with others."""
+    values = config.model_dump(exclude_none=True)
+    _merge(values, _nested(key, _value(value)))
+    return validate(values, "--set")
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -175,18 +197,24 @@ def validate(values: Mapping[str, Any], where: str) -> Config:
         # The tag of the model's kind, which pydantic puts into the path, is not part of the key.
         key = ".".join(str(part) for part in first["loc"] if part not in MODEL_KINDS)
         hint = ""
-        if first["type"] == "extra_forbidden" and (close := get_close_matches(key, _keys(Config), n=1, cutoff=0.5)):
+        kind = values.get("model", {}).get("kind", Config().model.kind)
+        if first["type"] == "extra_forbidden" and (
+            close := get_close_matches(key, _keys(Config, kind), 1, cutoff=0.65)
+        ):
             hint = f"; did you mean {close[0]}?"
         message = "no such key" if first["type"] == "extra_forbidden" else first["msg"]
         raise UsageError(": ".join(part for part in (where, key, message + hint) if part)) from error
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+def _keys(model: type[BaseModel], kind: str, prefix: str = "") -> list[str]:
+    """All keys of a configuration whose model is of this kind."""
     keys: list[str] = []
     for name, item in model.model_fields.items():
         parts = [part for part in (item.annotation, *get_args(item.annotation)) if isinstance(part, type)]
         nested = [part for part in parts if issubclass(part, BaseModel)]
-        keys += [key for part in nested for key in _keys(part, f"{prefix}{name}.")] or [prefix + name]
+        if name == "model":
+            nested = [part for part in nested if part.model_fields["kind"].default == kind]
+        keys += [key for part in nested for key in _keys(part, kind, f"{prefix}{name}.")] or [prefix + name]
     return keys
 
 

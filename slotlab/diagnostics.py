@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
+from featcache.errors import UsageError
 from slotlab import metrics
+from slotlab.config import Config, changed_by
 from slotlab.models.base import Output
 
 NAMES = ("mask_similarity", "slot_similarity", "effective_slots", "largest_activation", "logit_std")
@@ -18,9 +21,10 @@ def by_frame(output: Output) -> dict[str, Tensor]:
     Taken on the host, as not every device has float64.
     """
     masks, slots, logits = (values.detach().cpu() for values in (output.masks, output.slots, output.logits))
+    live = metrics.live_slots(masks)
     return {
-        "mask_similarity": metrics.mask_similarity(masks),
-        "slot_similarity": metrics.slot_similarity(slots),
+        "mask_similarity": metrics.mask_similarity(masks, live),
+        "slot_similarity": metrics.slot_similarity(slots, live),
         "effective_slots": metrics.effective_slots(masks),
         "largest_activation": metrics.largest_activation(masks).mean(-1),
         "logit_std": metrics.logit_std(logits),
@@ -41,35 +45,84 @@ def kept_slots(effective: Sequence[Tensor]) -> float:
     return float(sum(frames[-1] for frames in effective) / sum(frames[0] for frames in effective))
 
 
-def warnings(found: Mapping[str, float], slots: int) -> list[str]:
-    """One sentence for each way in which the slots of a run have collapsed, with the options that help.
+def warnings(found: Mapping[str, float], config: Config) -> list[str]:
+    """One sentence for each way in which the slots of a run have collapsed, with the options that help such a model.
 
-    ``found`` are :func:`means`, and ``kept_slots`` for video models.
+    ``found`` are :func:`means` and :func:`kept_slots`. Small objects before a wide background have few
+    effective slots, too: in a third of the embedded videos less than 1.5 for the truth.
     """
     said = []
-    if found["effective_slots"] < 1.5:
+    scale = ("data.normalize=whiten",) if config.model.kind == "slot_attention" else ()
+    if found["effective_slots"] < 1.15:
         said.append(
-            f"one slot takes nearly everything ({found['effective_slots']:.1f} of {slots} in use): try model."
-            "initializer=kmeans, model.projection=mlp, data.normalize=whiten, or a lower optim.learning_rate"
+            f"one slot takes nearly everything ({found['effective_slots']:.2f} of {config.model.slots} in use)"
+            + helpful(
+                config,
+                "model.initializer=kmeans",
+                "model.projection=mlp",
+                *scale,
+                "model.objectness.threshold=0.8",
+                "a lower optim.learning_rate",
+            )
         )
     if found["mask_similarity"] > 0.9:
         said.append(
-            f"all slots have the same mask (mean cosine {found['mask_similarity']:.2f}): try model.decoder."
-            "mask_temperature=0.5, model.temperature=0.5, more training, or model.decoder.kind=mix"
+            f"all slots have the same mask (mean cosine {found['mask_similarity']:.2f})"
+            + helpful(
+                config,
+                half(config, "model.decoder.mask_temperature"),
+                half(config, "model.temperature"),
+                "model.decoder.kind=mix",
+                "more training",
+            )
         )
     elif found["logit_std"] < 0.1:
         said.append(
-            f"the masks are flat (logit std {found['logit_std']:.2f}): try model.temperature=0.5, "
-            "data.normalize=whiten, or more training"
+            f"the attention over slots is flat (logit std {found['logit_std']:.2f})"
+            + helpful(config, half(config, "model.temperature"), *scale, "more training")
         )
     if found["slot_similarity"] > 0.95:
         said.append(
-            f"all slots hold the same vector (mean cosine {found['slot_similarity']:.2f}): try model.initializer="
-            "kmeans, or loss.slot_contrast for video"
+            f"all slots hold the same vector (mean cosine {found['slot_similarity']:.2f})"
+            + helpful(
+                config,
+                "model.initializer=kmeans",
+                "model.initializer=gaussian_per_slot",
+                "more training",
+            )
         )
-    if found.get("kept_slots", 1.0) < 0.7:
+    if config.model.carries and found["kept_slots"] < 0.7:
         said.append(
-            f"slots are lost over the frames ({found['kept_slots']:.0%} left at the last one): try model.predictor."
-            "stop_gradient=true, model.predictor.output_norm=true, loss.slot_contrast=0.5, or longer clips"
+            f"slots are lost over the frames ({found['kept_slots']:.0%} left at the last one)"
+            + helpful(
+                config,
+                "model.predictor.stop_gradient=true",
+                "model.predictor.output_norm=true",
+                "loss.slot_contrast=0.5",
+                "model.merge_distance=0.05",
+                "longer clips (data.clip)",
+            )
         )
     return said
+
+
+def helpful(config: Config, *advice: str) -> str:
+    """Those of ``key=value`` that change something in this configuration, as the end of a sentence; words are kept."""
+    kept = [item for item in advice if "=" not in item or _changes(config, *item.split("="))]
+    return ": try " + ", or ".join(filter(None, (", ".join(kept[:-1]), kept[-1])))
+
+
+def half(config: Config, key: str) -> str:
+    """``key=value`` with half of the present value; of a model that has no such key, nothing that would be kept."""
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    return f"{key}={value / 2:g}" if isinstance(value, float) else f"{key}=none"
+
+
+def _changes(config: Config, key: str, value: str) -> bool:
+    try:
+        changed = changed_by(config, key, value)
+    except UsageError:
+        return False  # this kind of model has no such part, or does not go with it
+    return changed != config and not set(changed.unread()) - set(config.unread())

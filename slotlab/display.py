@@ -90,8 +90,7 @@ def training_display(steps: int) -> Iterator[Any]:
         if "warnings" in row:
             scores = (f"{name} {row[f'eval_{name}']:.3f}" for name in LOOKED_AT if row.get(f"eval_{name}") is not None)
             err.print(f"step {row['step']}/{steps}  masks: {'  '.join(scores)}", soft_wrap=True)
-            for warning in row["warnings"]:
-                err.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+            warn(row["warnings"])
 
     if not err.is_terminal:
         yield tell
@@ -104,6 +103,11 @@ def training_display(steps: int) -> Iterator[Any]:
             tell(row)
 
         yield show
+
+
+def warn(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        err.print(f"warning: {warning}", style="yellow", soft_wrap=True)
 
 
 def number(value: Any) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from featcache.store import FeatureStore, Split
 from slotlab import checkpoint, metrics
 from slotlab.config import Config
-from slotlab.diagnostics import by_frame, kept_slots, means
+from slotlab.diagnostics import by_frame, kept_slots, means, warnings
 from slotlab.draws import Draws
 from slotlab.models.base import Model, Output
 from slotlab.models.registry import empty_model, model_input, model_moments, model_spec, model_tap, model_tokens
@@ -84,6 +84,7 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References
     scores = {name: Scores() for name in MASKS}
     diagnostics: list[dict[str, float]] = []
     effective: list[Tensor] = []
+    largest: list[Tensor] = []
     for video in split.videos:
         truth = torch.from_numpy(split.segmentations(video))  # (T, H, W)
         output = loaded.segment(split, video)
@@ -93,6 +94,9 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References
         shown = by_frame(output)
         diagnostics.append(means(shown))
         effective.append(shown["effective_slots"])
+        largest.append(metrics.largest_activation(output.masks).double().mean(0).cpu())  # (K,)
+    collapse = {key: float(np.mean([item[key] for item in diagnostics])) for key in diagnostics[0]}
+    collapse["kept_slots"] = kept_slots(effective)
     reference, floor = known or references(split, loaded)
     decoder = scores["decoder"]
     return {
@@ -107,8 +111,9 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References
         "attention": scores["attention"].summary(),
         "reference": reference,
         "floor": floor,
-        **{key: float(np.mean([item[key] for item in diagnostics])) for key in diagnostics[0]},
-        "kept_slots": kept_slots(effective),
+        **collapse,
+        "largest_activation_by_slot": torch.stack(largest).mean(0).tolist(),
+        "warnings": warnings(collapse, loaded.config),
         **subgroup_scores(decoder, split, labels),
     }
 

@@ -18,6 +18,7 @@ from torch import Tensor
 # Upsampled mask values alive at once: on the CPU about what its cache holds, on a GPU 512 MB.
 _VALUES_A_CHUNK = {"cpu": 2**21, "cuda": 2**27}
 _MAX_LABELS = 256  # labels are held as uint8 between upsampling and counting
+_LEAST_ACTIVATION = 0.01  # of a slot that holds anything
 
 
 # --- from masks to tables ---------------------------------------------------------------------------------
@@ -201,29 +202,41 @@ def _mean_over_objects(values: Tensor, objects: Tensor | None) -> Tensor:
 # --- collapse diagnostics -------------------------------------------------------------------------------
 
 
-def mask_similarity(masks: Tensor) -> Tensor:
+def live_slots(masks: Tensor) -> Tensor:
+    """Which slots hold anything of their frame, (B, K) bool: those with a mask above 0.01 somewhere.
+
+    masks (B, K, h, w) or (B, K, N). A model that uses as many slots as a frame needs leaves the others empty; flat
+    masks of up to 100 slots are live.
+    """
+    return masks.flatten(2).amax(-1) > _LEAST_ACTIVATION
+
+
+def mask_similarity(masks: Tensor, live: Tensor | None = None) -> Tensor:
     """Mean cosine between the masks of two slots: ``mean_{i<j} <m_i, m_j> / (|m_i| |m_j|)``, (B,) in [0, 1].
 
-    masks (B, K, h, w) or (B, K, N), not negative. 0: no overlap. 1: all slots have the same mask. NaN for
-    K = 1.
+    masks (B, K, h, w) or (B, K, N), not negative; live (B, K): the slots to be compared, all without it. 0: no
+    overlap, or less than two slots. 1: all slots have the same mask.
     """
-    return _mean_pairwise_cosine(masks.flatten(2))
+    return _mean_pairwise_cosine(masks.flatten(2), live)
 
 
-def slot_similarity(slots: Tensor) -> Tensor:
+def slot_similarity(slots: Tensor, live: Tensor | None = None) -> Tensor:
     """Mean cosine between two slot vectors: ``mean_{i<j} <s_i, s_j> / (|s_i| |s_j|)``, (B,) in [-1, 1].
 
-    slots (B, K, D). 1: the slots have collapsed to one direction. NaN for K = 1.
+    slots (B, K, D); live (B, K): the slots to be compared, all without it. 1: the slots have collapsed to one
+    direction. 0: less than two slots.
     """
-    return _mean_pairwise_cosine(slots)
+    return _mean_pairwise_cosine(slots, live)
 
 
-def _mean_pairwise_cosine(vectors: Tensor) -> Tensor:
+def _mean_pairwise_cosine(vectors: Tensor, live: Tensor | None) -> Tensor:
     """vectors (B, K, N) to (B,); a zero vector has cosine 0 with every other."""
     unit = F.normalize(vectors.double(), dim=-1)
+    live = torch.ones_like(unit[..., 0]) if live is None else live.double()  # (B, K)
+    unit = unit * live.unsqueeze(-1)
     # sum over i != j of <u_i, u_j> = |sum of u|^2 - sum of |u|^2: no (K, K) matrix
-    pairs = vectors.shape[1] * (vectors.shape[1] - 1)
-    return (unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))) / pairs
+    count = live.sum(1)
+    return (unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))) / (count * (count - 1)).clamp_min(1)
 
 
 def effective_slots(masks: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ with the same random draws as without. Compared are the masks that are published
 - **mask correlation**: mean Pearson correlation of the soft masks on the model's grid, matched for the largest total
   correlation, and divided likewise by the number of masks that vary at all.
 - **slot similarity**: mean cosine of the slot vectors that this second matching pairs, of masks that vary.
-- **slot diversity**: 1 - mean cosine between two slots of one frame (see :func:`slotlab.metrics.slot_similarity`).
+- **slot diversity**: 1 - mean cosine between two slots that a frame uses (see :func:`slotlab.metrics.slot_similarity`).
 
 A model whose masks do not look at the picture is perfectly stable, so stability is to be read beside the scores.
 Each value is a mean over a video's frames, then over videos; intervals are bootstrapped over the videos.
@@ -148,7 +148,8 @@ class View:
 
     def state(self, truth: Tensor | None, n_true: int) -> dict[str, float]:
         """Diversity and scores, means over the frames; NaN where there is nothing to score."""
-        found = {"slot_diversity": float(1 - metrics.slot_similarity(self.slots).mean())}
+        alike = metrics.slot_similarity(self.slots, metrics.live_slots(self.masks))
+        found = {"slot_diversity": float(1 - alike.mean())}
         if truth is not None:
             tables = metrics.contingency(self.labels, truth.flatten(1), self.masks.shape[1], n_true)
             found["fg_ari"] = float(metrics.adjusted_rand_index(tables, foreground=True).nanmean())

@@ -45,10 +45,11 @@ def update_average(average: nn.Module, model: nn.Module, optim: OptimConfig, ste
 
 
 def warmup_steps(optim: OptimConfig) -> int:
+    """Of the warm-up: at most a fifth of the run, so that a preset's is not all of a run that is made shorter."""
     steps = optim.warmup_steps
     if optim.warmup_samples is not None:
         steps = math.ceil(optim.warmup_samples / optim.batch_size)
-    return min(steps, optim.steps - 1)
+    return min(steps, optim.steps // 5)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> LRScheduler:

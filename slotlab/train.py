@@ -21,11 +21,12 @@ from slotlab import checkpoint
 from slotlab.config import Config
 from slotlab.draws import Draws, Share
 from slotlab.losses import losses, total
-from slotlab.models.registry import build_model, model_tap, settled
+from slotlab.models.base import Model
+from slotlab.models.registry import build_model, model_input, model_tap, settled
 from slotlab.ranks import Ranks, join
 from slotlab.runs import begun_from, check_run, create_run, keep_rows, write_summary
 from slotlab.schedule import learning_rate, make_schedule, plain_state, update_average
-from slotlab.watch import look
+from slotlab.watch import look, look_split
 
 Report = Callable[[dict[str, Any]], None]  # one row of metrics.jsonl
 NEVER = torch.iinfo(torch.int64).max
@@ -51,6 +52,8 @@ def train(
     is not finite.
     """
     config = settled(config, store)
+    if config.evaluate_every:
+        look_split(config, store)
     with join(device) as ranks:
         if ranks.leads:
             check_run(config, store, run, resume)
@@ -112,6 +115,8 @@ def _train(
         stream.load_state_dict(state["stream"])
         for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
             group["lr"] = rate
+    if not config.loss.reconstructs:
+        freeze_unreached(model, config, store)
     forward: Any = DistributedDataParallel(model) if ranks.count > 1 else model
     if optim.compile:
         forward = torch.compile(forward, mode="reduce-overhead" if optim.cuda_graphs else "default")
@@ -154,12 +159,11 @@ def _train(
                 components = {name: ranks.mean(value) for name, value in components.items()}
                 # Nothing is saved that was not found finite. A gradient is averaged over the ranks, so all see it.
                 if (first := int(bad_since)) != NEVER:
-                    rows = stream.rows_at((first - 1) * optim.batch_size)
+                    rows = stream.rows_at((first - 1) * optim.batch_size).tolist()
                     raise DataError(
-                        f"{run}: the loss or its gradient is not finite at step {first} (samples "
-                        f"{(first - 1) * optim.batch_size} to {first * optim.batch_size}, store rows "
-                        f"{rows.min()}-{rows.max()}); lower --set optim.learning_rate, or check the store with "
-                        "slotlab verify"
+                        f"{run}: the loss or its gradient is not finite at step {first} "
+                        f"({stream.clip} frames from each store row of {rows}); lower --set optim.learning_rate, or "
+                        "check the store with slotlab verify"
                     )
                 now = time.perf_counter()
                 row: dict[str, Any] = {"step": step, "loss": total(components, config.loss).item()}
@@ -192,3 +196,15 @@ def _train(
                 checkpoint.save(run, model, average, optimizer, state)
     if ranks.leads:
         write_summary(run, device, ranks.count)
+
+
+def freeze_unreached(model: Model, config: Config, store: FeatureStore) -> None:
+    """Take the parameters that no loss reaches out of training, such as a decoder's last layers: DDP waits for all."""
+    split = store[config.data.train_split]
+    clip = next(video for video in split.videos if split.spec.lengths[video] >= config.data.clip)
+    frames = model_input(config, split, clip)[: config.data.clip]
+    sample = (frames if config.data.clip > 1 else frames[0]).unsqueeze(0).to(next(model.parameters()).device)
+    total(losses(model(sample, Draws(0)), config.loss), config.loss).backward()  # type: ignore[no-untyped-call]
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None

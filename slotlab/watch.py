@@ -8,7 +8,7 @@ import torch
 
 from featcache.store import FeatureStore, Split
 from slotlab import diagnostics, metrics
-from slotlab.config import Config
+from slotlab.config import Config, DataConfig
 from slotlab.draws import Draws
 from slotlab.evaluate import count_labels, on_grid
 from slotlab.models.base import Model
@@ -20,10 +20,9 @@ from slotlab.scores import Scores
 def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
     """Scores and collapse diagnostics on a few videos of the evaluation split, as ``eval_*`` values of a logged row.
 
-    Scores are left out where the split has no masks; a split that does not exist gives the training split.
+    Scores are left out where the split has no masks.
     """
-    name = config.data.eval_split if config.data.eval_split in store.splits else config.data.train_split
-    split = store[name]
+    split = look_split(config, store)
     labels = count_labels(split) if split.spec.masks else 0
     device, training = next(model.parameters()).device, model.training
     model.eval()
@@ -47,8 +46,14 @@ def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
     if split.spec.masks:
         summary = scores.summary()
         row |= {f"eval_{key}": summary[key] for key in ("fg_ari", "mbo", "fg_ari_video")}
-    row["warnings"] = diagnostics.warnings(means, model.slots)
+    row["warnings"] = diagnostics.warnings(means, config)
     return row
+
+
+def look_split(config: Config, store: FeatureStore) -> Split:
+    """The split to look at. ``UsageError`` where one was named that the store lacks; an unnamed one may be missing."""
+    name, unnamed = config.data.eval_split, DataConfig().eval_split
+    return store[config.data.train_split if name == unnamed and name not in store.splits else name]
 
 
 def chosen_videos(split: Split, count: int) -> list[int]:

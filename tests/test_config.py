@@ -30,6 +30,34 @@ def test_presets_survive_the_round_trip(preset: str, tmp_path: Path) -> None:
     assert validate(read_toml(file), str(file)) == config
 
 
+@pytest.mark.parametrize("preset", presets())
+def test_presets_set_nothing_without_effect(preset: str) -> None:
+    assert load_config(preset).unread() == []
+
+
+@pytest.mark.parametrize(
+    ("preset", "overrides", "told"),
+    [
+        (
+            "mix",
+            ["model.decoder.masks=gumbel"],
+            "model.decoder.masks = gumbel has no effect with model.decoder.kind = mix",
+        ),
+        ("dinosaur-ar", ["model.decoder.patches=9"], "model.decoder.patches = 9 has no effect with"),
+        ("dinosaur", ["data.center=position", "data.normalize=sample"], "data.center = position has no effect with"),
+        (
+            "videosaur",
+            ["model.predictor.kind=mlp", "model.predictor.heads=2"],
+            "model.predictor.heads = 2 has no effect",
+        ),
+        ("dinosaur", ["model.decoder.masks=gumbel", "data.center=position", "data.normalize=whiten=8"], None),
+    ],
+)
+def test_what_has_no_effect_is_told(preset: str, overrides: list[str], told: str | None) -> None:
+    unread = load_config(preset, None, overrides).unread()
+    assert unread == [] if told is None else told in unread[0] and len(unread) == 1
+
+
 def test_one_number_of_a_pair_can_be_set_alone() -> None:
     model = load_config("default", None, ["model.target_objectness.threshold=0.9"]).model
     assert isinstance(model, ClusteringConfig)
@@ -52,6 +80,11 @@ def test_configuration_is_frozen() -> None:
         ("loss.temporal_similarity=0.1", "loss.temporal_similarity needs model.kind = slot_attention"),
         ("loss.slot_contrast=0.5", "loss.slot_contrast needs slots carried over clips"),
         ("loss.feature_mse=0", "no loss is on"),
+        ("model.slots=257", "model.slots: Input should be less than or equal to 256"),  # a label is a byte
+        ("seed=-1", "seed: Input should be greater than or equal to 0"),
+        ("seed=99999999999999999999999", "seed: Input should be less than"),
+        ("model.initializer=kmeans", "model.initializer: no such key$"),  # of another kind of model
+        ("model.position=1", "did you mean model.position_weight"),
         ("optim.cuda_graphs=true", "optim.cuda_graphs needs optim.compile=true"),
         ("data.tap=video", "model.kind = pixel goes with data.tap = video"),
         ("model.slots", "write it as key=value"),
@@ -74,6 +107,10 @@ def test_wrong_overrides_name_the_key(override: str, message: str) -> None:
             ["optim.compile=true", "optim.cuda_graphs=true", "optim.accumulate=2"],
             "optim.cuda_graphs needs optim.accumulate=1",
         ),
+        ("videosaur", ["model.predictor.refresh=1"], "refresh = 1 starts every frame afresh"),
+        ("dinosaur", ["model.decoder.masks=gumbel", "loss.diversity=0.1"], "need model.decoder.masks = soft"),
+        ("dinosaur", ["model.projection_hidden=0"], "projection_hidden: Input should be greater than"),
+        ("pixel", ["model.slot_mlp_hidden=-3"], "slot_mlp_hidden: Input should be greater than"),
     ],
 )
 def test_parts_that_do_not_go_together(preset: str, overrides: list[str], message: str) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
+import pytest
 import torch
 from torch import Tensor
 
 from slotlab import diagnostics, metrics
+from slotlab.config import load_config, presets
 from slotlab.models.base import Output
 
 F, K, N = 3, 4, 16
@@ -14,7 +18,7 @@ F, K, N = 3, 4, 16
 def output(masks: Tensor, slots: Tensor | None = None) -> Output:
     logits = masks.clamp_min(1e-6).log()
     slots = torch.eye(K).expand(len(masks), -1, -1) if slots is None else slots
-    tokens = torch.zeros(len(masks), N, 2)
+    tokens = torch.zeros(len(masks), masks.shape[-1], 2)
     return Output(slots, masks, logits, masks, tokens, tokens)
 
 
@@ -23,11 +27,11 @@ def quarters() -> Tensor:
     return torch.eye(K).repeat_interleave(N // K, 1).expand(F, -1, -1)
 
 
-def told(*outputs: Output) -> list[str]:
+def told(*outputs: Output, preset: str = "savi-dinosaur", overrides: tuple[str, ...] = ()) -> list[str]:
     means = diagnostics.means(diagnostics.by_frame(outputs[0])) | {
         "kept_slots": diagnostics.kept_slots([metrics.effective_slots(o.masks) for o in outputs])
     }
-    return diagnostics.warnings(means, K)
+    return diagnostics.warnings(means, load_config(preset, None, (*overrides, f"model.slots={K}")))
 
 
 def test_good_masks_raise_no_warning() -> None:
@@ -38,7 +42,7 @@ def test_one_slot_that_takes_all() -> None:
     masks = torch.zeros(F, K, N)
     masks[:, 2] = 1
     said = told(output(masks))
-    assert len(said) == 1 and "one slot takes nearly everything (1.0 of 4" in said[0]
+    assert len(said) == 1 and "one slot takes nearly everything (1.00 of 4" in said[0]
 
 
 def test_flat_masks() -> None:
@@ -65,3 +69,49 @@ def test_kept_slots_weigh_videos_by_their_slots() -> None:
     crowded, empty = torch.tensor([8.0, 6.0, 6.0]), torch.tensor([1.0, 3.0])
     assert diagnostics.kept_slots([crowded]) == 0.75
     assert diagnostics.kept_slots([crowded, empty]) == 1.0, "not (0.75 + 3) / 2"
+
+
+def test_empty_slots_hide_no_collapse() -> None:
+    """A model that uses as many slots as it needs, two of four, and those two alike; and the same two apart."""
+    halves = torch.zeros(F, K, N)
+    halves[:, :2] = 0.5
+    alike = torch.zeros(F, K, K)
+    alike[:, :2, 0] = 1
+    said = told(output(halves, alike), preset="default")
+    assert [sentence.split(" (")[0] for sentence in said] == [
+        "all slots have the same mask",
+        "all slots hold the same vector",
+    ]
+    apart = torch.zeros(F, K, N)
+    apart[:, 0, : N // 2] = apart[:, 1, N // 2 :] = 1
+    assert told(output(apart), preset="default") == []
+    assert diagnostics.means(diagnostics.by_frame(output(halves)))["mask_similarity"] == pytest.approx(1)
+
+
+def test_a_small_object_before_a_background_is_no_collapse() -> None:
+    masks = torch.zeros(F, K, 256)
+    masks[:, 0, 20:] = masks[:, 1, :20] = 1
+    assert told(output(masks), preset="default") == []
+
+
+def test_slots_that_are_never_carried_are_not_lost() -> None:
+    masks = quarters().clone()
+    masks[-1] = 0
+    masks[-1, 0] = 1
+    assert told(output(masks), preset="image") == [] == told(output(masks), preset="dinosaur")
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_advice_names_what_this_model_has_and_what_it_does_not_do_yet(preset: str) -> None:
+    config = load_config(preset)
+    worst = {
+        "effective_slots": 1.0,
+        "mask_similarity": 1.0,
+        "slot_similarity": 1.0,
+        "logit_std": 0.0,
+        "kept_slots": 0.2,
+    }
+    said = diagnostics.warnings(worst, config) + diagnostics.warnings(worst | {"mask_similarity": 0.0}, config)
+    for option in re.findall(r"[a-z_]+(?:\.[a-z_]+)+=[^ ,]+", " ".join(said)):
+        changed = load_config(preset, None, [option])
+        assert changed != config and changed.unread() == [], option

@@ -260,3 +260,14 @@ def test_shapes_are_checked_at_every_call() -> None:
         clustering()(draw(64, 12), Draws(0))
     with pytest.raises(TypeCheckError):
         SlotAttention(D, S, 16)(draw(B, N, D), draw(B + 1, K, S), 1)
+
+
+def test_tokens_at_the_mean_send_no_huge_gradient() -> None:
+    """Where a 3x3 neighbourhood is exactly the mean, a key has no direction yet."""
+    model = clustering().train()
+    features = torch.randn(2, 64, 12, generator=torch.Generator().manual_seed(0)) * 4
+    features[:, :32] = 0
+    output = model(features, Draws(0))
+    (output.reconstruction - output.target).square().mean().backward()
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert norm < 100

@@ -19,12 +19,13 @@ from torch import nn
 
 from featcache.errors import DataError, IncompatibleError, UsageError
 from featcache.store import FeatureStore
-from slotlab import checkpoint
+from slotlab import checkpoint, display
 from slotlab.config import Config, load_config, presets
 from slotlab.evaluate import beats_floor, evaluate, load_run
+from slotlab.models.registry import build_model
 from slotlab.schedule import learning_rate, make_schedule, update_average, warmup_steps
 from slotlab.tensorboard import events
-from slotlab.train import train
+from slotlab.train import freeze_unreached, train
 from tests.synthetic import fitted, make_store
 
 # What makes each kind of model small enough for the synthetic store (12 channels, a 4x4 grid).
@@ -166,7 +167,7 @@ def test_int8_store_trains_like_float16(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_names_the_batch(tmp_path: Path, store: FeatureStore, log_every: int) -> None:
     """The first bad step is told, however late it is noticed; and nothing of it is saved."""
     overrides = (f"log_every={log_every}", "optim.learning_rate=1e30", "optim.warmup_steps=0")
-    message = r"not finite at step 2 \(samples 4 to 8, store rows \d+-\d+\); lower --set optim.learning_rate"
+    message = r"not finite at step 2 \(1 frames from each store row of \[\d+, \d+, \d+, \d+\]\); lower --set optim"
     with pytest.raises(DataError, match=message):
         train(small(*overrides), store, tmp_path / "run")
     assert not checkpoint.exists(tmp_path / "run")
@@ -191,6 +192,7 @@ def test_averaged_weights_are_resumed_and_evaluated(tmp_path: Path, store: Featu
     assert all(torch.equal(evaluated[key], a[key]) for key in a)
 
 
+UNREACHED = ("loss.feature_mse=0", "loss.temporal_similarity=0")  # by a loss: the decoder
 PARTS = ("model.decoder.kind=mix", "model.initializer=kmeans"), ("model.initializer=gaussian",)
 
 
@@ -204,11 +206,14 @@ def test_accumulated_parts_are_the_whole_batch(tmp_path: Path, store: FeatureSto
     assert not (tmp_path / "3").exists(), "what cannot be trained leaves no folder that a better try would meet"
 
 
-@pytest.mark.parametrize(("preset", "parts"), [("dinosaur", PARTS[0]), ("videosaur", ())])
+@pytest.mark.parametrize(
+    ("preset", "parts"),
+    [("dinosaur", PARTS[0]), ("videosaur", ()), ("videosaur", UNREACHED)],
+)
 def test_two_ranks_train_the_run_of_one(
     tmp_path: Path, store: FeatureStore, preset: str, parts: tuple[str, ...]
 ) -> None:
-    """The video model's slots are also told from those of the other rank (slot_contrast)."""
+    """The video model's slots are also told from the other rank's (slot_contrast); that alone trains no decoder."""
     config = small(*parts, "checkpoint_every=5", preset=preset, optim__steps=10)
     one = train(config, store, tmp_path / "one")
     (tmp_path / "config.toml").write_text(config.to_toml())
@@ -230,6 +235,18 @@ def test_two_ranks_train_the_run_of_one(
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-4)
     assert json.loads((two / "summary.json").read_text())["processes"] == 2
+
+
+def test_what_no_loss_reaches_is_not_trained(store: FeatureStore) -> None:
+    """DDP would wait for its gradient."""
+    config = small("loss.feature_mse=0", "loss.diversity=1", "model.decoder.kind=slot_mixer")
+    model = build_model(config, store)
+    freeze_unreached(model, config, store)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kept = {name.split(".")[0] for name in trained}
+    assert kept == {"project", "recur", "decode"}, "the masks are the decoder's"
+    assert not any(name.startswith("decode.heads") for name in trained), "which need no tokens"
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_run_starts_from_another_s_parameters(tmp_path: Path, store: FeatureStore) -> None:
@@ -350,6 +367,42 @@ def test_the_rate_grows_with_the_batch_and_the_warm_up_counts_samples() -> None:
         scaled = optim.model_copy(update={"batch_size": batch, "scaling": scaling, "steps": 1000})
         assert learning_rate(scaled) == pytest.approx(factor * optim.learning_rate)
         assert warmup_steps(scaled) == math.ceil(640 / batch)
+
+
+def test_a_run_made_short_is_not_all_warm_up() -> None:
+    assert [warmup_steps(load_config("dinosaur", optim__steps=n).optim) for n in (10_000, 1000, 10, 1)] == [
+        1000,
+        200,
+        2,
+        0,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("model.initializer=kmeans",), "needs a patch for each, and a frame has 16"),
+        (("evaluate_every=5", "data.eval_split=nosuch"), "no split 'nosuch'"),
+    ],
+)
+def test_what_cannot_be_trained_leaves_no_folder(
+    tmp_path: Path, store: FeatureStore, overrides: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        train(small(*overrides, model__slots=17), store, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_evaluation_warns_of_collapse(
+    tmp_path: Path, store: FeatureStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small("model.decoder.mask_temperature=1e6", optim__steps=1)
+    result = evaluate(load_run(train(config, store, tmp_path / "run")))
+    assert "all slots have the same mask" in result["warnings"][0]
+    assert len(result["largest_activation_by_slot"]) == 4
+    display.warn(result["warnings"])
+    told = capsys.readouterr()
+    assert told.out == "" and "warning: all slots have the same mask" in told.err
 
 
 @pytest.mark.parametrize("decay", ["cosine", "exponential", "constant"])

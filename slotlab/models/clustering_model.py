@@ -32,6 +32,7 @@ from slotlab.normalise import Normaliser
 GRADIENT_ITERATIONS = 3  # of the refinement; earlier ones only bring the slots into place
 RESIDUAL_GAIN = 4.0  # of the learnt objectness, whose logits are large
 NEVER = -1e4  # a logit that no softmax notices
+LEAST_NORM = 1e-2  # of a key that is made a direction: the gradient grows with its inverse
 
 
 class ClusteringModel(Model):
@@ -143,7 +144,7 @@ class ClusteringModel(Model):
         leading = tokens[..., : self.keys]
         smooth = F.avg_pool2d(self._bordered_map(leading), 3, stride=1)
         base = F.normalize((leading + smooth.flatten(2).transpose(1, 2)) / 2, dim=-1)
-        keys = F.normalize(base + residual[..., :-1], dim=-1)
+        keys = F.normalize(base + residual[..., :-1], dim=-1, eps=LEAST_NORM)
         objectness = (logit + RESIDUAL_GAIN * residual[..., -1]).sigmoid()
         return torch.cat([keys, self.config.position_weight * position], -1), objectness
 

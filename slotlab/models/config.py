@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MOST_SLOTS = 256  # a label is a byte
+ReadBy = Mapping[str, tuple[str, tuple[str, ...]]]
 
 
 class Section(BaseModel):
     """A frozen, closed section of the configuration."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    # Key -> another key of the section, and the values of that one with which the first is read.
+    read_by: ClassVar[ReadBy] = {}
+
+    def unread(self, where: str = "") -> list[str]:
+        """What was changed and has no effect, a sentence each; ``where`` is the section's own key with its dot."""
+        found = []
+        for name, (deciding, values) in self.read_by.items():
+            chosen = str(getattr(self, deciding)).partition("=")[0]
+            given, default = getattr(self, name), type(self).model_fields[name].default
+            if given != default and chosen not in values:
+                found.append(f"{where}{name} = {given} has no effect with {where}{deciding} = {chosen}")
+        for name in type(self).model_fields:
+            if isinstance(part := getattr(self, name), Section):
+                found += part.unread(f"{where}{name}.")
+        return found
 
 
 class DecoderConfig(Section):
@@ -19,14 +37,30 @@ class DecoderConfig(Section):
 
     kind: Literal["mlp", "mix", "slot_mixer", "transformer"] = "mix"
     hidden: int = Field(256, ge=1)
-    layers: int = Field(2, ge=1)  # hidden ones: mlp, mix, slot_mixer
-    blocks: int = Field(2, ge=1)  # of attention: slot_mixer, transformer
-    heads: int = Field(4, ge=1)  # of attention: slot_mixer, transformer
-    mask_temperature: float = Field(1.0, gt=0)  # of the softmax over slots; below one sharpens: mlp
-    masks: Literal["soft", "gumbel", "straight_through"] = "soft"  # how slots are weighed in training: mlp
-    permuted: bool = False  # train on several orders of the patches (SPOT): transformer
-    patches: int | None = Field(None, ge=1)  # decode so many random patches a step instead of all: mlp, mix, slot_mixer
-    recompute: bool = False  # keep no activation for the backward pass: a third more time, far less memory: mlp
+    layers: int = Field(2, ge=1)  # hidden ones
+    blocks: int = Field(2, ge=1)  # of attention
+    heads: int = Field(4, ge=1)  # of attention
+    mask_temperature: float = Field(1.0, gt=0)  # of the softmax over slots; below one sharpens
+    masks: Literal["soft", "gumbel", "straight_through"] = "soft"  # how slots are weighed in training
+    permuted: bool = False  # train on several orders of the patches (SPOT)
+    patches: int | None = Field(None, ge=1)  # decode so many random patches a step instead of all
+    recompute: bool = False  # keep no activation for the backward pass: a third more time, far less memory
+
+    read_by: ClassVar[ReadBy] = {
+        "layers": ("kind", ("mlp", "mix", "slot_mixer")),
+        "blocks": ("kind", ("slot_mixer", "transformer")),
+        "heads": ("kind", ("slot_mixer", "transformer")),
+        "mask_temperature": ("kind", ("mlp",)),
+        "masks": ("kind", ("mlp",)),
+        "permuted": ("kind", ("transformer",)),
+        "patches": ("kind", ("mlp", "mix", "slot_mixer")),
+        "recompute": ("kind", ("mlp",)),
+    }
+
+    @property
+    def hard(self) -> bool:
+        """Whether masks are hard in training."""
+        return self.kind == "mlp" and self.masks != "soft"
 
 
 class PredictorConfig(Section):
@@ -34,21 +68,27 @@ class PredictorConfig(Section):
 
     kind: Literal["identity", "mlp", "transformer"] = "transformer"
     hidden: int = Field(512, ge=1)
-    heads: int = Field(4, ge=1)  # transformer
+    heads: int = Field(4, ge=1)
     output_norm: bool = False  # LayerNorm behind it
     stop_gradient: bool = False  # no gradient from one frame to the one before
     refresh: int = Field(0, ge=0)  # start afresh at every N-th frame; 0: never
     first_iterations: int = Field(3, ge=1)  # of slot attention on a clip's first frame
+
+    read_by: ClassVar[ReadBy] = {
+        "hidden": ("kind", ("mlp", "transformer")),
+        "heads": ("kind", ("transformer",)),
+        "output_norm": ("kind", ("mlp", "transformer")),
+    }
 
 
 class SlotAttentionConfig(Section):
     """DINOSAUR's model and its kin, for images and, with a predictor, for video (slotlab.models.slot_model)."""
 
     kind: Literal["slot_attention"] = "slot_attention"
-    slots: int = Field(11, ge=2)
+    slots: int = Field(11, ge=2, le=MOST_SLOTS)
     slot_dim: int = Field(128, ge=1)
     projection: Literal["mlp", "linear"] = "mlp"
-    projection_hidden: int | None = None  # None: the features' width
+    projection_hidden: int | None = Field(None, ge=1)  # None: the features' width
     initializer: Literal["gaussian", "gaussian_per_slot", "learnt", "kmeans++", "kmeans"] = "kmeans"
     kmeans_rounds: int = Field(8, ge=0)
     iterations: int = Field(1, ge=1)
@@ -57,6 +97,16 @@ class SlotAttentionConfig(Section):
     slot_mlp_hidden: int = Field(512, ge=0)  # 0: none behind the GRU
     decoder: DecoderConfig = DecoderConfig()
     predictor: PredictorConfig | None = None  # None: frames apart
+
+    read_by: ClassVar[ReadBy] = {
+        "kmeans_rounds": ("initializer", ("kmeans",)),
+        "projection_hidden": ("projection", ("mlp",)),
+    }
+
+    @property
+    def carries(self) -> bool:
+        """Whether slots are carried from frame to frame."""
+        return self.predictor is not None
 
     @model_validator(mode="after")
     def _parts_fit(self) -> SlotAttentionConfig:
@@ -73,17 +123,22 @@ class PixelConfig(Section):
 
     kind: Literal["pixel"] = "pixel"
     resolution: int = Field(64, ge=16)  # pixels a side that the model sees
-    slots: int = Field(11, ge=2)
+    slots: int = Field(11, ge=2, le=MOST_SLOTS)
     slot_dim: int = Field(64, ge=1)
     initializer: Literal["gaussian", "gaussian_per_slot", "learnt"] = "gaussian"
     iterations: int = Field(3, ge=1)
     gradient: Literal["full", "implicit", "bilevel"] = "full"
     temperature: float = Field(1.0, gt=0)
-    slot_mlp_hidden: int = 128
+    slot_mlp_hidden: int = Field(128, ge=0)  # 0: none behind the GRU
     encoder_channels: int = Field(64, ge=1)
     decoder_channels: int = Field(64, ge=1)
     broadcast: int = Field(8, ge=1)  # side of the grid that a slot is broadcast to
     predictor: PredictorConfig | None = None
+
+    @property
+    def carries(self) -> bool:
+        """Whether slots are carried from frame to frame."""
+        return self.predictor is not None
 
     @model_validator(mode="after")
     def _decoder_reaches_the_resolution(self) -> PixelConfig:
@@ -97,6 +152,8 @@ class PixelConfig(Section):
 def check_recurrence(config: SlotAttentionConfig | PixelConfig) -> None:
     """``ValueError`` for parts that do not go together, or that would never learn."""
     predictor = config.predictor
+    if predictor is not None and predictor.refresh == 1:
+        raise ValueError("predictor.refresh = 1 starts every frame afresh and never predicts; set 0 for never, or more")
     if predictor is not None and predictor.kind == "transformer" and config.slot_dim % predictor.heads:
         raise ValueError(f"predictor.heads {predictor.heads} do not divide slot_dim {config.slot_dim}")
     if config.gradient == "implicit":
@@ -117,7 +174,7 @@ class ClusteringConfig(Section):
     """Soft clusters of learnt keys, trained across time (slotlab.models.clustering_model)."""
 
     kind: Literal["clustering"] = "clustering"
-    slots: int = Field(13, ge=2)  # the background's included; a frame uses as many as it needs
+    slots: int = Field(13, ge=2, le=MOST_SLOTS)  # the background's included; a frame uses as many as it needs
     slot_dim: int = Field(64, ge=1)
     hidden: int = Field(256, ge=1)
     iterations: int = Field(5, ge=1)
@@ -136,6 +193,11 @@ class ClusteringConfig(Section):
     objectness: Logistic = Logistic(threshold=1.0, width=0.25)  # that the model starts from
     target_objectness: Logistic = Logistic(threshold=1.1, width=0.125)  # tighter, or the masks swell
     seed_objectness: float = Field(0.6, gt=0, lt=1)  # a token below it starts no slot
+
+    @property
+    def carries(self) -> bool:
+        """Whether slots are carried from frame to frame."""
+        return self.tracking
 
     @model_validator(mode="before")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from featcache.errors import UsageError
 from featcache.stats import Moments
 from featcache.store import FeatureStore, Split, TapSpec
 from featcache.stream import VIDEO
@@ -81,12 +82,17 @@ def _assemble(config: Config, normaliser: Normaliser, tap: TapSpec) -> Model:
         return ClusteringModel(config.model, normaliser, tap.grid)
     if isinstance(config.model, PixelConfig):
         return PixelModel(config.model, normaliser, tap.grid)
+    if config.model.initializer.startswith("kmeans") and config.model.slots > tap.patches:
+        raise UsageError(
+            f"model.slots = {config.model.slots}: model.initializer = {config.model.initializer} needs a patch for "
+            f"each, and a frame has {tap.patches}; set fewer"
+        )
     loss = config.loss
     return SlotModel(
         config.model,
         normaliser,
         tap.grid,
-        reconstructs=loss.feature_mse > 0 or loss.cosine > 0,
+        reconstructs=loss.reconstructs,
         similarity=loss.temporal_similarity > 0,
     )
 
