@@ -3,7 +3,7 @@
 ``python -m benchmarks.peers --cache cache/dinov2.zarr --seconds 240 --seeds 3 --out peers``
 
 Each run takes one thread; ``--workers`` of them run side by side. A run's number of steps is what fits into the time,
-by its own step time measured just before, so that its learning-rate schedule ends when the time does. Finished runs
+by its own step time measured just before; a cosine schedule ends when the time does. Finished runs
 are kept: a second call goes on, and more seconds are another folder.
 
 The published batches (64 to 512 frames) allow a CPU a handful of steps in such a time, so the peers get

@@ -41,7 +41,7 @@ class DataConfig(Section):
 class LossConfig(Section):
     """Weights of the losses (slotlab.losses); one at 0 is not computed. Each is logged apart."""
 
-    feature_mse: float = Field(1.0, ge=0)  # in standardised units: 1 is the mean predictor
+    feature_mse: float = Field(1.0, ge=0)  # of standardised features, 1 is the mean predictor
     cosine: float = Field(0.0, ge=0)
     temporal_similarity: float = Field(0.0, ge=0)  # VideoSAUR
     slot_contrast: float = Field(0.0, ge=0)  # SlotContrast

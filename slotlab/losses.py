@@ -19,7 +19,8 @@ from slotlab.ranks import gathered, rank
 def feature_mse(output: Output, config: LossConfig) -> Tensor:
     """Mean squared error of the reconstruction.
 
-    Targets have a mean square of 1 over the data set, so that always predicting the mean scores about 1.
+    Normalised targets have a mean square of 1 over the data set (but for ``none`` and ``fixed``), so that always
+    predicting the mean scores about 1.
     """
     return F.mse_loss(output.reconstruction.float(), output.decoded_target)
 

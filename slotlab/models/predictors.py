@@ -30,7 +30,7 @@ class MLPPredictor(nn.Module):
 
 
 class TransformerPredictor(nn.Module):
-    """Slots that see each other: one pre-LayerNorm block (SAVi, Kipf et al., 2022, arXiv:2111.12594; VideoSAUR)."""
+    """Slots that see each other: one pre-LayerNorm block for SAVi's predictor, as in VideoSAUR (arXiv:2306.04829)."""
 
     def __init__(self, slot_dim: int, config: PredictorConfig) -> None:
         super().__init__()
