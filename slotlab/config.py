@@ -169,6 +169,7 @@ def load_config(
         _merge(values, _nested(key.strip(), _value(value.strip())))
     for key, value in shorthands.items():
         if value is not None:
+            where = "options"
             _merge(values, _nested(key.replace("__", "."), value))
     return validate(values, where)
 

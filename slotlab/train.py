@@ -161,8 +161,8 @@ def _train(
                 if (first := int(bad_since)) != NEVER:
                     rows = stream.rows_at((first - 1) * optim.batch_size).tolist()
                     raise DataError(
-                        f"{run}: the loss or its gradient is not finite at step {first} "
-                        f"({stream.clip} frames from each store row of {rows}); lower --set optim.learning_rate, or "
+                        f"{run}: the loss or its gradient is not finite at step {first} (samples "
+                        f"that begin at store rows {rows}); lower --set optim.learning_rate, or "
                         "check the store with slotlab verify"
                     )
                 now = time.perf_counter()

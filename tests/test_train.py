@@ -167,7 +167,7 @@ def test_int8_store_trains_like_float16(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_names_the_batch(tmp_path: Path, store: FeatureStore, log_every: int) -> None:
     """The first bad step is told, however late it is noticed; and nothing of it is saved."""
     overrides = (f"log_every={log_every}", "optim.learning_rate=1e30", "optim.warmup_steps=0")
-    message = r"not finite at step 2 \(1 frames from each store row of \[\d+, \d+, \d+, \d+\]\); lower --set optim"
+    message = r"not finite at step 2 \(samples that begin at store rows \[\d+, \d+, \d+, \d+\]\); lower --set"
     with pytest.raises(DataError, match=message):
         train(small(*overrides), store, tmp_path / "run")
     assert not checkpoint.exists(tmp_path / "run")
