@@ -1,6 +1,7 @@
-"""Every preset on one store for the same wall time, several seeds: which recipe gives the best masks?
+"""Every preset on one store for the same wall time, or the same frames, several seeds: which gives the best masks?
 
 ``python -m benchmarks.peers --cache cache/dinov2.zarr --seconds 240 --seeds 3 --out peers``
+``python -m benchmarks.peers --cache cache/dinov2.zarr --frames 9600 --seeds 3 --out peers-frames``
 
 Each run takes one thread; ``--workers`` of them run side by side. A run's number of steps is what fits into the time,
 by its own step time measured just before; a cosine schedule ends when the time does. Finished runs
@@ -82,15 +83,26 @@ def fitted(config: Config, cache: Path, seconds: float, precisions: Sequence[str
         for precision in precisions
     ]
     step, config = min(((seconds_a_step(choice, cache), choice) for choice in choices), key=lambda pair: pair[0])
-    steps = max(2, round(seconds / step))
+    return of_steps(config, round(seconds / step))
+
+
+def of_frames(config: Config, frames: int) -> Config:
+    """As many steps as see that many frames, each counted as often as it is seen."""
+    return of_steps(config, frames // (config.optim.batch_size * config.data.clip))
+
+
+def of_steps(config: Config, steps: int) -> Config:
+    steps = max(2, steps)
     # The warm-up keeps its share of a run that is shorter than the published one.
     warmup = min(config.optim.warmup_steps, steps // 10)
     optim = config.optim.model_copy(update={"steps": steps, "warmup_steps": warmup})
     return config.model_copy(update={"optim": optim, "log_every": 50, "checkpoint_every": 500})
 
 
-def one(preset: str, seed: int, cache: Path, seconds: float, out: Path, peers: Peers) -> dict[str, Any]:
-    """Train and score a run; a line of the table."""
+def one(
+    preset: str, seed: int, cache: Path, seconds: float, out: Path, peers: Peers, frames: int | None = None
+) -> dict[str, Any]:
+    """Train and score a run, of ``frames`` rather than ``seconds`` where they are given; a line of the table."""
     import torch
 
     from featcache.store import FeatureStore
@@ -105,6 +117,8 @@ def one(preset: str, seed: int, cache: Path, seconds: float, out: Path, peers: P
         begun = (run / "config.toml").exists()
         if begun:
             config = load_run_config(run)
+        elif frames is not None:
+            config = of_frames(configured(preset, seed, peers), frames)
         else:
             precisions = ("float32",) if preset == "default" else ("float32", "bfloat16")
             config = fitted(configured(preset, seed, peers), cache, seconds, precisions)
@@ -112,8 +126,8 @@ def one(preset: str, seed: int, cache: Path, seconds: float, out: Path, peers: P
         loaded = load_run(run)
         result = evaluate(loaded)
         summary = json.loads((run / "summary.json").read_text())
-        frames = config.optim.steps * config.optim.batch_size * config.data.clip
-        row = {"preset": preset, "seed": seed, "seconds": summary["seconds"], "frames": frames}
+        seen = config.optim.steps * config.optim.batch_size * config.data.clip
+        row = {"preset": preset, "seed": seed, "seconds": summary["seconds"], "frames": seen}
         row |= {"steps": config.optim.steps} | {key: result[key] for key in SCORES}
         row |= {f"attention_{key}": result["attention"][key] for key in SCORES[:2]}
         row["error"] = held_out_error(loaded)
@@ -162,6 +176,7 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=PRESETS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1800)
+    parser.add_argument("--frames", type=int, help="to be seen by each, instead of a time")
     parser.add_argument("--peer-frames", type=int, default=8)
     parser.add_argument("--peer-patches", type=int, default=64)
     parser.add_argument("--peer-set", nargs="*", default=[], metavar="KEY=VALUE")
@@ -172,7 +187,7 @@ def main() -> None:
     rows = []
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         jobs = [
-            pool.submit(one, preset, seed, options.cache, options.seconds, options.out, peers)
+            pool.submit(one, preset, seed, options.cache, options.seconds, options.out, peers, options.frames)
             for seed in range(options.seeds)
             for preset in options.presets
         ]
