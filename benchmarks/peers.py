@@ -4,8 +4,8 @@
 ``python -m benchmarks.peers --cache cache/dinov2.zarr --frames 9600 --seeds 3 --out peers-frames``
 
 Each run takes one thread; ``--workers`` of them run side by side. A run's number of steps is what fits into the time,
-by its own step time measured just before; a cosine schedule ends when the time does. Finished runs
-are kept: a second call goes on, and more seconds are another folder.
+by its own step time measured just before, or what sees ``--frames``; a cosine schedule ends with the run. Finished
+runs are kept: a second call goes on, and more seconds are another folder.
 
 The published batches (64 to 512 frames) allow a CPU a handful of steps in such a time, so the peers get
 ``--peer-frames`` a step instead, on ``--peer-patches`` random patches of each frame (an unbiased estimate of their
