@@ -19,6 +19,9 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from featcache.errors import DataError, UsageError
 from slotlab.models.config import MODEL_KINDS, ModelConfig, ReadBy, Section, SlotAttentionConfig
 
+Masks = Literal["decoder", "attention"]
+MASKS: tuple[Masks, ...] = get_args(Masks)
+
 
 class DataConfig(Section):
     """What is read, and how it is scaled."""
@@ -102,6 +105,7 @@ class Config(Section):
     model: ModelConfig = Field(SlotAttentionConfig(), discriminator="kind")
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
+    masks: Masks = "decoder"  # that are published: scored first, drawn, written to files
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(200, ge=1)
     evaluate_every: int = Field(0, ge=0)  # steps between looks at the masks of the evaluation split; 0: none
@@ -126,6 +130,8 @@ class Config(Section):
             )
         if self.loss.slot_contrast and not recurrent:
             raise ValueError("loss.slot_contrast needs slots carried over clips: set model.predictor.kind")
+        if self.loss.slot_contrast and self.model.kind != "clustering" and self.model.fewest_slots is not None:
+            raise ValueError("loss.slot_contrast needs all slots in every sample: leave out model.fewest_slots")
         hard = self.model.kind == "slot_attention" and self.model.decoder.hard
         if hard and (self.loss.diversity or self.loss.sharpness):
             raise ValueError(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from featcache.errors import UsageError
 from slotlab import metrics
@@ -31,9 +33,35 @@ def by_frame(output: Output) -> dict[str, Tensor]:
     }
 
 
-def means(found: Mapping[str, Tensor]) -> dict[str, float]:
-    """Over the frames of :func:`by_frame`."""
-    return {name: float(values.double().mean()) for name, values in found.items()}
+class Collapse:
+    """The diagnostics of some videos, gathered one by one."""
+
+    def __init__(self) -> None:
+        self._videos: list[dict[str, Tensor]] = []  # of by_frame, (T,) each
+        self._largest: list[Tensor] = []  # (K,) each
+
+    def add(self, output: Output) -> None:
+        """All frames of one video, in order."""
+        self._videos.append(by_frame(output))
+        self._largest.append(metrics.largest_activation(output.masks).double().mean(0).cpu())
+
+    def means(self) -> dict[str, float]:
+        """Of each diagnostic over the videos, and ``kept_slots``."""
+        found = {name: torch.stack([video[name].double().mean() for video in self._videos]).mean() for name in NAMES}
+        return {name: float(value) for name, value in found.items()} | {
+            "kept_slots": kept_slots([video["effective_slots"] for video in self._videos])
+        }
+
+    def at_each_frame(self) -> dict[str, list[float]]:
+        """Of each diagnostic, its mean at every frame index over the videos that are so long."""
+        return {
+            name: pad_sequence([video[name].double() for video in self._videos], True, torch.nan).nanmean(0).tolist()
+            for name in NAMES
+        }
+
+    def largest_by_slot(self) -> list[float]:
+        """Largest activation of each slot, mean over frames and videos."""
+        return [float(value) for value in torch.stack(self._largest).mean(0)]
 
 
 def kept_slots(effective: Sequence[Tensor]) -> float:
@@ -48,7 +76,7 @@ def kept_slots(effective: Sequence[Tensor]) -> float:
 def warnings(found: Mapping[str, float], config: Config) -> list[str]:
     """One sentence for each way in which the slots of a run have collapsed, with the options that help such a model.
 
-    ``found`` are :func:`means` and :func:`kept_slots`. Small objects before a wide background have few
+    ``found`` are :meth:`Collapse.means`. Small objects before a wide background have few
     effective slots, too: in a third of the embedded videos less than 1.5 for the truth.
     """
     said = []

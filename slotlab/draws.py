@@ -47,6 +47,10 @@ class Draws:
         whole = torch.empty(self._whole(shape, batch)).exponential_(generator=self._generator)
         return self._own(whole, device, batch)
 
+    def uniform(self, shape: tuple[int, ...], device: torch.device | None = None, batch: int = 0) -> Tensor:
+        """Values in [0, 1)."""
+        return self._own(torch.rand(self._whole(shape, batch), generator=self._generator), device, batch)
+
     def integers(self, high: int, count: int, device: torch.device | None = None) -> Tensor:
         """``count`` integers below ``high`` (count,), the same in every share.
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from featcache.store import FeatureStore, Split
 from slotlab import checkpoint, metrics
-from slotlab.config import Config
-from slotlab.diagnostics import by_frame, kept_slots, means, warnings
+from slotlab.config import MASKS, Config, Masks
+from slotlab.diagnostics import Collapse, kept_slots, warnings
 from slotlab.draws import Draws
 from slotlab.models.base import Model, Output
 from slotlab.models.registry import empty_model, model_input, model_moments, model_spec, model_tap, model_tokens
@@ -26,7 +25,6 @@ from slotlab.runs import check_store, store_path
 from slotlab.scores import Scores
 from slotlab.subgroups import subgroup_scores
 
-MASKS = ("decoder", "attention")
 PACKAGE = Path(__file__).parent
 SCORING = "models/**/*.py draws.py normalise.py kmeans.py metrics.py scores.py subgroups.py references.py evaluate.py"
 
@@ -42,12 +40,16 @@ class LoadedRun:
     model: Model
 
     def segment(self, split: Split, video: int) -> Output:
-        """The model's output on all frames of one video; the same every time."""
+        """The model's output on all frames of one video, with the masks that the run publishes; always the same."""
         return self.segment_input(model_input(self.config, split, video), video)
 
-    @torch.no_grad()
     def segment_input(self, features: Tensor, video: int) -> Output:
         """The same for another input in the place of that video's: (T, N, D), or (T, H, W, 3) uint8."""
+        return self.output(features, video).showing(self.config.masks)
+
+    @torch.no_grad()
+    def output(self, features: Tensor, video: int) -> Output:
+        """The same with the decoder's masks, whichever the run publishes."""
         device = next(self.model.parameters()).device
         return self.model.segment(features.to(device), Draws.of_step(self.config.seed, video))
 
@@ -76,29 +78,14 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References
     """Scores of every frame and video of a split; JSON-able.
 
     ``known`` are the :func:`references` of an earlier run on the same tap and split with as many slots, which
-    take longer than the scores. ``DataError`` when the split has no masks. Scores are those of the decoder's
-    masks; ``attention`` holds those of slot attention's.
+    take longer than the scores. ``DataError`` when the split has no masks. Scores and diagnostics are those of the
+    masks that the run publishes; ``decoder`` and ``attention`` hold the scores of both kinds.
     """
     split = loaded.store[split_name or loaded.config.data.eval_split].require_complete()
     labels = count_labels(split)
-    scores = {name: Scores() for name in MASKS}
-    diagnostics: list[dict[str, float]] = []
-    effective: list[Tensor] = []
-    largest: list[Tensor] = []
-    for video in split.videos:
-        truth = torch.from_numpy(split.segmentations(video))  # (T, H, W)
-        output = loaded.segment(split, video)
-        for name, masks in (("decoder", output.masks), ("attention", output.attention)):
-            tables = metrics.mask_tables(on_grid(masks, loaded.model.grid).cpu(), truth, labels)
-            scores[name].add(tables, torch.full((len(truth),), video))
-        shown = by_frame(output)
-        diagnostics.append(means(shown))
-        effective.append(shown["effective_slots"])
-        largest.append(metrics.largest_activation(output.masks).double().mean(0).cpu())  # (K,)
-    collapse = {key: float(np.mean([item[key] for item in diagnostics])) for key in diagnostics[0]}
-    collapse["kept_slots"] = kept_slots(effective)
+    scores, collapse = score_masks(loaded, split, split.videos, labels)
     reference, floor = known or references(split, loaded)
-    decoder = scores["decoder"]
+    published, means = scores[loaded.config.masks], collapse.means()
     return {
         "run": str(loaded.path),
         "cache": str(loaded.store.path),
@@ -107,15 +94,35 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References
         "step": checkpoint.state(loaded.path)["step"],
         "code": scoring_code(),
         "resolution": list(split.spec.frame_size),
-        **decoder.summary(),
-        "attention": scores["attention"].summary(),
+        "masks": loaded.config.masks,
+        **published.summary(),
+        **{name: of.summary() for name, of in scores.items()},
         "reference": reference,
         "floor": floor,
-        **collapse,
-        "largest_activation_by_slot": torch.stack(largest).mean(0).tolist(),
-        "warnings": warnings(collapse, loaded.config),
-        **subgroup_scores(decoder, split, labels),
+        **means,
+        "diagnostics_by_frame": collapse.at_each_frame(),
+        "largest_activation_by_slot": collapse.largest_by_slot(),
+        "warnings": warnings(means, loaded.config),
+        **subgroup_scores(published, split, labels),
     }
+
+
+def score_masks(
+    loaded: LoadedRun, split: Split, videos: Iterable[int], labels: int
+) -> tuple[dict[Masks, Scores], Collapse]:
+    """Scores of both kinds of masks on some videos, and the diagnostics of the kind that the run publishes.
+
+    ``labels`` are :func:`count_labels` of the split.
+    """
+    scores, collapse = {name: Scores() for name in MASKS}, Collapse()
+    for video in videos:
+        truth = torch.from_numpy(split.segmentations(video))  # (T, H, W)
+        output = loaded.output(model_input(loaded.config, split, video), video)
+        for name, of in scores.items():
+            tables = metrics.mask_tables(on_grid(output.showing(name).masks, loaded.model.grid).cpu(), truth, labels)
+            of.add(tables, torch.full((len(truth),), video))
+        collapse.add(output.showing(loaded.config.masks))
+    return scores, collapse
 
 
 def on_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:

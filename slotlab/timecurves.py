@@ -49,6 +49,7 @@ UNSCORED = (
     Quantity("mask_similarity", "Mask similarity, slot to slot", "mean cosine of two masks of a frame; 1: collapsed"),
     Quantity("largest_activation", "Largest activation", "each slot's largest mask value, averaged; 1/K: flat masks"),
     Quantity("effective_slots", "Effective slots", "exp of the entropy of the slots' shares of a frame", False),
+    Quantity("logit_std", "Spread of the logits", "of the attention, over the slots of each patch; 0: flat", False),
 )
 QUANTITIES = SCORED + UNSCORED
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from slotlab import diagnostics, metrics
+from slotlab import diagnostics
 from slotlab.config import load_config, presets
 from slotlab.models.base import Output
 
@@ -28,10 +28,10 @@ def quarters() -> Tensor:
 
 
 def told(*outputs: Output, preset: str = "savi-dinosaur", overrides: tuple[str, ...] = ()) -> list[str]:
-    means = diagnostics.means(diagnostics.by_frame(outputs[0])) | {
-        "kept_slots": diagnostics.kept_slots([metrics.effective_slots(o.masks) for o in outputs])
-    }
-    return diagnostics.warnings(means, load_config(preset, None, (*overrides, f"model.slots={K}")))
+    collapse = diagnostics.Collapse()
+    for video in outputs:
+        collapse.add(video)
+    return diagnostics.warnings(collapse.means(), load_config(preset, None, (*overrides, f"model.slots={K}")))
 
 
 def test_good_masks_raise_no_warning() -> None:
@@ -71,6 +71,21 @@ def test_kept_slots_weigh_videos_by_their_slots() -> None:
     assert diagnostics.kept_slots([crowded, empty]) == 1.0, "not (0.75 + 3) / 2"
 
 
+def test_each_frame_is_averaged_over_the_videos_that_have_it() -> None:
+    """Three frames of four slots, and one frame of one."""
+    one = torch.zeros(1, K, N)
+    one[:, 2] = 1
+    collapse = diagnostics.Collapse()
+    for masks in (quarters(), one):
+        collapse.add(output(masks))
+    found = collapse.at_each_frame()
+    assert set(found) == set(diagnostics.NAMES)
+    assert found["effective_slots"] == pytest.approx([2.5, 4, 4])
+    assert collapse.means()["effective_slots"] == pytest.approx(2.5), "videos weigh alike"
+    assert collapse.means()["kept_slots"] == pytest.approx(1)
+    assert collapse.largest_by_slot() == pytest.approx([0.5, 0.5, 1, 0.5])
+
+
 def test_empty_slots_hide_no_collapse() -> None:
     """A model that uses as many slots as it needs, two of four, and those two alike; and the same two apart."""
     halves = torch.zeros(F, K, N)
@@ -85,7 +100,7 @@ def test_empty_slots_hide_no_collapse() -> None:
     apart = torch.zeros(F, K, N)
     apart[:, 0, : N // 2] = apart[:, 1, N // 2 :] = 1
     assert told(output(apart), preset="default") == []
-    assert diagnostics.means(diagnostics.by_frame(output(halves)))["mask_similarity"] == pytest.approx(1)
+    assert diagnostics.by_frame(output(halves))["mask_similarity"].tolist() == pytest.approx([1] * F)
 
 
 def test_a_small_object_before_a_background_is_no_collapse() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from slotlab.draws import Draws, Share
 
 
-@pytest.mark.parametrize("kind", ["normal", "exponential"])
+@pytest.mark.parametrize("kind", ["normal", "exponential", "uniform"])
 @given(parts=st.integers(1, 5), own=st.integers(1, 4), batch=st.integers(0, 2), seed=st.integers(0, 2**40))
 def test_the_shares_of_a_batch_are_the_whole_batch(kind: str, parts: int, own: int, batch: int, seed: int) -> None:
     shape = [3, 2, 4]

@@ -71,6 +71,17 @@ def test_a_slot_is_decoded_by_itself() -> None:
     torch.testing.assert_close(masks[:, order], permuted)
 
 
+def test_padded_slots_are_in_no_picture() -> None:
+    model, pixels = pixel_model(fewest_slots=1), frames(12)
+    output = model(pixels, Draws(0))
+    active = output.masks.sum(-1) > 0  # (B, K)
+    assert set(active.sum(1).tolist()) == {1, 2, 3, 4}
+    assert torch.equal(output.attention.sum(-1) > 0, active)
+    for slots, used, mine in zip(output.slots, active, output.reconstruction, strict=True):
+        torch.testing.assert_close(model.decode(slots[None, used])[0][0], mine)
+    assert bool((model.eval()(pixels, Draws(0)).masks.sum(-1) > 0).all())
+
+
 def test_the_decoder_knows_where_it_is() -> None:
     """Without positions every cell of a broadcast slot would be decoded alike, but for the borders."""
     decode = BroadcastDecoder(PixelConfig(resolution=64, slot_dim=8, decoder_channels=8), 3, (64, 64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import nn
 
@@ -21,6 +23,7 @@ from featcache.errors import DataError, IncompatibleError, UsageError
 from featcache.store import FeatureStore
 from slotlab import checkpoint, display
 from slotlab.config import Config, load_config, presets
+from slotlab.diagnostics import NAMES
 from slotlab.evaluate import beats_floor, evaluate, load_run
 from slotlab.models.registry import build_model
 from slotlab.schedule import learning_rate, make_schedule, update_average, warmup_steps
@@ -193,7 +196,11 @@ def test_averaged_weights_are_resumed_and_evaluated(tmp_path: Path, store: Featu
 
 
 UNREACHED = ("loss.feature_mse=0", "loss.temporal_similarity=0")  # by a loss: the decoder
-PARTS = ("model.decoder.kind=mix", "model.initializer=kmeans"), ("model.initializer=gaussian",)
+PARTS = (
+    ("model.decoder.kind=mix", "model.initializer=kmeans"),
+    ("model.initializer=gaussian",),
+    ("model.initializer=gaussian", "model.fewest_slots=2"),
+)
 
 
 @pytest.mark.parametrize("parts", PARTS)
@@ -208,7 +215,7 @@ def test_accumulated_parts_are_the_whole_batch(tmp_path: Path, store: FeatureSto
 
 @pytest.mark.parametrize(
     ("preset", "parts"),
-    [("dinosaur", PARTS[0]), ("videosaur", ()), ("videosaur", UNREACHED)],
+    [("dinosaur", PARTS[0]), ("dinosaur", PARTS[2]), ("videosaur", ()), ("videosaur", UNREACHED)],
 )
 def test_two_ranks_train_the_run_of_one(
     tmp_path: Path, store: FeatureStore, preset: str, parts: tuple[str, ...]
@@ -348,6 +355,11 @@ def test_looks_at_the_masks_are_logged(tmp_path: Path, store: FeatureStore) -> N
     last = seen[-1]
     assert last["eval_fg_ari"] == pytest.approx(whole["fg_ari"], abs=1e-6), "the store has two validation videos"
     assert last["eval_mask_similarity"] == pytest.approx(whole["mask_similarity"], abs=1e-6)
+    by_frame = last["eval_diagnostics_by_frame"]
+    assert set(by_frame) == set(NAMES)
+    for name, values in by_frame.items():
+        assert values == pytest.approx(whole["diagnostics_by_frame"][name], abs=1e-6)
+        assert len(values) == 4 and np.mean(values) == pytest.approx(whole[name], rel=1e-5)
     plain = rows_of(train(small(), store, tmp_path / "plain"))
     assert [row["loss"] for row in plain] == [row["loss"] for row in rows], "looking changes nothing"
 
@@ -472,6 +484,28 @@ def test_evaluation_has_the_promised_keys(tmp_path: Path, store: FeatureStore) -
     assert result["reference"]["mbo"] > 0.3  # a 4x4 grid
     assert isinstance(beats_floor(result), bool)
     json.dumps(result)
+
+
+def test_the_masks_that_a_run_publishes_are_scored_first(tmp_path: Path, store: FeatureStore) -> None:
+    """And shown; the others are scored beside them. Training is the same."""
+    runs = [
+        train(small(f"masks={kind}", preset="dinosaur", optim__steps=3), store, tmp_path / kind)
+        for kind in ("decoder", "attention")
+    ]
+    assert [row["loss"] for row in rows_of(runs[0])] == [row["loss"] for row in rows_of(runs[1])]
+    decoder, attention = (evaluate(load_run(run)) for run in runs)
+    for kind in ("decoder", "attention"):
+        assert decoder[kind] == attention[kind]
+    for result in (decoder, attention):
+        assert all(result[key] == value for key, value in result[result["masks"]].items())
+    assert decoder["mbo"] != attention["mbo"]
+    assert decoder["logit_std"] == attention["logit_std"]
+    assert decoder["largest_activation"] != attention["largest_activation"]
+    one, other = (load_run(run).segment(store["validation"], 0) for run in runs)
+    assert torch.equal(other.masks, one.attention) and not torch.equal(other.masks, one.masks)
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(display.scores_table(attention))
+    assert "of the decoder's masks" in shown.getvalue()
 
 
 def test_evaluation_repeats_itself(tmp_path: Path, store: FeatureStore) -> None:

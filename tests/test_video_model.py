@@ -9,7 +9,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from slotlab.config import LossConfig
+from featcache.errors import UsageError
+from slotlab.config import LossConfig, load_config
 from slotlab.draws import Draws
 from slotlab.losses import losses, total
 from slotlab.models.base import Output
@@ -26,12 +27,18 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
 
 
 def build(
-    decoder: dict[str, Any] | None = None, similarity: bool = False, initializer: str = "gaussian", **predictor: Any
+    decoder: dict[str, Any] | None = None,
+    similarity: bool = False,
+    initializer: str = "gaussian",
+    slots: int = K,
+    fewest_slots: int | None = None,
+    **predictor: Any,
 ) -> SlotModel:
     torch.manual_seed(0)
     config = SlotAttentionConfig.model_validate(
         {
-            "slots": K, "slot_dim": S, "slot_mlp_hidden": 16, "initializer": initializer, "iterations": 1,
+            "slots": slots, "fewest_slots": fewest_slots, "slot_dim": S, "slot_mlp_hidden": 16,
+            "initializer": initializer, "iterations": 1,
             "decoder": {"kind": "mlp", "hidden": 16, **(decoder or {})},
             "predictor": {"kind": "mlp", "hidden": 16, "first_iterations": 2, **predictor},
         }
@@ -94,6 +101,43 @@ def test_refresh_forgets() -> None:
         with torch.no_grad():
             a, b = (model.segment(video, Draws(0)).slots[2:] for video in (one, two))
         assert torch.allclose(a, b) == forgets
+
+
+@pytest.mark.parametrize("kind", list(PREDICTORS))
+@pytest.mark.parametrize("decoder", ["mlp", "mix", "slot_mixer", "transformer"])
+def test_a_clip_trained_on_some_of_the_slots_has_no_others(kind: str, decoder: str) -> None:
+    model = build({"kind": decoder}, kind=kind, initializer="learnt", fewest_slots=2)
+    clips = draw(16, T, N, D)
+    output = model(clips, Draws(0))
+    active = output.masks.sum(-1) > 0  # (B, T, K)
+    assert bool((active == active[:, :1]).all()), "the same ones in all frames"
+    assert torch.equal(output.attention.sum(-1) > 0, active)
+    assert set(active[:, 0].sum(-1).tolist()) == {2, 3, 4}
+    assert set(active[:, 0].sum(0).tolist()) <= set(range(1, 16)), "each slot is left out now and then"
+    for clip, used, mine in zip(clips, active[:, 0], map(output.sample, range(len(clips))), strict=True):
+        few = build({"kind": decoder}, kind=kind, initializer="learnt", slots=int(used.sum()))
+        state = model.state_dict()
+        few.load_state_dict(state | {"recur.initialize.queries": state["recur.initialize.queries"][:, used]})
+        alone = few(clip[None], Draws(0)).sample(0)
+        torch.testing.assert_close(mine.reconstruction, alone.reconstruction)
+        for name in ("slots", "masks", "attention"):
+            torch.testing.assert_close(getattr(mine, name)[:, used], getattr(alone, name))
+    assert bool((model.eval()(clips, Draws(0)).masks.sum(-1) > 0).all()), "in use there are all of them"
+
+
+def test_padded_slots_leave_the_gradient_finite() -> None:
+    model = build({"kind": "mlp"}, kind="transformer", fewest_slots=1)
+    config = LossConfig(diversity=1.0, sharpness=1.0)
+    total(losses(model(draw(8, T, N, D), Draws(0)), config), config).backward()
+    norms = [float(p.grad.norm()) for p in model.parameters() if p.grad is not None]
+    assert norms and max(norms) < 1e3
+
+
+def test_too_many_are_the_fewest() -> None:
+    with pytest.raises(ValidationError, match="fewest_slots = 5 is more than slots = 4"):
+        build(fewest_slots=K + 1)
+    with pytest.raises(UsageError, match="leave out model.fewest_slots"):
+        load_config("slotcontrast", None, ["model.fewest_slots=3"])
 
 
 @pytest.mark.parametrize("stops", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -31,6 +32,10 @@ class Output:
     def decoded_target(self) -> Float[Tensor, "*B M D"]:
         """The target at the decoded positions."""
         return self.target if self.positions is None else self.target[..., self.positions, :]
+
+    def showing(self, masks: Literal["decoder", "attention"]) -> Output:
+        """With ``attention`` as its masks, or as it is: ``decoder``."""
+        return replace(self, masks=self.attention) if masks == "attention" else self
 
     def sample(self, index: int) -> Output:
         """One sample of the batch: its ``*B`` is () for frames, and (T,) for clips."""

@@ -81,27 +81,19 @@ class PredictorConfig(Section):
     }
 
 
-class SlotAttentionConfig(Section):
-    """DINOSAUR's model and its kin, for images and, with a predictor, for video (slotlab.models.slot_model)."""
+class RecurrentConfig(Section):
+    """Slot attention and its recurrence over frames (slotlab.models.recurrence), on patch tokens and on pixels."""
 
-    kind: Literal["slot_attention"] = "slot_attention"
+    kind: str
     slots: int = Field(11, ge=2, le=MOST_SLOTS)
+    fewest_slots: int | None = Field(None, ge=1)  # in training each sample has a random number, from here to slots
     slot_dim: int = Field(128, ge=1)
-    projection: Literal["mlp", "linear"] = "mlp"
-    projection_hidden: int | None = Field(None, ge=1)  # None: the features' width
-    initializer: Literal["gaussian", "gaussian_per_slot", "learnt", "kmeans++", "kmeans"] = "kmeans"
-    kmeans_rounds: int = Field(8, ge=0)
-    iterations: int = Field(1, ge=1)
+    initializer: Literal["gaussian", "gaussian_per_slot", "learnt", "kmeans++", "kmeans"] = "gaussian"
+    iterations: int = Field(3, ge=1)
     gradient: Literal["full", "implicit", "bilevel"] = "full"  # through the iterations
     temperature: float = Field(1.0, gt=0)
     slot_mlp_hidden: int = Field(512, ge=0)  # 0: none behind the GRU
-    decoder: DecoderConfig = DecoderConfig()
     predictor: PredictorConfig | None = None  # None: frames apart
-
-    read_by: ClassVar[ReadBy] = {
-        "kmeans_rounds": ("initializer", ("kmeans",)),
-        "projection_hidden": ("projection", ("mlp",)),
-    }
 
     @property
     def carries(self) -> bool:
@@ -109,8 +101,43 @@ class SlotAttentionConfig(Section):
         return self.predictor is not None
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> SlotAttentionConfig:
-        check_recurrence(self)
+    def _recurrence_fits(self) -> RecurrentConfig:
+        """No parts that do not go together, or that would never learn."""
+        predictor = self.predictor
+        if self.fewest_slots is not None and self.fewest_slots > self.slots:
+            raise ValueError(f"fewest_slots = {self.fewest_slots} is more than slots = {self.slots}")
+        if predictor is not None and predictor.refresh == 1:
+            raise ValueError(
+                "predictor.refresh = 1 starts every frame afresh and never predicts; set 0 for never, or more"
+            )
+        if predictor is not None and predictor.kind == "transformer" and self.slot_dim % predictor.heads:
+            raise ValueError(f"predictor.heads {predictor.heads} do not divide slot_dim {self.slot_dim}")
+        if self.gradient == "implicit":
+            if self.initializer == "learnt":
+                raise ValueError("gradient = implicit never reaches learnt slots; use gradient = bilevel")
+            if predictor is not None and predictor.kind != "identity":
+                raise ValueError("gradient = implicit never reaches a predictor; use gradient = bilevel")
+        return self
+
+
+class SlotAttentionConfig(RecurrentConfig):
+    """DINOSAUR's model and its kin, for images and, with a predictor, for video (slotlab.models.slot_model)."""
+
+    kind: Literal["slot_attention"] = "slot_attention"
+    projection: Literal["mlp", "linear"] = "mlp"
+    projection_hidden: int | None = Field(None, ge=1)  # None: the features' width
+    initializer: Literal["gaussian", "gaussian_per_slot", "learnt", "kmeans++", "kmeans"] = "kmeans"
+    kmeans_rounds: int = Field(8, ge=0)
+    iterations: int = Field(1, ge=1)
+    decoder: DecoderConfig = DecoderConfig()
+
+    read_by: ClassVar[ReadBy] = {
+        "kmeans_rounds": ("initializer", ("kmeans",)),
+        "projection_hidden": ("projection", ("mlp",)),
+    }
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> SlotAttentionConfig:
         if self.decoder.kind in ("slot_mixer", "transformer"):
             width = self.slot_dim if self.decoder.kind == "slot_mixer" else self.decoder.hidden
             if width % self.decoder.heads:
@@ -118,49 +145,24 @@ class SlotAttentionConfig(Section):
         return self
 
 
-class PixelConfig(Section):
+class PixelConfig(RecurrentConfig):
     """Slot attention on the frames themselves: CNN in, spatial broadcast CNN out (slotlab.models.pixel_model)."""
 
     kind: Literal["pixel"] = "pixel"
     resolution: int = Field(64, ge=16)  # pixels a side that the model sees
-    slots: int = Field(11, ge=2, le=MOST_SLOTS)
     slot_dim: int = Field(64, ge=1)
     initializer: Literal["gaussian", "gaussian_per_slot", "learnt"] = "gaussian"
-    iterations: int = Field(3, ge=1)
-    gradient: Literal["full", "implicit", "bilevel"] = "full"
-    temperature: float = Field(1.0, gt=0)
     slot_mlp_hidden: int = Field(128, ge=0)  # 0: none behind the GRU
     encoder_channels: int = Field(64, ge=1)
     decoder_channels: int = Field(64, ge=1)
     broadcast: int = Field(8, ge=1)  # side of the grid that a slot is broadcast to
-    predictor: PredictorConfig | None = None
-
-    @property
-    def carries(self) -> bool:
-        """Whether slots are carried from frame to frame."""
-        return self.predictor is not None
 
     @model_validator(mode="after")
     def _decoder_reaches_the_resolution(self) -> PixelConfig:
         doublings, rest = divmod(self.resolution, self.broadcast)
         if rest or doublings < 2 or doublings & (doublings - 1):
             raise ValueError("model.resolution must be model.broadcast doubled once or more, for example 64 from 8")
-        check_recurrence(self)
         return self
-
-
-def check_recurrence(config: SlotAttentionConfig | PixelConfig) -> None:
-    """``ValueError`` for parts that do not go together, or that would never learn."""
-    predictor = config.predictor
-    if predictor is not None and predictor.refresh == 1:
-        raise ValueError("predictor.refresh = 1 starts every frame afresh and never predicts; set 0 for never, or more")
-    if predictor is not None and predictor.kind == "transformer" and config.slot_dim % predictor.heads:
-        raise ValueError(f"predictor.heads {predictor.heads} do not divide slot_dim {config.slot_dim}")
-    if config.gradient == "implicit":
-        if config.initializer == "learnt":
-            raise ValueError("gradient = implicit never reaches learnt slots; use gradient = bilevel")
-        if predictor is not None and predictor.kind != "identity":
-            raise ValueError("gradient = implicit never reaches a predictor; use gradient = bilevel")
 
 
 class Logistic(Section):

@@ -13,13 +13,14 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from slotlab.draws import Draws
 from slotlab.models.base import Model, Output
 from slotlab.models.config import PixelConfig
 from slotlab.models.recurrence import Recurrence
+from slotlab.models.slot_attention import hide_padding
 from slotlab.normalise import Normaliser
 
 CONVOLUTIONS = 4  # of the encoder
@@ -70,7 +71,7 @@ class PixelModel(Model):
         target = self.normaliser(frame_tokens(clips, self.grid))  # (B, T, N, C)
         tokens = self.tokens(target.flatten(0, 1)).view(*target.shape[:3], -1)  # (B, T, N, S)
         attended = self.recur(tokens, tokens, draws)  # B * T frames from here on
-        reconstruction, masks = self.decode(attended.slots)
+        reconstruction, masks = self.decode(attended.slots, attended.active)
         lead = features.shape[:-3]  # (B,) or (B, T)
         return Output(
             slots=attended.slots.unflatten(0, lead),
@@ -136,13 +137,15 @@ class BroadcastDecoder(nn.Module):
             nn.Conv2d(config.decoder_channels, channels + 1, 3, padding=1),
         )
 
-    def forward(self, slots: Float[Tensor, "B K S"]) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B K N"]]:
+    def forward(
+        self, slots: Float[Tensor, "B K S"], active: Bool[Tensor, "B K"] | None = None
+    ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B K N"]]:
         """Slots -> reconstruction, and masks that sum to one over the slots."""
         batch, count, _ = slots.shape
         laid_out = slots.flatten(0, 1).unsqueeze(1) + self.position()  # (B K, n, S)
         grown = self.grow(laid_out.unflatten(1, self.start).permute(0, 3, 1, 2))  # (B K, C + 1, rows, columns)
         layers = grown.float().flatten(2).unflatten(0, (batch, count))  # (B, K, C + 1, N)
-        masks = layers[:, :, -1].softmax(dim=1)  # (B, K, N)
+        masks = hide_padding(layers[:, :, -1], active).softmax(dim=1)  # (B, K, N)
         return torch.einsum("bkn,bkcn->bnc", masks, layers[:, :, : self.channels]), masks
 
 

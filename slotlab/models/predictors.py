@@ -1,19 +1,27 @@
-"""Predictors: the slots of one frame -> where the slots of the next one start."""
+"""Predictors: the slots of one frame -> where the slots of the next one start.
+
+``active`` are those that are no padding.
+"""
 
 from __future__ import annotations
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from slotlab.models.config import PredictorConfig
 from slotlab.models.transformer import FeedForward, SelfBlock
 
 
-class IdentityPredictor(nn.Identity):
+class IdentityPredictor(nn.Module):
     """The next frame starts where this one ended."""
 
     def __init__(self, slot_dim: int, config: PredictorConfig) -> None:
         super().__init__()
+
+    def forward(
+        self, slots: Float[Tensor, "B K S"], active: Bool[Tensor, "B K"] | None = None
+    ) -> Float[Tensor, "B K S"]:
+        return slots
 
 
 class MLPPredictor(nn.Module):
@@ -24,7 +32,9 @@ class MLPPredictor(nn.Module):
         self.move = FeedForward(slot_dim, config.hidden)
         self.norm = nn.LayerNorm(slot_dim) if config.output_norm else nn.Identity()
 
-    def forward(self, slots: Float[Tensor, "B K S"]) -> Float[Tensor, "B K S"]:
+    def forward(
+        self, slots: Float[Tensor, "B K S"], active: Bool[Tensor, "B K"] | None = None
+    ) -> Float[Tensor, "B K S"]:
         moved: Tensor = self.norm(self.move(slots))
         return moved
 
@@ -37,8 +47,10 @@ class TransformerPredictor(nn.Module):
         self.move = SelfBlock(slot_dim, config.heads, config.hidden)
         self.norm = nn.LayerNorm(slot_dim) if config.output_norm else nn.Identity()
 
-    def forward(self, slots: Float[Tensor, "B K S"]) -> Float[Tensor, "B K S"]:
-        moved: Tensor = self.norm(self.move(slots))
+    def forward(
+        self, slots: Float[Tensor, "B K S"], active: Bool[Tensor, "B K"] | None = None
+    ) -> Float[Tensor, "B K S"]:
+        moved: Tensor = self.norm(self.move(slots, active))
         return moved
 
 

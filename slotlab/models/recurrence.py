@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from slotlab.draws import Draws
-from slotlab.models.config import PixelConfig, SlotAttentionConfig
+from slotlab.models.config import RecurrentConfig, SlotAttentionConfig
 from slotlab.models.initializers import INITIALIZERS
 from slotlab.models.predictors import PREDICTORS
 from slotlab.models.slot_attention import Attended, SlotAttention
@@ -24,7 +24,7 @@ class Recurrence(nn.Module):
         token_dim: width of the tokens that are attended to.
     """
 
-    def __init__(self, config: SlotAttentionConfig | PixelConfig, token_dim: int) -> None:
+    def __init__(self, config: RecurrentConfig, token_dim: int) -> None:
         super().__init__()
         rounds = config.kmeans_rounds if isinstance(config, SlotAttentionConfig) else 0
         self.config = config
@@ -40,19 +40,29 @@ class Recurrence(nn.Module):
     def forward(self, tokens: Float[Tensor, "B T N S"], clustered: Float[Tensor, "B T N D"], draws: Draws) -> Attended:
         """Tokens, and what initialisers cluster -> slots of all frames, (B * T, ...) with each clip's in order."""
         projected = self.attend.project(tokens)
+        active = self._drawn(len(tokens), draws, tokens.device)
         frames: list[Attended] = []
         for index in range(tokens.shape[1]):
             fresh = self.predict is None or self._starts(index)
             if fresh:
                 slots = self.initialize(tokens[:, index], clustered[:, index], draws)
             else:
-                slots = self._next(frames[-1].slots)
-            frames.append(self.attend.refine(projected.frame(index), slots, self._iterations(fresh)))
+                slots = self._next(frames[-1].slots, active)
+            frames.append(self.attend.refine(projected.frame(index), slots, self._iterations(fresh), active))
         return Attended(
             torch.stack([frame.slots for frame in frames], 1).flatten(0, 1),
             torch.stack([frame.attention for frame in frames], 1).flatten(0, 1),
             torch.stack([frame.logits for frame in frames], 1).flatten(0, 1),
+            None if active is None else active.repeat_interleave(len(frames), 0),
         )
+
+    def _drawn(self, batch: int, draws: Draws, device: torch.device) -> Bool[Tensor, "B K"] | None:
+        """Which slots of each clip take part, where their number is random: any of them, the same in all frames."""
+        slots, fewest = self.config.slots, self.config.fewest_slots
+        if not self.training or fewest is None:
+            return None
+        count = fewest + (draws.uniform((batch, 1), device) * (slots - fewest + 1)).long()
+        return draws.uniform((batch, slots), device).argsort(1).argsort(1) < count
 
     def _starts(self, index: int) -> bool:
         predictor = self.config.predictor
@@ -62,7 +72,7 @@ class Recurrence(nn.Module):
         predictor = self.config.predictor
         return predictor.first_iterations if predictor is not None and fresh else self.config.iterations
 
-    def _next(self, slots: Float[Tensor, "B K S"]) -> Float[Tensor, "B K S"]:
+    def _next(self, slots: Float[Tensor, "B K S"], active: Bool[Tensor, "B K"] | None) -> Float[Tensor, "B K S"]:
         assert self.predict is not None and self.config.predictor is not None
-        predicted: Tensor = self.predict(slots.detach() if self.config.predictor.stop_gradient else slots)
+        predicted: Tensor = self.predict(slots.detach() if self.config.predictor.stop_gradient else slots, active)
         return predicted

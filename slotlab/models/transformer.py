@@ -75,7 +75,7 @@ class FeedForward(nn.Module):
 
 
 class SelfBlock(nn.Module):
-    """Tokens attend to each other; causally, if asked."""
+    """Tokens attend to each other: to those that are no padding."""
 
     def __init__(self, dim: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -83,9 +83,11 @@ class SelfBlock(nn.Module):
         self.attend = Attention(dim, heads)
         self.feed_forward = FeedForward(dim, hidden)
 
-    def forward(self, tokens: Float[Tensor, "B M D"]) -> Float[Tensor, "B M D"]:
+    def forward(
+        self, tokens: Float[Tensor, "B M D"], active: Bool[Tensor, "B M"] | None = None
+    ) -> Float[Tensor, "B M D"]:
         normed = self.norm(tokens)
-        moved: Tensor = self.feed_forward(tokens + self.attend(normed, normed))
+        moved: Tensor = self.feed_forward(tokens + self.attend(normed, normed, active=active))
         return moved
 
 

@@ -104,7 +104,7 @@ def summary(runs: Sequence[RunData]) -> Table:
     rows += [Row(label, cells_of(values, len(columns)), "reference") for label, values in references(runs)]
     level = [r.evaluation["confidence"]["level"] for r in runs if r.evaluation and r.evaluation.get("confidence")]
     note = (
-        "Means over frames, of the decoder’s masks at the resolution of the ground truth"
+        f"Means over frames, of the {published_masks(runs)} masks at the resolution of the ground truth"
         + ("; “video”: slots must keep their objects through a video." if films else ".")
         if any(run.evaluation for run in runs)
         else "Without ground-truth masks there is nothing to score against; diagnostics need none."
@@ -112,6 +112,12 @@ def summary(runs: Sequence[RunData]) -> Table:
     if level:
         note += f" Small: {level[0]:.0%} intervals, by a bootstrap over videos."
     return Table("summary", "Scores", columns, tuple(rows), "run", note)
+
+
+def published_masks(runs: Sequence[RunData]) -> str:
+    """Whose masks the scores are of."""
+    kinds = {run.config.masks for run in runs if run.evaluation}
+    return f"{kinds.pop()}’s" if len(kinds) == 1 else "published (decoder’s or attention’s, see configuration)"
 
 
 def diagnostic(run: RunData, key: str) -> float | None:
@@ -203,10 +209,10 @@ def masks_of(runs: Sequence[RunData]) -> Table | None:
     """Decoder's masks and slot attention's side by side, where they differ."""
     rows = []
     for n, run in enumerate(runs):
-        attention = (run.evaluation or {}).get("attention")
-        if attention and any(attention[key] != run.evaluation[key] for key in SCORES):  # type: ignore[index]
-            for label, values in (("decoder", run.evaluation), ("attention", attention)):
-                cells = tuple(number(values[key]) for key in SCORES)  # type: ignore[index]
+        found = run.evaluation or {}
+        if found and any(found["decoder"][key] != found["attention"][key] for key in SCORES):
+            for label in ("decoder", "attention"):
+                cells = tuple(number(found[label][key]) for key in SCORES)
                 rows.append(run_row(label, runs, n, cells))
     note = "The same slots, by how they were formed (attention) and by how they are decoded."
     return Table("masks", "Two kinds of masks", tuple(SCORES.values()), tuple(rows), "masks", note) if rows else None
