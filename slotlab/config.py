@@ -209,7 +209,7 @@ def validate(values: Mapping[str, Any], where: str) -> Config:
             close := get_close_matches(key, _keys(Config, kind), 1, cutoff=0.65)
         ):
             hint = f"; did you mean {close[0]}?"
-        message = "no such key" if first["type"] == "extra_forbidden" else first["msg"]
+        message = "no such key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         raise UsageError(": ".join(part for part in (where, key, message + hint) if part)) from error
 
 

@@ -137,7 +137,7 @@ def scores_table(result: Mapping[str, Any]) -> Table:
         add("this run, per video", {key: result.get(f"{key}_video") for key in keys})
     other = "attention" if result["masks"] == "decoder" else "decoder"
     if any(result[other][key] != result[key] for key in keys):
-        add(f"  of the {other}'s masks", result[other])
+        add(f"  of the {other}", result[other])
     for name, values in (result["by_material"] | result["by_size"]).items():
         add(f"  {name} objects", values)
     for count, values in result["by_objects"].items():
