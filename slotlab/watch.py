@@ -42,6 +42,7 @@ def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
     means = collapse.means()
     row: dict[str, Any] = {f"eval_{key}": value for key, value in means.items()}
     row["eval_diagnostics_by_frame"] = collapse.at_each_frame()
+    row["eval_largest_activation_by_slot"] = collapse.largest_by_slot()
     if split.spec.masks:
         summary = scores.summary()
         row |= {f"eval_{key}": summary[key] for key in ("fg_ari", "mbo", "fg_ari_video")}

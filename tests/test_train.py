@@ -355,6 +355,8 @@ def test_looks_at_the_masks_are_logged(tmp_path: Path, store: FeatureStore) -> N
     last = seen[-1]
     assert last["eval_fg_ari"] == pytest.approx(whole["fg_ari"], abs=1e-6), "the store has two validation videos"
     assert last["eval_mask_similarity"] == pytest.approx(whole["mask_similarity"], abs=1e-6)
+    assert last["eval_largest_activation_by_slot"] == pytest.approx(whole["largest_activation_by_slot"], abs=1e-6)
+    assert np.mean(whole["largest_activation_by_slot"]) == pytest.approx(whole["largest_activation"], abs=1e-6)
     by_frame = last["eval_diagnostics_by_frame"]
     assert set(by_frame) == set(NAMES)
     for name, values in by_frame.items():
