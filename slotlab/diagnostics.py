@@ -153,4 +153,4 @@ def _changes(config: Config, key: str, value: str) -> bool:
         changed = changed_by(config, key, value)
     except UsageError:
         return False  # this kind of model has no such part, or does not go with it
-    return changed != config and not set(changed.unread()) - set(config.unread())
+    return changed != config and not any(idle.startswith(f"{key} =") for idle in changed.unread())

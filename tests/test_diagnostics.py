@@ -129,4 +129,7 @@ def test_advice_names_what_this_model_has_and_what_it_does_not_do_yet(preset: st
     said = diagnostics.warnings(worst, config) + diagnostics.warnings(worst | {"mask_similarity": 0.0}, config)
     for option in re.findall(r"[a-z_]+(?:\.[a-z_]+)+=[^ ,]+", " ".join(said)):
         changed = load_config(preset, None, [option])
-        assert changed != config and changed.unread() == [], option
+        idle = [note.split(" =")[0] for note in changed.unread()]
+        assert changed != config and option.split("=")[0] not in idle, option
+    if preset == "log-2026":  # whose mask temperature another decoder would not read
+        assert "model.decoder.kind=mix" in " ".join(said)
