@@ -105,7 +105,7 @@ class Config(Section):
     model: ModelConfig = Field(SlotAttentionConfig(), discriminator="kind")
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
-    masks: Masks = "decoder"  # that are published: scored first, drawn, written to files
+    published_masks: Masks = "decoder"  # scored first, drawn, written to files
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(200, ge=1)
     evaluate_every: int = Field(0, ge=0)  # steps between looks at the masks of the evaluation split; 0: none

@@ -135,7 +135,7 @@ def scores_table(result: Mapping[str, Any]) -> Table:
     films = result["frames"] > result["videos"]  # else single images, whose scores are those of their frames
     if films:
         add("this run, per video", {key: result.get(f"{key}_video") for key in keys})
-    other = "attention" if result["masks"] == "decoder" else "decoder"
+    other = "attention" if result["published_masks"] == "decoder" else "decoder"
     if any(result[other][key] != result[key] for key in keys):
         add(f"  of the {other}", result[other])
     for name, values in (result["by_material"] | result["by_size"]).items():

@@ -45,7 +45,7 @@ class LoadedRun:
 
     def segment_input(self, features: Tensor, video: int) -> Output:
         """The same for another input in the place of that video's: (T, N, D), or (T, H, W, 3) uint8."""
-        return self.output(features, video).showing(self.config.masks)
+        return self.output(features, video).showing(self.config.published_masks)
 
     @torch.no_grad()
     def output(self, features: Tensor, video: int) -> Output:
@@ -85,7 +85,7 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References
     labels = count_labels(split)
     scores, collapse = score_masks(loaded, split, split.videos, labels)
     reference, floor = known or references(split, loaded)
-    published, means = scores[loaded.config.masks], collapse.means()
+    published, means = scores[loaded.config.published_masks], collapse.means()
     return {
         "run": str(loaded.path),
         "cache": str(loaded.store.path),
@@ -94,7 +94,7 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References
         "step": checkpoint.state(loaded.path)["step"],
         "code": scoring_code(),
         "resolution": list(split.spec.frame_size),
-        "masks": loaded.config.masks,
+        "published_masks": loaded.config.published_masks,
         **published.summary(),
         **{name: of.summary() for name, of in scores.items()},
         "reference": reference,
@@ -121,7 +121,7 @@ def score_masks(
         for name, of in scores.items():
             tables = metrics.mask_tables(on_grid(output.showing(name).masks, loaded.model.grid).cpu(), truth, labels)
             of.add(tables, torch.full((len(truth),), video))
-        collapse.add(output.showing(loaded.config.masks))
+        collapse.add(output.showing(loaded.config.published_masks))
     return scores, collapse
 
 

@@ -29,7 +29,7 @@ def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
     scores, collapse = Scores(), diagnostics.Collapse()
     for video in chosen_videos(split, config.evaluate_videos):
         output = model.segment(model_input(config, split, video).to(device), Draws.of_step(config.seed, video))
-        output = output.showing(config.masks)
+        output = output.showing(config.published_masks)
         if not bool(output.masks.isfinite().all()):  # the next step's loss is not, either, and ends the run
             model.train(training)
             return {"warnings": ["the masks are no longer finite"]}

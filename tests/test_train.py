@@ -491,7 +491,7 @@ def test_evaluation_has_the_promised_keys(tmp_path: Path, store: FeatureStore) -
 def test_the_masks_that_a_run_publishes_are_scored_first(tmp_path: Path, store: FeatureStore) -> None:
     """And shown; the others are scored beside them. Training is the same."""
     runs = [
-        train(small(f"masks={kind}", preset="dinosaur", optim__steps=3), store, tmp_path / kind)
+        train(small(f"published_masks={kind}", preset="dinosaur", optim__steps=3), store, tmp_path / kind)
         for kind in ("decoder", "attention")
     ]
     assert [row["loss"] for row in rows_of(runs[0])] == [row["loss"] for row in rows_of(runs[1])]
@@ -499,7 +499,7 @@ def test_the_masks_that_a_run_publishes_are_scored_first(tmp_path: Path, store: 
     for kind in ("decoder", "attention"):
         assert decoder[kind] == attention[kind]
     for result in (decoder, attention):
-        assert all(result[key] == value for key, value in result[result["masks"]].items())
+        assert all(result[key] == value for key, value in result[result["published_masks"]].items())
     assert decoder["mbo"] != attention["mbo"]
     assert decoder["logit_std"] == attention["logit_std"]
     assert decoder["largest_activation"] != attention["largest_activation"]

@@ -161,7 +161,7 @@ def current_evaluation(path: Path, loaded: LoadedRun, step: int) -> dict[str, An
     same = (
         found.get("step") == step
         and found.get("code") == scoring_code()
-        and found.get("masks") == loaded.config.masks
+        and found.get("published_masks") == loaded.config.published_masks
         and Path(found.get("cache", "")).resolve() == loaded.store.path.resolve()
     )
     trained = (checkpoint.folder(loaded.path) / "state.json").stat().st_mtime

@@ -116,7 +116,7 @@ def summary(runs: Sequence[RunData]) -> Table:
 
 def published_masks(runs: Sequence[RunData]) -> str:
     """Whose masks the scores are of."""
-    kinds = {run.config.masks for run in runs if run.evaluation}
+    kinds = {run.config.published_masks for run in runs if run.evaluation}
     return f"{kinds.pop()}’s" if len(kinds) == 1 else "published (decoder’s or attention’s, see configuration)"
 
 
