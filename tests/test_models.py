@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from jaxtyping import TypeCheckError
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -205,6 +206,29 @@ def test_clustering_without_objects_gives_all_to_the_background() -> None:
     output = model(0.1 * draw(2, 64, 12), Draws(0))
     assert float(output.masks[:, 0].detach().min()) > 0.5
     assert torch.isfinite(output.reconstruction).all()
+
+
+def test_a_frame_that_is_displaced_as_a_whole_is_moved_back() -> None:
+    """All tokens of a nearly empty frame may be far from where a training frame's are; objects still stand out."""
+    tokens, labels = scene()
+    model = clustering(position_weight=0.3, new_slot_distance=1.0)
+    model.calibrate(tokens)
+    away = tokens.clone()
+    away[1] += 4 * model.otsu * F.normalize(torch.ones(12), dim=0)
+    found = model(away, Draws(0)).masks.argmax(1)
+    assert torch.equal(found == 0, labels == 0)
+    assert torch.equal(model.tokens(away)[0], tokens[0]), "any other frame is as it was"
+
+
+def test_large_objects_do_not_displace_a_frame() -> None:
+    tokens, _ = scene()
+    model = clustering()
+    model.calibrate(tokens)
+    crowded = 0.2 * draw(1, 64, 12)
+    crowded[:, :44, 0] += 6  # one object on two thirds of the patches
+    assert torch.equal(model.tokens(crowded), crowded)
+    masks = model(crowded, Draws(0)).masks[0]
+    assert bool((masks[0, :44] < 0.5).all()) and bool((masks[0, 44:] > 0.5).all())
 
 
 def test_clips_train_across_time_and_every_parameter_learns() -> None:

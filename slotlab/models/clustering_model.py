@@ -75,19 +75,19 @@ class ClusteringModel(Model):
     @torch.no_grad()
     def calibrate(self, features: Float[Tensor, "F N D"]) -> None:
         """Set the objectness threshold, and the scale of the target, from a sample of stored features."""
-        tokens = self.normaliser(features)
-        self.otsu.copy_(otsu_threshold(tokens.norm(dim=-1)))
+        self.otsu.copy_(otsu_threshold(self.normaliser(features).norm(dim=-1)))
+        tokens = self.tokens(features)
         self.target_scale.copy_(self.target(tokens).square().mean().rsqrt())
 
     def forward(self, features: Float[Tensor, "B N D"] | Float[Tensor, "B T N D"], draws: Draws) -> Output:
         """Stored features of frames, or of clips: slots of one drawn frame, reconstruction of another."""
         if features.ndim == 4:
             drawn = features[:, draws.integers(features.shape[1], 2, features.device)]  # (B, 2, N, D)
-            slots, active = self.find_slots(*self.encode(self.normaliser(drawn[:, 0])))
-            tokens = self.normaliser(drawn[:, 1])
+            slots, active = self.find_slots(*self.encode(self.tokens(drawn[:, 0])))
+            tokens = self.tokens(drawn[:, 1])
             keys, objectness = self.encode(tokens)
         else:
-            tokens = self.normaliser(features)
+            tokens = self.tokens(features)
             keys, objectness = self.encode(tokens)
             slots, active = self.find_slots(keys, objectness)
         return self.output(tokens, objectness, slots, self.attend(keys, objectness, slots, active))
@@ -96,7 +96,7 @@ class ClusteringModel(Model):
         """All frames of a video in order, each slot staying with its object (:mod:`slotlab.models.tracking`)."""
         if not self.config.tracking:
             return super().segment(features, draws)
-        tokens = self.normaliser(features)
+        tokens = self.tokens(features)
         keys, objectness = self.encode(tokens)
         tracker = Tracker.start(self.config, self.attend, self.position.cpu(), keys.shape[-1])
         slots, attention = [], []
@@ -104,6 +104,19 @@ class ClusteringModel(Model):
             attention.append(tracker.step(*frame))
             slots.append(tracker.slots)
         return self.output(tokens, objectness, *(torch.stack(item).to(tokens.device) for item in (slots, attention)))
+
+    def tokens(self, features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Normalised features of frames, the background at the origin.
+
+        In a frame that is nearly empty a ViT may displace all tokens together, along slow directions by several times
+        the norm of an object, and everything would be one. The background is taken to be the quarter of the patches
+        nearest the origin; where that lies beyond the threshold of an object, the frame is moved back.
+        """
+        tokens = self.normaliser(features)
+        nearest = tokens.norm(dim=-1).topk(max(1, tokens.shape[1] // 4), largest=False).indices  # (B, N / 4)
+        background = tokens.gather(1, nearest.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])).mean(1, keepdim=True)
+        displaced = background.norm(dim=-1, keepdim=True) > self.otsu  # (B, 1, 1)
+        return torch.where(displaced, tokens - background, tokens)
 
     def output(
         self,
