@@ -119,7 +119,7 @@ def warnings(found: Mapping[str, float], config: Config) -> list[str]:
                 "more training",
             )
         )
-    if config.model.carries and found["kept_slots"] < 0.7:
+    if config.model.carries and found["kept_slots"] < 0.6:  # objects leave, too: 0.86 in the embedded videos
         said.append(
             f"slots are lost over the frames ({found['kept_slots']:.0%} left at the last one)"
             + helpful(
