@@ -105,7 +105,7 @@ class ClusteringModel(Model):
             slots.append(tracker.slots)
         return self.output(tokens, objectness, *(torch.stack(item).to(tokens.device) for item in (slots, attention)))
 
-    def tokens(self, features: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    def tokens(self, features: Float[Tensor, "B N C"]) -> Float[Tensor, "B N D"]:
         """Normalised features of frames, the background at the origin.
 
         In a frame that is nearly empty a ViT may displace all tokens together, along slow directions by several times
