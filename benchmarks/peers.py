@@ -28,7 +28,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slotlab.config import MASKS, Config, load_config
+from slotlab.config import Config, load_config
+from slotlab.models.config import MASKS
 
 if TYPE_CHECKING:
     from slotlab.evaluate import LoadedRun

@@ -17,10 +17,7 @@ import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from featcache.errors import DataError, UsageError
-from slotlab.models.config import MODEL_KINDS, ModelConfig, ReadBy, Section, SlotAttentionConfig
-
-Masks = Literal["decoder", "attention"]
-MASKS: tuple[Masks, ...] = get_args(Masks)
+from slotlab.models.config import MODEL_KINDS, Masks, ModelConfig, ReadBy, Section, SlotAttentionConfig
 
 
 class DataConfig(Section):

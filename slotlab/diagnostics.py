@@ -33,7 +33,7 @@ def by_frame(output: Output) -> dict[str, Tensor]:
     }
 
 
-class Collapse:
+class Diagnostics:
     """The diagnostics of some videos, gathered one by one."""
 
     def __init__(self) -> None:
@@ -54,10 +54,12 @@ class Collapse:
 
     def at_each_frame(self) -> dict[str, list[float]]:
         """Of each diagnostic, its mean at every frame index over the videos that are so long."""
-        return {
-            name: pad_sequence([video[name].double() for video in self._videos], True, torch.nan).nanmean(0).tolist()
-            for name in NAMES
-        }
+        found = {}
+        for name in NAMES:
+            values = [video[name].double() for video in self._videos]
+            padded = pad_sequence(values, batch_first=True, padding_value=torch.nan)  # (V, T)
+            found[name] = padded.nanmean(0).tolist()
+        return found
 
     def largest_by_slot(self) -> list[float]:
         """Largest activation of each slot, mean over frames and videos."""
@@ -76,7 +78,7 @@ def kept_slots(effective: Sequence[Tensor]) -> float:
 def warnings(found: Mapping[str, float], config: Config) -> list[str]:
     """One sentence for each way in which the slots of a run have collapsed, with the options that help such a model.
 
-    ``found`` are :meth:`Collapse.means`. Small objects before a wide background have few
+    ``found`` are :meth:`Diagnostics.means`. Small objects before a wide background have few
     effective slots, too: in a third of the embedded videos less than 1.5 for the truth.
     """
     said = []

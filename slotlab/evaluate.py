@@ -14,10 +14,11 @@ from torch import Tensor
 
 from featcache.store import FeatureStore, Split
 from slotlab import checkpoint, metrics
-from slotlab.config import MASKS, Config, Masks
-from slotlab.diagnostics import Collapse, kept_slots, warnings
+from slotlab.config import Config
+from slotlab.diagnostics import Diagnostics, kept_slots, warnings
 from slotlab.draws import Draws
 from slotlab.models.base import Model, Output
+from slotlab.models.config import MASKS, Masks
 from slotlab.models.registry import empty_model, model_input, model_moments, model_spec, model_tap, model_tokens
 from slotlab.normalise import Normaliser
 from slotlab.references import grid_masks, grid_reference, kmeans_floor
@@ -83,9 +84,9 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References
     """
     split = loaded.store[split_name or loaded.config.data.eval_split].require_complete()
     labels = count_labels(split)
-    scores, collapse = score_masks(loaded, split, split.videos, labels)
+    scores, found = score_masks(loaded, split, split.videos, labels)
     reference, floor = known or references(split, loaded)
-    published, means = scores[loaded.config.published_masks], collapse.means()
+    published, means = scores[loaded.config.published_masks], found.means()
     return {
         "run": str(loaded.path),
         "cache": str(loaded.store.path),
@@ -100,8 +101,8 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References
         "reference": reference,
         "floor": floor,
         **means,
-        "diagnostics_by_frame": collapse.at_each_frame(),
-        "largest_activation_by_slot": collapse.largest_by_slot(),
+        "diagnostics_by_frame": found.at_each_frame(),
+        "largest_activation_by_slot": found.largest_by_slot(),
         "warnings": warnings(means, loaded.config),
         **subgroup_scores(published, split, labels),
     }
@@ -109,20 +110,20 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References
 
 def score_masks(
     loaded: LoadedRun, split: Split, videos: Iterable[int], labels: int
-) -> tuple[dict[Masks, Scores], Collapse]:
+) -> tuple[dict[Masks, Scores], Diagnostics]:
     """Scores of both kinds of masks on some videos, and the diagnostics of the kind that the run publishes.
 
     ``labels`` are :func:`count_labels` of the split.
     """
-    scores, collapse = {name: Scores() for name in MASKS}, Collapse()
+    scores, found = {name: Scores() for name in MASKS}, Diagnostics()
     for video in videos:
         truth = torch.from_numpy(split.segmentations(video))  # (T, H, W)
         output = loaded.output(model_input(loaded.config, split, video), video)
         for name, of in scores.items():
             tables = metrics.mask_tables(on_grid(output.showing(name).masks, loaded.model.grid).cpu(), truth, labels)
             of.add(tables, torch.full((len(truth),), video))
-        collapse.add(output.showing(loaded.config.published_masks))
-    return scores, collapse
+        found.add(output.showing(loaded.config.published_masks))
+    return scores, found
 
 
 def on_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:

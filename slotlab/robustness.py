@@ -1,7 +1,7 @@
 """What a run's slots do when only the colours of the frames change.
 
 Frames are transformed (:mod:`slotlab.colours`), pass the backbone that the store was made with, and then the model,
-with the same random draws as without. Compared are the masks that are published, the decoder's:
+with the same random draws as without. Compared are the masks that the run publishes:
 
 - **mask stability**: mean IoU of the slots' hard masks before and after, slots matched one to one for the largest
   total IoU (Hungarian algorithm). Hard masks are what scores are made from: upsampled to the frame, then argmax,

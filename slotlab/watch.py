@@ -26,23 +26,23 @@ def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
     labels = count_labels(split) if split.spec.masks else 0
     device, training = next(model.parameters()).device, model.training
     model.eval()
-    scores, collapse = Scores(), diagnostics.Collapse()
+    scores, found = Scores(), diagnostics.Diagnostics()
     for video in chosen_videos(split, config.evaluate_videos):
         output = model.segment(model_input(config, split, video).to(device), Draws.of_step(config.seed, video))
         output = output.showing(config.published_masks)
         if not bool(output.masks.isfinite().all()):  # the next step's loss is not, either, and ends the run
             model.train(training)
             return {"warnings": ["the masks are no longer finite"]}
-        collapse.add(output)
+        found.add(output)
         if split.spec.masks:
             truth = torch.from_numpy(split.segmentations(video))  # (T, H, W)
             tables = metrics.mask_tables(on_grid(output.masks, model.grid).cpu(), truth, labels)
             scores.add(tables, torch.full((len(truth),), video))
     model.train(training)
-    means = collapse.means()
+    means = found.means()
     row: dict[str, Any] = {f"eval_{key}": value for key, value in means.items()}
-    row["eval_diagnostics_by_frame"] = collapse.at_each_frame()
-    row["eval_largest_activation_by_slot"] = collapse.largest_by_slot()
+    row["eval_diagnostics_by_frame"] = found.at_each_frame()
+    row["eval_largest_activation_by_slot"] = found.largest_by_slot()
     if split.spec.masks:
         summary = scores.summary()
         row |= {f"eval_{key}": summary[key] for key in ("fg_ari", "mbo", "fg_ari_video")}

@@ -1,4 +1,4 @@
-"""Collapse is told in plain words, and only where there is one."""
+"""Diagnostics is told in plain words, and only where there is one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def quarters() -> Tensor:
 
 
 def told(*outputs: Output, preset: str = "savi-dinosaur", overrides: tuple[str, ...] = ()) -> list[str]:
-    collapse = diagnostics.Collapse()
+    collapse = diagnostics.Diagnostics()
     for video in outputs:
         collapse.add(video)
     return diagnostics.warnings(collapse.means(), load_config(preset, None, (*overrides, f"model.slots={K}")))
@@ -75,7 +75,7 @@ def test_each_frame_is_averaged_over_the_videos_that_have_it() -> None:
     """Three frames of four slots, and one frame of one."""
     one = torch.zeros(1, K, N)
     one[:, 2] = 1
-    collapse = diagnostics.Collapse()
+    collapse = diagnostics.Diagnostics()
     for masks in (quarters(), one):
         collapse.add(output(masks))
     found = collapse.at_each_frame()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from slotlab.draws import Draws
+from slotlab.models.config import Masks
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Output:
         """The target at the decoded positions."""
         return self.target if self.positions is None else self.target[..., self.positions, :]
 
-    def showing(self, masks: Literal["decoder", "attention"]) -> Output:
-        """With ``attention`` as its masks, or as it is: ``decoder``."""
+    def showing(self, masks: Masks) -> Output:
+        """With these in the place of the decoder's masks."""
         return replace(self, masks=self.attention) if masks == "attention" else self
 
     def sample(self, index: int) -> Output:

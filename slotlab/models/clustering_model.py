@@ -115,7 +115,7 @@ class ClusteringModel(Model):
         tokens = self.normaliser(features)
         nearest = tokens.norm(dim=-1).topk(max(1, tokens.shape[1] // 4), largest=False).indices  # (B, N / 4)
         background = tokens.gather(1, nearest.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])).mean(1, keepdim=True)
-        displaced = background.norm(dim=-1, keepdim=True) > self.otsu  # (B, 1, 1)
+        displaced = background.norm(dim=-1, keepdim=True) > self.config.objectness.threshold * self.otsu  # (B, 1, 1)
         return torch.where(displaced, tokens - background, tokens)
 
     def output(

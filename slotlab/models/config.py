@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MOST_SLOTS = 256  # a label is a byte
+Masks = Literal["decoder", "attention"]  # the decoder's, or those of the attention that formed the slots
+MASKS: tuple[Masks, ...] = get_args(Masks)
+Initializer = Literal["gaussian", "gaussian_per_slot", "learnt", "kmeans++", "kmeans"]
 ReadBy = Mapping[str, tuple[str, tuple[str, ...]]]
 
 
@@ -88,7 +91,7 @@ class RecurrentConfig(Section):
     slots: int = Field(11, ge=2, le=MOST_SLOTS)
     fewest_slots: int | None = Field(None, ge=1)  # in training each sample has a random number, from here to slots
     slot_dim: int = Field(128, ge=1)
-    initializer: Literal["gaussian", "gaussian_per_slot", "learnt", "kmeans++", "kmeans"] = "gaussian"
+    initializer: Initializer = "gaussian"
     iterations: int = Field(3, ge=1)
     gradient: Literal["full", "implicit", "bilevel"] = "full"  # through the iterations
     temperature: float = Field(1.0, gt=0)
@@ -126,7 +129,7 @@ class SlotAttentionConfig(RecurrentConfig):
     kind: Literal["slot_attention"] = "slot_attention"
     projection: Literal["mlp", "linear"] = "mlp"
     projection_hidden: int | None = Field(None, ge=1)  # None: the features' width
-    initializer: Literal["gaussian", "gaussian_per_slot", "learnt", "kmeans++", "kmeans"] = "kmeans"
+    initializer: Initializer = "kmeans"
     kmeans_rounds: int = Field(8, ge=0)
     iterations: int = Field(1, ge=1)
     decoder: DecoderConfig = DecoderConfig()
