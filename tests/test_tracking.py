@@ -98,7 +98,7 @@ def test_of_two_slots_on_one_object_the_older_stays(older: int) -> None:
         tracker.slots[:2] = middle + 0.01 * torch.randn(2, len(middle), generator=torch.Generator().manual_seed(0))
         tracker.active[:2] = True
         tracker.age[older] = 5
-        tracker.step(tokens[0], keys[0], objectness[0])
+        tracker.step(tokens[0], keys[0], objectness[0], torch.ones(len(keys[0])))
     assert tracker.active.nonzero().flatten().tolist() == [older] and tracker.age[older] == 6
 
 

@@ -11,12 +11,16 @@ object, and its *direction* says which. The model is built on that:
 - **slots**: started from the tokens farthest from each other (Gonzalez 1985), as many as the frame needs, and refined
   as slot attention (Locatello et al., 2020, arXiv:2006.15055) in its k-means form: attention is the softmax over
   slots of the negative squared distance, a slot is the weighted mean of what it holds;
+- **lasting**: slots of what soon has nothing like it, such as a passing shadow, are given to the background when a
+  video is segmented (:mod:`slotlab.models.lasting`);
 - **decoding** by mixing (see :class:`slotlab.models.decoders.MixDecoder`): the slots of one frame attend to and
   reconstruct another frame of the clip, so that only what lasts is worth keeping in a slot. A single image is
   reconstructed by its own.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +30,8 @@ from torch import Tensor, nn
 from slotlab.draws import Draws
 from slotlab.models.base import Model, Output
 from slotlab.models.config import ClusteringConfig, Logistic
-from slotlab.models.tracking import Tracker
+from slotlab.models.lasting import Lasting
+from slotlab.models.tracking import Tracker, mean_over_slots
 from slotlab.normalise import Normaliser
 
 GRADIENT_ITERATIONS = 3  # of the refinement; earlier ones only bring the slots into place
@@ -56,6 +61,7 @@ class ClusteringModel(Model):
         self.register_buffer("position", torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1))
         self.register_buffer("otsu", torch.tensor(float(normaliser.dim) ** 0.5))
         self.register_buffer("target_scale", torch.ones(()))
+        self.lasting = Lasting(normaliser.dim)
         hidden = config.hidden
         self.embed = nn.Linear(normaliser.dim + 3, hidden)
         self.context = nn.Conv2d(hidden, hidden, 3, groups=hidden)
@@ -79,6 +85,15 @@ class ClusteringModel(Model):
         tokens = self.tokens(features)
         self.target_scale.copy_(self.target(tokens).square().mean().rsqrt())
 
+    @torch.no_grad()
+    def learn_lasting(self, videos: Iterable[Float[Tensor, "T N D"]]) -> None:
+        """Fit :class:`Lasting` on stored features of some videos; after :meth:`calibrate`."""
+        tokens = map(self.tokens, videos)
+        self.lasting.fit(
+            ((video, self.objectness_logit(video, self.config.target_objectness) > 0) for video in tokens),
+            self.config.lasting_frames,
+        )
+
     def forward(self, features: Float[Tensor, "B N D"] | Float[Tensor, "B T N D"], draws: Draws) -> Output:
         """Stored features of frames, or of clips: slots of one drawn frame, reconstruction of another."""
         if features.ndim == 4:
@@ -90,20 +105,26 @@ class ClusteringModel(Model):
             tokens = self.tokens(features)
             keys, objectness = self.encode(tokens)
             slots, active = self.find_slots(keys, objectness)
-        return self.output(tokens, objectness, slots, self.attend(keys, objectness, slots, active))
+        return self.output(tokens, slots, self.attend(keys, objectness, slots, active), 1 - objectness)
 
     def segment(self, features: Float[Tensor, "T N D"], draws: Draws) -> Output:
         """All frames of a video in order, each slot staying with its object (:mod:`slotlab.models.tracking`)."""
-        if not self.config.tracking:
-            return super().segment(features, draws)
         tokens = self.tokens(features)
         keys, objectness = self.encode(tokens)
+        lasting = self.lasting(tokens)
+        if not self.config.tracking:
+            slots, active = self.find_slots(keys, objectness)
+            attention = self.attend(keys, objectness, slots, active)  # (T, N, K)
+            lasts = mean_over_slots(attention, lasting) >= self.config.lasting_threshold
+            attention = attention * lasts.unsqueeze(1)
+            return self.output(tokens, slots, attention, 1 - attention.sum(-1))
         tracker = Tracker.start(self.config, self.attend, self.position.cpu(), keys.shape[-1])
-        slots, attention = [], []
-        for frame in zip(tokens.cpu(), keys.cpu(), objectness.cpu(), strict=True):
-            attention.append(tracker.step(*frame))
-            slots.append(tracker.slots)
-        return self.output(tokens, objectness, *(torch.stack(item).to(tokens.device) for item in (slots, attention)))
+        carried, held = [], []
+        for frame in zip(tokens.cpu(), keys.cpu(), objectness.cpu(), lasting.cpu(), strict=True):
+            held.append(tracker.step(*frame))
+            carried.append(tracker.slots)
+        slots, attention = (torch.stack(frames).to(tokens.device) for frames in (carried, held))
+        return self.output(tokens, slots, attention, 1 - attention.sum(-1))
 
     def tokens(self, features: Float[Tensor, "B N C"]) -> Float[Tensor, "B N D"]:
         """Normalised features of frames, the background at the origin.
@@ -121,12 +142,12 @@ class ClusteringModel(Model):
     def output(
         self,
         tokens: Float[Tensor, "B N D"],
-        objectness: Float[Tensor, "B N"],
         slots: Float[Tensor, "B K S"],
         attention: Float[Tensor, "B N K"],
+        left: Float[Tensor, "B N"],
     ) -> Output:
-        """The background's slot joined to those of objects, and what they decode to."""
-        background = 1 - objectness.unsqueeze(-1)  # (B, N, 1)
+        """The background's slot, which has what is left, joined to those of objects, and what they decode to."""
+        background = left.unsqueeze(-1)  # (B, N, 1)
         masks = torch.cat([background, attention], -1).transpose(1, 2)  # (B, K, N)
         found = F.pad(slots[..., : self.keys], (0, 0, 1, 0))  # the background's key is the origin
         return Output(

@@ -195,6 +195,8 @@ class ClusteringConfig(Section):
     flow_temperature: float = Field(0.1, gt=0)  # of the likeness of tokens, a cosine; in tracking
     prior_weight: float = Field(2.0, ge=0)  # power of what flows from the last frames; in tracking
     prior_floor: float = Field(0.05, gt=0)  # what a slot may claim of patches that nothing flows to; in tracking
+    lasting_frames: int = Field(8, ge=1)  # before and after, in which the like of a token is looked for
+    lasting_threshold: float = Field(0.8, ge=0)  # a slot whose tokens last less is background; 0: none is
     objectness: Logistic = Logistic(threshold=1.0, width=0.25)  # that the model starts from
     target_objectness: Logistic = Logistic(threshold=1.1, width=0.125)  # tighter, or the masks swell
     seed_objectness: float = Field(0.6, gt=0, lt=1)  # a token below it starts no slot

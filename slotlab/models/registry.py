@@ -17,6 +17,7 @@ from slotlab.models.slot_model import SlotModel
 from slotlab.normalise import Normaliser
 
 CALIBRATION_VIDEOS = 16
+LASTING_VIDEOS = 64
 
 
 def build_model(config: Config, store: FeatureStore) -> Model:
@@ -26,7 +27,10 @@ def build_model(config: Config, store: FeatureStore) -> Model:
     model = _assemble(config, normaliser, model_spec(config, store))
     if isinstance(model, ClusteringModel):
         split = store[data.train_split]
-        model.calibrate(torch.cat([split.tokens(store.tap(data.tap), video) for video in _spread(split)]))
+        tap = store.tap(data.tap)
+        model.calibrate(torch.cat([split.tokens(tap, video) for video in _spread(split)]))
+        if model.config.lasting_threshold > 0:
+            model.learn_lasting(split.tokens(tap, video) for video in _spread(split, LASTING_VIDEOS))
     return model
 
 
@@ -97,6 +101,6 @@ def _assemble(config: Config, normaliser: Normaliser, tap: TapSpec) -> Model:
     )
 
 
-def _spread(split: Split) -> tuple[int, ...]:
+def _spread(split: Split, most: int = CALIBRATION_VIDEOS) -> tuple[int, ...]:
     """A few videos spread over the split."""
-    return split.videos[:: max(1, len(split.videos) // CALIBRATION_VIDEOS)][:CALIBRATION_VIDEOS]
+    return split.videos[:: max(1, len(split.videos) // most)][:most]

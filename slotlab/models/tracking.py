@@ -53,6 +53,7 @@ class Tracker:
     slots: Float[Tensor, "K S"]
     active: Bool[Tensor, " K"]
     age: list[int]  # frames that each slot has held its object; 0: none
+    lasting: Float[Tensor, " K"]  # the most that its tokens were found to last since then
     past: deque[Seen]  # newest first, at most flow_frames
 
     @classmethod
@@ -60,12 +61,20 @@ class Tracker:
         count = config.slots - 1
         none = torch.zeros(count, dtype=torch.bool)
         past: deque[Seen] = deque(maxlen=config.flow_frames)
-        return cls(config, attend, position, torch.zeros(count, width), none, [0] * count, past)
+        return cls(config, attend, position, torch.zeros(count, width), none, [0] * count, torch.zeros(count), past)
 
     def step(
-        self, tokens: Float[Tensor, "N D"], keys: Float[Tensor, "N S"], objectness: Float[Tensor, " N"]
+        self,
+        tokens: Float[Tensor, "N D"],
+        keys: Float[Tensor, "N S"],
+        objectness: Float[Tensor, " N"],
+        lasting: Float[Tensor, " N"],
     ) -> Float[Tensor, "N K"]:
-        """Take the next frame; its attention, which sums to the objectness over slots."""
+        """Take the next frame; its attention, which sums to the objectness over slots but for those that do not last.
+
+        Such a slot is carried on like any other, or its neighbours would take what it holds; and once it has been
+        found to last it is an object.
+        """
         # New slots first: a carried slot, refined alone, would take a new object for its own.
         self._give_birth(keys, objectness)
         self._refine(keys, objectness)
@@ -80,7 +89,10 @@ class Tracker:
             attention = self._filter(prior, self._rename(prior, attention), objectness)
             self.slots = torch.where(self.active.unsqueeze(-1), _means(attention, keys), self.slots)
         self.past.appendleft(Seen(directions, attention))
-        return attention
+        found = mean_over_slots(attention, lasting)
+        carried = torch.tensor([age > 1 for age in self.age])
+        self.lasting = torch.where(carried, torch.maximum(self.lasting, found), found)
+        return attention * (self.lasting >= self.config.lasting_threshold)
 
     def _propagate(self, directions: Float[Tensor, "N D"]) -> Float[Tensor, "N K"]:
         """The past's attention, as it flows to the tokens of this frame that lie near and look alike."""
@@ -102,7 +114,8 @@ class Tracker:
         """Give every slot the name of the one it takes most from; a slot that takes from none keeps its own."""
         taken = prior.T @ attention + 1e-4 * torch.eye(len(self.slots))  # (K before, K now): patches
         order = linear_sum_assignment(taken.numpy(), maximize=True)[1]
-        self.slots, self.active, self.age = self.slots[order], self.active[order], [self.age[k] for k in order]
+        self.slots, self.active, self.lasting = self.slots[order], self.active[order], self.lasting[order]
+        self.age = [self.age[k] for k in order]
         return attention[:, order]
 
     def _filter(self, prior: Tensor, attention: Tensor, objectness: Tensor) -> Float[Tensor, "N K"]:
@@ -148,6 +161,12 @@ class Tracker:
                 rank = {slot: (self.age[slot] > 0, float(mass[slot])) for slot in (one, other)}
                 active[min(rank, key=rank.__getitem__)] = False
         self.active = active
+
+
+def mean_over_slots(attention: Float[Tensor, "*B N K"], values: Float[Tensor, "*B N"]) -> Float[Tensor, "*B K"]:
+    """Mean of patches' values over what each slot holds."""
+    held = attention.transpose(-1, -2)  # (*B, K, N)
+    return (held @ values.unsqueeze(-1)).squeeze(-1) / held.sum(-1).clamp_min(1e-6)
 
 
 def _squared_distance(a: Float[Tensor, "N S"], b: Float[Tensor, "K S"]) -> Float[Tensor, "N K"]:
