@@ -31,7 +31,7 @@ from slotlab.draws import Draws
 from slotlab.models.base import Model, Output
 from slotlab.models.config import ClusteringConfig, Logistic
 from slotlab.models.lasting import Lasting
-from slotlab.models.tracking import Tracker, mean_over_slots
+from slotlab.models.tracking import Tracker, slot_means
 from slotlab.normalise import Normaliser
 
 GRADIENT_ITERATIONS = 3  # of the refinement; earlier ones only bring the slots into place
@@ -115,8 +115,8 @@ class ClusteringModel(Model):
         if not self.config.tracking:
             slots, active = self.find_slots(keys, objectness)
             attention = self.attend(keys, objectness, slots, active)  # (T, N, K)
-            lasts = mean_over_slots(attention, lasting) >= self.config.lasting_threshold
-            attention = attention * lasts.unsqueeze(1)
+            lasts = slot_means(attention, lasting.unsqueeze(-1)) >= self.config.lasting_threshold  # (T, K, 1)
+            attention = attention * lasts.transpose(1, 2)
             return self.output(tokens, slots, attention, 1 - attention.sum(-1))
         tracker = Tracker.start(self.config, self.attend, self.position.cpu(), keys.shape[-1])
         carried, held = [], []
@@ -197,8 +197,7 @@ class ClusteringModel(Model):
                 torch.is_grad_enabled() and iteration >= self.config.iterations - GRADIENT_ITERATIONS
             ):
                 attention = self.attend(keys, objectness, slots, active)
-                mass = attention.sum(1).unsqueeze(-1)  # (B, K - 1, 1)
-                slots = attention.transpose(1, 2) @ keys / (mass + 1e-3)
+                slots = slot_means(attention, keys)
         return slots, active
 
     def seed(

@@ -21,7 +21,11 @@ RIDGE = 1.0  # against sums of squares over thousands of unit directions
 
 
 class Lasting(nn.Module):
-    """Expected number of like tokens some frames before and after, relative to the mean token of an object."""
+    """Expected number of like tokens some frames before and after, relative to the mean token of an object.
+
+    Args:
+        dim: channels D of normalised tokens.
+    """
 
     weight: Tensor  # (D,)
     bias: Tensor  # ()

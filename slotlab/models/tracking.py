@@ -87,9 +87,9 @@ class Tracker:
         if self.past:
             prior = self._propagate(directions)  # (N, K)
             attention = self._filter(prior, self._rename(prior, attention), objectness)
-            self.slots = torch.where(self.active.unsqueeze(-1), _means(attention, keys), self.slots)
+            self.slots = torch.where(self.active.unsqueeze(-1), slot_means(attention, keys), self.slots)
         self.past.appendleft(Seen(directions, attention))
-        found = mean_over_slots(attention, lasting)
+        found = slot_means(attention, lasting.unsqueeze(-1)).squeeze(-1)
         carried = torch.tensor([age > 1 for age in self.age])
         self.lasting = torch.where(carried, torch.maximum(self.lasting, found), found)
         return attention * (self.lasting >= self.config.lasting_threshold)
@@ -133,7 +133,7 @@ class Tracker:
         """Move the slots to the means of what they hold; the attention that they then have."""
         for _ in range(self.config.tracking_iterations):
             attention = self._attention(keys, objectness)  # (N, K)
-            self.slots = torch.where(self.active.unsqueeze(-1), _means(attention, keys), self.slots)
+            self.slots = torch.where(self.active.unsqueeze(-1), slot_means(attention, keys), self.slots)
         return self._attention(keys, objectness)
 
     def _give_birth(self, keys: Tensor, objectness: Tensor) -> None:
@@ -163,15 +163,11 @@ class Tracker:
         self.active = active
 
 
-def mean_over_slots(attention: Float[Tensor, "*B N K"], values: Float[Tensor, "*B N"]) -> Float[Tensor, "*B K"]:
-    """Mean of patches' values over what each slot holds."""
-    held = attention.transpose(-1, -2)  # (*B, K, N)
-    return (held @ values.unsqueeze(-1)).squeeze(-1) / held.sum(-1).clamp_min(1e-6)
-
-
 def _squared_distance(a: Float[Tensor, "N S"], b: Float[Tensor, "K S"]) -> Float[Tensor, "N K"]:
     return (a.unsqueeze(1) - b).square().sum(-1)
 
 
-def _means(attention: Float[Tensor, "N K"], keys: Float[Tensor, "N S"]) -> Float[Tensor, "K S"]:
-    return attention.T @ keys / (attention.sum(0).unsqueeze(-1) + 1e-3)
+def slot_means(attention: Float[Tensor, "*B N K"], values: Float[Tensor, "*B N S"]) -> Float[Tensor, "*B K S"]:
+    """Mean of patches' values over what each slot holds; 0 for a slot that holds nothing."""
+    mass = attention.sum(-2).unsqueeze(-1)  # (*B, K, 1)
+    return attention.transpose(-1, -2) @ values / (mass + 1e-3)
