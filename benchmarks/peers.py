@@ -4,8 +4,9 @@
 ``python -m benchmarks.peers --cache cache/dinov2.zarr --frames 9600 --seeds 3 --out peers-frames``
 
 Each run takes one thread; ``--workers`` of them run side by side. A run's number of steps is what fits into the time,
-by its own step time measured just before, or what sees ``--frames``; a cosine schedule ends with the run. Finished
-runs are kept: a second call goes on, and more seconds are another folder.
+by its own step time measured just before, or what sees ``--frames``; a cosine schedule ends with the run, an
+exponential one keeps its published half-life. Finished runs are kept: a second call goes on, and more seconds are
+another folder.
 
 The published batches (64 to 512 frames) allow a CPU a handful of steps in such a time, so the peers get
 ``--peer-frames`` a step instead, on ``--peer-patches`` random patches of each frame (an unbiased estimate of their
@@ -142,10 +143,9 @@ def one(
 def on_training_videos(loaded: LoadedRun) -> dict[str, float]:
     """FG-ARI and mBO together, of each kind of masks."""
     from slotlab.evaluate import count_labels, score_masks
-    from slotlab.watch import chosen_videos
 
     split = loaded.store[loaded.config.data.train_split]
-    scores, _ = score_masks(loaded, split, chosen_videos(split, TRAINING_VIDEOS), count_labels(split))
+    scores, _ = score_masks(loaded, split, split.spread(TRAINING_VIDEOS), count_labels(split))
     summaries = {kind: of.summary() for kind, of in scores.items()}
     return {kind: (found["fg_ari"] or 0.0) + (found["mbo"] or 0.0) for kind, found in summaries.items()}
 

@@ -23,7 +23,6 @@ from slotlab.evaluate import LoadedRun, count_labels, load_run, on_grid
 from slotlab.metrics import adjusted_rand_index, mask_tables, mean_best_overlap
 from slotlab.outlines import outline_scores
 from slotlab.refine import Crf, Guided, Method, refine
-from slotlab.watch import chosen_videos
 
 CHANGES: dict[type[Guided] | type[Crf], dict[str, tuple[Any, ...]]] = {
     Guided: {
@@ -47,7 +46,7 @@ def frames_of(loaded: LoadedRun, videos: int, frames: int) -> tuple[Tensor, Tens
     """Masks on the grid, pictures and ground truth of frames spread over training videos, and the count of labels."""
     split = loaded.store[loaded.config.data.train_split]
     masks, pictures, truth = [], [], []
-    for video in chosen_videos(split, videos):
+    for video in split.spread(videos):
         length = split.spec.lengths[video]
         at = torch.linspace(0, length - 1, frames + 2).round().long()[1:-1]
         masks.append(on_grid(loaded.segment(split, video).masks, loaded.model.grid)[at])

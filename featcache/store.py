@@ -190,6 +190,11 @@ class Split:
         """Positions of the finished videos."""
         return tuple(self.manifest)
 
+    def spread(self, most: int) -> tuple[int, ...]:
+        """Up to so many videos, evenly spread over all: a folder in order of its scenes is not judged by the first."""
+        count = min(most, len(self.videos))
+        return tuple(self.videos[len(self.videos) * i // count] for i in range(count))
+
     @property
     def complete(self) -> bool:
         return len(self.manifest) == len(self.spec.lengths) == self.spec.statistics_videos

@@ -83,6 +83,11 @@ class OptimConfig(Section):
     compile: bool = False
     cuda_graphs: bool = False  # of what is compiled: a step's many small kernels are launched as a few graphs
 
+    read_by: ClassVar[ReadBy] = {
+        "half_life": ("decay", ("exponential",)),
+        "final_learning_rate": ("decay", ("cosine",)),
+    }
+
     @model_validator(mode="after")
     def _graphs_fit(self) -> Self:
         if self.cuda_graphs and not self.compile:
@@ -201,7 +206,8 @@ def validate(values: Mapping[str, Any], where: str) -> Config:
         # The tag of the model's kind, which pydantic puts into the path, is not part of the key.
         key = ".".join(str(part) for part in first["loc"] if part not in MODEL_KINDS)
         hint = ""
-        kind = values.get("model", {}).get("kind", Config().model.kind)
+        model = values.get("model")
+        kind = (model if isinstance(model, Mapping) else {}).get("kind", Config().model.kind)
         if first["type"] == "extra_forbidden" and (
             close := get_close_matches(key, _keys(Config, kind), 1, cutoff=0.65)
         ):

@@ -143,7 +143,8 @@ def references(split: Split, loaded: LoadedRun) -> References:
     """The grid's ceiling, and the floor of k-means on each frame's tokens with as many clusters as slots."""
     moments = model_moments(loaded.config, loaded.store)
     whiten = Normaliser.from_moments("whiten", moments, shrinkage=0.1, center="channel")
-    labels, grid, clusters = count_labels(split), loaded.model.grid, loaded.model.slots
+    labels, grid = count_labels(split), loaded.model.grid
+    clusters = min(loaded.model.slots, grid[0] * grid[1])
     ceiling, raw, whitened = Scores(), Scores(), Scores()
     effective: list[Tensor] = []
     for video in split.videos:

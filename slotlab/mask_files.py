@@ -18,7 +18,6 @@ from slotlab import palette, rle
 from slotlab.api import fine_labels
 from slotlab.evaluate import LoadedRun, on_grid
 from slotlab.refine import Method
-from slotlab.watch import chosen_videos
 
 Format = Literal["png", "rle", "overlay-png", "overlay-mp4", "overlay-gif"]
 COCO_NAME = "masks.json"
@@ -47,7 +46,7 @@ def store_masks(
 ) -> Iterator[Masked]:
     """A run's masks of a split's videos, or of some spread over it. Ground truth is not needed."""
     split = loaded.store[split_name or loaded.config.data.eval_split].require_complete()
-    chosen = split.videos if videos is None else chosen_videos(split, videos)
+    chosen = split.videos if videos is None else split.spread(videos)
     total, done = sum(split.spec.lengths[video] for video in chosen), 0
     for video in chosen:
         frames = split.video(video)

@@ -41,7 +41,6 @@ from slotlab.evaluate import LoadedRun, count_labels, on_grid
 from slotlab.models.base import Output
 from slotlab.models.registry import model_input
 from slotlab.subgroups import LEVEL, Bootstrap
-from slotlab.watch import chosen_videos
 
 MAX_VIDEOS = 8
 FRAMES = 6
@@ -70,7 +69,7 @@ def robustness(
     """
     split = loaded.store[split_name or loaded.config.data.eval_split].require_complete()
     read = reader(loaded, weights)
-    videos, changes = chosen_videos(split, max_videos), transformations()
+    videos, changes = split.spread(max_videos), transformations()
     labels = count_labels(split) if split.spec.masks else 0
     values: dict[str, list[dict[str, float]]] = defaultdict(list)  # transformation -> a row a video
     states, errors = [], []

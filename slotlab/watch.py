@@ -27,7 +27,7 @@ def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
     device, training = next(model.parameters()).device, model.training
     model.eval()
     scores, found = Scores(), diagnostics.Diagnostics()
-    for video in chosen_videos(split, config.evaluate_videos):
+    for video in split.spread(config.evaluate_videos):
         output = model.segment(model_input(config, split, video).to(device), Draws.of_step(config.seed, video))
         output = output.showing(config.published_masks)
         if not bool(output.masks.isfinite().all()):  # the next step's loss is not, either, and ends the run
@@ -54,8 +54,3 @@ def look_split(config: Config, store: FeatureStore) -> Split:
     """The split to look at. ``UsageError`` where one was named that the store lacks; an unnamed one may be missing."""
     name, unnamed = config.data.eval_split, DataConfig().eval_split
     return store[config.data.train_split if name == unnamed and name not in store.splits else name]
-
-
-def chosen_videos(split: Split, count: int) -> list[int]:
-    """Up to ``count`` videos spread evenly over the split."""
-    return list(split.videos[:: max(1, len(split.videos) // count)][:count])

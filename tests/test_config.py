@@ -45,6 +45,8 @@ def test_presets_set_nothing_without_effect(preset: str) -> None:
         ),
         ("dinosaur-ar", ["model.decoder.patches=9"], "model.decoder.patches = 9 has no effect with"),
         ("dinosaur", ["data.center=position", "data.normalize=sample"], "data.center = position has no effect with"),
+        ("default", ["model.tracking=false", "model.merge_distance=0.2"], "model.merge_distance = 0.2 has no effect"),
+        ("default", ["optim.half_life=9"], "optim.half_life = 9 has no effect with optim.decay = cosine"),
         (
             "videosaur",
             ["model.predictor.kind=mlp", "model.predictor.heads=2"],
@@ -88,6 +90,7 @@ def test_configuration_is_frozen() -> None:
         ("optim.cuda_graphs=true", "optim.cuda_graphs needs optim.compile=true"),
         ("data.tap=video", "model.kind = pixel goes with data.tap = video"),
         ("model.slots", "write it as key=value"),
+        ("model=clustering", "model: Input should be a valid dictionary"),
     ],
 )
 def test_wrong_overrides_name_the_key(override: str, message: str) -> None:

@@ -10,7 +10,7 @@ from slotlab.draws import Draws
 from slotlab.models.clustering_model import ClusteringModel
 from slotlab.models.lasting import Lasting, likes
 from slotlab.models.tracking import Tracker
-from tests.test_tracking import Box, model, slot_of, video
+from tests.test_tracking import Box, model, slot_of, turning, video
 
 STAYS, PASSES = 1, 2
 LENGTH, SHOWN = 8, 2
@@ -59,7 +59,7 @@ def test_a_slot_that_was_found_to_last_stays_an_object() -> None:
 
 def test_a_slot_taken_by_another_object_knows_nothing_of_the_last() -> None:
     tokens, labels = video([(1, 1), None, None], [None, None, (6, 6)])
-    clustering = model(lasting_threshold=0.8, slots=2, least_mass=9.0)  # one for objects, free when empty
+    clustering = model(lasting_threshold=0.8, slots=2, least_mass=5.0)  # one for objects, free when empty
     clustering.calibrate(tokens)
     with torch.no_grad():
         keys, objectness = clustering.encode(clustering.tokens(tokens))
@@ -73,6 +73,22 @@ def test_a_slot_taken_by_another_object_knows_nothing_of_the_last() -> None:
     assert held[2].sum() == 0
 
 
+@pytest.mark.parametrize("hidden", [0, 1, 2])
+def test_an_object_that_comes_back_to_its_name_is_still_known(hidden: int) -> None:
+    """One that turns at once does so as well: its slot is a new one that takes from what it was."""
+    turned = hidden == 0
+    tokens, labels = turning(70, 4) if turned else video([(4, 4)] * 2 + [None] * hidden + [(4, 4)] * 2)
+    clustering = model(lasting_threshold=0.8)
+    clustering.calibrate(tokens)
+    ones = torch.ones(tokens.shape[1])
+    with torch.no_grad():
+        keys, objectness = clustering.encode(clustering.tokens(tokens))
+        tracker = Tracker.start(clustering.config, clustering.attend, clustering.position, keys.shape[-1])
+        for t, frame in enumerate(zip(tokens, keys, objectness, strict=True)):
+            held = tracker.step(*frame, ones if t < 2 else 0.1 * ones)
+            assert bool((held.sum(-1)[labels[t] > 0] > 0.5).all())
+
+
 def test_likes_are_counted_before_and_after() -> None:
     directions = torch.eye(200).repeat(4, 1, 1)  # (T, N, D): patch n is unlike all others
     objects = torch.zeros(4, 200, dtype=torch.bool)
@@ -80,14 +96,31 @@ def test_likes_are_counted_before_and_after() -> None:
     objects[3, 0] = False
     found = likes(directions, objects, 3)
     assert found[0, 0] < 0.1 and found[0, 1] > 1 and found[3, 1] > 1  # gone after; there after; there before
-    assert bool((found[1:3] == 0).all())  # nothing three frames away
+    assert bool(found[1:3].isnan().all())  # nothing three frames away
 
 
-def test_a_video_too_short_to_tell_says_that_everything_lasts() -> None:
+@pytest.mark.parametrize("frames", [LENGTH, LENGTH + 1])
+def test_a_video_too_short_to_tell_says_that_everything_lasts(frames: int) -> None:
     tokens, _ = with_a_shadow()
     lasting = Lasting(tokens.shape[-1])
-    lasting.fit([(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool))], frames=LENGTH)
+    lasting.fit([(tokens, torch.ones(tokens.shape[:2], dtype=torch.bool))], frames=frames)
     assert bool((lasting(tokens) == 1).all())
+
+
+@pytest.mark.parametrize("length", [4, 5, 6])
+def test_the_middle_of_a_short_video_is_not_held_against_its_objects(length: int) -> None:
+    """With three frames between, the middle frames of five have neither a before nor an after."""
+    one, other = torch.eye(8)[:2]
+    objects = torch.tensor([True] * 4 + [False] * 4)
+    lasting = Lasting(8)
+    lasting.fit(
+        [
+            (direction.repeat(frames, 8, 1), objects.repeat(frames, 1))
+            for direction, frames in ((one, 12), (other, length))
+        ],
+        frames=3,
+    )
+    torch.testing.assert_close(lasting(torch.stack([one, other])[None]), torch.ones(1, 2))
 
 
 def test_scale_changes_nothing() -> None:

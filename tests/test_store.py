@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from featcache import manifest
 from featcache.errors import DataError, IncompatibleError, UsageError
 from featcache.quantise import dequantise, quantise
 from featcache.stats import Moments
-from featcache.store import FeatureStore, SplitSpec
+from featcache.store import FeatureStore, Split, SplitSpec
 from featcache.verify import verify
 from featcache.writer import StoreWriter, chunk_path
 from tests.synthetic import DIM, GRID, SIZE, DiscSource, make_store, tokens_of
@@ -36,6 +38,15 @@ def test_reads_back_what_was_written(store: FeatureStore) -> None:
             np.testing.assert_array_equal(split.segmentations(index), video.segmentations)
             assert split.instances(index) == video.instances
             assert torch.equal(split.tokens("block1", index), tokens_of(video).half())
+
+
+@given(st.integers(1, 200), st.integers(1, 200))
+def test_some_videos_are_spread_over_all(videos: int, most: int) -> None:
+    split = SimpleNamespace(videos=tuple(range(videos)))
+    chosen = Split.spread(split, most)  # type: ignore[arg-type]
+    assert len(chosen) == min(videos, most) == len(set(chosen))
+    gaps = {b - a for a, b in pairwise((*chosen, videos))}
+    assert chosen[0] == 0 and max(gaps) - min(gaps) <= 1
 
 
 def test_zarr_and_xarray_open_it(store: FeatureStore) -> None:

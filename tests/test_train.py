@@ -407,6 +407,12 @@ def test_what_cannot_be_trained_leaves_no_folder(
     assert not (tmp_path / "run").exists()
 
 
+def test_more_slots_than_patches_are_scored(tmp_path: Path, store: FeatureStore) -> None:
+    config = load_config("default", None, [*fitted("default"), "model.slots=20"], optim__steps=1)
+    result = evaluate(load_run(train(config, store, tmp_path / "run")))  # of 16 patches
+    assert result["frames"] == 8 and result["floor"]["kmeans_raw"]["mbo"] > 0
+
+
 def test_an_evaluation_warns_of_collapse(
     tmp_path: Path, store: FeatureStore, capsys: pytest.CaptureFixture[str]
 ) -> None:

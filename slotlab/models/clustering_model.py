@@ -86,7 +86,7 @@ class ClusteringModel(Model):
         self.target_scale.copy_(self.target(tokens).square().mean().rsqrt())
 
     @torch.no_grad()
-    def learn_lasting(self, videos: Iterable[Float[Tensor, "T N D"]]) -> None:
+    def learn_lasting(self, videos: Iterable[Float[Tensor, "_ N D"]]) -> None:
         """Fit :class:`Lasting` on stored features of some videos; after :meth:`calibrate`."""
         tokens = map(self.tokens, videos)
         self.lasting.fit(

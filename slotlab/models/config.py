@@ -201,6 +201,20 @@ class ClusteringConfig(Section):
     target_objectness: Logistic = Logistic(threshold=1.1, width=0.125)  # tighter, or the masks swell
     seed_objectness: float = Field(0.6, gt=0, lt=1)  # a token below it starts no slot
 
+    read_by: ClassVar[ReadBy] = dict.fromkeys(
+        (
+            "merge_distance",
+            "tracking_iterations",
+            "least_mass",
+            "flow_radius",
+            "flow_frames",
+            "flow_temperature",
+            "prior_weight",
+            "prior_floor",
+        ),
+        ("tracking", ("True",)),
+    )
+
     @property
     def carries(self) -> bool:
         """Whether slots are carried from frame to frame."""

@@ -40,22 +40,21 @@ class Lasting(nn.Module):
         return (F.normalize(tokens, dim=-1) @ self.weight + self.bias).clamp_min(0)
 
     @torch.no_grad()
-    def fit(self, videos: Iterable[tuple[Float[Tensor, "T N D"], Bool[Tensor, "T N"]]], frames: int) -> None:
+    def fit(self, videos: Iterable[tuple[Float[Tensor, "_ N D"], Bool[Tensor, "_ N"]]], frames: int) -> None:
         """Ridge regression over the object tokens of some videos, each with the frames ``frames`` before and after.
 
-        ``videos`` gives tokens, and which of them are of objects. A video of no more than ``frames`` frames tells
-        nothing; if there is no other, everything lasts.
+        ``videos`` gives tokens, and which of them are of objects. A frame with none so far away tells nothing; if
+        there is no other, everything lasts.
         """
         dim = len(self.weight)
         count, seen = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         mean, product = torch.zeros(dim, dtype=torch.float64), torch.zeros(dim, dtype=torch.float64)
         gram = torch.zeros(dim, dim, dtype=torch.float64)
         for tokens, objects in videos:
-            if len(tokens) <= frames:
-                continue
             directions = F.normalize(tokens, dim=-1)
-            x = directions[objects].double()  # (objects' tokens, D)
-            y = likes(directions, objects, frames)[objects].double()
+            found = likes(directions, objects, frames)
+            told = objects & found.isfinite()
+            x, y = directions[told].double(), found[told].double()  # (objects' tokens, D), (objects' tokens)
             count, seen, mean = count + len(x), seen + y.sum(), mean + x.sum(0)
             gram, product = gram + x.T @ x, product + x.T @ y
         if not seen > 0:
@@ -68,7 +67,10 @@ class Lasting(nn.Module):
 
 
 def likes(directions: Float[Tensor, "T N D"], objects: Bool[Tensor, "T N"], frames: int) -> Float[Tensor, "T N"]:
-    """Tokens of objects alike, ``frames`` before and after, up to what is enough; the mean of both where both exist."""
+    """Tokens of objects alike, ``frames`` before and after, up to what is enough.
+
+    The mean of both where both exist, NaN where neither does: at the middle of a short video.
+    """
     length, patches = objects.shape
     total, sides = torch.zeros(length, patches), torch.zeros(length, 1)
     for here in range(length):
@@ -78,4 +80,4 @@ def likes(directions: Float[Tensor, "T N D"], objects: Bool[Tensor, "T N"], fram
                 alike = torch.sigmoid((cosine - LIKE) / LIKE_WIDTH).sum(-1)
                 total[here] += alike.clamp_max(ENOUGH * patches)
                 sides[here] += 1
-    return total / sides.clamp_min(1)
+    return total / sides

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from featcache.errors import UsageError
@@ -16,7 +18,7 @@ from slotlab.models.pixel_model import PixelModel, frame_tokens
 from slotlab.models.slot_model import SlotModel
 from slotlab.normalise import Normaliser
 
-CALIBRATION_VIDEOS = 16
+CALIBRATION_VIDEOS, CALIBRATION_FRAMES = 16, 64  # frames of each
 LASTING_VIDEOS = 64
 
 
@@ -28,9 +30,9 @@ def build_model(config: Config, store: FeatureStore) -> Model:
     if isinstance(model, ClusteringModel):
         split = store[data.train_split]
         tap = store.tap(data.tap)
-        model.calibrate(torch.cat([split.tokens(tap, video) for video in _spread(split)]))
+        model.calibrate(torch.cat([_thinned(split.tokens(tap, video)) for video in split.spread(CALIBRATION_VIDEOS)]))
         if model.config.lasting_threshold > 0:
-            model.learn_lasting(split.tokens(tap, video) for video in _spread(split, LASTING_VIDEOS))
+            model.learn_lasting(split.tokens(tap, video) for video in split.spread(LASTING_VIDEOS))
     return model
 
 
@@ -76,9 +78,14 @@ def model_moments(config: Config, store: FeatureStore) -> Moments:
     if not isinstance(config.model, PixelConfig):
         return split.statistics(model_tap(config, store))
     moments = Moments.empty(spec.patches, spec.dim)
-    for video in _spread(split):
+    for video in split.spread(CALIBRATION_VIDEOS):
         moments += Moments.from_tokens(model_tokens(config, split, video))
     return moments
+
+
+def _thinned(frames: torch.Tensor) -> torch.Tensor:
+    """A few frames of a video; a copy, so that the others can be freed."""
+    return frames[:: math.ceil(len(frames) / CALIBRATION_FRAMES)].clone()
 
 
 def _assemble(config: Config, normaliser: Normaliser, tap: TapSpec) -> Model:
@@ -99,8 +106,3 @@ def _assemble(config: Config, normaliser: Normaliser, tap: TapSpec) -> Model:
         reconstructs=loss.reconstructs,
         similarity=loss.temporal_similarity > 0,
     )
-
-
-def _spread(split: Split, most: int = CALIBRATION_VIDEOS) -> tuple[int, ...]:
-    """A few videos spread over the split."""
-    return split.videos[:: max(1, len(split.videos) // most)][:most]

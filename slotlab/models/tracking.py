@@ -1,8 +1,8 @@
 """Slots of the clustering model that keep their object from frame to frame.
 
 Online and causal: a frame's slots start where the last frame's ended. Tokens of objects that no slot explains start
-new slots, two slots that have come together become one (the older stays), and a slot that holds nothing is free for
-another object.
+new slots, of two slots that have come together the one of the last frame stays, and a slot that holds nothing is free
+for another object.
 
 A slot's key alone would lose an object that turns, or pass its slot to a neighbour. So the attention of the last few
 frames, which outlast a short meeting, flows along the likeness of tokens, as labels do in video segmentation by
@@ -26,6 +26,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from slotlab.models.config import ClusteringConfig
+
+SAME_OBJECT = 0.1  # of what a slot holds: more than flows to it from a neighbour or from nowhere
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # keys, objectness, slots, active -> (B, N, K)
 
@@ -52,8 +54,7 @@ class Tracker:
     position: Float[Tensor, "N 2"]
     slots: Float[Tensor, "K S"]
     active: Bool[Tensor, " K"]
-    age: list[int]  # frames that each slot has held its object; 0: none
-    lasting: Float[Tensor, " K"]  # the most that its tokens were found to last since then
+    lasting: Float[Tensor, " K"]  # the most that the tokens of its object were found to last
     past: deque[Seen]  # newest first, at most flow_frames
 
     @classmethod
@@ -61,7 +62,7 @@ class Tracker:
         count = config.slots - 1
         none = torch.zeros(count, dtype=torch.bool)
         past: deque[Seen] = deque(maxlen=config.flow_frames)
-        return cls(config, attend, position, torch.zeros(count, width), none, [0] * count, torch.zeros(count), past)
+        return cls(config, attend, position, torch.zeros(count, width), none, torch.zeros(count), past)
 
     def step(
         self,
@@ -75,23 +76,24 @@ class Tracker:
         Such a slot is carried on like any other, or its neighbours would take what it holds; and once it has been
         found to last it is an object.
         """
+        carried = self.active
         # New slots first: a carried slot, refined alone, would take a new object for its own.
         self._give_birth(keys, objectness)
         self._refine(keys, objectness)
-        self._merge(self._attention(keys, objectness).sum(0))
+        self._merge(self._attention(keys, objectness).sum(0), carried)
         mass = self._refine(keys, objectness).sum(0)  # (K,) patches
         self.active = self.active & (mass >= self.config.least_mass)
-        self.age = [age + 1 if alive else 0 for age, alive in zip(self.age, self.active.tolist(), strict=True)]
         attention = self._attention(keys, objectness)
         directions = F.normalize(tokens, dim=-1)
         if self.past:
             prior = self._propagate(directions)  # (N, K)
-            attention = self._filter(prior, self._rename(prior, attention), objectness)
+            attention, carried = self._rename(prior, attention, carried)
+            attention = self._filter(prior, attention, objectness)
             self.slots = torch.where(self.active.unsqueeze(-1), slot_means(attention, keys), self.slots)
         self.past.appendleft(Seen(directions, attention))
         found = slot_means(attention, lasting.unsqueeze(-1)).squeeze(-1)
-        carried = torch.tensor([age > 1 for age in self.age])
-        self.lasting = torch.where(carried, torch.maximum(self.lasting, found), found)
+        found = torch.where(carried, torch.maximum(self.lasting, found), found)
+        self.lasting = torch.where(self.active, found, self.lasting)  # a hidden object may come back to its name
         return attention * (self.lasting >= self.config.lasting_threshold)
 
     def _propagate(self, directions: Float[Tensor, "N D"]) -> Float[Tensor, "N K"]:
@@ -110,13 +112,19 @@ class Tracker:
         share = (likeness / self.config.flow_temperature).softmax(-1)
         return share @ torch.cat([seen.attention for seen in self.past])
 
-    def _rename(self, prior: Float[Tensor, "N K"], attention: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
-        """Give every slot the name of the one it takes most from; a slot that takes from none keeps its own."""
-        taken = prior.T @ attention + 1e-4 * torch.eye(len(self.slots))  # (K before, K now): patches
-        order = linear_sum_assignment(taken.numpy(), maximize=True)[1]
-        self.slots, self.active, self.lasting = self.slots[order], self.active[order], self.lasting[order]
-        self.age = [self.age[k] for k in order]
-        return attention[:, order]
+    def _rename(
+        self, prior: Float[Tensor, "N K"], attention: Float[Tensor, "N K"], carried: Bool[Tensor, " K"]
+    ) -> tuple[Float[Tensor, "N K"], Bool[Tensor, " K"]]:
+        """Give every slot the name of the one it takes most from; a slot that takes from none keeps its own.
+
+        The attention by names, and which names still mean the object that they meant.
+        """
+        taken = prior.T @ attention  # (K before, K now): patches
+        own = torch.eye(len(self.slots), dtype=torch.bool)
+        order = linear_sum_assignment((taken + 1e-4 * own).numpy(), maximize=True)[1]
+        same = (taken > SAME_OBJECT * attention.sum(0)) | (own & carried)
+        self.slots, self.active = self.slots[order], self.active[order]
+        return attention[:, order], same[:, order].diagonal()
 
     def _filter(self, prior: Tensor, attention: Tensor, objectness: Tensor) -> Float[Tensor, "N K"]:
         """Posterior of prior and attention, over the slots that are there, as much as there is of an object."""
@@ -127,7 +135,7 @@ class Tracker:
         return posterior / whole * objectness.unsqueeze(-1)
 
     def _attention(self, keys: Tensor, objectness: Tensor) -> Tensor:
-        return self.attend(keys[None], objectness[None], self.slots[None], self.active[None])[0]
+        return self.attend(keys[None], objectness[None], self.slots[None], self.active[None])[0] * self.active
 
     def _refine(self, keys: Tensor, objectness: Tensor) -> Tensor:
         """Move the slots to the means of what they hold; the attention that they then have."""
@@ -151,14 +159,14 @@ class Tracker:
             distance = torch.minimum(distance, _squared_distance(keys, slots[free : free + 1])[:, 0])
         self.slots, self.active = slots, active
 
-    def _merge(self, mass: Tensor) -> None:
-        """Of two active slots within ``merge_distance`` the younger goes, or the one that holds less."""
+    def _merge(self, mass: Tensor, carried: Tensor) -> None:
+        """Of two active slots within ``merge_distance`` the new one goes, or the one that holds less."""
         close = _squared_distance(self.slots, self.slots) < self.config.merge_distance
         pairs = (close & self.active & self.active.unsqueeze(-1)).triu(1).nonzero().tolist()
         active = self.active.clone()
         for one, other in pairs:
             if active[one] and active[other]:
-                rank = {slot: (self.age[slot] > 0, float(mass[slot])) for slot in (one, other)}
+                rank = {slot: (bool(carried[slot]), float(mass[slot])) for slot in (one, other)}
                 active[min(rank, key=rank.__getitem__)] = False
         self.active = active
 
