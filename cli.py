@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -234,7 +233,10 @@ def evaluate(
     from slotlab import display
     from slotlab.evaluate import evaluate as run_evaluate
     from slotlab.evaluate import load_run
+    from slotlab.runs import keep_result
 
+    if sheet and sheet.suffix.lower() != ".png":
+        raise UsageError(f"--sheet {sheet}: is drawn as PNG; name a file that ends in .png")
     loaded = load_run(run, cache, pick_device(device))
     fine = {}
     if boundaries or refine is not None or binarise:
@@ -242,7 +244,7 @@ def evaluate(
 
         fine = outline_scores(loaded, split, refine, binarise or ())  # first, as it may lack a package
     result = run_evaluate(loaded, split) | fine
-    (run / f"eval-{result['split']}.json").write_text(json.dumps(result, indent=1))
+    keep_result(run, loaded.store, result)
     if sheet:
         from slotlab.sheet import draw_sheet
 
@@ -267,7 +269,9 @@ def evaluate(
 def demo(
     out: Annotated[Path, typer.Option(help="Where the run and the picture go.")] = Path("demo"),
     cache: Annotated[Path, typer.Option(help="Store to make or reuse.")] = CACHE_FOLDER / "dinov2.zarr",
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps; default: about six minutes on two cores.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimiser steps; default: the preset's 400, about a minute.")
+    ] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -344,6 +348,12 @@ def main() -> None:
             raise
         print(f"slotlab: {error.render()}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if os.environ.get("SLOTLAB_DEBUG"):
+            raise
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"slotlab: {what}; look at the place and its permissions, or name another", file=sys.stderr)
+        sys.exit(DataError.exit_code)
     except Exception as error:
         if not (hasattr(error, "show") and hasattr(error, "exit_code")):  # click's, wherever typer keeps its click
             raise

@@ -22,6 +22,10 @@ def store_backbone(
     `IncompatibleError` where what was found is not what the store was made with.
     """
     spec = store.spec
+    if "size" not in spec.preprocessing:
+        raise DataError(
+            f"{store.path}: was imported, so the backbone that made it is not known; extract a store instead"
+        )
     chosen = tuple(taps) or tuple(spec.taps)
     weights = weights or recorded_weights(spec)
     backbone = load_backbone(spec.backbone, weights, chosen, spec.preprocessing["size"], device)

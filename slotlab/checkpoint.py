@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from featcache.errors import DataError, IncompatibleError
+from featcache.errors import DataError, IncompatibleError, UsageError
 from slotlab.config import Config, read_toml, validate
 
 FOLDER = "checkpoint"
@@ -81,8 +81,9 @@ def _whole(run: Path) -> Path | None:
 def state(run: Path) -> dict[str, Any]:
     path = folder(run) / "state.json"
     try:
-        return dict(json.loads(path.read_text()))
-    except ValueError as error:
+        found: dict[str, Any] = json.loads(path.read_text())
+        return {key: found[key] for key in ("step", "schedule", "stream")}
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: damaged ({error}); train again") from error
 
 
@@ -123,9 +124,14 @@ def load_optimizer(run: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_run_config(run: Path) -> Config:
-    """The configuration a run was made with."""
+    """The configuration a run was made with. ``DataError`` for a folder that is no run, or a damaged one."""
     path = run / "config.toml"
-    return validate(read_toml(path), str(path))
+    if not path.is_file():
+        raise DataError(f"{run}: not a run; name a folder that slotlab train made (for example runs/demo)")
+    try:
+        return validate(read_toml(path), str(path))
+    except UsageError as error:
+        raise DataError(f"{error}; restore the file, or train again") from error
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

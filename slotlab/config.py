@@ -6,18 +6,38 @@ preset. A run folder's ``config.toml`` is this object written out, and reads bac
 
 from __future__ import annotations
 
+import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import tomli_w
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from featcache.errors import DataError, UsageError
 from slotlab.models.config import MODEL_KINDS, Masks, ModelConfig, ReadBy, Section, SlotAttentionConfig
+
+PLAIN = ("whiten", "channel", "scale", "none", "sample")  # normalisations; see slotlab.normalise
+NUMBERED = {"whiten": "K", "slow": "K", "fixed": "FACTOR"}
+KINDS = (*PLAIN, *(f"{name}={number}" for name, number in NUMBERED.items()))
+
+
+def parse_normalisation(kind: str) -> tuple[str, float]:
+    """The kind's name and its number; 0 where it has none. ``UsageError`` for one that is not known."""
+    if kind in PLAIN:
+        return kind, 0.0
+    name, _, value = kind.partition("=")
+    if name in NUMBERED:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if math.isfinite(number) and number > 0 and (name == "fixed" or number.is_integer()):
+            return name, number
+    raise UsageError(f"normalisation {kind!r} is not known; choose one of {', '.join(KINDS)} with K, FACTOR > 0")
 
 
 class DataConfig(Section):
@@ -36,6 +56,15 @@ class DataConfig(Section):
         "center": ("normalize", ("whiten", "slow", "channel", "scale")),
         "shrinkage": ("normalize", ("whiten",)),
     }
+
+    @field_validator("normalize")
+    @classmethod
+    def _known(cls, kind: str) -> str:
+        try:
+            parse_normalisation(kind)
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+        return kind
 
 
 class LossConfig(Section):
@@ -165,21 +194,23 @@ def load_config(
         raise UsageError(f"--preset {preset}: unknown; there are: {', '.join(presets())}")
     text = (resources.files("slotlab") / "presets" / f"{preset}.toml").read_text(encoding="utf-8")
     values = tomllib.loads(text)
-    where = f"preset {preset}"
+    layers = [(f"preset {preset}", values)]
     if file is not None:
-        where = str(file)
-        _merge(values, read_toml(file))
+        layers.append((str(file), read_toml(file)))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise UsageError(f"--set {override}: write it as key=value, for example --set model.slots=7")
-        where = "--set"
-        _merge(values, _nested(key.strip(), _value(value.strip())))
+        layers.append(("--set", _nested(key.strip(), _value(value.strip()))))
     for key, value in shorthands.items():
         if value is not None:
-            where = "options"
-            _merge(values, _nested(key.replace("__", "."), value))
-    return validate(values, where)
+            layers.append(("options", _nested(key.replace("__", "."), value)))
+    merged: dict[str, Any] = {}
+    places: dict[str, str] = {}  # where each key was given last
+    for where, layer in layers:
+        _merge(merged, layer)
+        places |= dict.fromkeys(_dotted(layer), where)
+    return validate(merged, layers[-1][0], places)
 
 
 def changed_by(config: Config, key: str, value: str) -> Config:
@@ -194,11 +225,14 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; name a TOML configuration") from error
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); name a TOML configuration") from error
+    except ValueError as error:  # not TOML, or not even text
         raise UsageError(f"{path}: not TOML ({error})") from error
 
 
-def validate(values: Mapping[str, Any], where: str) -> Config:
+def validate(values: Mapping[str, Any], where: str, places: Mapping[str, str] | None = None) -> Config:
+    """``UsageError`` naming the key that is wrong and its place: that of the key in ``places``, or else ``where``."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -208,10 +242,15 @@ def validate(values: Mapping[str, Any], where: str) -> Config:
         hint = ""
         model = values.get("model")
         kind = (model if isinstance(model, Mapping) else {}).get("kind", Config().model.kind)
-        if first["type"] == "extra_forbidden" and (
-            close := get_close_matches(key, _keys(Config, kind), 1, cutoff=0.65)
-        ):
-            hint = f"; did you mean {close[0]}?"
+        if first["type"] == "extra_forbidden":
+            section, _, name = key.rpartition(".")
+            above = f"{section}." if section else ""
+            siblings = {k.removeprefix(above).partition(".")[0] for k in _keys(Config, kind) if k.startswith(above)}
+            close = get_close_matches(name, siblings, 1, cutoff=0.6)
+            hint = f"; did you mean {above}{close[0]}?" if close else ""
+        for given, place in (places or {}).items():
+            if given == key or given.startswith(f"{key}."):
+                where = place
         message = "no such key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         raise UsageError(": ".join(part for part in (where, key, message + hint) if part)) from error
 
@@ -226,6 +265,14 @@ def _keys(model: type[BaseModel], kind: str, prefix: str = "") -> list[str]:
             nested = [part for part in nested if part.model_fields["kind"].default == kind]
         keys += [key for part in nested for key in _keys(part, kind, f"{prefix}{name}.")] or [prefix + name]
     return keys
+
+
+def _dotted(nested: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{above}{key}.")
+        else:
+            yield above + key
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featcache.errors import DataError, UsageError
 from featcache.store import FeatureStore, Split
 from slotlab import checkpoint, metrics
 from slotlab.config import Config
@@ -82,8 +83,8 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References
     take longer than the scores. ``DataError`` when the split has no masks. Scores and diagnostics are those of the
     masks that the run publishes; ``decoder`` and ``attention`` hold the scores of both kinds.
     """
-    split = loaded.store[split_name or loaded.config.data.eval_split].require_complete()
-    labels = count_labels(split)
+    split = split_to_score(loaded, split_name)
+    labels, step = count_labels(split), checkpoint.state(loaded.path)["step"]
     scores, found = score_masks(loaded, split, split.videos, labels)
     reference, floor = known or references(split, loaded)
     published, means = scores[loaded.config.published_masks], found.means()
@@ -92,7 +93,7 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References
         "cache": str(loaded.store.path),
         "split": split.name,
         "tap": loaded.tap,
-        "step": checkpoint.state(loaded.path)["step"],
+        "step": step,
         "code": scoring_code(),
         "resolution": list(split.spec.frame_size),
         "published_masks": loaded.config.published_masks,
@@ -103,9 +104,22 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References
         **means,
         "diagnostics_by_frame": found.at_each_frame(),
         "largest_activation_by_slot": found.largest_by_slot(),
-        "warnings": warnings(means, loaded.config),
+        "warnings": _unfinished(step, loaded.config) + warnings(means, loaded.config),
         **subgroup_scores(published, split, labels),
     }
+
+
+def split_to_score(loaded: LoadedRun, name: str | None) -> Split:
+    """The split of this name, or the configuration's. ``FeatcacheError`` says what to do where there are no masks."""
+    name, store = name or loaded.config.data.eval_split, loaded.store
+    if name not in store.splits:
+        raise UsageError(f"{store.path}: no split {name!r}; choose one with --split: {', '.join(store.splits)}")
+    if not store[name].spec.masks:
+        raise DataError(
+            f"{store[name].path}: its source had no masks, so there is nothing to score against; look at the slots "
+            "with slotlab report or slotlab masks"
+        )
+    return store[name].require_complete()
 
 
 def score_masks(
@@ -161,6 +175,11 @@ def references(split: Split, loaded: LoadedRun) -> References:
     return found[0] | tracked | {"kept_slots": kept_slots(effective)}, dict(
         zip(("kmeans_raw", "kmeans_whitened"), found[1:], strict=True)
     )
+
+
+def _unfinished(step: int, config: Config) -> list[str]:
+    steps = config.optim.steps
+    return [f"the run is not finished: its checkpoint is of step {step} of {steps}"] if step < steps else []
 
 
 def beats_floor(result: Mapping[str, Any]) -> bool:

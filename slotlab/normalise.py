@@ -25,7 +25,6 @@ statistics, are multiplied by any factor; and a mean predictor's squared error o
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -33,10 +32,8 @@ from torch import Tensor, nn
 
 from featcache.errors import DataError, UsageError
 from featcache.stats import Moments
+from slotlab.config import parse_normalisation
 
-PLAIN = ("whiten", "channel", "scale", "none", "sample")
-NUMBERED = {"whiten": "K", "slow": "K", "fixed": "FACTOR"}
-KINDS = (*PLAIN, *(f"{name}={number}" for name, number in NUMBERED.items()))
 FROM_STATISTICS = ("whiten", "slow", "channel", "scale")
 REDUCING = ("whiten", "slow")  # to K directions
 Center = Literal["channel", "position"]
@@ -58,7 +55,7 @@ class Normaliser(nn.Module):
 
     def __init__(self, kind: str, dim: int, positions: int = 1) -> None:
         super().__init__()
-        self.kind, number = _parse(kind)
+        self.kind, number = parse_normalisation(kind)
         self.dim = int(number) if number and self.kind in REDUCING else dim  # of the output
         if self.dim > dim:
             raise UsageError(f"normalisation {kind}: the features have only {dim} channels")
@@ -97,7 +94,7 @@ class Normaliser(nn.Module):
         positions, dim = mean.shape
         if not 0 <= shrinkage <= 1:
             raise UsageError(f"normalisation shrinkage is {shrinkage}; choose a value from 0 to 1")
-        name, number = _parse(kind)
+        name, number = parse_normalisation(kind)
         if name not in FROM_STATISTICS:
             return cls(kind, dim, positions)
         self = cls(kind, dim, positions)
@@ -183,21 +180,6 @@ def _signed(directions: Tensor) -> Tensor:
     """An eigenvector's sign is arbitrary; fixed by its largest entry, training repeats on every machine."""
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
     return torch.mul(directions, largest.sign())
-
-
-def _parse(kind: str) -> tuple[str, float]:
-    """The kind's name and its number; 0 where it has none."""
-    if kind in PLAIN:
-        return kind, 0.0
-    name, _, value = kind.partition("=")
-    if name in NUMBERED:
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if math.isfinite(number) and number > 0 and (name == "fixed" or number.is_integer()):
-            return name, number
-    raise UsageError(f"normalisation {kind!r} is not known; choose one of {', '.join(KINDS)} with K, FACTOR > 0")
 
 
 def _inverse_root(variance: Tensor) -> Tensor:

@@ -5,25 +5,30 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from featcache.errors import DataError, IncompatibleError, UsageError
+from featcache.errors import DataError, IncompatibleError, UsageError, compare_settings
 from featcache.store import FeatureStore, flatten
 from featcache.stream import VIDEO
 from slotlab import checkpoint
 from slotlab.config import Config
+from slotlab.display import warn
 
 
 def check_run(config: Config, store: FeatureStore, run: Path, resume: bool) -> None:
     """``UsageError`` if there is a run already, or none to resume; ``IncompatibleError`` if it is another one."""
     exists = (run / "config.toml").exists()
+    anew = "" if checkpoint.exists(run) else "; it has no checkpoint yet: delete it to start anew"
+    if (run / "zarr.json").exists():
+        raise UsageError(f"{run}: is a store; choose another --out")
     if not resume:
         if exists:
-            raise UsageError(f"{run}: exists already; add --resume to continue it, or choose another --out")
+            raise UsageError(f"{run}: exists already; add --resume to continue it, or choose another --out{anew}")
         return
     if not exists:
         raise UsageError(f"{run}: nothing to resume; leave out --resume")
@@ -34,7 +39,7 @@ def check_run(config: Config, store: FeatureStore, run: Path, resume: bool) -> N
         if before.get(key) != now.get(key)
     ]
     if changed:
-        raise IncompatibleError(f"{run}: was made with another configuration ({'; '.join(changed)})")
+        raise IncompatibleError(f"{run}: was made with another configuration ({'; '.join(changed)}){anew}")
     check_store(run, store)
 
 
@@ -85,18 +90,41 @@ def check_store(run: Path, store: FeatureStore) -> None:
 
     A run on the stored frames goes with any store: it reads no features.
     """
-    if checkpoint.load_run_config(run).data.tap == VIDEO:
+    tap = checkpoint.load_run_config(run).data.tap
+    if tap == VIDEO:
         return
-    then = trained_on(run)["identity"]
-    now = json.loads(json.dumps(store.spec.identity()))
+    noted, name = trained_on(run), store.tap(tap)
     ignored = ("dtype", "precision", "frame_stride", "taps.")  # how, and what else, is stored; not what it means
-    changed = [
-        f"{key}: {then.get(key)} then, {now.get(key)} now"
-        for key in sorted({*then, *now})
-        if then.get(key) != now.get(key) and not key.startswith(ignored)
-    ]
-    if changed:
-        raise IncompatibleError(f"{store.path}: not the features that {run} was trained on ({'; '.join(changed)})")
+
+    def deciding(identity: Mapping[str, Any], taps: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {key: value for key, value in identity.items() if not key.startswith(ignored)}
+        return kept | {f"{name} {key}": value for key, value in taps.get(name, {}).items()}
+
+    spec = json.loads(json.dumps(store.spec.to_json()))
+    now = deciding(json.loads(json.dumps(store.spec.identity())), spec["taps"])
+    if differences := compare_settings(now, deciding(noted["identity"], noted["spec"]["taps"])):
+        raise IncompatibleError(
+            f"{store.path}: not the features that {run} was trained on",
+            differences,
+            "name its own store, or one made the same way, with --cache",
+        )
+
+
+def keep_result(run: Path, store: FeatureStore, result: Mapping[str, Any], name: str = "eval") -> None:
+    """Leave a result as ``NAME-SPLIT.json`` in the run's folder, where reports and tables look for it.
+
+    One from another store is not left if the run's own is there; where the folder cannot be written, that is said.
+    """
+    try:
+        own = store_path(run).resolve() == store.path.resolve()
+    except DataError:
+        own = True  # this store stands for the one that is gone
+    path = run / f"{name}-{result['split']}.json"
+    try:
+        if own:
+            path.write_text(json.dumps(result, indent=1))
+    except OSError as error:
+        warn([f"{path}: cannot be written ({error.strerror}), so the result is not kept"])
 
 
 def keep_rows(path: Path, step: int) -> float:
@@ -110,7 +138,14 @@ def keep_rows(path: Path, step: int) -> float:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a ``metrics.jsonl``; a last line that a crash cut short is left out."""
     lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise DataError(f"{path}: line {number}: damaged ({error}); delete the line") from error
+    return rows
 
 
 def write_summary(run: Path, device: torch.device, processes: int) -> None:
@@ -118,7 +153,7 @@ def write_summary(run: Path, device: torch.device, processes: int) -> None:
     rows = read_rows(run / "metrics.jsonl")
     summary = {
         "finished": True,
-        **rows[-1],
+        **(rows[-1] if rows else {}),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "processes": processes,
         "threads": torch.get_num_threads(),

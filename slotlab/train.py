@@ -52,8 +52,7 @@ def train(
     is not finite.
     """
     config = settled(config, store)
-    if config.evaluate_every:
-        look_split(config, store)
+    look_split(config, store)
     with join(device) as ranks:
         if ranks.leads:
             check_run(config, store, run, resume)

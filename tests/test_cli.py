@@ -73,7 +73,9 @@ def test_help_lists_the_commands() -> None:
         (2, "No such command", ("extrct",)),
         (3, "no such store", ("train", "--cache", "none.zarr")),
         (2, "--preset best: unknown", ("train", "--cache", "none.zarr", "--preset", "best")),
-        (3, "no such file", ("eval", "runs/none")),
+        (3, "runs/none: not a run", ("eval", "runs/none")),
+        (2, "name a file that ends in .png", ("eval", "runs/none", "--sheet", "masks.xyz")),
+        (3, "cannot be read", ("train", "--cache", "none.zarr", "--config", ".")),
         (3, "no stores; make one with", ("stats",)),
         (2, "--device quantum", ("extract", "--weights", "random", "--device", "quantum")),
     ],
@@ -108,6 +110,22 @@ def test_from_a_store_to_scores(tmp_path: Path) -> None:
     result = json.loads(slotlab("eval", "runs/one", "--json", "--sheet", "masks.png", cwd=tmp_path).stdout)
     assert result["frames"] == 8 and 0 <= result["mbo"] <= 1
     assert (tmp_path / "masks.png").read_bytes().startswith(b"\x89PNG")
+    assert slotlab("eval", "runs/one", "--sheet", "masks.png/b.png", cwd=tmp_path).returncode == 3  # below a file
+    kept = tmp_path / "runs/one/eval-validation.json"
+    kept.unlink()
+    kept.mkdir()  # as good as a folder that cannot be written
+    again = slotlab("eval", "runs/one", "--json", cwd=tmp_path)
+    assert json.loads(again.stdout)["mbo"] == result["mbo"] and "cannot be written" in again.stderr
+    fails(2, "choose one with --split: train", "eval", "runs/one", "--split", "trian", cwd=tmp_path)
+    fails(
+        3, "masks.png",
+        "train", "--cache", "cache/synthetic.zarr", "--normalize", "slow=8", "--out", "masks.png/a", cwd=tmp_path,
+    )  # fmt: skip
+    fails(2, "is a store", "train", "--cache", "cache/synthetic.zarr", "--out", "cache/synthetic.zarr", cwd=tmp_path)
+    fails(
+        2, "no split 'trian'",
+        "train", "--cache", "cache/synthetic.zarr", "--set", "data.eval_split=trian", "--out", "runs/two", cwd=tmp_path,
+    )  # fmt: skip
 
     assert json.loads(slotlab("verify", "cache/synthetic.zarr", "--json", cwd=tmp_path).stdout)["damaged"] == []
     next((tmp_path / "cache/synthetic.zarr/train/video").glob("c.*")).write_bytes(b"")

@@ -91,6 +91,9 @@ def test_configuration_is_frozen() -> None:
         ("data.tap=video", "model.kind = pixel goes with data.tap = video"),
         ("model.slots", "write it as key=value"),
         ("model=clustering", "model: Input should be a valid dictionary"),
+        ("modle.slots=7", "modle: no such key; did you mean model"),
+        ("optim.lr=1", "optim.lr: no such key$"),
+        ("data.normalize=slw=3", "data.normalize: normalisation 'slw=3' is not known; choose one of"),
     ],
 )
 def test_wrong_overrides_name_the_key(override: str, message: str) -> None:
@@ -121,7 +124,21 @@ def test_parts_that_do_not_go_together(preset: str, overrides: list[str], messag
         load_config(preset, None, overrides)
 
 
+def test_what_is_wrong_is_looked_for_where_it_was_given(tmp_path: Path) -> None:
+    file = tmp_path / "wrong.toml"
+    file.write_text("optim.learning_rat = 1e-3")
+    with pytest.raises(UsageError, match=r"wrong\.toml: optim\.learning_rat: .* did you mean optim\.learning_rate"):
+        load_config("default", file, ["model.slots=7"], optim__steps=3)
+    with pytest.raises(UsageError, match="^--set: optim.learning_rate"):
+        load_config("default", None, ["optim.learning_rate=nan"], optim__steps=3)
+
+
 def test_wrong_files_and_presets(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        load_config("default", tmp_path)
+    (tmp_path / "picture.toml").write_bytes(bytes(range(128, 256)))
+    with pytest.raises(UsageError, match=r"picture\.toml: not TOML"):
+        load_config("default", tmp_path / "picture.toml")
     with pytest.raises(UsageError, match="--preset best: unknown; there are: default"):
         load_config("best")
     with pytest.raises(DataError, match="no such file"):

@@ -334,7 +334,10 @@ def test_scores_by_other_sources_are_made_again_without_training(place: Path, un
 def test_scores_whose_renewal_failed_are_not_shown_as_if_it_had_not(tmp_path: Path) -> None:
     run = plan_of(tmp_path, f"{TINY}").runs(tmp_path / "out")[0]
     run.path.mkdir(parents=True)
-    run.evaluation.write_text("{}")
+    steps = run.config.optim.steps
+    run.evaluation.write_text(json.dumps({"step": steps - 1}))
+    assert not run.finished  # somebody looked at it on the way
+    run.evaluation.write_text(json.dumps({"step": steps}))
     assert run.finished and run.error is None
     run.fail("the checkpoint is of another model")
     assert not run.finished and run.error == "the checkpoint is of another model"

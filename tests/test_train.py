@@ -26,6 +26,7 @@ from slotlab.config import Config, load_config, presets
 from slotlab.diagnostics import NAMES
 from slotlab.evaluate import beats_floor, evaluate, load_run
 from slotlab.models.registry import build_model
+from slotlab.runs import keep_result, read_rows
 from slotlab.schedule import learning_rate, make_schedule, update_average, warmup_steps
 from slotlab.tensorboard import events
 from slotlab.train import freeze_unreached, train
@@ -407,6 +408,31 @@ def test_what_cannot_be_trained_leaves_no_folder(
     assert not (tmp_path / "run").exists()
 
 
+def test_an_unfinished_run_and_another_store_are_not_taken_for_the_runs_own(
+    tmp_path: Path, store: FeatureStore
+) -> None:
+    run = train(small(optim__steps=2), store, tmp_path / "run")
+    other = make_store(tmp_path / "other.zarr")
+    keep_result(run, other, {"split": "validation"})
+    assert not (run / "eval-validation.json").exists()
+    state = run / "checkpoint/state.json"
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"step": 1}))
+    result = evaluate(load_run(run))
+    assert result["warnings"][0] == "the run is not finished: its checkpoint is of step 1 of 2"
+    keep_result(run, store, result)
+    assert json.loads((run / "eval-validation.json").read_text())["step"] == 1
+
+
+def test_a_damaged_log_names_the_line(tmp_path: Path, store: FeatureStore) -> None:
+    log = train(small(optim__steps=3, log_every=1), store, tmp_path / "run") / "metrics.jsonl"
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([*lines, lines[-1][:20] + "}"]))  # the last line of a crash
+    assert len(read_rows(log)) == len(lines)
+    log.write_text("\n".join([lines[0][:20] + "}", *lines[1:]]))
+    with pytest.raises(DataError, match="line 1: damaged"):
+        read_rows(log)
+
+
 def test_more_slots_than_patches_are_scored(tmp_path: Path, store: FeatureStore) -> None:
     config = load_config("default", None, [*fitted("default"), "model.slots=20"], optim__steps=1)
     result = evaluate(load_run(train(config, store, tmp_path / "run")))  # of 16 patches
@@ -456,9 +482,12 @@ def test_another_stores_features_are_refused(tmp_path: Path, store: FeatureStore
     other = tmp_path / "other.zarr"
     make_store(other)
     attributes = json.loads((other / "zarr.json").read_text())
-    attributes["attributes"]["featcache"]["preprocessing"]["size"] = 448
+    spec = attributes["attributes"]["featcache"]
+    spec["preprocessing"]["size"], spec["taps"]["block1"]["dim"] = 448, 24
     (other / "zarr.json").write_text(json.dumps(attributes))
-    with pytest.raises(IncompatibleError, match=r"preprocessing.size: 32 then, 448 now"):
+    with pytest.raises(
+        IncompatibleError, match=r"block1 dim: store 24, asked 12; preprocessing.size: store 448, asked"
+    ):
         load_run(run, other)
     int8 = make_store(tmp_path / "int8.zarr", dtype="int8").path
     assert load_run(run, int8).store.spec.dtype == "int8", "the same features in fewer bits are welcome"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,11 +39,12 @@ def robustness(
     from slotlab import display
     from slotlab.evaluate import load_run
     from slotlab.robustness import robustness as measure
+    from slotlab.runs import keep_result
 
     loaded = load_run(run, cache, pick_device(device))
     with display.ExtractProgress() as progress:
         result = measure(loaded, split, max_videos=max_videos, frames=frames, weights=weights, progress=progress)
-    (run / f"robustness-{result['split']}.json").write_text(json.dumps(result, indent=1))
+    keep_result(run, loaded.store, result, "robustness")
     if as_json:
         print_json(result)
         return

@@ -77,7 +77,7 @@ def import_file(
 
 
 def weights(
-    fetch: Annotated[str | None, typer.Option(help="Download this backbone's weights now.")] = None,
+    fetch: Annotated[str | None, typer.Option(help="Download this backbone's weights now; prints JSON.")] = None,
     as_json: Json = False,
 ) -> None:
     """Which backbones there are, and where each one's weights come from."""
@@ -103,7 +103,7 @@ def weights(
 
 
 def doctor(as_json: Json = False) -> None:
-    """What this machine offers: packages, devices, memory, disk, weights, the embedded sample."""
+    """What this machine offers: packages, devices, disk, where weights are kept, the embedded sample."""
     from slotlab import display
     from slotlab.doctor import examine
 

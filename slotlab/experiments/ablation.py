@@ -53,6 +53,8 @@ def read_ablation(
         raise UsageError(f"{path}: {unknown[0]}: no such key; there are: {', '.join(KEYS)}")
     base = _mapping(path, raw, "set")
     split = split or raw.get("split")
+    if not isinstance(raw.get("config", ""), str):
+        raise UsageError(f"{path}: config: must be the path of a TOML file, in quotes")
     file = path.parent / raw["config"] if "config" in raw else None
 
     def cell(name: str | None, settings: dict[str, Any]) -> Cell:
@@ -85,7 +87,8 @@ def read_ablation(
         raise UsageError(f"{path}: cells: must be a list of tables, each written as [[cells]]")
     for item in items:
         settings = flatten(item)
-        cells.append(cell(settings.pop("name", None), settings))
+        name = settings.pop("name", None)
+        cells.append(cell(None if name is None else str(name), settings))
     return Plan("ablate", cells[0].config.data.eval_split if cells else "", _seeds(path, raw, seeds), tuple(cells))
 
 

@@ -24,6 +24,7 @@ def conduct(plan: Plan, out: Path, devices: str = "auto", workers: int | None = 
     anything is trained, what :func:`~slotlab.experiments.plan.opened` and :func:`check_stores` raise.
     """
     check_stores(plan)
+    places(devices, workers, 1)  # refuses what is not there
     with opened(plan, out):
         runs = plan.runs(out)
         left = [run for run in runs if not _stands(run)]

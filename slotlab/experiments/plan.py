@@ -55,12 +55,18 @@ class Run:
 
     @property
     def evaluation(self) -> Path:
-        """Written last and at once: a run is finished when it is there, unless a later attempt failed."""
+        """Written last and at once."""
         return self.path / f"eval-{self.split}.json"
 
     @property
     def finished(self) -> bool:
-        return self.evaluation.exists() and not (self.path / ERROR).exists()
+        """Whether its last step was scored, and no later attempt failed. Damaged scores count: they are told of."""
+        if not self.evaluation.exists() or (self.path / ERROR).exists():
+            return False
+        try:
+            return bool(json.loads(self.evaluation.read_text()).get("step") == self.config.optim.steps)
+        except (ValueError, AttributeError):
+            return True
 
     @property
     def error(self) -> str | None:

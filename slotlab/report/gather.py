@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 
-from featcache.errors import DataError
 from featcache.report import StoreReport, store_reports
 from featcache.store import FeatureStore, Split
 from slotlab import checkpoint
 from slotlab.config import Config
 from slotlab.evaluate import LoadedRun, References, count_labels, evaluate, load_run, scoring_code
-from slotlab.runs import read_rows, store_path
+from slotlab.runs import keep_result, read_rows, store_path
 from slotlab.timecurves import Curve, VideoTrace, over_videos, trace
 
 Say = Callable[[str], None]
@@ -107,8 +106,6 @@ def gather_run(
     known: KnownReferences,
 ) -> RunData:
     """One run; see :func:`gather`."""
-    if not (path / "config.toml").is_file() or not (path / "store.json").is_file():
-        raise DataError(f"{path}: not a run; name a folder that slotlab train made (for example runs/demo)")
     config = checkpoint.load_run_config(path)
     rows = tuple(read_rows(path / "metrics.jsonl"))
     if not checkpoint.exists(path):
@@ -145,8 +142,8 @@ def evaluation_of(
     found = current_evaluation(path, loaded, step)
     if found is None:
         say(f"{loaded.path}: scoring {len(split.videos)} videos of {split.name}")
-        path.write_text(json.dumps(evaluate(loaded, split.name, known.get(key)), indent=1))
-        found = json.loads(path.read_text())
+        found = json.loads(json.dumps(evaluate(loaded, split.name, known.get(key))))
+        keep_result(loaded.path, loaded.store, found)
     known[key] = found["reference"], found["floor"]
     return found
 
