@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -331,6 +332,19 @@ def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _of_the_machine(error: Exception) -> str | None:
+    """What to say of memory that is not there, and of places that cannot be read or written."""
+    full = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    if full or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's two
+        return (
+            "out of memory; take a smaller --batch-size, or --set optim.accumulate=2 or more (extract: fewer --workers)"
+        )
+    if isinstance(error, OSError):
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return f"{what}; look at the place and its permissions, or name another"
+    return None
+
+
 def main() -> None:
     """Entry point: user errors become one line on stderr and an exit code."""
     signal.signal(signal.SIGTERM, _terminated)
@@ -348,13 +362,10 @@ def main() -> None:
             raise
         print(f"slotlab: {error.render()}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except OSError as error:
-        if os.environ.get("SLOTLAB_DEBUG"):
-            raise
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(f"slotlab: {what}; look at the place and its permissions, or name another", file=sys.stderr)
-        sys.exit(DataError.exit_code)
     except Exception as error:
+        if (told := _of_the_machine(error)) and not os.environ.get("SLOTLAB_DEBUG"):
+            print(f"slotlab: {told}", file=sys.stderr)
+            sys.exit(DataError.exit_code)
         if not (hasattr(error, "show") and hasattr(error, "exit_code")):  # click's, wherever typer keeps its click
             raise
         error.show()

@@ -121,6 +121,9 @@ def test_from_a_store_to_scores(tmp_path: Path) -> None:
         3, "masks.png",
         "train", "--cache", "cache/synthetic.zarr", "--normalize", "slow=8", "--out", "masks.png/a", cwd=tmp_path,
     )  # fmt: skip
+    big = ("train", "--cache", "cache/synthetic.zarr", "--normalize", "slow=8", "--out", "runs/big")
+    fails(3, "out of memory; take a smaller --batch-size", *big, "--batch-size", 10**11, cwd=tmp_path)
+    fails(2, "no checkpoint yet: delete it", *big, cwd=tmp_path)
     fails(2, "is a store", "train", "--cache", "cache/synthetic.zarr", "--out", "cache/synthetic.zarr", cwd=tmp_path)
     fails(
         2, "no split 'trian'",
