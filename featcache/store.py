@@ -20,6 +20,7 @@ replaced alone; the rows between a video's end and the next boundary are padding
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -194,6 +195,12 @@ class Split:
         """Up to so many videos, evenly spread over all: a folder in order of its scenes is not judged by the first."""
         count = min(most, len(self.videos))
         return tuple(self.videos[len(self.videos) * i // count] for i in range(count))
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """What the source calls each finished video, with its position behind where it calls several so."""
+        counts = Counter(row.id for row in self.manifest.values())
+        return {v: row.id if counts[row.id] == 1 else f"{row.id}#{v}" for v, row in self.manifest.items()}
 
     @property
     def complete(self) -> bool:

@@ -77,7 +77,7 @@ class Segmenter:
     def _output(self, pictures: npt.NDArray[np.uint8]) -> tuple[Output, Tensor]:
         device = next(self.model.parameters()).device
         output = self.model.segment(self._read(pictures).to(device), Draws.of_step(self.config.seed, 0))
-        output = output.showing(self.config.published_masks)
+        output = output.checked().showing(self.config.published_masks)
         return output, on_grid(output.masks, self.model.grid).float()
 
 

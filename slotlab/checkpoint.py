@@ -88,11 +88,11 @@ def state(run: Path) -> dict[str, Any]:
 
 
 def load_model(run: Path, model: nn.Module, name: str | None = None) -> None:
-    """Fill ``model`` with the weights to use: averaged ones where there are any, unless ``name`` says which.
+    """Fill ``model`` with the weights to use: averaged ones if the run has them, unless ``name`` says which.
 
     ``IncompatibleError`` when the weights are of another model.
     """
-    path = folder(run) / (name or (AVERAGE if (folder(run) / AVERAGE).exists() else MODEL))
+    path = folder(run) / (name or _to_use(run))
     try:
         model.load_state_dict(_tensors(path))
     except RuntimeError as error:
@@ -104,7 +104,7 @@ def load_parameters(run: Path, model: nn.Module) -> None:
 
     ``IncompatibleError`` when that run has another model.
     """
-    path = folder(run) / (AVERAGE if (folder(run) / AVERAGE).exists() else MODEL)
+    path = folder(run) / _to_use(run)
     theirs, ours = _tensors(path), dict(model.named_parameters())
     differing = [name for name, value in ours.items() if name not in theirs or theirs[name].shape != value.shape]
     if differing:
@@ -112,6 +112,10 @@ def load_parameters(run: Path, model: nn.Module) -> None:
     with torch.no_grad():
         for name, value in ours.items():
             value.copy_(theirs[name])
+
+
+def _to_use(run: Path) -> str:
+    return AVERAGE if load_run_config(run).optim.ema else MODEL
 
 
 def load_optimizer(run: Path, optimizer: torch.optim.Optimizer) -> None:

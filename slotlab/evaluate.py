@@ -51,9 +51,9 @@ class LoadedRun:
 
     @torch.no_grad()
     def output(self, features: Tensor, video: int) -> Output:
-        """The same with the decoder's masks, whichever the run publishes."""
+        """The same with the decoder's masks, whichever the run publishes. ``DataError`` where they are not finite."""
         device = next(self.model.parameters()).device
-        return self.model.segment(features.to(device), Draws.of_step(self.config.seed, video))
+        return self.model.segment(features.to(device), Draws.of_step(self.config.seed, video)).checked()
 
 
 def load_run(run: Path, cache: Path | None = None, device: torch.device | str = "cpu") -> LoadedRun:

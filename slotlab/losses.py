@@ -69,13 +69,16 @@ def slot_contrast(output: Output, config: LossConfig) -> Tensor:
 
 
 def diversity(output: Output, config: LossConfig) -> Tensor:
-    """Mean cosine between the masks of two slots of a frame, in [0, 1]: it can only fall to zero."""
+    """Mean cosine between the masks of two slots of a frame, in [0, 1]: it can only fall to zero.
+
+    Slots that hold nothing, as those that pad a sample, are left out.
+    """
     masks = _frames(output.masks)
-    slots = masks.shape[1]
     unit = F.normalize(masks, dim=-1)
+    slots = (masks.amax(-1) > 0).sum(1)  # (F,)
     # sum over i != j of <u_i, u_j> = |sum of u|^2 - sum of |u|^2
     pairs = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
-    return pairs.mean().clamp_min(0) / max(1, slots * (slots - 1))
+    return (pairs.clamp_min(0) / (slots * (slots - 1)).clamp_min(1)).mean()
 
 
 def sharpness(output: Output, config: LossConfig) -> Tensor:

@@ -41,6 +41,23 @@ def check_run(config: Config, store: FeatureStore, run: Path, resume: bool) -> N
     if changed:
         raise IncompatibleError(f"{run}: was made with another configuration ({'; '.join(changed)}){anew}")
     check_store(run, store)
+    samples = _samples(config, store)
+    if differences := compare_settings(samples, trained_on(run)["samples"] or samples):  # early runs did not note them
+        raise IncompatibleError(
+            f"{store.path}: not the videos that {run} was begun on", differences, "name its own store with --cache"
+        )
+
+
+def _samples(config: Config, store: FeatureStore) -> dict[str, Any]:
+    """What decides, beside the kind of features, which samples a run is trained on."""
+    split, tap = store[config.data.train_split], config.data.tap
+    return {
+        "split": split.name,
+        "source_fingerprint": split.spec.source_fingerprint,
+        "videos": len(split.spec.lengths),
+        "frames": sum(split.spec.lengths),
+        **({"dtype": store.spec.dtype, "precision": store.spec.precision} if tap != VIDEO else {}),
+    }
 
 
 def create_run(config: Config, store: FeatureStore, run: Path, init_from: Path | None) -> None:
@@ -48,6 +65,7 @@ def create_run(config: Config, store: FeatureStore, run: Path, init_from: Path |
     path = store.path.resolve()
     places = {"path": str(path), "from_run": os.path.relpath(path, run.resolve())}  # the run may move, or both
     note = {**places, "identity": store.spec.identity(), "spec": store.spec.to_json()}
+    note["samples"] = _samples(config, store)
     if init_from is not None:
         note["init_from"] = str(init_from.resolve())
     run.mkdir(parents=True, exist_ok=True)
@@ -60,7 +78,10 @@ def trained_on(run: Path) -> dict[str, Any]:
     path = run / "store.json"
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-        return {"from_run": None, "init_from": None} | {key: found[key] for key in ("path", "identity", "spec")} | found
+        kinds = {"path": str, "identity": dict, "spec": dict}
+        if wrong := [key for key, kind in kinds.items() if not isinstance(found[key], kind)]:
+            raise TypeError(", ".join(wrong))
+        return {"from_run": None, "init_from": None, "samples": None} | found
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: missing, damaged or of an earlier version; train the run again") from error
 
@@ -141,8 +162,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            row = json.loads(line)
+            rows.append(row | {"step": int(row["step"])})
+        except (ValueError, KeyError, TypeError) as error:
             if number < len(lines):
                 raise DataError(f"{path}: line {number}: damaged ({error}); delete the line") from error
     return rows

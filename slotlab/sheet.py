@@ -63,7 +63,7 @@ def draw_sheet(loaded: LoadedRun, split: Split, path: Path, videos: Sequence[int
                 cell.imshow(picture, interpolation="lanczos")
         kinds = {i.material for i in split.instances(video)} - {""}
         name = "all " + kinds.pop() if len(kinds) == 1 else "mixed" if kinds else ""
-        row[0].set_title(f"{name}  {split.manifest[video].id}".strip(), fontsize=7, loc="left")
+        row[0].set_title(f"{name}  {split.names[video]}".strip(), fontsize=7, loc="left")
         row[2].set_title(f"FG-ARI {fg_ari:.2f}  mBO {mbo:.2f}", fontsize=7, loc="left")
     for cell, title in zip(axes[0], ("frame", "ground truth", "slots"), strict=False):
         cell.text(0.5, 1.22, title, transform=cell.transAxes, ha="center", fontsize=9, weight="bold")

@@ -147,11 +147,11 @@ def subgroup_scores(scores: Scores, split: Split, labels: int, bootstrap: Bootst
 def _by_video(
     split: Split, of_frames: Mapping[str, Tensor], frames: Tensor, of_videos: Mapping[str, Tensor], ids: Tensor
 ) -> Iterator[tuple[str, dict[str, float | None]]]:
-    """Each video's mean over its frames, and its scores as a whole, by its id."""
+    """Each video's mean over its frames, and its scores as a whole, by its name."""
     for row, video in enumerate(ids.tolist()):
         means = {name: _mean(values[frames == video]) for name, values in of_frames.items()}
         whole = {f"{name}_video": _mean(values[row]) for name, values in of_videos.items()}
-        yield split.manifest[video].id, means | whole
+        yield split.names[video], means | whole
 
 
 def _mean(values: Tensor) -> float | None:

@@ -52,7 +52,9 @@ def train(
     is not finite.
     """
     config = settled(config, store)
-    look_split(config, store)
+    split = look_split(config, store)
+    if config.evaluate_every:
+        split.require_complete()
     with join(device) as ranks:
         if ranks.leads:
             check_run(config, store, run, resume)
@@ -119,6 +121,7 @@ def _train(
     forward: Any = DistributedDataParallel(model) if ranks.count > 1 else model
     if optim.compile:
         forward = torch.compile(forward, mode="reduce-overhead" if optim.cuda_graphs else "default")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=optim.precision == "bfloat16")
     spent = keep_rows(run / "metrics.jsonl", step) if ranks.leads else 0.0  # seconds
     bad_since = torch.full((), NEVER, device=device)  # the first step whose loss or gradient was not finite
     began = logged_at = time.perf_counter()
@@ -140,7 +143,7 @@ def _train(
                 )
                 last = part == optim.accumulate - 1
                 with nullcontext() if last or ranks.count == 1 else forward.no_sync():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
+                    with autocast:
                         found = losses(forward(features, draws), config.loss)
                     (total(found, config.loss) / optim.accumulate).backward()  # type: ignore[no-untyped-call]
                 for name, value in found.items():
@@ -190,6 +193,11 @@ def _train(
                 report(row)
             if row:
                 waited, logged, logged_at = stream.wait_seconds, step, time.perf_counter()
+            if saves:  # what the update made is seen by no loss yet
+                with torch.no_grad(), autocast:
+                    after = total(losses(model(features, draws), config.loss), config.loss)
+                if not bool(ranks.mean(after).isfinite()):
+                    raise DataError(f"{run}: step {step} broke the model; lower --set optim.learning_rate")
             if saves and ranks.leads:
                 state = {"step": step, "schedule": plain_state(schedule), "stream": stream.state_dict()}
                 checkpoint.save(run, model, average, optimizer, state)

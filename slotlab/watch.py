@@ -20,7 +20,7 @@ from slotlab.scores import Scores
 def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
     """Scores and collapse diagnostics on a few videos of the evaluation split, as ``eval_*`` values of a logged row.
 
-    Scores are left out where the split has no masks.
+    Scores are left out where the split has no masks. ``DataError`` where the model's masks are not finite.
     """
     split = look_split(config, store)
     labels = count_labels(split) if split.spec.masks else 0
@@ -29,10 +29,7 @@ def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
     scores, found = Scores(), diagnostics.Diagnostics()
     for video in split.spread(config.evaluate_videos):
         output = model.segment(model_input(config, split, video).to(device), Draws.of_step(config.seed, video))
-        output = output.showing(config.published_masks)
-        if not bool(output.masks.isfinite().all()):  # the next step's loss is not, either, and ends the run
-            model.train(training)
-            return {"warnings": ["the masks are no longer finite"]}
+        output = output.checked().showing(config.published_masks)
         found.add(output)
         if split.spec.masks:
             truth = torch.from_numpy(split.segmentations(video))  # (T, H, W)

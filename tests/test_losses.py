@@ -112,6 +112,11 @@ def test_diversity_is_the_mask_similarity_that_is_reported(clips: bool) -> None:
     given = output(clips=clips)
     masks = given.masks.reshape(-1, K, N)
     assert value("diversity", given) == pytest.approx(float(metrics.mask_similarity(masks).mean()), rel=1e-5)
+    given.masks[..., 0, :] = 0  # a slot that pads a sample, or that the frame does not need
+    given.masks[:1, ..., 1, :] = 0
+    masks = given.masks.reshape(-1, K, N)
+    reported = metrics.mask_similarity(masks, metrics.live_slots(masks)).mean()
+    assert value("diversity", given) == pytest.approx(float(reported), rel=1e-5)
 
 
 def test_diversity_and_sharpness_at_their_ends() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -233,3 +234,20 @@ def test_other_videos_are_refused() -> None:
         paired(evaluation(values), evaluation(values, split="train"))
     with pytest.raises(IncompatibleError, match="resolution"):
         paired(evaluation(values), evaluation(values, resolution=[64, 64]))
+
+
+class NamelessSource(DiscSource):
+    """All its videos are called the same, as where a data set's records carry a constant."""
+
+    def read(self, split: str, index: int) -> Video:
+        return replace(super().read(split, index), id="clip")
+
+
+def test_videos_of_one_name_are_told_apart(tmp_path: Any) -> None:
+    split = make_store(tmp_path / "s.zarr", NamelessSource({"train": (4,), "validation": (4, 4, 4)}))["validation"]
+    one, other = (
+        {"split": "v", "resolution": [32, 32], "run": str(s)} | subgroup_scores(scores_of(split, s), split, OBJECTS)
+        for s in (0, 1)
+    )
+    assert list(one["by_video"]) == ["clip#0", "clip#1", "clip#2"]
+    assert paired(one, other)["scores"]["mbo"]["videos"] == 3

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from featcache.errors import DataError, IncompatibleError, UsageError
@@ -30,7 +30,7 @@ from slotlab.runs import keep_result, read_rows
 from slotlab.schedule import learning_rate, make_schedule, update_average, warmup_steps
 from slotlab.tensorboard import events
 from slotlab.train import freeze_unreached, train
-from tests.synthetic import fitted, make_store
+from tests.synthetic import DiscSource, fitted, make_store
 
 # What makes each kind of model small enough for the synthetic store (12 channels, a 4x4 grid).
 SMALL = {
@@ -327,7 +327,7 @@ def test_a_store_json_of_an_earlier_version_or_damaged(tmp_path: Path, store: Fe
     del note["from_run"]
     (run / "store.json").write_text(json.dumps(note))
     assert load_run(run).store.path == store.path
-    for damaged in ("{", "[]", "{}"):
+    for damaged in ("{", "[]", "{}", '{"path": 3, "identity": {}, "spec": {}}'):
         (run / "store.json").write_text(damaged)
         with pytest.raises(DataError, match=r"store.json: missing, damaged or of an earlier version"):
             load_run(run)
@@ -367,13 +367,58 @@ def test_looks_at_the_masks_are_logged(tmp_path: Path, store: FeatureStore) -> N
     assert [row["loss"] for row in plain] == [row["loss"] for row in rows], "looking changes nothing"
 
 
+BREAKING = ("optim.learning_rate=1e38", "optim.warmup_steps=0")  # the first gradient is finite, what it leaves is not
+
+
 def test_a_run_whose_masks_break_at_a_look_says_so_and_ends(tmp_path: Path, store: FeatureStore) -> None:
-    """The gradient of the first step is finite; its step, at such a rate, leaves nothing that is."""
-    rows: list[dict[str, Any]] = []
-    config = small("evaluate_every=1", "optim.learning_rate=1e38", "optim.warmup_steps=0")
-    with pytest.raises(DataError, match=r"not finite at step 2 .* lower --set optim.learning_rate"):
-        train(config, store, tmp_path / "run", report=rows.append)
-    assert rows[0]["warnings"] == ["the masks are no longer finite"]
+    with pytest.raises(DataError, match=r"masks are not finite: it diverged; .* lower optim.learning_rate"):
+        train(small("evaluate_every=1", *BREAKING, optim__steps=1), store, tmp_path / "run")
+    assert not (tmp_path / "run/summary.json").exists() and not (tmp_path / "run/checkpoint").exists()
+
+
+def test_an_update_that_breaks_the_model_is_not_saved(
+    tmp_path: Path, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own loss was finite, so only the next would have told."""
+    good, bad = small("checkpoint_every=1", optim__steps=2), tmp_path / "bad"
+    run = train(good, store, tmp_path / "run")
+    monkeypatch.setattr("slotlab.train.learning_rate", lambda _: 1e38)
+    with pytest.raises(DataError, match=r"bad: step 2 broke the model; lower --set optim.learning_rate"):
+        train(good.model_copy(update={"checkpoint_every": 2}), store, bad)
+    assert not (bad / "checkpoint").exists() and not (bad / "summary.json").exists()
+    weights = run / "checkpoint/model.safetensors"  # as an earlier version would have saved them
+    save_file({key: torch.full_like(value, torch.nan) for key, value in load_file(weights).items()}, weights)
+    with pytest.raises(DataError, match=r"masks are not finite: it diverged"):
+        evaluate(load_run(run))
+
+
+def test_averaged_weights_that_are_gone_are_missed(tmp_path: Path, store: FeatureStore) -> None:
+    """And the others not taken in their place."""
+    run = train(small("optim.ema=0.9", optim__steps=2), store, tmp_path / "run")
+    (run / "checkpoint/average.safetensors").unlink()
+    with pytest.raises(DataError, match=r"average.safetensors: damaged .* restore the file"):
+        load_run(run)
+
+
+def test_a_run_goes_on_with_the_videos_it_was_begun_on(tmp_path: Path, store: FeatureStore) -> None:
+    """Other videos of the same features are good enough to be scored, and to start from, but not to resume."""
+    config = small("checkpoint_every=1", optim__steps=1)
+    run = train(config, store, tmp_path / "run")
+    fewer = make_store(tmp_path / "fewer.zarr", DiscSource({"train": (8, 8, 8), "validation": (8, 8)}))
+    evaluate(load_run(run, fewer.path))
+    with pytest.raises(IncompatibleError, match=r"fewer.zarr: not the videos that .*run was begun on") as caught:
+        train(config, fewer, run, resume=True)
+    assert {"videos", "frames"} <= {row.setting for row in caught.value.differences}
+
+
+def test_a_split_that_is_not_whole_is_not_looked_at(tmp_path: Path) -> None:
+    """Said before training, and before there is a folder."""
+    store = make_store(tmp_path / "store.zarr")
+    (store.path / "validation/manifest.jsonl").write_text("")
+    config = small("evaluate_every=2", optim__steps=2)
+    with pytest.raises(DataError, match=r"validation: extraction unfinished \(0 of 2 videos\)"):
+        train(config, FeatureStore.open(store.path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_rate_grows_with_the_batch_and_the_warm_up_counts_samples() -> None:
@@ -429,6 +474,9 @@ def test_a_damaged_log_names_the_line(tmp_path: Path, store: FeatureStore) -> No
     log.write_text("\n".join([*lines, lines[-1][:20] + "}"]))  # the last line of a crash
     assert len(read_rows(log)) == len(lines)
     log.write_text("\n".join([lines[0][:20] + "}", *lines[1:]]))
+    with pytest.raises(DataError, match="line 1: damaged"):
+        read_rows(log)
+    log.write_text("\n".join(['{"loss": 1}', *lines]))
     with pytest.raises(DataError, match="line 1: damaged"):
         read_rows(log)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from featcache.errors import DataError
 from slotlab.draws import Draws
 from slotlab.models.config import Masks
 
@@ -32,6 +33,12 @@ class Output:
     def decoded_target(self) -> Float[Tensor, "*B M D"]:
         """The target at the decoded positions."""
         return self.target if self.positions is None else self.target[..., self.positions, :]
+
+    def checked(self) -> Output:
+        """Itself. ``DataError`` where masks are not finite."""
+        if bool(self.masks.isfinite().all()) and bool(self.attention.isfinite().all()):
+            return self
+        raise DataError("the model's masks are not finite: it diverged; train again with a lower optim.learning_rate")
 
     def showing(self, masks: Masks) -> Output:
         """With these in the place of the decoder's masks."""

@@ -68,7 +68,7 @@ def choose(run: RunData, count: int, by: str) -> tuple[Choice, ...]:
     """Videos of one run; see :func:`footages`."""
     videos = list(run.split.videos)
     scores = (run.evaluation or {}).get("by_video", {})
-    scored = [(scores.get(run.split.manifest[v].id, {}).get(by), v) for v in videos]
+    scored = [(scores.get(run.split.names[v], {}).get(by), v) for v in videos]
     ranked = [v for _, v in sorted((s, v) for s, v in scored if s is not None)]
     if not ranked:
         spread = np.linspace(0, len(videos) - 1, min(count, len(videos))).round().astype(int)
@@ -89,10 +89,9 @@ def pack_video(footage: Footage, choice: Choice, runs: Sequence[RunData], most_f
     kept = frame_indices(split.spec.lengths[video], most_frames)
     frames = split.video(video)[kept]  # (T, H, W, 3)
     height, width = shown_size(frames.shape[1:3])
-    row = split.manifest[video]
-    kinds = sorted({i.material for i in row.instances} - {""})
+    kinds = sorted({i.material for i in split.instances(video)} - {""})
     card: dict[str, Any] = {
-        "id": row.id,
+        "id": split.names[video],
         "footage": footage.key,
         "why": choice.why,
         "kind": "" if not kinds else f"all {kinds[0]}" if len(kinds) == 1 else "mixed",
@@ -117,7 +116,7 @@ def pack_run(run: RunData, position: int, video: int, kept: npt.NDArray[np.int64
     grid = run.loaded.model.grid
     masks = run.loaded.segment(run.split, video).masks[torch.from_numpy(kept)].float().cpu()  # (T, K, N)
     found = run.traces[video]
-    scores = (run.evaluation or {}).get("by_video", {}).get(run.split.manifest[video].id, {})
+    scores = (run.evaluation or {}).get("by_video", {}).get(run.split.names[video], {})
     bits = 8 if max(grid) >= FINE_GRID else 16
     codes, ranges = quantised(masks, bits)
     return {
