@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from featcache.blockwise import recomputed_statistics
 from featcache.errors import UsageError
 from featcache.scale import OUTLIER_RATIO, ScaleReport, scale_report
+from featcache.stats import Moments
 from featcache.store import FeatureStore
 
 if TYPE_CHECKING:
@@ -58,10 +59,14 @@ def store_reports(
     store = FeatureStore.open(path)
     name = split or ("train" if "train" in store.splits or not store.splits else store.splits[0])
     part = store[name].require_complete()
+    statistics: Callable[[str], Moments] = part.statistics
+    if recompute:
+        from featcache.blockwise import recomputed_statistics  # dask takes a second to import
+
+        statistics = partial(recomputed_statistics, part, client=client)
     reports = []
     for tap in store.spec.taps:
-        moments = recomputed_statistics(part, tap, client) if recompute else part.statistics(tap)
-        reports.append(StoreReport(str(path), name, store.spec.backbone, tap, scale_report(moments)))
+        reports.append(StoreReport(str(path), name, store.spec.backbone, tap, scale_report(statistics(tap))))
     return reports
 
 

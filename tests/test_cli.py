@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -29,12 +30,25 @@ def slotlab(*args: object, cwd: Path | None = None) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
 
 
-def fails(code: int, message: str, *args: object, cwd: Path | None = None) -> None:
-    done = slotlab(*args, cwd=cwd)
-    assert done.returncode == code, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+@pytest.fixture
+def fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., None]]:
+    """A command that ends in one line, in ``tmp_path``; without another Python, whose start takes seconds."""
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def check(code: int, message: str, *args: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["slotlab", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert ended.value.code == code, err
+        assert message in err and "Traceback" not in err and out == ""
+
+    yield check
+    signal.signal(signal.SIGTERM, before)
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -81,9 +95,15 @@ def test_help_lists_the_commands() -> None:
     ],
 )
 def test_mistakes_are_one_line_with_an_exit_code(
-    tmp_path: Path, code: int, message: str, args: tuple[str, ...]
+    fails: Callable[..., None], code: int, message: str, args: tuple[str, ...]
 ) -> None:
-    fails(code, message, *args, cwd=tmp_path)
+    fails(code, message, *args)
+
+
+def test_a_mistake_ends_the_process_so(tmp_path: Path) -> None:
+    done = slotlab("train", "--cache", "none.zarr", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1)
+    assert done.stderr.startswith("slotlab: none.zarr: no such store")
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
@@ -91,7 +111,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in done.stderr and done.returncode != 0
 
 
-def test_from_a_store_to_scores(tmp_path: Path) -> None:
+def test_from_a_store_to_scores(tmp_path: Path, fails: Callable[..., None]) -> None:
     """stats, train, eval and verify as people type them, each with clean JSON on stdout."""
     make_store(tmp_path / "cache/synthetic.zarr")
     stats = json.loads(slotlab("stats", "--json", cwd=tmp_path).stdout)["stores"][0]
@@ -116,27 +136,27 @@ def test_from_a_store_to_scores(tmp_path: Path) -> None:
     kept.mkdir()  # as good as a folder that cannot be written
     again = slotlab("eval", "runs/one", "--json", cwd=tmp_path)
     assert json.loads(again.stdout)["mbo"] == result["mbo"] and "cannot be written" in again.stderr
-    fails(2, "choose one with --split: train", "eval", "runs/one", "--split", "trian", cwd=tmp_path)
+    fails(2, "choose one with --split: train", "eval", "runs/one", "--split", "trian")
     fails(
         3, "masks.png",
-        "train", "--cache", "cache/synthetic.zarr", "--normalize", "slow=8", "--out", "masks.png/a", cwd=tmp_path,
+        "train", "--cache", "cache/synthetic.zarr", "--normalize", "slow=8", "--out", "masks.png/a"
     )  # fmt: skip
     big = ("train", "--cache", "cache/synthetic.zarr", "--normalize", "slow=8", "--out", "runs/big")
-    fails(3, "out of memory; take a smaller --batch-size", *big, "--batch-size", 10**11, cwd=tmp_path)
-    fails(2, "no checkpoint yet: delete it", *big, cwd=tmp_path)
-    fails(2, "is a store", "train", "--cache", "cache/synthetic.zarr", "--out", "cache/synthetic.zarr", cwd=tmp_path)
+    fails(3, "out of memory; take a smaller --batch-size", *big, "--batch-size", 10**11)
+    fails(2, "no checkpoint yet: delete it", *big)
+    fails(2, "is a store", "train", "--cache", "cache/synthetic.zarr", "--out", "cache/synthetic.zarr")
     fails(
         2, "no split 'trian'",
-        "train", "--cache", "cache/synthetic.zarr", "--set", "data.eval_split=trian", "--out", "runs/two", cwd=tmp_path,
+        "train", "--cache", "cache/synthetic.zarr", "--set", "data.eval_split=trian", "--out", "runs/two"
     )  # fmt: skip
 
     assert json.loads(slotlab("verify", "cache/synthetic.zarr", "--json", cwd=tmp_path).stdout)["damaged"] == []
     next((tmp_path / "cache/synthetic.zarr/train/video").glob("c.*")).write_bytes(b"")
     assert slotlab("verify", "cache/synthetic.zarr", cwd=tmp_path).returncode == 3
-    fails(2, "exists already", "train", "--cache", "cache/synthetic.zarr", "--out", "runs/one", cwd=tmp_path)
+    fails(2, "exists already", "train", "--cache", "cache/synthetic.zarr", "--out", "runs/one")
     fails(
         4, "another configuration",
-        "train", "--cache", "cache/synthetic.zarr", "--out", "runs/one", "--resume", "--seed", 9, cwd=tmp_path,
+        "train", "--cache", "cache/synthetic.zarr", "--out", "runs/one", "--resume", "--seed", 9
     )  # fmt: skip
 
 
