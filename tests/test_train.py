@@ -473,6 +473,8 @@ def test_a_damaged_log_names_the_line(tmp_path: Path, store: FeatureStore) -> No
     log.write_text("\n".join([lines[0][:20] + "}", *lines[1:]]))
     with pytest.raises(DataError, match="line 1: damaged"):
         read_rows(log)
+    log.write_text("\n".join([*lines, '{"loss": 1}']))
+    assert len(read_rows(log)) == len(lines)
     log.write_text("\n".join(['{"loss": 1}', *lines]))
     with pytest.raises(DataError, match="line 1: damaged"):
         read_rows(log)
