@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from featcache.timing import alternate, machine, paired_ratio, timed
+from featcache.machine import alternate, machine, paired_ratio, timed
 
 __all__ = ["alternate", "paired_ratio", "report", "timed"]
 

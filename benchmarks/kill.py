@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import report
-from featcache import manifest
-from featcache.verify import verify
+from featcache.store import manifest
+from featcache.upkeep.verify import verify
 from tests.synthetic import DiscSource, arrays_of
 
 VIDEOS = {"train": (4,) * 16 + (3,), "validation": (4, 2)}
@@ -33,8 +33,9 @@ _context.set_forkserver_preload(["tests.crash_imports"])
 def _extraction(path: str, began: Any) -> None:
     import torch
 
-    from featcache.backbones import load_backbone
-    from featcache.extract import ExtractOptions, extract, plan
+    from featcache.backbones.backbone import load_backbone
+    from featcache.extraction.extract import extract
+    from featcache.extraction.plan import ExtractOptions, plan
 
     torch.set_num_threads(1)
     source, backbone = DiscSource(VIDEOS), load_backbone("resnet18", "random", ("layer1",), 32)

@@ -34,8 +34,8 @@ def anonymous_memory() -> int:
 
 def stream(path: Path, batches: int) -> int:
     """Batches of random frames; bytes handed over."""
-    from featcache.store import FeatureStore
-    from featcache.stream import FeatureStream
+    from featcache.store.reading import FeatureStore
+    from featcache.stream.stream import FeatureStream
 
     frames = FeatureStream(FeatureStore.open(path)["train"], TAP, batch_size=BATCH)
     return sum(batch.features.nbytes for batch in islice(frames, batches))
@@ -43,8 +43,8 @@ def stream(path: Path, batches: int) -> int:
 
 def statistics(path: Path) -> int:
     """Moments of every token by dask; bytes reduced."""
-    from featcache.blockwise import recomputed_statistics
-    from featcache.store import FeatureStore
+    from featcache.scale.recompute import recomputed_statistics
+    from featcache.store.reading import FeatureStore
 
     split = FeatureStore.open(path)["train"]
     recomputed_statistics(split, TAP)

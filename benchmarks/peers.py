@@ -29,11 +29,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slotlab.config import Config, load_config
-from slotlab.models.config import MASKS
+from slotlab.config.load import load_config
+from slotlab.config.model import MASKS
+from slotlab.config.schema import Config
 
 if TYPE_CHECKING:
-    from slotlab.evaluate import LoadedRun
+    from slotlab.runs.loaded import LoadedRun
 
 PRESETS = ("default", "dinosaur", "dinosaur-ar", "savi-dinosaur", "videosaur", "slotcontrast", "pixel")
 SCORES = ("fg_ari", "mbo", "fg_ari_video", "mbo_video")
@@ -52,8 +53,8 @@ class Peers:
 
 def seconds_a_step(config: Config, cache: Path) -> float:
     """Median time of a step, without the first."""
-    from featcache.store import FeatureStore
-    from slotlab.train import train
+    from featcache.store.reading import FeatureStore
+    from slotlab.training.train import train
 
     ends: list[float] = []
     brief = config.model_copy(
@@ -66,7 +67,7 @@ def seconds_a_step(config: Config, cache: Path) -> float:
 
 def configured(preset: str, seed: int, peers: Peers) -> Config:
     """A preset with a number of frames a step that a CPU can afford; ours as it is."""
-    from slotlab.schedule import learning_rate
+    from slotlab.training.schedule import learning_rate
 
     config = load_config(preset, None, (), seed=seed)
     if preset == "default":
@@ -108,10 +109,11 @@ def one(
     """Train and score a run, of ``frames`` rather than ``seconds`` where they are given; a line of the table."""
     import torch
 
-    from featcache.store import FeatureStore
-    from slotlab.checkpoint import load_run_config
-    from slotlab.evaluate import evaluate, load_run
-    from slotlab.train import train
+    from featcache.store.reading import FeatureStore
+    from slotlab.runs.checkpoint import load_run_config
+    from slotlab.runs.loaded import load_run
+    from slotlab.scoring.evaluate import evaluate
+    from slotlab.training.train import train
 
     torch.set_num_threads(1)
     run = out / f"{preset}-seed{seed}"
@@ -142,7 +144,8 @@ def one(
 
 def on_training_videos(loaded: LoadedRun) -> dict[str, float]:
     """FG-ARI and mBO together, of each kind of masks."""
-    from slotlab.evaluate import count_labels, score_masks
+    from slotlab.scoring.evaluate import score_masks
+    from slotlab.scoring.tables import count_labels
 
     split = loaded.store[loaded.config.data.train_split]
     scores, _ = score_masks(loaded, split, split.spread(TRAINING_VIDEOS), count_labels(split))

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import report
-from featcache.device import pick_device
-from slotlab.evaluate import LoadedRun, count_labels, load_run, on_grid
-from slotlab.metrics import adjusted_rand_index, mask_tables, mean_best_overlap
-from slotlab.outlines import outline_scores
-from slotlab.refine import Crf, Guided, Method, refine
+from featcache.machine import pick_device
+from slotlab.masks.refine import Crf, Guided, Method, refine
+from slotlab.models.base import on_grid
+from slotlab.runs.loaded import LoadedRun, load_run
+from slotlab.scoring.fine import outline_scores
+from slotlab.scoring.metrics import adjusted_rand_index, mean_best_overlap
+from slotlab.scoring.tables import count_labels, mask_tables
 
 CHANGES: dict[type[Guided] | type[Crf], dict[str, tuple[Any, ...]]] = {
     Guided: {

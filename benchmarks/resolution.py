@@ -23,16 +23,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import report
-from featcache.backbones import load_backbone
-from featcache.device import pick_device
-from featcache.extract import ExtractOptions, extract, plan
+from featcache.backbones.backbone import load_backbone
+from featcache.extraction.extract import extract
+from featcache.extraction.plan import ExtractOptions, plan
+from featcache.machine import pick_device
 from featcache.sources import open_source
-from featcache.store import FeatureStore
-from slotlab.config import load_config
-from slotlab.display import ExtractProgress, training_display
-from slotlab.evaluate import evaluate, load_run
-from slotlab.outlines import outline_scores
-from slotlab.train import train
+from featcache.store.reading import FeatureStore
+from slotlab.commands.terminal import ExtractProgress, training_display
+from slotlab.config.load import load_config
+from slotlab.runs.loaded import load_run
+from slotlab.scoring.evaluate import evaluate
+from slotlab.scoring.fine import outline_scores
+from slotlab.training.train import train
 
 SCORES = ("fg_ari", "mbo", "miou")
 

@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import alternate, paired_ratio, report
-from featcache.device import pick_device
-from featcache.store import TapSpec
-from slotlab.config import Config, load_config
-from slotlab.draws import Draws
-from slotlab.losses import losses, total
-from slotlab.models.config import SlotAttentionConfig
-from slotlab.models.registry import empty_model
+from featcache.machine import pick_device
+from featcache.store.spec import TapSpec
+from slotlab.config.load import load_config
+from slotlab.config.model import SlotAttentionConfig
+from slotlab.config.schema import Config
+from slotlab.models.build import empty_model
+from slotlab.models.randomness import Draws
+from slotlab.training.losses import losses, total
 
 PRESETS = ("dinosaur", "videosaur")
 Loss = Callable[[], Tensor]

@@ -25,15 +25,17 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.harness import alternate, paired_ratio, report
-from featcache.device import pick_device
-from slotlab.config import Config, LossConfig, load_config
-from slotlab.draws import Draws, Share
-from slotlab.losses import losses, total
-from slotlab.models.config import SlotAttentionConfig
-from slotlab.models.decoders import Decoded, Decoder, MLPDecoder
+from featcache.machine import pick_device
+from slotlab.config.load import load_config
+from slotlab.config.model import SlotAttentionConfig
+from slotlab.config.schema import Config, LossConfig
+from slotlab.models.decoders.base import Decoded, Decoder
+from slotlab.models.decoders.broadcast import MLPDecoder
+from slotlab.models.normalise import Normaliser
+from slotlab.models.randomness import Draws, Share
 from slotlab.models.slot_attention import Attended
 from slotlab.models.slot_model import SlotModel
-from slotlab.normalise import Normaliser
+from slotlab.training.losses import losses, total
 
 REFERENCE = "published"
 LIMIT = "limit"

@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from featcache import manifest
-from featcache.layout import array_layouts, chunk_path
-from featcache.sources.base import Video
-from featcache.store import Dtype, FeatureStore, SplitSpec, StoreSpec, TapSpec
-from featcache.writer import StoreWriter
+from featcache.sources.video import Video
+from featcache.store import manifest
+from featcache.store.layout import array_layouts, chunk_path
+from featcache.store.reading import FeatureStore
+from featcache.store.spec import SplitSpec, StoreSpec, TapSpec
+from featcache.store.writing import StoreWriter
+from featcache.words import Dtype
 
 FRAMES = 24  # of a video, as in MOVi-A
 TAP = "block12"

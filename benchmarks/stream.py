@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.harness import alternate, paired_ratio, report, timed
 from benchmarks.stores import TAP, random_store
-from featcache.bench import ACCESSES, Access, Starts, Window, bare_read, measure_cold, memory_limit, whole_stream
-from featcache.store import Split
+from featcache.bench.stream import ACCESSES, Access, Starts, Window, bare_read, measure_cold, memory_limit, whole_stream
+from featcache.store.reading import Split
 
 BATCHES = 4  # in one turn
 AHEAD = 4  # batches that a DataLoader with two workers keeps ready

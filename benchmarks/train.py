@@ -18,13 +18,13 @@ import numpy as np
 import torch
 
 from benchmarks.harness import alternate, paired_ratio, report, timed
-from featcache.backbones import Backbone, load_backbone
-from featcache.device import pick_device
-from featcache.forward import forward
-from featcache.store import FeatureStore, Split
-from featcache.stream import FeatureStream
-from slotlab.bench import Trainee
-from slotlab.config import load_config
+from featcache.backbones.backbone import Backbone, load_backbone
+from featcache.backbones.inference import forward
+from featcache.machine import pick_device
+from featcache.store.reading import FeatureStore, Split
+from featcache.stream.stream import FeatureStream
+from slotlab.config.load import load_config
+from slotlab.training.speed import Trainee
 
 
 def in_the_loop(stream: FeatureStream, split: Split, backbone: Backbone, tap: str) -> Iterator[torch.Tensor]:

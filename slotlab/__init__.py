@@ -10,13 +10,13 @@ from featcache import __version__
 if TYPE_CHECKING:  # imported when called for: `import slotlab` and `slotlab --help` stay fast
     import torch
 
-    from slotlab.api import Segmenter
+    from slotlab.segment import Segmenter
 
 __all__ = ["__version__", "load"]
 
 
 def load(run: str | Path, *, device: str | torch.device = "auto", weights: str | None = None) -> Segmenter:
-    """A trained run for pictures of your own; see :func:`slotlab.api.load`."""
-    from slotlab.api import load as open_run
+    """A trained run for pictures of your own; see :func:`slotlab.segment.load`."""
+    from slotlab.segment import load as open_run
 
     return open_run(run, device=device, weights=weights)

@@ -14,9 +14,9 @@ import torch
 from jaxtyping import install_import_hook
 
 # Shapes and types are checked at every call of the tensor code, in the tests alone.
-install_import_hook(["slotlab.models", "slotlab.kmeans", "slotlab.losses", "featcache.quantise"], "beartype.beartype")
+install_import_hook(["slotlab.models", "slotlab.training.losses", "featcache.store.encoding"], "beartype.beartype")
 
-from featcache.store import FeatureStore
+from featcache.store.reading import FeatureStore
 from tests.synthetic import make_store
 
 torch.set_num_threads(1)

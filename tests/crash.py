@@ -21,8 +21,9 @@ def extraction(path: str, batch_size: int | None = 3, max_videos: int | None = N
     """Extract the synthetic videos with a small random backbone."""
     import torch
 
-    from featcache.backbones import load_backbone
-    from featcache.extract import ExtractOptions, extract, plan
+    from featcache.backbones.backbone import load_backbone
+    from featcache.extraction.extract import extract
+    from featcache.extraction.plan import ExtractOptions, plan
     from tests.synthetic import DiscSource
 
     torch.set_num_threads(1)
@@ -35,9 +36,9 @@ def repair(path: str) -> None:
     """Repair a store that `extraction` made."""
     import torch
 
-    from featcache.backbones import load_backbone
-    from featcache.repair import Means
-    from featcache.repair import repair as run_repair
+    from featcache.backbones.backbone import load_backbone
+    from featcache.upkeep.repair import Means
+    from featcache.upkeep.repair import repair as run_repair
     from tests.synthetic import DiscSource
 
     torch.set_num_threads(1)
@@ -47,15 +48,15 @@ def repair(path: str) -> None:
 
 def export(path: str, out: str, shard_videos: int) -> None:
     """Copy a store."""
-    from featcache.convert import ConvertOptions, convert
+    from featcache.upkeep.convert import ConvertOptions, convert
 
     convert(Path(path), Path(out), ConvertOptions(shard_videos=shard_videos))
 
 
 def hold_lock(path: str) -> None:
     """Die with the lock of a store held."""
-    from featcache.store import FeatureStore
-    from featcache.writer import StoreWriter
+    from featcache.store.reading import FeatureStore
+    from featcache.store.writing import StoreWriter
 
     with StoreWriter(Path(path), FeatureStore.open(path).spec):
         os.kill(os.getpid(), signal.SIGKILL)

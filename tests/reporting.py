@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from featcache.sources.base import Video
-from featcache.store import FeatureStore
-from slotlab.config import load_config
-from slotlab.train import train
+from featcache.sources.video import Video
+from featcache.store.reading import FeatureStore
+from slotlab.config.load import load_config
+from slotlab.training.train import train
 from tests.synthetic import DiscSource, make_store
 
 FEATURES = ("model.slot_dim=8", "model.decoder.hidden=16", "model.slot_mlp_hidden=16", "model.slots=5")

@@ -27,12 +27,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
-from featcache.readers import TORCH_DTYPES
-from featcache.store import FeatureStore
-from featcache.stream import FeatureStream
-from slotlab.bench import Trainee
-from slotlab.config import load_config
-from slotlab.models.registry import build_model, model_tap
+from featcache.store.reading import FeatureStore
+from featcache.stream.rows import TORCH_DTYPES
+from featcache.stream.stream import FeatureStream
+from slotlab.config.load import load_config
+from slotlab.models.build import build_model
+from slotlab.models.inputs import model_tap
+from slotlab.training.speed import Trainee
 
 GPU = "absent:0"
 aten = torch.ops.aten
@@ -101,7 +102,7 @@ def waits(store: FeatureStore, preset: str, *overrides: str) -> list[str]:
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
         watch,
-        patch("slotlab.bench.build_model", lambda *_: model),
+        patch("slotlab.training.speed.build_model", lambda *_: model),
         patch.object(nn.Module, "to", absent),
     ):
         features = torch.empty(shape, dtype=TORCH_DTYPES[str(sample.dtype)], device=GPU)
@@ -147,7 +148,7 @@ def main() -> None:
     kernels = add_missing_kernels()
     _setup_privateuseone_for_python_backend(GPU.partition(":")[0], backend_module=Backend())
     found["waits"] = [waits(store, *case) for case in cases]
-    with patch("slotlab.draws.send", lambda values, device: values.to(device)):
+    with patch("slotlab.models.randomness.send", lambda values, device: values.to(device)):
         found["careless"] = [waits(store, *case) for case in cases]
     del kernels
     print(json.dumps(found))

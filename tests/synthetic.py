@@ -9,12 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from featcache.quantise import as_stored
-from featcache.sources.base import Instance, Video
-from featcache.stats import Moments
-from featcache.store import FeatureStore, SplitSpec, StoreSpec, TapSpec
-from featcache.writer import StoreWriter
-from slotlab.config import load_config
+from featcache.moments import Moments
+from featcache.sources.video import Instance, Video
+from featcache.store.encoding import as_stored
+from featcache.store.reading import FeatureStore
+from featcache.store.spec import SplitSpec, StoreSpec, TapSpec
+from featcache.store.writing import StoreWriter
+from slotlab.config.load import load_config
 
 SIZE = 32
 GRID = (4, 4)

@@ -15,14 +15,16 @@ from PIL import Image
 
 import slotlab
 from cli import app
-from featcache.backbones import load_backbone
+from featcache.backbones.backbone import load_backbone
 from featcache.errors import DataError, IncompatibleError, UsageError
-from featcache.extract import ExtractOptions, extract, plan
-from slotlab.api import Segmenter
-from slotlab.config import load_config
-from slotlab.evaluate import load_run, on_grid
-from slotlab.metrics import masks_to_labels
-from slotlab.train import train
+from featcache.extraction.extract import extract
+from featcache.extraction.plan import ExtractOptions, plan
+from slotlab.config.load import load_config
+from slotlab.masks.labels import masks_to_labels
+from slotlab.models.base import on_grid
+from slotlab.runs.loaded import load_run
+from slotlab.segment import Segmenter
+from slotlab.training.train import train
 from tests.synthetic import DiscSource
 
 SMALL = ("model.slot_dim=8", "model.decoder.hidden=16", "model.slot_mlp_hidden=16", "model.slots=4")

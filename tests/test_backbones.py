@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from featcache.backbones import Backbone, load_backbone
+from featcache.backbones.backbone import Backbone, load_backbone
+from featcache.backbones.registry import ALIASES, BackboneSpec, get_spec, list_backbones
 from featcache.errors import UsageError
-from featcache.registry import ALIASES, BackboneSpec, get_spec, list_backbones
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,7 +32,7 @@ def images(size: int = 224, count: int = 1) -> Tensor:
 
 def test_registry_needs_no_torch() -> None:
     code = (
-        "import sys; from featcache.registry import get_spec; get_spec('dinov2'); "
+        "import sys; from featcache.backbones.registry import get_spec; get_spec('dinov2'); "
         "sys.exit('torch' in sys.modules or 'timm' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

@@ -16,16 +16,17 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import cli
-from featcache.bench import measure_stream
-from featcache.convert import ConvertOptions, convert
+from featcache.bench.stream import measure_stream
 from featcache.errors import UsageError
-from featcache.store import FeatureStore
-from featcache.stream import FeatureStream
-from slotlab import bench, checkpoint
-from slotlab.bench import GpuMonitor, Seconds, Trainee, convolution_backward_flops, measure_training
-from slotlab.config import Config, load_config
-from slotlab.models.registry import build_model
-from slotlab.train import train
+from featcache.store.reading import FeatureStore
+from featcache.stream.stream import FeatureStream
+from featcache.upkeep.convert import ConvertOptions, convert
+from slotlab.config.load import load_config
+from slotlab.config.schema import Config
+from slotlab.models.build import build_model
+from slotlab.runs import checkpoint
+from slotlab.training.speed import GpuMonitor, Seconds, Trainee, convolution_backward_flops, measure_training
+from slotlab.training.train import train
 from tests.synthetic import DiscSource, make_store
 
 CPU = torch.device("cpu")

@@ -11,10 +11,12 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from featcache.errors import UsageError
-from slotlab.binarise import BinarisedScores, gumbel_masks, parse_binarisation, threshold_labels
-from slotlab.boundaries import BoundaryScores, bleeding, boundary_f, dilate, outline, tolerance_px
-from slotlab.draws import Draws
-from slotlab.metrics import contingency, matched_slots
+from slotlab.masks.binarise import gumbel_masks, parse_binarisation, threshold_labels
+from slotlab.models.randomness import Draws
+from slotlab.scoring.boundaries import BoundaryScores, bleeding, boundary_f, dilate, outline, tolerance_px
+from slotlab.scoring.fine import BinarisedScores
+from slotlab.scoring.metrics import matched_slots
+from slotlab.scoring.tables import contingency
 
 
 def square(size: int, top: int, left: int, side: int) -> Tensor:

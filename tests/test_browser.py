@@ -14,10 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slotlab import checkpoint, metrics
-from slotlab.evaluate import load_run, on_grid
-from slotlab.report import PageOptions, write_report
+from slotlab.masks.labels import masks_to_labels
+from slotlab.models.base import on_grid
+from slotlab.report.page import PageOptions
 from slotlab.report.server import LiveReport, serve
+from slotlab.report.write import write_report
+from slotlab.runs import checkpoint
+from slotlab.runs.loaded import load_run
 from tests.reporting import disc_store, make_run
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install -e '.[dev]'")
@@ -121,7 +124,7 @@ def test_the_canvas_decides_as_the_evaluation_does(page: Any, home: Path) -> Non
     name = page.find_element(By.CSS_SELECTOR, "#card-0 h3").text
     video = next(v for v, row in split.manifest.items() if row.id == name)
     masks = on_grid(loaded.segment(split, video).masks, loaded.model.grid)
-    expected = metrics.masks_to_labels(masks, split.spec.frame_size).numpy()
+    expected = masks_to_labels(masks, split.spec.frame_size).numpy()
     for t in range(len(expected)):
         found = page.execute_script(f"return Array.from(cards[0].runs[0].decide({t}).labels)")
         assert (np.array(found).reshape(expected[t].shape) == expected[t]).mean() > 0.999

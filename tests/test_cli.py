@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 
 import cli
-from featcache import manifest
-from featcache.store import FeatureStore
-from slotlab import doctor
+from featcache.store import manifest
+from featcache.store.reading import FeatureStore
 from tests.synthetic import make_store
 
 ROOT = Path(__file__).parent.parent

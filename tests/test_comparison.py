@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from featcache.backbones.registry import get_spec
 from featcache.errors import DataError, IncompatibleError, UsageError
-from featcache.registry import get_spec
 from slotlab.experiments.comparison import Settings, plan_comparison
 from slotlab.experiments.plan import opened, require_free
 from tests.synthetic import DiscSource

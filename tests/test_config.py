@@ -8,8 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from featcache.errors import DataError, UsageError
-from slotlab.config import Config, load_config, presets, read_toml, validate
-from slotlab.models.config import ClusteringConfig, Logistic
+from slotlab.config.load import load_config, presets, read_toml, validate
+from slotlab.config.model import ClusteringConfig, Logistic
+from slotlab.config.schema import Config
 
 
 def test_command_line_over_file_over_preset(tmp_path: Path) -> None:

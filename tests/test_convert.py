@@ -15,16 +15,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featcache import shards
-from featcache.convert import ConvertOptions, convert
 from featcache.errors import DataError, IncompatibleError, UsageError
-from featcache.quantise import dequantise, quantise
-from featcache.repair import Means, repair
-from featcache.stats import Moments
-from featcache.store import FeatureStore, Split, SplitSpec, StoreSpec, TapSpec
-from featcache.stream import FeatureStream
-from featcache.verify import verify
-from featcache.writer import StoreWriter, chunk_path
+from featcache.moments import Moments
+from featcache.store import shards
+from featcache.store.encoding import dequantise, quantise
+from featcache.store.layout import chunk_path
+from featcache.store.reading import FeatureStore, Split
+from featcache.store.spec import SplitSpec, StoreSpec, TapSpec
+from featcache.store.writing import StoreWriter
+from featcache.stream.stream import FeatureStream
+from featcache.upkeep.convert import ConvertOptions, convert
+from featcache.upkeep.repair import Means, repair
+from featcache.upkeep.verify import verify
 from tests import crash
 from tests.synthetic import DIM, GRID, SIZE, DiscSource, arrays_of, make_store, tokens_of
 

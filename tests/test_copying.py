@@ -8,10 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featcache import compiled
-from featcache.copying import CHECK, Copier
-from featcache.pages import host_empty
-from featcache.quantise import dequantise_into
+from featcache.memory.copying import CHECK, Copier
+from featcache.memory.pages import host_empty
+from featcache.store.encoding import dequantise_into
 
 
 @given(

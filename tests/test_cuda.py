@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from featcache.store import FeatureStore
-from slotlab.bench import Trainee
-from slotlab.config import load_config, presets
-from slotlab.evaluate import evaluate, load_run
-from slotlab.train import train
+from featcache.store.reading import FeatureStore
+from slotlab.config.load import load_config, presets
+from slotlab.runs.loaded import load_run
+from slotlab.scoring.evaluate import evaluate
+from slotlab.training.speed import Trainee
+from slotlab.training.train import train
 from tests.synthetic import fitted, make_store
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from slotlab.draws import Draws, Share
-from slotlab.models.config import DecoderConfig, SlotAttentionConfig
-from slotlab.models.decoders import DECODERS, Decoded, Decoder, MLPDecoder, Sizes
+from slotlab.config.model import DecoderConfig, SlotAttentionConfig
+from slotlab.models.decoders import DECODERS
 from slotlab.models.decoders.autoregressive import scan_orders
+from slotlab.models.decoders.base import Decoded, Decoder, Sizes
+from slotlab.models.decoders.broadcast import MLPDecoder
+from slotlab.models.normalise import Normaliser
+from slotlab.models.randomness import Draws, Share
 from slotlab.models.slot_attention import Attended
 from slotlab.models.slot_model import SlotModel
 from slotlab.models.transformer import Attention
-from slotlab.normalise import Normaliser
 
 B, N, K, S, D = 3, 16, 5, 8, 12
 GRID = (4, 4)

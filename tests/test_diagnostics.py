@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from slotlab import diagnostics
-from slotlab.config import load_config, presets
+from slotlab.config.load import load_config, presets
 from slotlab.models.base import Output
+from slotlab.scoring.collapse import NAMES, Diagnostics, by_frame, kept_slots, warnings
 
 F, K, N = 3, 4, 16
 
@@ -28,10 +28,10 @@ def quarters() -> Tensor:
 
 
 def told(*outputs: Output, preset: str = "savi-dinosaur", overrides: tuple[str, ...] = ()) -> list[str]:
-    collapse = diagnostics.Diagnostics()
+    collapse = Diagnostics()
     for video in outputs:
         collapse.add(video)
-    return diagnostics.warnings(collapse.means(), load_config(preset, None, (*overrides, f"model.slots={K}")))
+    return warnings(collapse.means(), load_config(preset, None, (*overrides, f"model.slots={K}")))
 
 
 def test_good_masks_raise_no_warning() -> None:
@@ -61,25 +61,25 @@ def test_slots_that_are_lost_over_a_video() -> None:
     masks[-1, 0] = 1
     said = told(output(masks))
     assert len(said) == 1 and "slots are lost over the frames (25% left" in said[0]
-    frames = diagnostics.by_frame(output(masks))
+    frames = by_frame(output(masks))
     assert frames["effective_slots"].tolist() == [4, 4, 1]
 
 
 def test_kept_slots_weigh_videos_by_their_slots() -> None:
     crowded, empty = torch.tensor([8.0, 6.0, 6.0]), torch.tensor([1.0, 3.0])
-    assert diagnostics.kept_slots([crowded]) == 0.75
-    assert diagnostics.kept_slots([crowded, empty]) == 1.0, "not (0.75 + 3) / 2"
+    assert kept_slots([crowded]) == 0.75
+    assert kept_slots([crowded, empty]) == 1.0, "not (0.75 + 3) / 2"
 
 
 def test_each_frame_is_averaged_over_the_videos_that_have_it() -> None:
     """Three frames of four slots, and one frame of one."""
     one = torch.zeros(1, K, N)
     one[:, 2] = 1
-    collapse = diagnostics.Diagnostics()
+    collapse = Diagnostics()
     for masks in (quarters(), one):
         collapse.add(output(masks))
     found = collapse.at_each_frame()
-    assert set(found) == set(diagnostics.NAMES)
+    assert set(found) == set(NAMES)
     assert found["effective_slots"] == pytest.approx([2.5, 4, 4])
     assert collapse.means()["effective_slots"] == pytest.approx(2.5), "videos weigh alike"
     assert collapse.means()["kept_slots"] == pytest.approx(1)
@@ -100,7 +100,7 @@ def test_empty_slots_hide_no_collapse() -> None:
     apart = torch.zeros(F, K, N)
     apart[:, 0, : N // 2] = apart[:, 1, N // 2 :] = 1
     assert told(output(apart), preset="default") == []
-    assert diagnostics.by_frame(output(halves))["mask_similarity"].tolist() == pytest.approx([1] * F)
+    assert by_frame(output(halves))["mask_similarity"].tolist() == pytest.approx([1] * F)
 
 
 def test_a_small_object_before_a_background_is_no_collapse() -> None:
@@ -126,7 +126,7 @@ def test_advice_names_what_this_model_has_and_what_it_does_not_do_yet(preset: st
         "logit_std": 0.0,
         "kept_slots": 0.2,
     }
-    said = diagnostics.warnings(worst, config) + diagnostics.warnings(worst | {"mask_similarity": 0.0}, config)
+    said = warnings(worst, config) + warnings(worst | {"mask_similarity": 0.0}, config)
     for option in re.findall(r"[a-z_]+(?:\.[a-z_]+)+=[^ ,]+", " ".join(said)):
         changed = load_config(preset, None, [option])
         idle = [note.split(" =")[0] for note in changed.unread()]

@@ -14,15 +14,17 @@ import pytest
 from distributed import Client, LocalCluster
 
 import cli
-from featcache import distributed, manifest
-from featcache.backbones import Backbone, load_backbone
-from featcache.blockwise import recomputed_statistics
-from featcache.distributed import connect, extract_distributed
+from featcache.backbones.backbone import Backbone, load_backbone
 from featcache.errors import DataError, IncompatibleError, UsageError
-from featcache.extract import ExtractOptions, ExtractPlan, extract, plan
-from featcache.sources.base import Video
-from featcache.store import FeatureStore
-from featcache.verify import verify
+from featcache.extraction import distributed
+from featcache.extraction.distributed import connect, extract_distributed
+from featcache.extraction.extract import extract
+from featcache.extraction.plan import ExtractOptions, ExtractPlan, plan
+from featcache.scale.recompute import recomputed_statistics
+from featcache.sources.video import Video
+from featcache.store import manifest
+from featcache.store.reading import FeatureStore
+from featcache.upkeep.verify import verify
 from tests.synthetic import DiscSource, make_store
 
 OPTIONS = ExtractOptions(batch_size=8, precision="float32")  # groups of two videos

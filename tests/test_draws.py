@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slotlab.draws import Draws, Share
+from slotlab.models.randomness import Draws, Share
 
 
 @pytest.mark.parametrize("kind", ["normal", "exponential", "uniform"])

@@ -21,7 +21,7 @@ from rich.console import Console
 from featcache.errors import DataError, FeatcacheError, IncompatibleError, UsageError
 from slotlab.experiments import pool
 from slotlab.experiments.ablation import read_ablation
-from slotlab.experiments.conduct import check_stores, conduct
+from slotlab.experiments.execute import check_stores, conduct
 from slotlab.experiments.plan import ERROR, PLAN, Plan, cell_name, opened, read_plan
 from slotlab.experiments.table import build_table, render, to_csv, to_markdown
 from tests.synthetic import make_store

@@ -14,16 +14,22 @@ import numpy as np
 import pytest
 import torch
 
-from featcache import extract as extraction
-from featcache import manifest, precision
-from featcache.backbones import Backbone, load_backbone
+from featcache.backbones.backbone import Backbone, load_backbone
+from featcache.backbones.inference import (
+    MAX_RELATIVE_ERROR,
+    MEASURED_BATCHES,
+    choose_precision,
+    forward,
+    measure_batch_size,
+    relative_error,
+)
 from featcache.errors import DataError, IncompatibleError, UsageError
-from featcache.extract import ExtractOptions, extract, plan
-from featcache.forward import MEASURED_BATCHES, forward, measure_batch_size
-from featcache.precision import MAX_RELATIVE_ERROR, choose_precision, relative_error
-from featcache.sources.base import Video
-from featcache.store import FeatureStore
-from featcache.verify import verify
+from featcache.extraction.extract import extract
+from featcache.extraction.plan import ExtractOptions, plan
+from featcache.sources.video import Video
+from featcache.store import manifest
+from featcache.store.reading import FeatureStore
+from featcache.upkeep.verify import verify
 from tests import crash
 from tests.synthetic import DiscSource, arrays_of
 
@@ -170,7 +176,7 @@ def test_videos_written_side_by_side_are_promised_in_order(
     options, source = replace(FIXED, batch_size=16, splits=("train",)), DiscSource({"train": (4, 4, 4, 4, 4)})
     whole = run(tmp_path / "whole.zarr", backbone, options, source)
     writing = threading.Barrier(3)
-    write = extraction.write_chunks
+    write = writing.write_chunks
 
     def failing(path: Path, store: Any, split: Any, index: int, video: Video, tokens: Any) -> manifest.Row:
         if index < 3:
@@ -326,8 +332,8 @@ def test_a_batch_that_takes_long_is_not_outgrown(backbone: Backbone, monkeypatch
         sizes.append(size)
         return forward(backbone, videos, size, kind)
 
-    monkeypatch.setattr("featcache.forward.forward", recorded)
-    monkeypatch.setattr("featcache.forward.LONG_BATCH", 0.0)
+    monkeypatch.setattr("featcache.backbones.inference.forward", recorded)
+    monkeypatch.setattr("featcache.backbones.inference.LONG_BATCH", 0.0)
     assert measure_batch_size(backbone, DiscSource().read("train", 0).frames, "float32") == 1
     assert set(sizes) == {1}
 

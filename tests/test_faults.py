@@ -14,15 +14,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from featcache import manifest
-from featcache.backbones import Backbone, load_backbone
-from featcache.durable import write_durably
+from featcache.backbones.backbone import Backbone, load_backbone
 from featcache.errors import DataError, IncompatibleError
-from featcache.extract import ExtractOptions, extract, plan
+from featcache.extraction.extract import extract
+from featcache.extraction.plan import ExtractOptions, plan
 from featcache.sources import open_source
-from featcache.store import FeatureStore
-from featcache.verify import verify
-from featcache.writer import StoreWriter
+from featcache.store import manifest
+from featcache.store.durable import write_durably
+from featcache.store.reading import FeatureStore
+from featcache.store.writing import StoreWriter
+from featcache.upkeep.verify import verify
 from tests import crash
 from tests.synthetic import DiscSource, arrays_of, make_store
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from slotlab.draws import Draws
-from slotlab.models.clustering_model import ClusteringModel
-from slotlab.models.lasting import Lasting, likes
-from slotlab.models.tracking import Tracker
+from slotlab.models.clustering.lasting import Lasting, likes
+from slotlab.models.clustering.model import ClusteringModel
+from slotlab.models.clustering.tracking import Tracker
+from slotlab.models.randomness import Draws
 from tests.test_tracking import Box, model, slot_of, turning, video
 
 STAYS, PASSES = 1, 2

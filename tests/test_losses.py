@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from featcache.errors import UsageError
-from slotlab import metrics
-from slotlab.config import LossConfig
-from slotlab.losses import LOSSES, losses, total
+from slotlab.config.schema import LossConfig
 from slotlab.models.base import Output
+from slotlab.scoring.collapse import live_slots, mask_similarity
+from slotlab.training.losses import LOSSES, losses, total
 
 B, T, K, N, S, D = 2, 3, 4, 9, 5, 6
 
@@ -111,11 +111,11 @@ def test_slots_that_stay_themselves_have_little_contrast_left() -> None:
 def test_diversity_is_the_mask_similarity_that_is_reported(clips: bool) -> None:
     given = output(clips=clips)
     masks = given.masks.reshape(-1, K, N)
-    assert value("diversity", given) == pytest.approx(float(metrics.mask_similarity(masks).mean()), rel=1e-5)
+    assert value("diversity", given) == pytest.approx(float(mask_similarity(masks).mean()), rel=1e-5)
     given.masks[..., 0, :] = 0  # a slot that pads a sample, or that the frame does not need
     given.masks[:1, ..., 1, :] = 0
     masks = given.masks.reshape(-1, K, N)
-    reported = metrics.mask_similarity(masks, metrics.live_slots(masks)).mean()
+    reported = mask_similarity(masks, live_slots(masks)).mean()
     assert value("diversity", given) == pytest.approx(float(reported), rel=1e-5)
 
 

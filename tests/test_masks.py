@@ -14,14 +14,15 @@ from PIL import Image
 
 from cli import app
 from featcache.errors import DataError
-from featcache.sources.base import Video
-from featcache.store import FeatureStore
-from slotlab import rle
-from slotlab.config import load_config
-from slotlab.evaluate import load_run, on_grid
-from slotlab.mask_files import Masked, MaskWriter, overlay, store_masks
-from slotlab.metrics import masks_to_labels
-from slotlab.train import train
+from featcache.sources.video import Video
+from featcache.store.reading import FeatureStore
+from slotlab.config.load import load_config
+from slotlab.masks.labels import masks_to_labels
+from slotlab.models.base import on_grid
+from slotlab.pictures import coco
+from slotlab.pictures.files import Masked, MaskWriter, overlay, store_masks
+from slotlab.runs.loaded import load_run
+from slotlab.training.train import train
 from tests.synthetic import SIZE, DiscSource, make_store
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 60))
@@ -31,7 +32,7 @@ SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 60))
 @settings(max_examples=60, deadline=None)
 def test_run_lengths_give_the_mask_back(shape: tuple[int, int], seed: int, share: float) -> None:
     mask = np.random.default_rng(seed).random(shape) < share
-    assert np.array_equal(rle.decode(rle.encode(mask)), mask)
+    assert np.array_equal(coco.decode(coco.encode(mask)), mask)
 
 
 def test_run_lengths_are_those_of_coco() -> None:
@@ -41,7 +42,7 @@ def test_run_lengths_are_those_of_coco() -> None:
     blob = np.zeros((300, 400), bool)
     blob[40:290, 30:333] = True  # runs long enough for three characters, and equal ones, whose differences are 0
     for mask in [*masks, blob]:
-        ours = rle.encode(mask)
+        ours = coco.encode(mask)
         theirs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
         assert ours["counts"] == theirs["counts"].decode() and ours["size"] == list(theirs["size"])
         assert np.array_equal(coco.decode(ours).astype(bool), mask)
@@ -50,12 +51,12 @@ def test_run_lengths_are_those_of_coco() -> None:
 def test_a_known_run_length_text() -> None:
     mask = np.zeros((4, 4), bool)
     mask[1:3, 1:3] = True  # columns: 5 off, 2 on, 2 off, 2 on, 5 off
-    assert rle.encode(mask) == {"size": [4, 4], "counts": "52203"}
+    assert coco.encode(mask) == {"size": [4, 4], "counts": "52203"}
 
 
 def test_run_lengths_that_do_not_fill_the_mask_are_refused() -> None:
     with pytest.raises(DataError, match="run lengths of 16 pixels in a mask of 4x5"):
-        rle.decode({"size": [4, 5], "counts": "52203"})
+        coco.decode({"size": [4, 5], "counts": "52203"})
 
 
 class Unlabelled(DiscSource):
@@ -96,7 +97,7 @@ def test_one_coco_file_covers_every_pixel_once(run: Path, tmp_path: Path) -> Non
     assert len(coco["images"]) == 4 and [c["id"] for c in coco["categories"]] == [1, 2, 3, 4]
     for image in coco["images"]:
         found = [a for a in coco["annotations"] if a["image_id"] == image["id"]]
-        masks = [rle.decode(a["segmentation"]) for a in found]
+        masks = [coco.decode(a["segmentation"]) for a in found]
         assert np.array_equal(np.sum(masks, 0), np.ones((SIZE, SIZE)))
         for annotation, mask in zip(found, masks, strict=True):
             left, top, width, height = annotation["bbox"]

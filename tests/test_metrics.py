@@ -11,8 +11,11 @@ from hypothesis.extra import numpy as hnp
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
-from slotlab import metrics
-from slotlab.scores import Scores
+from slotlab.masks.labels import _VALUES_A_CHUNK, masks_to_labels
+from slotlab.scoring import metrics
+from slotlab.scoring.collapse import effective_slots, largest_activation, logit_std, mask_similarity, slot_similarity
+from slotlab.scoring.scores import Scores
+from slotlab.scoring.tables import contingency, mask_tables
 
 SLOTS, OBJECTS = 5, 4
 _labels = st.integers(1, 60).flatmap(
@@ -24,16 +27,16 @@ _labels = st.integers(1, 60).flatmap(
 
 
 def _table(pred: object, true: object, n_pred: int = SLOTS, n_true: int = OBJECTS) -> Tensor:
-    return metrics.contingency(torch.as_tensor(pred)[None], torch.as_tensor(true)[None], n_pred, n_true)
+    return contingency(torch.as_tensor(pred)[None], torch.as_tensor(true)[None], n_pred, n_true)
 
 
 def test_contingency_counts_each_sample_apart() -> None:
     pred = torch.tensor([[0, 0, 1, 2], [2, 2, 2, 0]])
     true = torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1]], dtype=torch.uint8)
     expected = [[[1, 0, 0], [1, 1, 1]], [[0, 0, 2], [1, 0, 1]]]
-    assert metrics.contingency(pred, true, 3, 2).tolist() == expected
+    assert contingency(pred, true, 3, 2).tolist() == expected
     kept = true.long()
-    metrics.contingency(pred, kept, 3, 2)
+    contingency(pred, kept, 3, 2)
     assert torch.equal(kept, true.long())  # the caller's labels are not counted in place
 
 
@@ -162,7 +165,7 @@ def test_masks_to_labels_upsamples_before_it_decides() -> None:
     # Two patches a row: 0.9/0.1 against 0.4/0.6. Bilinear to 8 pixels, centres of patches at 1.5 and 5.5: the
     # masks are equal 0.8 of the way, at pixel 4.7; deciding first would put the border at 3.5.
     masks = torch.tensor([[0.9, 0.4], [0.1, 0.6]]).view(1, 2, 1, 2)
-    labels = metrics.masks_to_labels(masks, (2, 8))
+    labels = masks_to_labels(masks, (2, 8))
     assert labels.dtype == torch.int64
     assert labels.tolist() == [[[0, 0, 0, 0, 0, 1, 1, 1]] * 2]
 
@@ -170,19 +173,17 @@ def test_masks_to_labels_upsamples_before_it_decides() -> None:
 def test_masks_to_labels_equals_argmax_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     masks = torch.rand(7, 4, 6, 5, generator=torch.Generator().manual_seed(0))
     masks[:, 3] = masks[:, 1]  # ties go to the lower slot
-    monkeypatch.setitem(metrics._VALUES_A_CHUNK, "cpu", 2 * 4 * 24 * 25)
+    monkeypatch.setitem(_VALUES_A_CHUNK, "cpu", 2 * 4 * 24 * 25)
     fine = torch.nn.functional.interpolate(masks, (24, 25), mode="bilinear", align_corners=False)
-    labels = metrics.masks_to_labels(masks, (24, 25))
+    labels = masks_to_labels(masks, (24, 25))
     assert torch.equal(labels, fine.argmax(1))
     truth = torch.randint(0, 3, (7, 24, 25), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(
-        metrics.mask_tables(masks, truth, 3), metrics.contingency(labels.flatten(1), truth.flatten(1), 4, 3)
-    )
+    assert torch.equal(mask_tables(masks, truth, 3), contingency(labels.flatten(1), truth.flatten(1), 4, 3))
 
 
 def test_masks_that_are_not_finite_are_refused() -> None:
     with pytest.raises(ValueError, match="NaN"):
-        metrics.masks_to_labels(torch.full((1, 2, 2, 2), torch.nan), (4, 4))
+        masks_to_labels(torch.full((1, 2, 2, 2), torch.nan), (4, 4))
 
 
 def test_diagnostics_tell_separate_flat_and_collapsed_masks_apart() -> None:
@@ -192,14 +193,14 @@ def test_diagnostics_tell_separate_flat_and_collapsed_masks_apart() -> None:
     collapsed = torch.zeros(1, slots, 4, 4)
     collapsed[:, 1] = 1
     masks = torch.cat([separate, flat, collapsed])
-    assert metrics.mask_similarity(masks).tolist() == pytest.approx([0, 1, 0])
-    assert metrics.effective_slots(masks).tolist() == pytest.approx([4, 4, 1])
-    assert metrics.largest_activation(masks).tolist() == [[1] * 4, [0.25] * 4, [0, 1, 0, 0]]
+    assert mask_similarity(masks).tolist() == pytest.approx([0, 1, 0])
+    assert effective_slots(masks).tolist() == pytest.approx([4, 4, 1])
+    assert largest_activation(masks).tolist() == [[1] * 4, [0.25] * 4, [0, 1, 0, 0]]
 
 
 def test_slot_similarity_is_the_mean_over_pairs() -> None:
     slots = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
-    for sample, got in zip(slots, metrics.slot_similarity(slots), strict=True):
+    for sample, got in zip(slots, slot_similarity(slots), strict=True):
         pairs = [torch.nn.functional.cosine_similarity(sample[i], sample[j], dim=0) for i in range(5) for j in range(i)]
         assert float(got) == pytest.approx(float(torch.stack(pairs).mean()), abs=1e-6)
 
@@ -207,7 +208,7 @@ def test_slot_similarity_is_the_mean_over_pairs() -> None:
 def test_logit_std_ignores_what_all_slots_share() -> None:
     logits = torch.tensor([-1.0, 1.0]).view(1, 2, 1, 1).expand(1, 2, 3, 3)
     shared = 100 * torch.randn(1, 1, 3, 3, generator=torch.Generator().manual_seed(0))
-    assert float(metrics.logit_std(logits + shared)) == pytest.approx(1.0, abs=1e-4)
+    assert float(logit_std(logits + shared)) == pytest.approx(1.0, abs=1e-4)
 
 
 def _random_tables(frames: int) -> Tensor:
@@ -215,7 +216,7 @@ def _random_tables(frames: int) -> Tensor:
     pred = torch.randint(0, SLOTS, (frames, 400), generator=generator)
     true = torch.randint(0, OBJECTS, (frames, 400), generator=generator)
     true[0] = 0  # a frame without foreground
-    return metrics.contingency(torch.where(pred == 0, pred, true), true, SLOTS, OBJECTS)
+    return contingency(torch.where(pred == 0, pred, true), true, SLOTS, OBJECTS)
 
 
 def test_scores_gather_frames_and_videos() -> None:
@@ -239,7 +240,7 @@ def test_a_video_scores_as_its_pixels_together() -> None:
     generator = torch.Generator().manual_seed(1)
     pred, true = (torch.randint(0, 4, (5, 300), generator=generator) for _ in range(2))
     scores = Scores()
-    scores.add(metrics.contingency(pred, true, SLOTS, OBJECTS), torch.zeros(5, dtype=torch.int64))
+    scores.add(contingency(pred, true, SLOTS, OBJECTS), torch.zeros(5, dtype=torch.int64))
     whole = adjusted_rand_score(true.flatten().numpy(), pred.flatten().numpy())
     assert scores.summary()["ari_video"] == pytest.approx(whole, abs=1e-12)
 

@@ -9,16 +9,16 @@ from jaxtyping import TypeCheckError
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from slotlab.config import LossConfig
-from slotlab.draws import Draws
-from slotlab.losses import losses, total
-from slotlab.models.clustering_model import ClusteringModel, otsu_threshold
-from slotlab.models.config import ClusteringConfig, SlotAttentionConfig
+from slotlab.config.model import ClusteringConfig, SlotAttentionConfig
+from slotlab.config.schema import LossConfig
+from slotlab.models.clustering.model import ClusteringModel, otsu_threshold
 from slotlab.models.decoders import DECODERS
 from slotlab.models.initializers import INITIALIZERS
+from slotlab.models.normalise import Normaliser
+from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import SlotAttention
 from slotlab.models.slot_model import SlotModel
-from slotlab.normalise import Normaliser
+from slotlab.training.losses import losses, total
 
 B, N, K, S, D = 3, 16, 5, 8, 12
 

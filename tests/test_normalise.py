@@ -8,8 +8,8 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from featcache.errors import DataError, UsageError
-from featcache.stats import Moments
-from slotlab.normalise import Normaliser
+from featcache.moments import Moments
+from slotlab.models.normalise import Normaliser
 
 DIM = 6
 STATISTICAL = ["whiten", "whiten=4", "slow=4", "channel", "scale"]

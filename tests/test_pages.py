@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from featcache import pages
+from featcache.memory import pages
 
 HUGE = pages.HUGE
 

@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 
 from featcache.errors import UsageError
-from featcache.store import FeatureStore
-from slotlab import metrics
-from slotlab.config import LossConfig, load_config
-from slotlab.draws import Draws
-from slotlab.evaluate import evaluate, load_run
-from slotlab.losses import losses, total
-from slotlab.models.config import PixelConfig
+from featcache.store.reading import FeatureStore
+from slotlab.config.load import load_config
+from slotlab.config.model import PixelConfig
+from slotlab.config.schema import LossConfig
+from slotlab.models.build import build_model
+from slotlab.models.inputs import model_input
+from slotlab.models.normalise import Normaliser
 from slotlab.models.pixel_model import BroadcastDecoder, PixelModel, frame_tokens
-from slotlab.models.registry import build_model, model_input
-from slotlab.normalise import Normaliser
-from slotlab.train import train
+from slotlab.models.randomness import Draws
+from slotlab.runs.loaded import load_run
+from slotlab.scoring.collapse import slot_similarity
+from slotlab.scoring.evaluate import evaluate
+from slotlab.training.losses import losses, total
+from slotlab.training.train import train
 from tests.synthetic import DiscSource, make_store
 
 SIDE = 16
@@ -126,7 +129,7 @@ def test_a_run_is_trained_and_evaluated_like_any_other(tmp_path: Path, store: Fe
     json.dumps(result)
     first, again = (load_run(run).segment(store["validation"], 1) for _ in range(2))
     assert torch.equal(first.masks, again.masks)
-    assert metrics.slot_similarity(first.slots).shape == (4,)
+    assert slot_similarity(first.slots).shape == (4,)
 
 
 def test_a_run_on_frames_goes_with_any_store_of_them(tmp_path: Path, store: FeatureStore) -> None:

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from slotlab.metrics import adjusted_rand_index, mean_best_overlap
-from slotlab.references import _area_weights, grid_reference, kmeans_floor
+from slotlab.scoring.metrics import adjusted_rand_index, mean_best_overlap
+from slotlab.scoring.references import area_weights, grid_reference, kmeans_floor
 
 
 def _scene(size: int = 32) -> Tensor:
@@ -37,9 +37,9 @@ def test_the_reference_falls_with_the_grid_and_counts_every_pixel() -> None:
 
 def test_patches_that_do_not_divide_the_image_weigh_pixels_by_area() -> None:
     # Five pixels in two patches: the middle one counts half in each.
-    weights = _area_weights(5, 2, torch.device("cpu"))
+    weights = area_weights(5, 2, torch.device("cpu"))
     torch.testing.assert_close(weights, torch.tensor([[0.4, 0.4, 0.2, 0, 0], [0, 0, 0.2, 0.4, 0.4]]))
-    assert _area_weights(256, 14, torch.device("cpu")).sum(1).tolist() == pytest.approx([1.0] * 14)
+    assert area_weights(256, 14, torch.device("cpu")).sum(1).tolist() == pytest.approx([1.0] * 14)
 
 
 def test_rows_and_columns_of_the_grid_keep_their_places() -> None:

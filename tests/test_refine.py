@@ -12,15 +12,18 @@ from torch import Tensor
 
 from cli import app
 from featcache.errors import UsageError
-from featcache.store import FeatureStore
-from slotlab.boundaries import boundary_f
-from slotlab.config import load_config
-from slotlab.evaluate import evaluate, load_run
-from slotlab.metrics import mask_tables, masks_to_labels, object_iou
-from slotlab.outlines import outline_scores
-from slotlab.references import grid_masks
-from slotlab.refine import Guided, Method, refine
-from slotlab.train import train
+from featcache.store.reading import FeatureStore
+from slotlab.config.load import load_config
+from slotlab.masks.labels import masks_to_labels
+from slotlab.masks.refine import Guided, Method, refine
+from slotlab.runs.loaded import load_run
+from slotlab.scoring.boundaries import boundary_f
+from slotlab.scoring.evaluate import evaluate
+from slotlab.scoring.fine import outline_scores
+from slotlab.scoring.metrics import object_iou
+from slotlab.scoring.references import grid_masks
+from slotlab.scoring.tables import mask_tables
+from slotlab.training.train import train
 
 METHODS: list[Method] = ["guided", "crf"]
 

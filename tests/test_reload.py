@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from featcache.backbones import load_backbone
+from featcache.backbones.backbone import load_backbone
 from featcache.errors import DataError, IncompatibleError
-from featcache.extract import ExtractOptions, extract, plan
-from featcache.reload import refuse_other_backbone, store_backbone
-from featcache.store import FeatureStore
+from featcache.extraction.extract import extract
+from featcache.extraction.plan import ExtractOptions, plan
+from featcache.extraction.store_backbone import refuse_other_backbone, store_backbone
+from featcache.store.reading import FeatureStore
 from tests.synthetic import SIZE, DiscSource
 
 

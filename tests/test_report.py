@@ -29,17 +29,21 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from featcache.errors import DataError, UsageError
-from slotlab import checkpoint, metrics
-from slotlab.commands import report as commands
-from slotlab.display import scores_table
-from slotlab.evaluate import evaluate, load_run, on_grid
-from slotlab.report import Extras, PageOptions, write_report
+from slotlab.commands import report
+from slotlab.commands.tables import scores_table
+from slotlab.masks.labels import masks_to_labels
+from slotlab.models.base import on_grid
 from slotlab.report.charts import Chart, Series, thinned
 from slotlab.report.gallery import frame_indices, packed, quantised
 from slotlab.report.gather import gather, names
+from slotlab.report.page import PageOptions
 from slotlab.report.server import LiveReport, serve
 from slotlab.report.svg import draw, labels, ticks
-from slotlab.timecurves import identity_switches, over_videos, slot_persistence, trace
+from slotlab.report.write import Extras, write_report
+from slotlab.runs import checkpoint
+from slotlab.runs.loaded import load_run
+from slotlab.scoring.evaluate import evaluate
+from slotlab.scoring.over_frames import identity_switches, over_videos, slot_persistence, trace
 from tests.reporting import NoMasks, disc_store, make_run
 from tests.synthetic import DiscSource, make_store
 
@@ -179,7 +183,7 @@ def test_the_gallery_holds_the_masks_of_the_model(home: Path, tmp_path: Path) ->
         found = torch.from_numpy(low + codes * (high - low))
         assert torch.allclose(found.float(), on_grid(masks, run.loaded.model.grid), atol=1 / 65535)
         size = (card["size"][0], card["size"][1])
-        same = metrics.masks_to_labels(found, size) == metrics.masks_to_labels(on_grid(masks, (4, 4)), size)
+        same = masks_to_labels(found, size) == masks_to_labels(on_grid(masks, (4, 4)), size)
         assert same.double().mean() > 0.999
         truth = unpacked(card["truth"], "u1").reshape(-1, *size)
         assert np.array_equal(truth, run.split.segmentations(by_id[card["id"]]))
@@ -326,7 +330,7 @@ def test_long_curves_are_thinned_and_keep_their_ends() -> None:
 
 def test_the_command_prints_a_summary(home: Path, tmp_path: Path) -> None:
     app = typer.Typer()
-    app.command()(commands.report)
+    app.command()(report.report)
     asked = [str(home / "features"), "-o", str(tmp_path / "r.html"), "--videos", "2", "--json"]
     result = CliRunner().invoke(app, asked, catch_exceptions=False)
     found = json.loads(result.stdout)

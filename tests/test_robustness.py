@@ -12,17 +12,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from featcache.backbones import load_backbone
+from featcache.backbones.backbone import load_backbone
 from featcache.errors import DataError, IncompatibleError, UsageError
-from featcache.extract import ExtractOptions, extract, plan
-from featcache.reload import store_backbone
-from featcache.store import FeatureStore
-from slotlab.colours import IDENTITY, transformations
+from featcache.extraction.extract import extract
+from featcache.extraction.plan import ExtractOptions, plan
+from featcache.extraction.store_backbone import store_backbone
+from featcache.store.reading import FeatureStore
 from slotlab.commands.robustness import robustness as command
-from slotlab.config import load_config
-from slotlab.evaluate import evaluate, load_run
-from slotlab.robustness import View, compare, matched_correlation, matched_iou, reader, robustness
-from slotlab.train import train
+from slotlab.config.load import load_config
+from slotlab.runs.loaded import load_run
+from slotlab.scoring.colour_changes import IDENTITY, transformations
+from slotlab.scoring.evaluate import evaluate
+from slotlab.scoring.robustness import View, compare, matched_correlation, matched_iou, reader, robustness
+from slotlab.training.train import train
 from tests.synthetic import DiscSource
 from tests.test_pixel import SMALL
 

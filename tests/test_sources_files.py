@@ -15,10 +15,10 @@ from PIL import Image
 
 from featcache.errors import DataError, UsageError
 from featcache.sources import open_source
-from featcache.sources.decode import file_digest
 from featcache.sources.folder import FolderSource
 from featcache.sources.hdf5 import Hdf5Source
-from slotlab.pictures import as_frames
+from featcache.sources.images import file_digest
+from slotlab.pictures.frames import as_frames
 from tests.movi_files import scene
 
 # Folders

@@ -16,12 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from featcache.blockwise import reduce_moments
 from featcache.errors import DataError, UsageError
-from featcache.quantise import dequantise, quantise
-from featcache.report import StoreReport, plot_scale, render
-from featcache.scale import effective_rank, scale_report
-from featcache.stats import BUCKETS, RELATIVE_ACCURACY, Moments, NonFiniteTokensError
+from featcache.moments import BUCKETS, RELATIVE_ACCURACY, Moments, NonFiniteTokensError
+from featcache.scale.quantities import effective_rank, scale_report
+from featcache.scale.recompute import reduce_moments
+from featcache.scale.report import StoreReport, plot_scale
+from featcache.store.encoding import dequantise, quantise
+from slotlab.commands.tables import render
 
 DIM = 6
 da: Any = dask.array  # untyped
@@ -90,7 +91,7 @@ def test_moments_match_numpy_in_float64(dtype: torch.dtype) -> None:
 def test_motion_is_the_change_since_the_frame_before(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = tokens(9, 7), tokens(4, 7, seed=1)
     change = torch.cat([x.diff(dim=0).reshape(-1, DIM) for x in (first, second)]).numpy()
-    monkeypatch.setattr("featcache.stats._BLOCK_TOKENS", 21)  # blocks of three frames leave no gap
+    monkeypatch.setattr("featcache.moments._BLOCK_TOKENS", 21)  # blocks of three frames leave no gap
     m = Moments.from_tokens(first) + Moments.from_tokens(second)  # between two videos nothing moves
     assert m.motion_tokens == len(change) == 11 * 7
     np.testing.assert_allclose(m.motion_covariance, change.T @ change / len(change), rtol=1e-10)
@@ -103,7 +104,7 @@ def test_videos_measured_together_are_the_sum_of_each(
 ) -> None:
     parts = [part for part in case[1] if len(part)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("featcache.stats._BLOCK_TOKENS", block)
+        patch.setattr("featcache.moments._BLOCK_TOKENS", block)
         together = Moments.from_tokens(torch.cat(parts), [len(part) for part in parts])
     each = sum((Moments.from_tokens(part) for part in parts), Moments.empty(*parts[0].shape[1:]))
     assert_same(together, each)
@@ -124,7 +125,7 @@ def test_input_is_left_alone_and_long_videos_are_cut_into_blocks(monkeypatch: py
     before = x.clone()
     whole = Moments.from_tokens(x)
     assert torch.equal(x, before)
-    monkeypatch.setattr("featcache.stats._BLOCK_TOKENS", 12)
+    monkeypatch.setattr("featcache.moments._BLOCK_TOKENS", 12)
     assert_same(Moments.from_tokens(x), whole)
 
 
@@ -207,7 +208,7 @@ def test_empty_is_neutral_and_dimensions_must_agree() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_non_finite_values_are_counted_and_located(bad: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("featcache.stats._BLOCK_TOKENS", 10)  # two frames a block
+    monkeypatch.setattr("featcache.moments._BLOCK_TOKENS", 10)  # two frames a block
     x = tokens(6).half()
     x[3, 2, 1] = x[3, 4, 0] = x[5, 0, 0] = bad
     with pytest.raises(NonFiniteTokensError, match="3 non-finite values, the first at frame 3, patch 2"):

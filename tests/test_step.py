@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from slotlab.config import presets
+from slotlab.config.load import presets
 from tests.synthetic import fitted, make_store
 
 VARIANTS = [

@@ -16,13 +16,15 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featcache import manifest
 from featcache.errors import DataError, IncompatibleError, UsageError
-from featcache.quantise import dequantise, quantise
-from featcache.stats import Moments
-from featcache.store import FeatureStore, Split, SplitSpec
-from featcache.verify import verify
-from featcache.writer import StoreWriter, chunk_path
+from featcache.moments import Moments
+from featcache.store import manifest
+from featcache.store.encoding import dequantise, quantise
+from featcache.store.layout import chunk_path
+from featcache.store.reading import FeatureStore, Split
+from featcache.store.spec import SplitSpec
+from featcache.store.writing import StoreWriter
+from featcache.upkeep.verify import verify
 from tests.synthetic import DIM, GRID, SIZE, DiscSource, make_store, tokens_of
 
 

@@ -20,13 +20,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from zarr.codecs import BytesCodec, ShardingCodec
 
-from featcache import copying, pages, readers, shards
-from featcache.convert import ConvertOptions, convert
 from featcache.errors import DataError, UsageError
-from featcache.quantise import dequantise
-from featcache.readers import TORCH_DTYPES, FileRows, ZarrRows, open_rows
-from featcache.store import FeatureStore
-from featcache.stream import VIDEO, FeatureStream, Residence, choose_residence, clip_starts, reader_threads
+from featcache.memory import copying, pages
+from featcache.store import shards
+from featcache.store.encoding import dequantise
+from featcache.store.reading import FeatureStore
+from featcache.stream.rows import TORCH_DTYPES, FileRows, ZarrRows, open_rows
+from featcache.stream.stream import VIDEO, FeatureStream, choose_residence, clip_starts, reader_threads
+from featcache.upkeep.convert import ConvertOptions, convert
+from featcache.words import Residence
 from tests.synthetic import DiscSource, make_store
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

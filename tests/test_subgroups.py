@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from scipy.stats import wilcoxon
 
 from featcache.errors import IncompatibleError
-from featcache.sources.base import Instance, Video
-from featcache.store import FeatureStore, Split
-from slotlab.scores import Scores
-from slotlab.subgroups import Bootstrap, objects_by, paired, paired_scores, subgroup_scores
+from featcache.sources.video import Instance, Video
+from featcache.store.reading import FeatureStore, Split
+from slotlab.scoring.groups import objects_by, paired, paired_scores, subgroup_scores
+from slotlab.scoring.intervals import Bootstrap
+from slotlab.scoring.scores import Scores
 from tests.synthetic import DiscSource, make_store
 
 OBJECTS, SLOTS = 4, 4  # labels with the background's, and slots
@@ -108,7 +109,7 @@ def test_too_little_for_an_interval() -> None:
 def test_many_videos_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(size=50)
     whole = Bootstrap(resamples=300).of_mean(values)
-    monkeypatch.setattr("slotlab.subgroups._DRAWS_AT_ONCE", 50 * 37)
+    monkeypatch.setattr("slotlab.scoring.intervals._DRAWS_AT_ONCE", 50 * 37)
     assert Bootstrap(resamples=300).of_mean(values) == pytest.approx(whole)
 
 

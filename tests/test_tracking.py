@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotlab.draws import Draws
-from slotlab.models.clustering_model import ClusteringModel
-from slotlab.models.config import ClusteringConfig
-from slotlab.models.tracking import Seen, Tracker
-from slotlab.normalise import Normaliser
+from slotlab.config.model import ClusteringConfig
+from slotlab.models.clustering.model import ClusteringModel
+from slotlab.models.clustering.tracking import Seen, Tracker
+from slotlab.models.normalise import Normaliser
+from slotlab.models.randomness import Draws
 
 SIDE, DIM = 10, 12
 Box = tuple[int, int]  # top left corner of a 2x2 object

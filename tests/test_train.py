@@ -20,16 +20,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from featcache.errors import DataError, IncompatibleError, UsageError
-from featcache.store import FeatureStore
-from slotlab import checkpoint, display
-from slotlab.config import Config, load_config, presets
-from slotlab.diagnostics import NAMES
-from slotlab.evaluate import beats_floor, evaluate, load_run
-from slotlab.models.registry import build_model
-from slotlab.runs import keep_result, read_rows
-from slotlab.schedule import learning_rate, make_schedule, update_average, warmup_steps
-from slotlab.tensorboard import events
-from slotlab.train import freeze_unreached, train
+from featcache.store.reading import FeatureStore
+from slotlab.commands import terminal
+from slotlab.commands.tables import scores_table
+from slotlab.config.load import load_config, presets
+from slotlab.config.schema import Config
+from slotlab.models.build import build_model
+from slotlab.runs import checkpoint
+from slotlab.runs.folder import keep_result, read_rows
+from slotlab.runs.loaded import load_run
+from slotlab.scoring.collapse import NAMES
+from slotlab.scoring.evaluate import beats_floor, evaluate
+from slotlab.training.schedule import learning_rate, make_schedule, update_average, warmup_steps
+from slotlab.training.tensorboard import events
+from slotlab.training.train import freeze_unreached, train
 from tests.synthetic import DiscSource, fitted, make_store
 
 # What makes each kind of model small enough for the synthetic store (12 channels, a 4x4 grid).
@@ -226,8 +230,9 @@ def test_two_ranks_train_the_run_of_one(
     one = train(config, store, tmp_path / "one")
     (tmp_path / "config.toml").write_text(config.to_toml())
     code = (
-        "import sys; from pathlib import Path; from slotlab.config import Config, read_toml, validate; "
-        "from slotlab.train import train; from featcache.store import FeatureStore; here = Path(sys.argv[1]); "
+        "import sys; from pathlib import Path; from slotlab.config.load import read_toml, validate; "
+        "from slotlab.training.train import train; from featcache.store.reading import FeatureStore; "
+        "here = Path(sys.argv[1]); "
         "train(validate(read_toml(here / 'config.toml'), ''), FeatureStore.open(sys.argv[2]), here / 'two')"
     )
     (tmp_path / "ranks.py").write_text(code)
@@ -493,7 +498,7 @@ def test_an_evaluation_warns_of_collapse(
     result = evaluate(load_run(train(config, store, tmp_path / "run")))
     assert "all slots have the same mask" in result["warnings"][0]
     assert len(result["largest_activation_by_slot"]) == 4
-    display.warn(result["warnings"])
+    terminal.warn(result["warnings"])
     told = capsys.readouterr()
     assert told.out == "" and "warning: all slots have the same mask" in told.err
 
@@ -588,7 +593,7 @@ def test_the_masks_that_a_run_publishes_are_scored_first(tmp_path: Path, store: 
     one, other = (load_run(run).segment(store["validation"], 0) for run in runs)
     assert torch.equal(other.masks, one.attention) and not torch.equal(other.masks, one.masks)
     shown = io.StringIO()
-    Console(file=shown, width=100).print(display.scores_table(attention))
+    Console(file=shown, width=100).print(scores_table(attention))
     assert "of the decoder" in shown.getvalue()
 
 

@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 import zarr
 
-from featcache import manifest
-from featcache.backbones import Backbone, load_backbone
+from featcache.backbones.backbone import Backbone, load_backbone
 from featcache.errors import DataError, IncompatibleError
-from featcache.extract import ExtractOptions, extract, plan
-from featcache.repair import Means, repair
-from featcache.store import FeatureStore
-from featcache.verify import verify
-from featcache.writer import StoreWriter, chunk_path
+from featcache.extraction.extract import extract
+from featcache.extraction.plan import ExtractOptions, plan
+from featcache.store import manifest
+from featcache.store.layout import chunk_path
+from featcache.store.reading import FeatureStore
+from featcache.store.writing import StoreWriter
+from featcache.upkeep.repair import Means, repair
+from featcache.upkeep.verify import verify
 from tests.synthetic import DiscSource, make_store
 
 CHUNK = "train/features/layer1/c.1.0.0"

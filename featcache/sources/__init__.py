@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from featcache.errors import DataError, UsageError
-from featcache.sources.base import Instance, Source, Video
+from featcache.sources.video import Instance, Source, Video
 
 __all__ = ["Instance", "Source", "Video", "open_source", "sample_dir"]
 

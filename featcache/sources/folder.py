@@ -25,8 +25,7 @@ import numpy.typing as npt
 
 from featcache.errors import DataError
 from featcache.sources import video_file
-from featcache.sources.base import Video
-from featcache.sources.decode import (
+from featcache.sources.images import (
     SPLIT_NAMES,
     check_fit,
     check_index,
@@ -39,6 +38,7 @@ from featcache.sources.decode import (
     stack,
     unlabelled_instances,
 )
+from featcache.sources.video import Video
 
 IMAGES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"))
 MASKS = "masks"

@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import DataError
-from featcache.sources.base import Video
-from featcache.sources.decode import (
+from featcache.sources.images import (
     as_mask,
     check_index,
     check_split,
@@ -27,6 +26,7 @@ from featcache.sources.decode import (
     split_folders,
     unlabelled_instances,
 )
+from featcache.sources.video import Video
 
 FRAMES = ("video", "videos", "image", "images")
 MASKS = ("mask", "masks", "segmentations")

@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import DataError
-from featcache.sources.base import Instance, Video
-from featcache.sources.decode import (
+from featcache.sources.images import (
     check_fit,
     check_index,
     check_split,
@@ -29,6 +28,7 @@ from featcache.sources.decode import (
     visibility,
 )
 from featcache.sources.tfrecord import TFRecordFile
+from featcache.sources.video import Instance, Video
 
 SHARD = re.compile(r"(?P<stem>.+-(?P<split>[^-]+)\.tfrecord)-(?P<shard>\d{5})-of-(?P<shards>\d{5})")
 SEARCH_DEPTH = 3  # data/ -> movi_a -> 256x256 -> 1.0.0

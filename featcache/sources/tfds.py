@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import DataError, UsageError
-from featcache.sources.base import Video
-from featcache.sources.decode import as_mask, check_fit, check_index, check_split, digest
+from featcache.sources.images import as_mask, check_fit, check_index, check_split, digest
 from featcache.sources.movi import LABELS, instance_table
+from featcache.sources.video import Video
 
 DATA_DIR = "?data_dir="
 BUCKET = "gs://kubric-public/tfds"

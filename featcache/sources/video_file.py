@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import DataError
-from featcache.sources.decode import stack
+from featcache.sources.images import stack
 
 SUFFIXES = frozenset((".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".m4v", ".mpg", ".mpeg"))
 # Codecs whose containers hold one packet a shown frame: counting these need not decode. VP8 and packed

@@ -11,7 +11,7 @@ import typer
 from slotlab.commands.options import Cache, Device, Json, Precision, Residence, print_json
 
 if TYPE_CHECKING:
-    from slotlab.bench import TrainingRate
+    from slotlab.training.speed import TrainingRate
 
 bench = typer.Typer(help="Measured rates beside what this machine allows.", no_args_is_help=True)
 
@@ -28,10 +28,11 @@ def bench_stream(
     as_json: Json = False,
 ) -> None:
     """Random clips and frames of a store: bare reads and whole stream, beside memory's and the disk's rate."""
-    from featcache.bench import measure_stream
-    from featcache.device import pick_device
-    from featcache.store import FeatureStore
-    from slotlab import display
+    from featcache.bench.stream import measure_stream
+    from featcache.machine import pick_device
+    from featcache.store.reading import FeatureStore
+    from slotlab.commands import terminal
+    from slotlab.commands.tables import plain_table
 
     store = FeatureStore.open(cache)
     chosen = store[split].require_complete()
@@ -45,9 +46,9 @@ def bench_stream(
         (r.name, f"{r.bytes_per_s / 1e9:.2f}", f"{r.limit_bytes_per_s / 1e9:.2f}", f"{r.ratio:.2f}", r.limit)
         for r in rates
     ]
-    display.out.print(display.plain_table(("pattern", "GB/s", "limit", "ratio", "the limit is"), rows, str(cache)))
+    terminal.out.print(plain_table(("pattern", "GB/s", "limit", "ratio", "the limit is"), rows, str(cache)))
     if cold and not any(rate.name.startswith("cold") for rate in rates):
-        display.out.print("cold: not measured; another process holds the store in memory, or it must be decoded")
+        terminal.out.print("cold: not measured; another process holds the store in memory, or it must be decoded")
 
 
 @bench.command("extract")
@@ -65,13 +66,13 @@ def bench_extract(
     as_json: Json = False,
 ) -> None:
     """Extraction, from the source to a finished store, beside the bare model on images that are ready."""
-    from featcache.backbones import load_backbone
-    from featcache.bench import measure_extract
-    from featcache.device import pick_device
-    from featcache.extract import ExtractOptions
+    from featcache.backbones.backbone import load_backbone
+    from featcache.bench.extraction import measure_extract
+    from featcache.extraction.plan import ExtractOptions
+    from featcache.machine import machine, pick_device
     from featcache.sources import open_source
-    from featcache.timing import machine
-    from slotlab import display
+    from slotlab.commands import terminal
+    from slotlab.commands.tables import plain_table
 
     source = open_source(data)
     model = load_backbone(backbone, weights, (), input_size, pick_device(device))
@@ -84,7 +85,7 @@ def bench_extract(
         return
     row = (rate.name, rate.batch_size, rate.precision, rate.frames_per_s, rate.limit_frames_per_s, rate.ratio)
     columns = ("pattern", "batch", "precision", "frames/s", "limit", "ratio")
-    display.out.print(display.plain_table(columns, [row], f"the limit is {rate.limit}"))
+    terminal.out.print(plain_table(columns, [row], f"the limit is {rate.limit}"))
 
 
 @bench.command("train")
@@ -100,28 +101,28 @@ def bench_train(
     as_json: Json = False,
 ) -> None:
     """Training steps from a store: their rate, what bounds them (data, copy, compute), FLOPs and memory."""
-    from slotlab.config import load_config
+    from slotlab.config.load import load_config
 
     settings = [load_config(preset, config, override or (), optim__batch_size=size) for size in batch_size or (None,)]
-    from featcache.device import pick_device
-    from featcache.store import FeatureStore
-    from featcache.timing import machine
-    from slotlab import display
-    from slotlab.bench import measure_training
+    from featcache.machine import machine, pick_device
+    from featcache.store.reading import FeatureStore
+    from slotlab.commands import terminal
+    from slotlab.commands.tables import plain_table
+    from slotlab.training.speed import measure_training
 
     store, chosen = FeatureStore.open(cache), pick_device(device)
     rates = []
     for setting in settings:
         rates.append(measure_training(setting, store, chosen, steps=steps, rounds=rounds))
         r = rates[-1]
-        display.err.print(f"{r.name}: {r.samples_per_s:.1f} samples/s, bound by {r.bound}")
+        terminal.err.print(f"{r.name}: {r.samples_per_s:.1f} samples/s, bound by {r.bound}")
     if as_json:
         patterns = [rate.as_dict() for rate in rates]
         print_json({"cache": str(cache), "preset": preset, "machine": machine(), "patterns": patterns})
         return
     columns = ("", *(rate.name for rate in rates))
     rows = [(name, *(show(rate) for rate in rates)) for name, show in TRAINING_ROWS]
-    display.out.print(display.plain_table(columns, rows, f"{cache}, {preset}"))
+    terminal.out.print(plain_table(columns, rows, f"{cache}, {preset}"))
 
 
 def _milliseconds(seconds: float) -> str:

@@ -38,15 +38,15 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Backbones, taps and presets side by side: extract what is missing, train, evaluate, report. Resumes."""
-    from featcache.registry import get_spec
+    from featcache.backbones.registry import get_spec
 
     names = [get_spec(name).name for name in backbone or ()]  # a misspelt name is told before anything heavy
     if not names:
         raise UsageError("nothing to compare; name at least one --backbone, for example --backbone dinov2")
-    from slotlab import display
+    from slotlab.commands import terminal
     from slotlab.experiments.ablation import seed_range
     from slotlab.experiments.comparison import Settings, plan_comparison
-    from slotlab.experiments.conduct import conduct
+    from slotlab.experiments.execute import conduct
     from slotlab.experiments.plan import require_free
     from slotlab.experiments.pool import places
 
@@ -69,12 +69,12 @@ def compare(
     require_free(comparison.plan, folder)  # before hours go into an extraction
     if comparison.missing:
         device = places(devices, workers, 1)[0]
-        with display.ExtractProgress() as progress:
+        with terminal.ExtractProgress() as progress:
             comparison.extract(device, progress)
     table = conduct(comparison.plan, folder, devices, workers)
     finished = [Path(run["path"]) for cell in table["cells"] for run in cell["runs"] if run["state"] == "finished"]
     if finished:
-        from slotlab.report import write_report
+        from slotlab.report.write import write_report
 
         write_report(finished, folder / "report.html")
         table["report"] = str(folder / "report.html")
@@ -96,7 +96,7 @@ def ablate(
 ) -> None:
     """A grid over any configuration keys, and seeds. Skips what is finished, resumes what is not."""
     from slotlab.experiments.ablation import read_ablation
-    from slotlab.experiments.conduct import conduct
+    from slotlab.experiments.execute import conduct
 
     plan = read_ablation(file, cache=cache, seeds=seeds, split=split, overrides=override or (), steps=steps)
     folder = out or Path("ablate") / file.stem
@@ -131,12 +131,12 @@ def _leave(table: dict[str, Any]) -> None:
 def _print(table: dict[str, Any], as_json: bool) -> None:
     from rich.console import Console
 
-    from slotlab import display
+    from slotlab.commands import terminal
     from slotlab.experiments.table import render
 
     if as_json:
         print_json(table)
     else:
-        console = display.out if display.out.is_terminal else Console(width=WIDTH)
+        console = terminal.out if terminal.out.is_terminal else Console(width=WIDTH)
         console.print(render(table))
-        display.out.print(f"{table['out']}/: table.md, table.csv" + (", report.html" if "report" in table else ""))
+        terminal.out.print(f"{table['out']}/: table.md, table.csv" + (", report.html" if "report" in table else ""))

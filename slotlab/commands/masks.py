@@ -31,13 +31,13 @@ def masks(
     as_json: Json = False,
 ) -> None:
     """Write a run's masks of a split: PNG label maps, COCO run lengths, or the frames with the masks laid over."""
-    from featcache.device import pick_device
-    from slotlab import display
-    from slotlab.evaluate import load_run
-    from slotlab.mask_files import MaskWriter, store_masks
+    from featcache.machine import pick_device
+    from slotlab.commands import terminal
+    from slotlab.pictures.files import MaskWriter, store_masks
+    from slotlab.runs.loaded import load_run
 
     loaded = load_run(run, cache, pick_device(device))
-    with display.ExtractProgress() as progress, MaskWriter(out, form, fps) as writer:
+    with terminal.ExtractProgress() as progress, MaskWriter(out, form, fps) as writer:
         for masked in store_masks(loaded, split, videos, refine, progress):
             writer.add(masked)
     _tell(out, writer.files, as_json)
@@ -57,11 +57,11 @@ def segment(
     """Segment pictures and videos of your own with a trained run."""
     if missing := [path for path in files if not path.exists()]:
         raise UsageError(f"{missing[0]}: no such file; name pictures, videos, or folders of pictures")
-    import slotlab
-    from slotlab.mask_files import Masked, MaskWriter
-    from slotlab.pictures import read_path
+    from slotlab.pictures.files import Masked, MaskWriter
+    from slotlab.pictures.frames import read_path
+    from slotlab.segment import load
 
-    segmenter = slotlab.load(run, device=device, weights=weights)
+    segmenter = load(run, device=device, weights=weights)
     with MaskWriter(out, form, fps) as writer:
         for index, path in enumerate(files):
             frames = read_path(path)
@@ -71,9 +71,9 @@ def segment(
 
 
 def _tell(out: Path, files: int, as_json: bool) -> None:
-    from slotlab import display
+    from slotlab.commands import terminal
 
     if as_json:
         print_json({"out": str(out), "files": files})
     else:
-        display.out.print(f"{out}: {files} files written")
+        terminal.out.print(f"{out}: {files} files written")

@@ -33,9 +33,10 @@ def report(
     as_json: Json = False,
 ) -> None:
     """One self-contained page of runs: scores, videos to look through, curves, configuration, provenance."""
-    from featcache.device import pick_device
-    from slotlab import display
-    from slotlab.report import Extras, PageOptions, write_report
+    from featcache.machine import pick_device
+    from slotlab.commands import terminal
+    from slotlab.report.page import PageOptions
+    from slotlab.report.write import Extras, write_report
 
     found = write_report(
         runs,
@@ -45,15 +46,15 @@ def report(
         options=PageOptions(title, videos, rank, frames),
         extras=Extras(markdown, figures),
         device=pick_device(device),
-        say=display.err.print,
+        say=terminal.err.print,
     )
     if as_json:
         print_json(found)
         return
-    display.out.print(f"{out}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {found['bytes'] / 1e6:.1f} MB")
+    terminal.out.print(f"{out}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {found['bytes'] / 1e6:.1f} MB")
     for path in (found["markdown"], *found["figures"]):
         if path:
-            display.out.print(path)
+            terminal.out.print(path)
 
 
 def view(
@@ -72,26 +73,26 @@ def view(
     import threading
     import webbrowser
 
-    from featcache.device import pick_device
-    from slotlab import display
-    from slotlab.report import PageOptions
+    from featcache.machine import pick_device
+    from slotlab.commands import terminal
+    from slotlab.report.page import PageOptions
     from slotlab.report.server import HOST, LiveReport, serve
 
     live = LiveReport(
-        runs, split, cache, PageOptions(title, videos, rank, frames), pick_device(device), display.err.print
+        runs, split, cache, PageOptions(title, videos, rank, frames), pick_device(device), terminal.err.print
     )
     with serve(live, port) as server:
         live.refresh()  # before the address is told: what is wrong is said here, not in the browser
         follower = threading.Thread(target=live.follow, daemon=True)
         follower.start()
         address = f"http://{HOST}:{server.server_port}/"
-        display.out.print(f"{address}  (Ctrl-C ends it)")
+        terminal.out.print(f"{address}  (Ctrl-C ends it)")
         if browser:
             webbrowser.open(address)
         try:
             server.serve_forever()
         except KeyboardInterrupt:  # how one stops it, and so no failure
-            display.err.print("stopped")
+            terminal.err.print("stopped")
         finally:
             live.stop()
             follower.join(timeout=5)

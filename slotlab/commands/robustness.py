@@ -35,14 +35,15 @@ def robustness(
     A subset of videos and frames by default, as every transformation runs the backbone anew. The result is kept in
     the run folder as robustness-SPLIT.json.
     """
-    from featcache.device import pick_device
-    from slotlab import display
-    from slotlab.evaluate import load_run
-    from slotlab.robustness import robustness as measure
-    from slotlab.runs import keep_result
+    from featcache.machine import pick_device
+    from slotlab.commands import terminal
+    from slotlab.commands.tables import plain_table
+    from slotlab.runs.folder import keep_result
+    from slotlab.runs.loaded import load_run
+    from slotlab.scoring.robustness import robustness as measure
 
     loaded = load_run(run, cache, pick_device(device))
-    with display.ExtractProgress() as progress:
+    with terminal.ExtractProgress() as progress:
         result = measure(loaded, split, max_videos=max_videos, frames=frames, weights=weights, progress=progress)
     keep_result(run, loaded.store, result, "robustness")
     if as_json:
@@ -51,16 +52,14 @@ def robustness(
     mean = result["mean"]
     rows = [("before", *_cells(result["before"])), *((n, *_cells(v)) for n, v in result["transformations"].items())]
     rows += [("mean", *_cells(mean)), ("  95 % from", *_cells(mean, "low")), ("  to", *_cells(mean, "high"))]
-    display.out.print(
-        display.plain_table(
-            ("colours", *COLUMNS.values()), rows, f"{result['run']} on {result['split']} under other colours"
-        )
+    terminal.out.print(
+        plain_table(("colours", *COLUMNS.values()), rows, f"{result['run']} on {result['split']} under other colours")
     )
     for key, name in (("fg_ari_change", "FG-ARI"), ("mbo_change", "mBO")):
         if key in mean and mean[key]["mean"] is not None:
             bounds = (f"{value:+.3f}" for value in mean[key].values() if value is not None)
-            display.out.print(f"{name} changes by {' / '.join(bounds)} (mean / interval)")
-    display.out.print(
+            terminal.out.print(f"{name} changes by {' / '.join(bounds)} (mean / interval)")
+    terminal.out.print(
         f"first {result['frames_a_video']} frames of {result['videos']} of {result['videos_in_split']} videos",
         f"mean: of all colours but identity; {result['interval']}",
         f"the way through the backbone alone changes the stored features by {result['relative_error']:.1e}",

@@ -1,4 +1,4 @@
-"""Commands about stores, weights and the machine: verify, export, import, weights, doctor."""
+"""Commands about stores and weights: stats, verify, export, import, weights."""
 
 from __future__ import annotations
 
@@ -7,8 +7,44 @@ from typing import Annotated, Literal
 
 import typer
 
-from featcache.errors import DataError
-from slotlab.commands.options import Device, Dtype, Json, print_json
+from featcache.errors import DataError, UsageError
+from slotlab.commands.options import CACHE_FOLDER, Device, Dtype, Json, print_json
+
+
+def stats(
+    context: typer.Context,
+    caches: Annotated[list[Path] | None, typer.Argument(help="Stores; default: all in cache/.")] = None,
+    split: Annotated[str | None, typer.Option(help="Default: train, or the first there is.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Write a figure.")] = None,
+    recompute: Annotated[bool, typer.Option(help="From the stored features, block by block with dask.")] = False,
+    workers: Annotated[int | None, typer.Option(help="With --recompute: processes on this machine.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="With --recompute: of dask; its workers see the store.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The scale of the features: std, token norms, outliers, effective rank; stores side by side."""
+    elsewhere = scheduler is not None or workers is not None
+    if elsewhere and not recompute:
+        raise UsageError("--scheduler and --workers: only with --recompute, else the stored statistics are read")
+
+    from featcache.scale.report import plot_scale, store_reports
+    from slotlab.commands import terminal
+    from slotlab.commands.tables import render
+
+    paths = caches or sorted(CACHE_FOLDER.glob("*.zarr"))
+    if not paths:
+        raise DataError(f"{CACHE_FOLDER}/: no stores; make one with: slotlab extract --backbone dinov2")
+    client = None
+    if elsewhere:
+        from featcache.extraction.distributed import connect
+
+        client = context.with_resource(connect(scheduler, workers))
+    reports = [report for path in paths for report in store_reports(path, split, recompute, client)]
+    if plot:
+        plot_scale(reports, plot)
+    if as_json:
+        print_json({"stores": [report.as_dict() for report in reports]})
+    else:
+        terminal.out.print(render(reports))
 
 
 def verify(
@@ -20,25 +56,26 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check all of a store against its manifest; names the damaged videos, exit code 3 if any are left."""
-    from featcache.device import pick_device
-    from featcache.verify import verify as run_verify
-    from slotlab import display
+    from featcache.machine import pick_device
+    from featcache.upkeep.verify import verify as run_verify
+    from slotlab.commands import terminal
+    from slotlab.commands.tables import plain_table
 
     damage, repaired = run_verify(cache), []
     if damage and repair:
-        from featcache.repair import Means
-        from featcache.repair import repair as run_repair
+        from featcache.upkeep.repair import Means
+        from featcache.upkeep.repair import repair as run_repair
 
-        with display.ExtractProgress() as progress:
+        with terminal.ExtractProgress() as progress:
             repaired = run_repair(cache, Means(data, weights, device=str(pick_device(device))), progress)
         damage = run_verify(cache)
     if as_json:
         lists = {"damaged": damage, "repaired": repaired}
         print_json({"path": str(cache), **{k: [d.as_dict() for d in v] for k, v in lists.items()}})
     elif damage:
-        display.out.print(display.plain_table(("split", "video", "id", "what"), [d.row() for d in damage], str(cache)))
+        terminal.out.print(plain_table(("split", "video", "id", "what"), [d.row() for d in damage], str(cache)))
     else:
-        display.out.print(f"{cache}: sound" + (f", {len(repaired)} damages repaired" if repaired else ""))
+        terminal.out.print(f"{cache}: sound" + (f", {len(repaired)} damages repaired" if repaired else ""))
     if damage:
         raise typer.Exit(DataError.exit_code)
 
@@ -53,13 +90,13 @@ def export(
     shard_videos: Annotated[int, typer.Option(help="Videos that share a file, where inodes are scarce.")] = 0,
 ) -> None:
     """Copy a store in another dtype, with fewer taps, in shards, or as HDF5. Never loads it; checks as it reads."""
-    from featcache.convert import ConvertOptions, convert
-    from slotlab import display
+    from featcache.upkeep.convert import ConvertOptions, convert
+    from slotlab.commands import terminal
 
     options = ConvertOptions(dtype, tuple(tap or ()), tuple(split or ()), shard_videos)
-    with display.ExtractProgress() as progress:
+    with terminal.ExtractProgress() as progress:
         convert(cache, out, options, form, progress)
-    display.out.print(f"{out}: written")
+    terminal.out.print(f"{out}: written")
 
 
 def import_file(
@@ -81,11 +118,12 @@ def weights(
     as_json: Json = False,
 ) -> None:
     """Which backbones there are, and where each one's weights come from."""
-    from featcache.registry import ALIASES, get_spec, list_backbones
-    from slotlab import display
+    from featcache.backbones.registry import ALIASES, get_spec, list_backbones
+    from slotlab.commands import terminal
+    from slotlab.commands.tables import plain_table
 
     if fetch:
-        from featcache.weights import resolve_weights
+        from featcache.backbones.weights import resolve_weights
 
         found = resolve_weights(get_spec(fetch))
         print_json({"backbone": fetch, "origin": found.origin, "sha256": found.sha256})
@@ -99,16 +137,4 @@ def weights(
         keys = ("name", "library", "model_id", "patch", "dim", "source")
         print_json({"backbones": [dict(zip(keys, row, strict=True)) for row in rows]})
     else:
-        display.out.print(display.plain_table(("backbone", "library", "model", "patch", "dim", "weights"), rows))
-
-
-def doctor(as_json: Json = False) -> None:
-    """What this machine offers: packages, devices, disk, where weights are kept, the embedded sample."""
-    from slotlab import display
-    from slotlab.doctor import examine
-
-    findings = examine()
-    if as_json:
-        print_json(findings)
-    else:
-        display.out.print(display.plain_table(("", "found"), [(k, str(v)) for k, v in findings.items()]))
+        terminal.out.print(plain_table(("backbone", "library", "model", "patch", "dim", "weights"), rows))

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from featcache.errors import UsageError
-from featcache.store import flatten
-from slotlab.config import load_config, read_toml
+from featcache.store.spec import flatten
+from slotlab.config.load import load_config, read_toml
 from slotlab.experiments.plan import Cell, Plan, cell_name
 
 KEYS = ("preset", "config", "cache", "seeds", "split", "set", "grid", "cells")

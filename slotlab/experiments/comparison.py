@@ -13,18 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from featcache.backbones.registry import BackboneSpec, get_spec
 from featcache.errors import DataError, IncompatibleError, UsageError
-from featcache.registry import BackboneSpec, get_spec
-from featcache.sources import Source, open_source
-from featcache.store import FeatureStore
-from slotlab.config import Config, load_config
+from featcache.sources import open_source
+from featcache.sources.video import Source
+from featcache.store.reading import FeatureStore
+from slotlab.config.load import load_config
+from slotlab.config.schema import Config
 from slotlab.experiments.plan import PLAN, Cell, Plan, cell_name, read_plan
 
 if TYPE_CHECKING:  # the model libraries take seconds to import, and a comparison with its stores needs none
     import torch
 
-    from featcache.backbones import Backbone
-    from featcache.extract import Progress
+    from featcache.backbones.backbone import Backbone
+    from featcache.extraction.extract import Progress
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class StoreRequest:
 
     def load(self, device: str | torch.device) -> Backbone:
         """The backbone with the input size that gives the grid."""
-        from featcache.backbones import load_backbone
+        from featcache.backbones.backbone import load_backbone
 
         size = self.grid * self.spec.patch
         backbone = load_backbone(self.spec.name, self.weights, self.taps, size, device)
@@ -133,7 +135,8 @@ class Comparison:
 
     def extract(self, device: str | torch.device, progress: Progress) -> None:
         """Make the missing stores; an unfinished one is resumed. ``progress`` is told store and split as one name."""
-        from featcache.extract import ExtractOptions, extract, plan
+        from featcache.extraction.extract import extract
+        from featcache.extraction.plan import ExtractOptions, plan
 
         for request in self.missing:
             backbone, name = request.load(device), request.path.stem

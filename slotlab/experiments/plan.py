@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from featcache.durable import make_directory, write_durably
 from featcache.errors import DataError, IncompatibleError, UsageError
-from featcache.store import flatten
-from slotlab.config import Config, validate
+from featcache.store.durable import make_directory, write_durably
+from featcache.store.spec import flatten
+from slotlab.config.load import validate
+from slotlab.config.schema import Config
 
 Kind = Literal["compare", "ablate"]
 

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
-from featcache.device import pick_device
 from featcache.errors import UsageError
+from featcache.machine import pick_device
 from slotlab.experiments.plan import Run
 from slotlab.experiments.worker import work
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from rich.table import Table
 
-from featcache.durable import write_durably
 from featcache.errors import DataError
+from featcache.store.durable import write_durably
 from slotlab.experiments.plan import Cell, Run, read_plan
-from slotlab.runs import read_rows
-from slotlab.subgroups import paired_scores
+from slotlab.runs.folder import read_rows
+from slotlab.scoring.groups import paired_scores
 
 COLUMNS = {
     "fg_ari": "FG-ARI",
@@ -38,7 +38,7 @@ def build_table(out: Path) -> dict[str, Any]:
     Scores have mean, minimum, maximum, standard deviation (n - 1; None for one seed) and the value of each
     finished seed. ``loss`` is the mean of the last tenth of the logged rows, ``seconds`` those spent in
     training. ``against_first`` tests the difference to the first cell over the videos, each averaged over
-    seeds (:func:`slotlab.subgroups.paired_scores`).
+    seeds (:func:`slotlab.scoring.groups.paired_scores`).
     """
     plan = read_plan(out)
     runs: dict[str, list[Run]] = {cell.name: [] for cell in plan.cells}

@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 
-from featcache.durable import write_durably
 from featcache.errors import FeatcacheError
-from featcache.store import FeatureStore
-from slotlab import checkpoint
-from slotlab.evaluate import evaluate, load_run, references
+from featcache.store.durable import write_durably
+from featcache.store.reading import FeatureStore
 from slotlab.experiments.plan import ERROR, Run
-from slotlab.train import train
+from slotlab.runs import checkpoint
+from slotlab.runs.loaded import load_run
+from slotlab.scoring.evaluate import evaluate
+from slotlab.scoring.references import references
+from slotlab.training.train import train
 
 OUTPUT = "output.txt"  # what a run printed, if anything
 

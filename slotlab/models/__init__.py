@@ -1,0 +1,1 @@
+"""From features to slots and masks. Knows no file."""

@@ -8,8 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from featcache.errors import DataError
-from slotlab.draws import Draws
-from slotlab.models.config import Masks
+from slotlab.config.model import Masks
+from slotlab.models.randomness import Draws
+
+
+def on_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, K, N) -> (B, K, rows, columns)."""
+    return masks.reshape(*masks.shape[:-1], *grid)
 
 
 @dataclass(frozen=True)

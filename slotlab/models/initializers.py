@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from slotlab.draws import Draws
-from slotlab.kmeans import kmeans, kmeans_plus_plus
+from slotlab.models.kmeans import kmeans, kmeans_plus_plus
+from slotlab.models.randomness import Draws
 
 
 class Gaussian(nn.Module):

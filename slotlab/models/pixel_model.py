@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from slotlab.draws import Draws
+from slotlab.config.model import PixelConfig
 from slotlab.models.base import Model, Output
-from slotlab.models.config import PixelConfig
+from slotlab.models.normalise import Normaliser
+from slotlab.models.randomness import Draws
 from slotlab.models.recurrence import Recurrence
 from slotlab.models.slot_attention import hide_padding
-from slotlab.normalise import Normaliser
 
 CONVOLUTIONS = 4  # of the encoder
 
@@ -45,7 +45,7 @@ class PixelModel(Model):
 
     Args:
         config: parts and sizes.
-        normaliser: of colours; see :func:`slotlab.models.registry.model_moments`.
+        normaliser: of colours; see :func:`slotlab.models.inputs.model_moments`.
         grid: rows and columns of pixels that the model sees, ``config.resolution`` each.
     """
 

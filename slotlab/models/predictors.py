@@ -8,7 +8,7 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from slotlab.models.config import PredictorConfig
+from slotlab.config.model import PredictorConfig
 from slotlab.models.transformer import FeedForward, SelfBlock
 
 

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from slotlab.draws import Draws
-from slotlab.models.config import RecurrentConfig, SlotAttentionConfig
+from slotlab.config.model import RecurrentConfig, SlotAttentionConfig
 from slotlab.models.initializers import INITIALIZERS
 from slotlab.models.predictors import PREDICTORS
+from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import Attended, SlotAttention
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from slotlab.draws import Draws
+from slotlab.config.model import SlotAttentionConfig
 from slotlab.models.base import Model, Output
-from slotlab.models.config import SlotAttentionConfig
-from slotlab.models.decoders import DECODERS, Sizes
+from slotlab.models.decoders import DECODERS
+from slotlab.models.decoders.base import Sizes
+from slotlab.models.normalise import Normaliser
+from slotlab.models.randomness import Draws
 from slotlab.models.recurrence import Recurrence
-from slotlab.normalise import Normaliser
 
 
 class SlotModel(Model):

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from featcache.report import StoreReport
-from featcache.stats import Float
+from featcache.moments import Float
+from featcache.scale.report import StoreReport
 from slotlab.report.gather import Gathered, Logged, RunData
-from slotlab.timecurves import QUANTITIES
+from slotlab.scoring.over_frames import QUANTITIES
 
 # Not losses, though they are logged with them.
 OPTIMISATION = {

@@ -13,8 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from featcache.errors import UsageError
-from featcache.report import DASHES, STYLE
-from slotlab import palette
+from featcache.scale.report import DASHES, STYLE
+from slotlab.pictures import palette
 from slotlab.report.charts import Chart, all_charts
 from slotlab.report.gallery import footages
 from slotlab.report.gather import Gathered
@@ -89,7 +89,7 @@ def draw_chart(axes: Axes, chart: Chart) -> None:
 
 def draw_masks(gathered: Gathered, folder: Path, videos: int, rank: str) -> list[tuple[str, Path]]:
     """The gallery's videos on paper: frame, ground truth, slots and single slots at each video's middle."""
-    from slotlab.sheet import draw_sheet
+    from slotlab.pictures.sheet import draw_sheet
 
     written = []
     for footage in footages(gathered.runs, videos, rank):

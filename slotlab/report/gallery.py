@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from featcache.store import Split
+from featcache.store.reading import Split
 from slotlab.report.gather import RunData
 
 LARGEST_SIDE = 320  # pixels of an embedded frame; larger ones are shrunk

@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 
-from featcache.report import StoreReport, store_reports
-from featcache.store import FeatureStore, Split
-from slotlab import checkpoint
-from slotlab.config import Config
-from slotlab.evaluate import LoadedRun, References, count_labels, evaluate, load_run, scoring_code
-from slotlab.runs import keep_result, read_rows, store_path
-from slotlab.timecurves import Curve, VideoTrace, over_videos, trace
+from featcache.scale.report import StoreReport, store_reports
+from featcache.store.reading import FeatureStore, Split
+from slotlab.config.schema import Config
+from slotlab.runs import checkpoint
+from slotlab.runs.folder import keep_result, read_rows, store_path
+from slotlab.runs.loaded import LoadedRun, load_run
+from slotlab.scoring.evaluate import evaluate, scoring_code
+from slotlab.scoring.over_frames import Curve, VideoTrace, over_videos, trace
+from slotlab.scoring.references import References
+from slotlab.scoring.tables import count_labels
 
 Say = Callable[[str], None]
 KnownReferences = dict[tuple[Any, ...], References]  # by store, split, tap, grid and slots

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from slotlab import palette
+from slotlab.pictures import palette
 from slotlab.report import charts, gallery, tables
 from slotlab.report.gather import Gathered, Logged, RunData
 from slotlab.report.provenance import environment, provenance

@@ -13,8 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from slotlab import checkpoint
 from slotlab.report.gather import RunData
+from slotlab.runs import checkpoint
 
 PACKAGES = ("slotlab", "torch", "numpy", "zarr", "scipy", "pillow", "matplotlib")
 

@@ -21,7 +21,7 @@ import torch
 from featcache.errors import FeatcacheError, UsageError
 from slotlab.report.gather import KnownReferences, Say, gather, logged
 from slotlab.report.page import PageOptions, render, render_training
-from slotlab.runs import read_rows
+from slotlab.runs.folder import read_rows
 
 HOST = "127.0.0.1"
 LOOK_SECONDS = 1.0  # between two looks at the run folders

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from featcache.errors import IncompatibleError
-from featcache.report import ROWS, StoreReport
-from featcache.store import flatten
+from featcache.scale.report import ROWS, StoreReport
+from featcache.store.spec import flatten
 from slotlab.report.charts import store_label
 from slotlab.report.gather import RunData
-from slotlab.subgroups import paired
-from slotlab.timecurves import QUANTITIES
+from slotlab.scoring.groups import paired
+from slotlab.scoring.over_frames import QUANTITIES
 
 SCORES = {"fg_ari": "FG-ARI", "mbo": "mBO", "miou": "mIoU", "ari": "ARI"}
 PART_SCORES = ("fg_ari", "mbo", "miou")

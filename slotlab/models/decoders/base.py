@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from slotlab.draws import Draws
-from slotlab.models.config import DecoderConfig
+from slotlab.config.model import DecoderConfig
+from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import Attended
 
 

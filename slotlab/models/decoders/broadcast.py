@@ -8,9 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from slotlab.draws import Draws
-from slotlab.models.config import DecoderConfig
+from slotlab.config.model import DecoderConfig
 from slotlab.models.decoders.base import Decoded, Decoder, Heads, Sizes, hidden_layers, positions_parameter, select
+from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import Attended, hide_padding
 
 # Rows of hidden activations, one a slot and patch, that pass the layers at a time: few enough for a CPU's cache, and

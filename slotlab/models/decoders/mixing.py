@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from slotlab.draws import Draws
-from slotlab.models.config import DecoderConfig
+from slotlab.config.model import DecoderConfig
 from slotlab.models.decoders.base import Decoded, Decoder, Heads, Sizes, hidden_layers, positions_parameter, select
+from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import Attended, hide_padding
 from slotlab.models.transformer import CrossBlock, xavier
 

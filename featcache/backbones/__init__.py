@@ -1,0 +1,1 @@
+"""Frozen backbones: frames to patch tokens. Knows no store."""

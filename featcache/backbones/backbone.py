@@ -1,0 +1,211 @@
+"""A frozen backbone that gives patch tokens of one or several taps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+from featcache.backbones.registry import TAP, BackboneSpec, get_spec, list_backbones
+from featcache.backbones.taps import FACETS, Tap, parse_block_tap, parse_tap
+from featcache.backbones.towers import Tower, open_clip_tower, timm_tower
+from featcache.backbones.weights import RANDOM_SEED, Weights, resolve_weights, tensors_sha256
+from featcache.errors import IncompatibleError, UsageError
+
+__all__ = ["Backbone", "BackboneSpec", "get_spec", "list_backbones", "load_backbone"]
+
+
+class Backbone:
+    """A frozen model, its taps and its preprocessing. Made by `load_backbone`."""
+
+    def __init__(
+        self,
+        spec: BackboneSpec,
+        tower: Tower,
+        taps: tuple[Tap, ...],
+        input_size: int,
+        weights: Weights,
+        device: torch.device,
+    ) -> None:
+        self.spec = spec
+        self.input_size = input_size
+        self.device = device
+        self.taps = tuple(tap.name for tap in taps)
+        self._taps = taps
+        self._tower = tower
+        self.dims: dict[str, int] = {}
+        strides = {}
+        for tap in taps:
+            info = {} if tower.blocks else tower.model.feature_info[tap.index]
+            strides[tap.name] = int(info.get("reduction", spec.patch))
+            self.dims[tap.name] = int(info.get("num_chs", spec.dim))
+        if len(set(strides.values())) > 1:
+            listed = ", ".join(f"{name} every {stride} px" for name, stride in strides.items())
+            raise UsageError(f"taps of one store share one grid, but these differ: {listed}")
+        self.patch = next(iter(strides.values()))
+        _check_input_size(spec.name, input_size, self.patch)
+        self.grid = (input_size // self.patch, input_size // self.patch)
+        self.preprocessing: dict[str, Any] = {
+            "size": input_size,
+            "resize": "whole frame",
+            "interpolation": spec.interpolation,
+            "antialias": True,
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+        }
+        self.provenance: dict[str, Any] = {
+            "backbone": spec.name,
+            "library": spec.library,
+            "library_version": version({"timm": "timm", "open_clip": "open_clip_torch"}[spec.library]),
+            "model_id": spec.model_id,
+            "weights_tag": weights.tag,
+            "weights_origin": weights.origin,
+            "weights_sha256": weights.sha256,
+            "prefix_tokens_dropped": spec.prefix_tokens,
+            "position_antialias": spec.position_antialias,
+            "patch": self.patch,
+            "grid": list(self.grid),
+        }
+        mean, std = torch.tensor(spec.mean), torch.tensor(spec.std)
+        self._scale = (1 / (255 * std)).view(3, 1, 1).to(device)
+        self._shift = (-mean / std).view(3, 1, 1).to(device)
+
+    def preprocess(self, frames: Tensor) -> Tensor:
+        """Bring uint8 frames (B, H, W, 3) of any size to the model's input, float32 (B, 3, S, S).
+
+        The whole frame is resized, never cropped, so that masks of the frame and tokens cover the same
+        picture. A frame that is not square is squeezed.
+        """
+        if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+            raise UsageError(f"frames must be uint8 (B, H, W, 3), not {frames.dtype} {tuple(frames.shape)}")
+        images: Tensor = frames.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # (B, 3, H, W)
+        mode = InterpolationMode(self.spec.interpolation)
+        images = resize(images, [self.input_size, self.input_size], interpolation=mode, antialias=True)
+        return images.to(torch.float32).mul_(self._scale).add_(self._shift)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Patch tokens (B, N, D) of each tap for preprocessed images (B, 3, S, S), in one pass that ends with
+        the last block needed. Prefix tokens (class, registers) are dropped; N runs row by row."""
+        side = self.input_size
+        if images.shape[1:] != (3, side, side):
+            raise UsageError(f"images must be (B, 3, {side}, {side}) from preprocess, not {tuple(images.shape)}")
+        tower, inputs = self._tower, {}
+
+        def keep(index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                inputs[index] = args[0]  # (B, P + N, D), what the attention projects
+
+            return hook
+
+        faceted = {tap.index for tap in self._taps if tap.kind in FACETS}
+        handles = [_attention(tower.blocks[i]).register_forward_pre_hook(keep(i)) for i in sorted(faceted)]
+        indices = sorted({tap.index for tap in self._taps})
+        try:
+            outputs = dict(zip(indices, tower.intermediates(images, indices), strict=True))
+        finally:
+            for handle in handles:
+                handle.remove()
+        tokens = {}
+        for tap in self._taps:
+            if tap.kind in FACETS:
+                projected = _project(_attention(tower.blocks[tap.index]), tap.kind, inputs[tap.index])
+                tokens[tap.name] = projected[:, self.spec.prefix_tokens :]
+            elif tap.kind == "norm":
+                assert tower.norm is not None  # parsing the tap made sure
+                tokens[tap.name] = tower.norm(outputs[tap.index])
+            else:
+                tokens[tap.name] = outputs[tap.index]
+        expected = self.grid[0] * self.grid[1]
+        for name, value in tokens.items():  # a model passed through may not be as regular as it says
+            if value.shape[1] != expected:
+                found = value.shape[1]
+                raise IncompatibleError(f"{self.spec.name} gave {found} tokens at {name}, not {expected}")
+        return tokens
+
+
+def load_backbone(
+    name: str,
+    weights: str | None = None,
+    taps: Sequence[str] = (),
+    input_size: int | None = None,
+    device: str | torch.device = "cpu",
+) -> Backbone:
+    """Build a backbone ready to run.
+
+    Args:
+        name: see `get_spec`.
+        weights: see `featcache.backbones.weights.resolve_weights`.
+        taps: where to read tokens; none means the last block's output, before the final norm.
+        input_size: pixels a side; position embeddings are resampled to it.
+        device: where the model and its inputs live.
+
+    Raises:
+        UsageError: unknown name or tap, a size that the patch does not divide, taps of different grids.
+        DataError: weights that cannot be had or read.
+        IncompatibleError: a checkpoint of another model.
+    """
+    spec = get_spec(name)
+    size = spec.default_size if input_size is None else input_size
+    wanted = tuple(dict.fromkeys(taps)) or (spec.default_tap,)
+    if TAP.fullmatch(spec.default_tap):
+        _check_input_size(spec.name, size, spec.patch)
+        for tap in wanted:  # before minutes go into a download
+            parse_block_tap(tap, spec)
+    found = resolve_weights(spec, weights)
+    # The library's initialiser draws from the global generator: leave the caller's as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        build = open_clip_tower if spec.library == "open_clip" else timm_tower
+        tower = build(spec, size, found)
+    if found.state_dict is None:
+        found = dataclasses.replace(found, sha256=tensors_sha256(tower.model.state_dict()))
+    parsed = tuple(parse_tap(tap, spec, tower) for tap in wanted)
+    target = torch.device(device)
+    tower.model.eval().requires_grad_(False).to(target)
+    return Backbone(spec, tower, parsed, size, dataclasses.replace(found, state_dict=None), target)
+
+
+def _check_input_size(name: str, size: int, patch: int) -> None:
+    if size < patch or size % patch:
+        below = size // patch * patch
+        nearest = f"{below} and {below + patch}" if below else f"{patch}"
+        raise UsageError(f"input size {size} is no multiple of the patch of {name}, {patch} px; nearest: {nearest}")
+
+
+def _attention(block: nn.Module) -> nn.Module:
+    attention = block.attn
+    assert isinstance(attention, nn.Module)
+    return attention
+
+
+def _project(attention: Any, facet: str, x: Tensor) -> Tensor:
+    """One of the three projections (B, L, D) of an attention's input ``x`` (B, L, D).
+
+    Computed again rather than hooked: fused layers are called as functions in several families (Eva, BEiT,
+    `nn.MultiheadAttention`), where a hook on them never fires, and one third of one layer costs little.
+    """
+    part = FACETS.index(facet)
+    weight = getattr(attention, "in_proj_weight", None)
+    bias = getattr(attention, "in_proj_bias", None)
+    if weight is None and getattr(attention, "qkv", None) is not None:
+        weight, bias = attention.qkv.weight, attention.qkv.bias
+        if getattr(attention, "q_bias", None) is not None:  # Eva and BEiT keep the biases apart
+            bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+    if weight is None:
+        return F.linear(x, *(_linear(attention, f"{facet[0]}_proj")))
+    return F.linear(x, weight.chunk(3)[part], None if bias is None else bias.chunk(3)[part])
+
+
+def _linear(attention: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    layer = getattr(attention, name, None)
+    if not isinstance(layer, nn.Linear):
+        raise UsageError(f"{type(attention).__name__} has no query, key and value projections to tap")
+    return layer.weight, layer.bias

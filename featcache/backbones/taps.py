@@ -1,0 +1,46 @@
+"""Where in a backbone tokens are taken: ``block9``, ``block12.norm``, ``block12.key``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from featcache.backbones.registry import TAP, BackboneSpec
+from featcache.backbones.towers import Tower
+from featcache.errors import UsageError
+
+FACETS = ("query", "key", "value")
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One parsed tap: the block or stage by its index from 0, and which of its tensors."""
+
+    name: str
+    index: int
+    kind: str  # "output", "norm" or a facet
+
+
+def parse_tap(text: str, spec: BackboneSpec, tower: Tower) -> Tap:
+    if tower.blocks:
+        tap = parse_block_tap(text, spec)
+        if tap.kind == "norm" and tower.norm is None:
+            raise UsageError(f"{spec.name} has no final norm of tokens; use block{tap.index + 1}")
+        return tap
+    stages = [info["module"] for info in tower.model.feature_info]
+    if text not in stages:
+        raise UsageError(f"{spec.name} has no tap {text!r}; its taps are {', '.join(stages)}")
+    return Tap(text, stages.index(text), "output")
+
+
+def parse_block_tap(text: str, spec: BackboneSpec) -> Tap:
+    match = TAP.fullmatch(text)
+    if match is None:
+        raise UsageError(
+            f"no tap {text!r} in {spec.name}; write block1 to block{spec.depth}, blockN.norm|query|key|value"
+        )
+    block, kind = int(match[1]), match[2] or "output"
+    if block > spec.depth:
+        raise UsageError(f"{spec.name} has no block {block} (tap {text!r}); its blocks are 1 to {spec.depth}")
+    if kind not in ("output", "norm", *FACETS):
+        raise UsageError(f"no facet {kind!r} (tap {text!r}); after the block comes .norm, .query, .key or .value")
+    return Tap(text, block - 1, kind)

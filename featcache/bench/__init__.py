@@ -1,0 +1,1 @@
+"""What this machine reaches beside its own limits."""

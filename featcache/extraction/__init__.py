@@ -1,0 +1,1 @@
+"""From a source and a backbone to a store."""

@@ -1,0 +1,327 @@
+"""Extraction on dask workers: this machine's processes, or those of a running scheduler.
+
+A task is one of the fixed groups of videos that the local extractor cuts. The worker decodes it, runs its own
+copy of the backbone and makes the chunks durable itself, on a file system that all share; back come the
+manifest rows and the group's moments, never the features. The client alone holds the store's lock, appends the
+rows as they come and merges the moments in the groups' order, so that the store equals a local one.
+
+A task may run twice, when its worker dies or only seems to: it writes the same bytes under the same names, each
+time by renaming a temporary file of its own.
+"""
+
+# dask.distributed leaves most of its functions without types
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+import logging
+import pickle
+import signal
+import threading
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, as_completed, get_worker
+from distributed.comm.core import CommClosedError
+from distributed.scheduler import KilledWorker
+
+from featcache.backbones.backbone import Backbone, load_backbone
+from featcache.errors import DataError, FeatcacheError, IncompatibleError, UsageError
+from featcache.extraction.extract import Progress
+from featcache.extraction.job import SplitJob, merge
+from featcache.extraction.plan import ExtractPlan, require_space
+from featcache.machine import pick_device
+from featcache.moments import Moments
+from featcache.sources import open_source
+from featcache.sources.video import Source
+from featcache.store.durable import TEMPORARY
+from featcache.store.manifest import Row
+from featcache.store.reading import FeatureStore
+from featcache.store.spec import flatten
+from featcache.store.writing import SplitWriter, StoreWriter
+
+logger = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 10
+# Groups given out beyond the first unfinished one, for each thread of the workers. It bounds the moments that
+# wait here for an earlier group, and keeps the workers busy while that one is run again.
+WINDOW = 4
+
+
+@contextmanager
+def connect(scheduler: str | None = None, workers: int | None = None) -> Iterator[Client]:
+    """A dask client: of the scheduler at that address, or of ``workers`` processes of one thread on this machine.
+
+    Raises ``UsageError`` where no scheduler answers. While it is open, it is dask's default client.
+    """
+    if (scheduler is None) == (workers is None):
+        raise UsageError("give --scheduler ADDRESS or --workers N, one of the two")
+    if scheduler is not None:
+        # A lost scheduler is told in one line by us; dask would add the traceback of its last attempt.
+        logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
+        try:
+            client = Client(scheduler, timeout=CONNECT_SECONDS)
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"--scheduler {scheduler}: no dask scheduler answers ({str(error).splitlines()[0]}); "
+                "start one with dask scheduler, and workers with dask worker ADDRESS"
+            ) from error
+        with client:
+            yield client
+        return
+    assert workers is not None
+    if workers < 1:
+        raise UsageError(f"--workers {workers}: must be at least 1")
+    # No limit of memory: a worker holds one group of videos at a time, and dask's limit would kill it for that.
+    cluster = LocalCluster(
+        n_workers=workers, threads_per_worker=1, processes=True, memory_limit=0, dashboard_address=":0"
+    )
+    with cluster, Client(cluster) as client:
+        client.register_plugin(_LocalWorker())
+        try:
+            yield client
+        finally:  # what becomes of workers that are slow to stop is no news either
+            logging.getLogger("distributed.nanny").setLevel(logging.ERROR)
+
+
+class _LocalWorker(WorkerPlugin):
+    """Ctrl-C reaches every process of a terminal, but only the client acts on it, once it has kept what the
+    workers finished. That tasks are then cancelled is no news to the user."""
+
+    def setup(self, worker: Worker) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        logging.getLogger("distributed.worker").setLevel(logging.ERROR)
+
+
+def extract_distributed(
+    plan: ExtractPlan,
+    source: Source,
+    client: Client,
+    *,
+    weights: str | None = None,
+    device: str = "auto",
+    progress: Progress = lambda *_: None,
+) -> FeatureStore:
+    """Carry out a plan on a client's workers and return the finished store, equal to `extract`'s.
+
+    ``weights`` and ``device`` are what each worker gives `load_backbone`; ``auto`` is the best it has. The
+    store's path must mean the same directory on every worker, as must a source's files.
+
+    Raises ``DataError`` when the disk is too small, a video is damaged, the scheduler is lost, or a group's
+    workers keep dying; ``IncompatibleError`` when the store or a worker's backbone is another one.
+    """
+    require_space(plan)
+    if weights is not None and Path(weights).exists():
+        weights = str(Path(weights).absolute())
+    with StoreWriter(plan.path, plan.spec) as writer, _permit(plan.path) as permit:
+        for split in plan.splits:
+            with closing(writer.split(split.name, split.spec)) as split_writer:
+                if split_writer.complete:
+                    total = sum(split_writer.spec.lengths)
+                    progress(split.name, total, total)
+                    continue
+                job = SplitJob.of(split_writer, plan, source)
+                work = _pickled(_Work(job, source, weights, device, permit))
+                try:
+                    _run_split(split_writer, job, work, client, progress)
+                except Exception as error:
+                    if isinstance(error, FeatcacheError) or not _lost(client, error):
+                        raise
+                    raise DataError(
+                        f"{plan.path}: lost the dask scheduler; what was finished is kept, the same command resumes"
+                    ) from error
+    return FeatureStore.open(plan.path)
+
+
+# -- the client ----------------------------------------------------------------------------------------------
+
+
+def _run_split(writer: SplitWriter, job: SplitJob, work: bytes, client: Client, progress: Progress) -> None:
+    groups, done = job.groups(), frozenset(writer.done)
+    pending: dict[Future[_GroupResult], int] = {}
+    early: dict[int, Mapping[str, Moments]] = {}  # finished before a group that precedes them
+    statistics: dict[str, Moments] = {}
+    given = merged = frames_done = 0
+    completed = as_completed([])
+    try:
+        while merged < len(groups):
+            threads = sum(client.nthreads().values())
+            if not threads:
+                logger.warning("no dask worker is connected; waiting for one")
+            while given < min(len(groups), merged + WINDOW * max(1, threads)):
+                group = groups[given]
+                # Not pure: a result of an earlier run must never be taken for this one's.
+                future = client.submit(_run_group, work, group, done.intersection(group), pure=False)
+                pending[future] = given
+                completed.add(future)
+                given += 1
+            for future in completed.next_batch():
+                number = pending.pop(future)
+                result = _result(future, job, groups[number])
+                for row in result.rows:
+                    writer.append(row)
+                if result.error:
+                    raise result.error
+                early[number] = result.statistics
+                frames_done += sum(job.spec.lengths[index] for index in groups[number])
+                progress(job.name, frames_done, sum(job.spec.lengths))
+            while merged in early:
+                merge(statistics, early.pop(merged))
+                merged += 1
+    except BaseException:
+        _keep_finished(pending, writer)
+        with suppress(Exception):  # a lost scheduler has nothing left to cancel
+            client.cancel(list(pending))
+        raise
+    writer.finish(statistics)
+
+
+def _result(future: Future[_GroupResult], job: SplitJob, group: range) -> _GroupResult:
+    try:
+        result = future.result()
+    except KilledWorker as error:
+        raise DataError(
+            f"{job.location}: the workers that ran {job.name} videos {group[0]} to {group[-1]} died "
+            f"{error.allowed_failures + 1} times, most often for want of memory; use a smaller --batch-size or fewer "
+            "workers on a machine, the same command resumes"
+        ) from error
+    assert isinstance(result, _GroupResult)
+    return result
+
+
+def _keep_finished(pending: Mapping[Future[_GroupResult], int], writer: SplitWriter) -> None:
+    """Rows of the groups that had come to an end when the run was broken off."""
+    for future in pending:
+        if future.status == "finished":
+            with suppress(Exception):  # its worker or the scheduler may be gone; the group is then run again
+                for row in future.result(timeout=CONNECT_SECONDS).rows:
+                    writer.append(row)
+
+
+def _lost(client: Client, error: Exception) -> bool:
+    return client.status != "running" or isinstance(error, CancelledError | CommClosedError)
+
+
+@contextmanager
+def _permit(store: Path) -> Iterator[Path]:
+    """A file that workers look for: it shows that they see this store, and that their run is still on.
+
+    A later run removes it as it does all temporary files, so that workers left over from a client that was
+    killed stop before they write.
+    """
+    path = store.absolute() / f".run-{uuid.uuid4().hex}{TEMPORARY}"
+    path.touch()
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+# -- the workers ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a worker must know of a split. Sent with every task, so that any worker can take over any group."""
+
+    job: SplitJob
+    source: Source | None  # None: open what the location names
+    weights: str | None
+    device: str
+    permit: Path
+
+
+@dataclass(frozen=True)
+class _GroupResult:
+    """What a group adds to its store. An error for the user comes as a value, so that dask logs no traceback
+    and the rows of the videos before it are kept."""
+
+    rows: Sequence[Row]
+    statistics: Mapping[str, Moments]
+    error: FeatcacheError | None = None
+
+
+def _pickled(work: _Work) -> bytes:
+    try:
+        return pickle.dumps(work)
+    except (pickle.PicklingError, TypeError, AttributeError):
+        return pickle.dumps(_Work(work.job, None, work.weights, work.device, work.permit))
+
+
+# Threads of one worker share its backbone, whose taps are hooks: one forward pass at a time. They still decode
+# and write while another computes.
+_model_lock = threading.Lock()
+
+
+def _run_group(work: bytes, group: range, done: frozenset[int]) -> _GroupResult:
+    rows: list[Row] = []
+    try:
+        with _model_lock:
+            task, source, backbone = _prepared(work)
+        job = task.job
+        _require_permit(task.permit)
+        videos = [] if done.issuperset(group) else [job.read(source, index) for index in group]
+        with _model_lock:
+            tokens = job.forward(backbone, videos) if videos else []
+        _require_permit(task.permit)
+        statistics = job.measure(group, done, tokens)
+        for row in job.store_group(group, done, videos, tokens):
+            rows.append(row)
+    except FeatcacheError as error:
+        return _GroupResult(rows, {}, error)
+    return _GroupResult(rows, statistics)
+
+
+@lru_cache(maxsize=2)
+def _prepared(work: bytes) -> tuple[_Work, Source, Backbone]:
+    task: _Work = pickle.loads(work)
+    store = task.job.store
+    backbone = _backbone(
+        store.backbone, task.weights, tuple(store.taps), int(store.preprocessing["size"]), str(pick_device(task.device))
+    )
+    _require_same_model(store.model, backbone.provenance)
+    _require_same_versions(store.versions)
+    return task, task.source or open_source(task.job.location), backbone
+
+
+@lru_cache(maxsize=1)
+def _backbone(name: str, weights: str | None, taps: tuple[str, ...], input_size: int, device: str) -> Backbone:
+    return load_backbone(name, weights, taps, input_size, device)
+
+
+def _require_permit(permit: Path) -> None:
+    if not permit.exists():
+        raise DataError(
+            f"{permit.parent}: worker {_address()} does not see this store; it must be on a file system that every "
+            "worker shares, under the same path"
+        )
+
+
+def _require_same_model(expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    flat = [flatten({k: v for k, v in model.items() if k != "weights_origin"}) for model in (expected, found)]
+    _refuse([(key, flat[0].get(key), flat[1].get(key)) for key in sorted({*flat[0], *flat[1]})])
+
+
+def _require_same_versions(expected: Mapping[str, str]) -> None:
+    from importlib.metadata import version
+
+    # "+cu128" and "+cpu" are builds of one version: a client without a GPU may lead workers that have one.
+    _refuse([(p, expected[p].partition("+")[0], version(p).partition("+")[0]) for p in ("torch", "slotlab")])
+
+
+def _refuse(pairs: Sequence[tuple[str, Any, Any]]) -> None:
+    if different := [f"{key}: here {found!r}, asked {wanted!r}" for key, wanted, found in pairs if wanted != found]:
+        raise IncompatibleError(
+            f"worker {_address()} would compute other features ({'; '.join(different)}); "
+            "install the same packages and weights there"
+        )
+
+
+def _address() -> str:
+    return str(get_worker().address)

@@ -1,0 +1,128 @@
+"""Extraction: videos -> decode -> preprocess -> forward -> store, overlapped and resumable.
+
+Decoding runs ahead in threads, the backbone runs in the calling thread, and encoding and durable writes follow in
+threads of their own, so that the backbone waits for neither. Batches are cut from fixed groups of
+videos: which frames share a batch depends only on their position, never on where an earlier run stopped or
+which process a group went to (`featcache.extraction.distributed`), and so all their stores are equal byte for byte.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+
+from featcache.backbones.backbone import Backbone
+from featcache.backbones.inference import forward
+from featcache.extraction.job import SplitJob, TapMoments, Tokens, merge
+from featcache.extraction.plan import ExtractPlan, require_space
+from featcache.machine import limited_executor
+from featcache.moments import Moments
+from featcache.sources.video import Source, Video
+from featcache.store.reading import FeatureStore
+from featcache.store.writing import SplitWriter, StoreWriter
+
+READ_AHEAD = 2  # groups decoded ahead of the backbone, and written behind it
+
+WRITERS = 4  # videos of a group that are written at a time: most of it is waiting for the disk
+
+Progress = Callable[[str, int, int], None]  # split, frames done, frames in all
+
+
+def extract(
+    plan: ExtractPlan, source: Source, backbone: Backbone, progress: Progress = lambda *_: None
+) -> FeatureStore:
+    """Carry out a plan and return the finished store.
+
+    Raises ``DataError`` when the disk is too small (before starting) or a video is damaged,
+    ``IncompatibleError`` when the store at this path holds something else.
+    """
+    if (store := _finished(plan)) is not None:
+        for split in plan.splits:
+            progress(split.name, sum(split.spec.lengths), sum(split.spec.lengths))
+        return store
+    require_space(plan)
+    with StoreWriter(plan.path, plan.spec) as writer:
+        for split in plan.splits:
+            with closing(writer.split(split.name, split.spec)) as split_writer:
+                _extract_split(split_writer, SplitJob.of(split_writer, plan, source), source, backbone, progress)
+    return FeatureStore.open(plan.path)
+
+
+def _finished(plan: ExtractPlan) -> FeatureStore | None:
+    """The store, where nothing is left to do: one that may only be read will do, too."""
+    if plan.frames_left or not (plan.path / "zarr.json").exists():
+        return None
+    store = FeatureStore.open(plan.path)
+    if store.spec.identity() != plan.spec.identity():
+        return None  # the writer says what differs
+    for split in plan.splits:
+        there = store[split.name]
+        if not there.complete or replace(there.spec, statistics_videos=0, shard_chunks=0) != split.spec:
+            return None
+    return store
+
+
+def _extract_split(writer: SplitWriter, job: SplitJob, source: Source, backbone: Backbone, progress: Progress) -> None:
+    total = sum(job.spec.lengths)
+    if writer.complete:
+        progress(job.name, total, total)
+        return
+    done = frozenset(writer.done)
+    statistics: dict[str, Moments] = {}
+    frames_done = 0
+
+    def record(group: range, videos: Sequence[Video], tokens: Sequence[Tokens], moments: TapMoments) -> None:
+        """In the writing thread, in order."""
+        nonlocal frames_done
+        for row in job.store_group(group, done, videos, tokens, chunks.map):
+            writer.append(row)
+        merge(statistics, moments)
+        frames_done += sum(job.spec.lengths[index] for index in group)
+        progress(job.name, frames_done, total)
+
+    with limited_executor("chunks", WRITERS) as chunks, limited_executor("write") as writing:
+        pending: list[Future[None]] = []
+        for group, videos in _decoded_groups(source, job, done):
+            tokens = job.forward(backbone, videos) if videos else []
+            # Here rather than in the writing thread: on a GPU they are taken where the tokens are, and on a CPU
+            # a second thread of arithmetic would cost the backbone more than it saves.
+            moments = job.measure(group, done, tokens)
+            pending.append(writing.submit(record, group, videos, tokens, moments))
+            while len(pending) > READ_AHEAD:
+                pending.pop(0).result()
+        for future in pending:
+            future.result()
+    writer.finish(statistics)
+
+
+def _decoded_groups(source: Source, job: SplitJob, done: frozenset[int]) -> Iterator[tuple[range, list[Video]]]:
+    """The job's groups, decoded ahead; a group that is finished comes without its videos."""
+    with ThreadPoolExecutor(2, "decode") as decoding:
+        ahead: list[tuple[range, list[Future[Video]]]] = []
+        try:
+            for group in job.groups():
+                wanted = [] if done.issuperset(group) else list(group)
+                ahead.append((group, [decoding.submit(job.read, source, index) for index in wanted]))
+                if len(ahead) > READ_AHEAD:
+                    first, futures = ahead.pop(0)
+                    yield first, [future.result() for future in futures]
+            for first, futures in ahead:
+                yield first, [future.result() for future in futures]
+        finally:
+            decoding.shutdown(wait=True, cancel_futures=True)
+
+
+def measure_seconds(plan: ExtractPlan, source: Source, backbone: Backbone) -> float:
+    """How long the frames left will take, from one batch of real frames after a warm-up."""
+    name, count = plan.splits[0].name, plan.spec.batch_size
+    frames = source.read(name, 0).frames
+    batch = frames[np.arange(count) % len(frames)]
+    forward(backbone, [batch], count, plan.spec.precision)
+    start = time.perf_counter()
+    forward(backbone, [batch], count, plan.spec.precision)[0][backbone.taps[0]].sum().item()
+    return (time.perf_counter() - start) / count * plan.frames_left

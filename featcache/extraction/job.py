@@ -1,0 +1,136 @@
+"""How the groups of one split are read, run and stored, in whichever process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from featcache.backbones.backbone import Backbone
+from featcache.backbones.inference import forward
+from featcache.errors import DataError
+from featcache.extraction.plan import ExtractPlan, strided
+from featcache.moments import Moments, NonFiniteTokensError
+from featcache.sources.images import visibility
+from featcache.sources.video import Source, Video
+from featcache.store.encoding import as_stored
+from featcache.store.manifest import Row
+from featcache.store.reading import FeatureStore, Split
+from featcache.store.spec import SplitSpec, StoreSpec
+from featcache.store.writing import SplitWriter, write_chunks
+
+Tokens = Mapping[str, torch.Tensor]  # tap -> (T, N, D)
+
+TapMoments = Mapping[str, Moments]
+
+
+@dataclass(frozen=True)
+class SplitJob:
+    """How the groups of one split are read, run and stored, in whichever process."""
+
+    path: Path  # the split's folder
+    name: str
+    store: StoreSpec
+    spec: SplitSpec
+    location: str  # of the source, for messages
+    resize_frames: bool
+
+    @classmethod
+    def of(cls, writer: SplitWriter, plan: ExtractPlan, source: Source) -> SplitJob:
+        path = writer.path.absolute()
+        return cls(path, writer.name, plan.spec, writer.spec, source.location, plan.resize_frames)
+
+    def groups(self) -> list[range]:
+        """Videos that share batches: a matter of position and batch size alone."""
+        size = max(1, self.store.batch_size // self.spec.chunk_frames)
+        videos = len(self.spec.lengths)
+        return [range(i, min(i + size, videos)) for i in range(0, videos, size)]
+
+    def read(self, source: Source, index: int) -> Video:
+        return strided(source.read(self.name, index), self.store.frame_stride)
+
+    def forward(self, backbone: Backbone, videos: Sequence[Video]) -> list[dict[str, torch.Tensor]]:
+        return forward(backbone, [v.frames for v in videos], self.store.batch_size, self.store.precision)
+
+    def measure(self, group: range, done: Container[int], tokens: Sequence[Tokens]) -> TapMoments:
+        """Moments of the group's videos together, of the tokens as stored; old videos are read back."""
+        return {tap: self._moments(group, tap, done, tokens) for tap in self.store.taps}
+
+    def store_group(
+        self,
+        group: range,
+        done: Container[int],
+        videos: Sequence[Video],
+        tokens: Sequence[Tokens],
+        each: Callable[[Callable[[int], Row], Sequence[int]], Iterator[Row]] = map,
+    ) -> Iterator[Row]:
+        """Make the chunks of the group's new videos durable; gives the rows to append, in order.
+
+        ``each`` may be an executor's ``map``, which writes several at a time.
+        """
+
+        def store(position: int) -> Row:
+            index = group[position]
+            where = f"{self.location}: {self.name} video {index}"
+            video = _fitted(videos[position], self.spec, self.resize_frames, where)
+            return write_chunks(self.path, self.store, self.spec, index, video, tokens[position])
+
+        return each(store, [position for position, index in enumerate(group) if index not in done])
+
+    @cached_property
+    def _stored(self) -> Split:
+        return Split(FeatureStore.open(self.path.parent), self.name)
+
+    def _moments(self, group: range, tap: str, done: Container[int], tokens: Sequence[Tokens]) -> Moments:
+        stored = [
+            self._stored.tokens(tap, index) if index in done else as_stored(tokens[position][tap], self.store.dtype)
+            for position, index in enumerate(group)
+        ]
+        device = tokens[0][tap].device if tokens else "cpu"
+        lengths = [self.spec.lengths[index] for index in group]
+        try:
+            return Moments.from_tokens(torch.cat([video.to(device) for video in stored]), lengths)
+        except NonFiniteTokensError:
+            for index, video in zip(group, stored, strict=True):
+                try:
+                    Moments.from_tokens(video)
+                except NonFiniteTokensError as error:
+                    raise DataError(f"{self.location}: {self.name} video {index}, tap {tap}: {error}") from error
+            raise
+
+
+def merge(total: dict[str, Moments], part: TapMoments) -> None:
+    """Add moments by tap to ``total``. Videos are measured together with their group, and groups are merged in order,
+    wherever they ran: the sums are rounded alike."""
+    for tap, moments in part.items():
+        total[tap] = total[tap] + moments if tap in total else moments
+
+
+def _fitted(video: Video, spec: SplitSpec, resize: bool, where: str) -> Video:
+    """The video at the store's frame size, or ``DataError`` if it would have to be resized unasked."""
+    if (video.segmentations is not None) != spec.masks:
+        raise DataError(f"{where}: {'has' if not spec.masks else 'lacks'} masks, unlike the first video of its split")
+    if video.frames.shape[1:3] == spec.frame_size:
+        return video
+    height, width = spec.frame_size
+    if not resize:
+        raise DataError(
+            f"{where}: {video.frames.shape[2]}x{video.frames.shape[1]} frames in a store of {width}x{height}; "
+            "pass --frame-size N to store all frames at one size"
+        )
+
+    def resized(images: np.ndarray, how: Image.Resampling) -> np.ndarray:
+        return np.stack([np.asarray(Image.fromarray(i).resize((width, height), how)) for i in images])
+
+    frames = resized(video.frames, Image.Resampling.BICUBIC)
+    if video.segmentations is None:
+        return Video(video.id, frames, None, video.instances)
+    masks = resized(video.segmentations, Image.Resampling.NEAREST)
+    pixels = [tuple(row.tolist()) for row in visibility(masks, len(video.instances))]
+    seen = tuple(replace(item, visibility=row) for item, row in zip(video.instances, pixels, strict=True))
+    return Video(video.id, frames, masks, seen)

@@ -1,0 +1,146 @@
+"""What an extraction would do, settled before it starts."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from featcache.backbones.backbone import Backbone
+from featcache.backbones.inference import choose_precision, measure_batch_size
+from featcache.errors import DataError, UsageError
+from featcache.sources.video import Source, Video
+from featcache.store.layout import COMPRESSED, array_layouts
+from featcache.store.reading import FeatureStore
+from featcache.store.spec import MAX_CHUNK_FRAMES, SplitSpec, StoreSpec, TapSpec
+from featcache.words import Dtype, Precision
+
+
+@dataclass(frozen=True)
+class ExtractOptions:
+    """What to extract; the backbone and the source are given apart."""
+
+    splits: tuple[str, ...] = ()  # () is every split of the source
+    dtype: Dtype = "float16"
+    frame_stride: int = 1
+    max_videos: int | None = None
+    batch_size: int | None = None  # None measures
+    precision: Precision | Literal["auto"] = "auto"
+    frame_size: int | None = None  # side of the stored frames and masks; None keeps the source's
+
+    def __post_init__(self) -> None:
+        if self.frame_stride < 1:
+            raise UsageError(f"--frame-stride {self.frame_stride}: must be at least 1")
+        if self.max_videos is not None and self.max_videos < 1:
+            raise UsageError(f"--max-videos {self.max_videos}: must be at least 1")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UsageError(f"--batch-size {self.batch_size}: must be at least 1, or auto")
+        if self.frame_size is not None and self.frame_size < 1:
+            raise UsageError(f"--frame-size {self.frame_size}: must be at least 1")
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """What one split still needs."""
+
+    name: str
+    spec: SplitSpec
+    videos_done: int
+    frames_left: int
+    bytes_left: int  # upper bound: frames and masks counted uncompressed
+
+
+@dataclass(frozen=True)
+class ExtractPlan:
+    """What an extraction would do, known before it starts."""
+
+    path: Path
+    spec: StoreSpec
+    splits: tuple[SplitPlan, ...]
+    bytes_free: int
+    resize_frames: bool = False  # the user asked for stored frames of a size of their own
+
+    @property
+    def frames_left(self) -> int:
+        return sum(split.frames_left for split in self.splits)
+
+    @property
+    def bytes_left(self) -> int:
+        return sum(split.bytes_left for split in self.splits)
+
+
+def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions) -> ExtractPlan:
+    """Settle the store's specification (measuring batch size and precision if asked) and the work left.
+
+    An existing store lends its measured batch size, so that a resumed run cuts the same batches.
+    """
+    names = options.splits or source.splits()
+    if unknown := [name for name in names if name not in source.splits()]:
+        raise UsageError(f"{source.location}: no split {unknown[0]!r}; it has: {', '.join(source.splits())}")
+    probes = {name: strided(source.read(name, 0), options.frame_stride) for name in names}
+    store = FeatureStore.open(path) if (path / "zarr.json").exists() else None
+    sample = next(iter(probes.values())).frames
+    precision, batch_size = options.precision, options.batch_size
+    if precision == "auto":
+        precision = store.spec.precision if store else choose_precision(backbone, sample)
+    if batch_size is None:
+        batch_size = store.spec.batch_size if store else measure_batch_size(backbone, sample, precision)
+    spec = StoreSpec(
+        backbone=backbone.spec.name,
+        model=backbone.provenance,
+        preprocessing=backbone.preprocessing,
+        taps={tap: TapSpec(backbone.grid, backbone.dims[tap]) for tap in backbone.taps},
+        dtype=options.dtype,
+        frame_stride=options.frame_stride,
+        precision=precision,
+        source=source.location,
+        batch_size=batch_size,
+        versions={"python": platform.python_version(), **{p: version(p) for p in ("torch", "zarr", "slotlab")}},
+    )
+    splits = []
+    for name, probe in probes.items():
+        lengths = [-(-length // options.frame_stride) for length in source.lengths(name)]
+        chunk_frames = min(max(lengths), MAX_CHUNK_FRAMES)
+        height, width = (options.frame_size,) * 2 if options.frame_size else probe.frames.shape[1:3]
+        split_spec = SplitSpec(
+            source_fingerprint=source.fingerprint(name),
+            lengths=tuple(lengths[: options.max_videos]),
+            chunk_frames=chunk_frames,
+            frame_size=(height, width),
+            masks=probe.segmentations is not None,
+        )
+        done: Sequence[int] = store[name].videos if store and name in store.splits else ()
+        left = [length for i, length in enumerate(split_spec.lengths) if i not in set(done)]
+        padded = sum(-(-length // chunk_frames) * chunk_frames for length in left)  # raw chunks are written full
+        bytes_left = sum(
+            (sum(left) if layout.name in COMPRESSED else padded)
+            * int(np.prod(layout.shape))
+            * np.dtype(layout.dtype).itemsize
+            for layout in array_layouts(spec, split_spec)
+        )
+        splits.append(SplitPlan(name, split_spec, len(done), sum(left), bytes_left))
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    return ExtractPlan(path, spec, tuple(splits), shutil.disk_usage(existing).free, options.frame_size is not None)
+
+
+def require_space(plan: ExtractPlan) -> None:
+    """``DataError`` if what is left to do cannot fit on the disk."""
+    if plan.bytes_left > plan.bytes_free:
+        raise DataError(
+            f"{plan.path}: needs up to {plan.bytes_left / 1e9:.1f} GB and {plan.bytes_free / 1e9:.1f} GB are free; "
+            "free space, or use --dtype int8, --frame-stride or --max-videos"
+        )
+
+
+def strided(video: Video, stride: int) -> Video:
+    if stride == 1:
+        return video
+    instances = tuple(replace(i, visibility=i.visibility[::stride]) for i in video.instances)
+    masks = None if video.segmentations is None else video.segmentations[::stride]
+    return Video(video.id, video.frames[::stride], masks, instances)

@@ -1,0 +1,70 @@
+"""The backbone that made a store, loaded again: to mend the store, or to run other frames the same way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from featcache.backbones.backbone import Backbone, load_backbone
+from featcache.errors import DataError, IncompatibleError, compare_settings
+from featcache.store.reading import FeatureStore
+from featcache.store.spec import StoreSpec, TapSpec
+
+
+def store_backbone(
+    store: FeatureStore, taps: Sequence[str] = (), weights: str | None = None, device: str = "cpu"
+) -> Backbone:
+    """The backbone named in a store, for some of its taps or all.
+
+    ``weights`` are as for `featcache.backbones.backbone.load_backbone`; None is where the store says that its own are
+    from. Raises `DataError` where they are gone, `UsageError` for a backbone that this version does not know, and
+    `IncompatibleError` where what was found is not what the store was made with.
+    """
+    spec = store.spec
+    if "size" not in spec.preprocessing:
+        raise DataError(
+            f"{store.path}: was imported, so the backbone that made it is not known; extract a store instead"
+        )
+    chosen = tuple(taps) or tuple(spec.taps)
+    weights = weights or recorded_weights(spec)
+    backbone = load_backbone(spec.backbone, weights, chosen, spec.preprocessing["size"], device)
+    refuse_other_backbone(store, backbone, chosen)
+    return backbone
+
+
+def refuse_other_backbone(store: FeatureStore, backbone: Backbone, taps: Sequence[str] = ()) -> None:
+    """``IncompatibleError`` unless the backbone gives the store's features at these taps, or at all."""
+    spec = store.spec
+    made = replace(
+        spec,
+        model=backbone.provenance,
+        preprocessing=backbone.preprocessing,
+        taps={tap: TapSpec(backbone.grid, backbone.dims[tap]) for tap in backbone.taps},
+    )
+    kept = replace(spec, taps={tap: spec.taps[tap] for tap in taps or spec.taps})
+    if differences := compare_settings(_deciding(kept), _deciding(made)):
+        raise IncompatibleError(
+            f"{store.path}: made with another backbone",
+            differences,
+            "name the weights that it was made with by --weights",
+        )
+
+
+def _deciding(spec: StoreSpec) -> dict[str, Any]:
+    """What decides the features; the same weights may have come by another way and name."""
+    return {key: value for key, value in spec.identity().items() if key != "model.weights_tag"}
+
+
+def recorded_weights(spec: StoreSpec) -> str | None:
+    """What the recorded origin of the weights is for ``--weights``."""
+    origin = str(spec.model.get("weights_origin", ""))
+    if origin.startswith("random"):
+        return "random"
+    if not origin.startswith("file "):
+        return None
+    file = origin.removeprefix("file ")
+    if not Path(file).exists():
+        raise DataError(f"{file}: the weights that the store was made with are gone; name them with --weights")
+    return file

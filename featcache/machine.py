@@ -1,0 +1,109 @@
+"""This machine: where to compute, threads kept from fighting, time measured fairly, memory that is free.
+
+``torch.set_num_threads`` limits the thread that calls it, but also sets what threads born later begin with: both
+helpers put that back at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from featcache.errors import UsageError
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The named device, or with ``auto`` the fastest there is. ``UsageError`` where the machine lacks it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: not on this machine ({str(error).splitlines()[0]}); use cpu") from error
+
+
+def free_memory() -> int:
+    """Bytes of host memory that can be had: what the page cache would give back included, where the system tells."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")), 0)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
+
+
+def start_limited(work: Callable[[], None], name: str, cores: int = 1) -> threading.Thread:
+    """A started daemon thread whose own torch operations use so many cores."""
+    threads = torch.get_num_threads()
+    limited = threading.Event()
+
+    def run() -> None:
+        torch.set_num_threads(cores)
+        limited.set()
+        work()
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    limited.wait()
+    torch.set_num_threads(threads)
+    return thread
+
+
+def limited_executor(name: str, workers: int = 1) -> ThreadPoolExecutor:
+    """Worker threads whose own torch operations use one core each."""
+    threads = torch.get_num_threads()
+    executor = ThreadPoolExecutor(workers, name, initializer=torch.set_num_threads, initargs=(1,))
+    everyone = threading.Barrier(workers)  # each waits for the others, so that none takes two of the calls
+    for call in [executor.submit(everyone.wait) for _ in range(workers)]:
+        call.result()  # the threads are there, and limited
+    torch.set_num_threads(threads)
+    return executor
+
+
+def machine() -> str:
+    """One line that names what a figure was measured on."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"{os.cpu_count()} cores of {model}, {torch.get_num_threads()} torch threads, torch {torch.__version__}"
+
+
+def alternate(jobs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Run each job in turn, ``rounds`` times over: A B A B. Each returns its own rate."""
+    rates: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            rates[name].append(job())
+    return rates
+
+
+def timed(work: Callable[[], int], device: torch.device | None = None) -> float:
+    """Rate of ``work``, which returns how many items (or bytes) it did, once the device has finished them."""
+    start = time.perf_counter()
+    count = work()
+    if device is not None:
+        synchronize(device)
+    return count / (time.perf_counter() - start)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was queued on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def paired_ratio(rates: Mapping[str, list[float]], of: str, to: str) -> float:
+    """Median over the rounds of one job's rate over the other's in the same round."""
+    return statistics.median(a / b for a, b in zip(rates[of], rates[to], strict=True))

@@ -1,0 +1,1 @@
+"""Addresses and copies: host memory, the kernel's advice, threads that move bytes. Knows no store."""

@@ -1,0 +1,44 @@
+"""Copies of runs of rows into a batch's buffer, shared among threads."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from featcache.memory import kernels
+
+Piece = tuple[int, int, int]  # target and source address, and bytes
+
+CHECK = 16  # copies between two looks at what the caller wants looked at
+
+
+class Copier:
+    """Carries out copies, with so many threads.
+
+    One thread moves about 10 GB/s, a machine's memory often several times that.
+    """
+
+    def __init__(self, threads: int = 1) -> None:
+        self._helpers = ThreadPoolExecutor(threads - 1, "featcache-copy") if threads > 1 else None
+        self._threads = threads
+
+    def __call__(self, pieces: Sequence[Piece], between: Callable[[Sequence[Piece]], None] = lambda _: None) -> None:
+        """Copy all pieces. ``between`` is told now and then which of the calling thread's own are left."""
+        past_caches = sum(size for *_, size in pieces) >= kernels.PAST_CACHES
+        copy = partial(_copy, kernels.copy() if past_caches else ctypes.memmove)
+        mine, *others = (pieces[part :: self._threads] for part in range(self._threads))
+        helping = [self._helpers.submit(copy, part) for part in others] if self._helpers else []
+        for first in range(0, len(mine), CHECK):
+            copy(mine[first : first + CHECK])
+            between(mine[first + CHECK :])
+        for part in helping:
+            part.result()
+
+
+def _copy(lines: Callable[[int, int, int], object], pieces: Sequence[Piece]) -> None:
+    """By ``lines`` what consists of whole ones. Both copy without the GIL, and take half the call of Tensor.copy_."""
+    for target, source, size in pieces:
+        copy = ctypes.memmove if (target | size) % kernels.LINE else lines
+        copy(target, source, size)

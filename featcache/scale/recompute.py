@@ -1,0 +1,144 @@
+"""Moments of a stored array, reduced block by block with dask.
+
+For statistics of a store whose own are missing or doubted: a tree of merges over the array's chunks or videos,
+in bounded memory, here or on dask workers, equal to what the extraction gathered up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import dask.array as da
+import numpy as np
+import numpy.typing as npt
+import torch
+import zarr
+from dask.delayed import Delayed, delayed
+
+from featcache.errors import DataError
+from featcache.moments import Moments, NonFiniteTokensError
+from featcache.store.encoding import dequantise
+from featcache.store.reading import Split
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+# How many moments one task merges. Dask runs the tree depth first, so that few wait in memory.
+FAN_IN = 8
+
+# One block is read while another is reduced; torch already spreads the reduction over the cores.
+WORKERS = 2
+
+Source: TypeAlias = da.Array | zarr.Array[Any] | str | Path
+
+
+def reduce_moments(
+    features: Source,
+    *,
+    valid: npt.NDArray[np.bool_] | None = None,
+    scales: Source | None = None,
+    blocks: Sequence[int] | None = None,
+    workers: int = WORKERS,
+    client: Client | None = None,
+) -> Moments:
+    """Moments of features (F, N, D), an array of dask or zarr or the path of a zarr one.
+
+    ``valid`` (F,) selects the real frames; blocks without any are never read. int8 features need their
+    ``scales`` (F, N). ``blocks`` gives the rows of each block, else those are the array's chunks: motion is
+    counted within a block. Holds about ``workers`` blocks in float64, or runs on a dask client's workers, with
+    the same result. Raises ``DataError`` where no array can be
+    read and for non-finite values, whose row and patch it names; ``ValueError`` for shapes and types that do
+    not fit each other.
+    """
+    name = _name(features)
+    rows = _lazy(features).rechunk({1: -1, 2: -1} if blocks is None else (tuple(blocks), -1, -1))
+    frames = rows.shape[0]
+    if valid is not None and (valid.dtype != np.bool_ or valid.shape != (frames,)):
+        raise ValueError(f"valid must be bool ({frames},), got {valid.dtype} {valid.shape}")
+    if (rows.dtype == np.int8) != (scales is not None):
+        raise ValueError(f"{name}: int8 features need scales, floats take none (features are {rows.dtype})")
+
+    starts = np.cumsum([0, *rows.chunks[0]])
+    parts = rows.to_delayed().ravel()
+    scale_parts: Sequence[Delayed | None] = [None] * len(parts)
+    if scales is not None:
+        lazy_scales = _lazy(scales)
+        if lazy_scales.shape != rows.shape[:2]:
+            raise ValueError(f"{name}: scales {lazy_scales.shape} do not fit features {rows.shape}")
+        scale_parts = lazy_scales.rechunk((rows.chunks[0], -1)).to_delayed().ravel()
+
+    reduce_block, merge = delayed(_reduce_block), delayed(_merge)
+    level: list[Delayed] = []
+    for i, (part, scale) in enumerate(zip(parts, scale_parts, strict=True)):
+        start, stop = int(starts[i]), int(starts[i + 1])
+        chosen = np.arange(start, stop) if valid is None else start + np.flatnonzero(valid[start:stop])
+        if len(chosen):
+            level.append(reduce_block(part, scale, chosen, start, name))
+    if not level:
+        return Moments.empty(*rows.shape[1:])
+    while len(level) > 1:
+        level = [merge(level[i : i + FAN_IN]) for i in range(0, len(level), FAN_IN)]
+    root: Any = level[0]  # dask is untyped
+    total = root.compute(scheduler=client or "threads", num_workers=workers)
+    assert isinstance(total, Moments)
+    return total
+
+
+def recomputed_statistics(split: Split, tap: str, client: Client | None = None) -> Moments:
+    """Moments of a split's real frames from the stored features themselves, video by video.
+
+    With a dask ``client``, its workers read them; they must see the store under the same path.
+    """
+    valid = np.zeros(split.spec.rows, np.bool_)
+    valid[split.valid_rows()] = True
+    folder = split.path.absolute()
+    scales = folder / "scales" / tap if split.store.spec.dtype == "int8" else None
+    videos = np.diff(split.spec.starts).tolist()
+    return reduce_moments(folder / "features" / tap, valid=valid, scales=scales, blocks=videos, client=client)
+
+
+def _reduce_block(
+    block: npt.NDArray[Any],
+    scale: npt.NDArray[np.float16] | None,
+    chosen: npt.NDArray[np.int64],
+    start: int,
+    name: str,
+) -> Moments:
+    """Moments of the ``chosen`` rows of the array, of which ``block`` holds those from ``start``."""
+    local = torch.from_numpy(chosen - start)
+    tokens = torch.from_numpy(np.ascontiguousarray(block))[local]  # (F', N, D)
+    if scale is not None:
+        tokens = dequantise(tokens, torch.from_numpy(np.ascontiguousarray(scale))[local])
+    try:
+        return Moments.from_tokens(tokens)
+    except NonFiniteTokensError as error:
+        raise DataError(
+            f"{name}: {error.count} non-finite values in rows {chosen[0]}-{chosen[-1]}, the first in row "
+            f"{chosen[error.frame]}, patch {error.patch}; the store is damaged, extract it again"
+        ) from None
+
+
+def _merge(parts: Sequence[Moments]) -> Moments:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total.merge(part)
+    return total
+
+
+def _lazy(array: Source) -> Any:  # a dask array
+    if isinstance(array, da.Array):
+        return array
+    if isinstance(array, str | Path):
+        try:
+            array = zarr.open_array(str(array), mode="r")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{array}: no readable zarr array; name features/<tap> of a split") from error
+    return da.from_zarr(array)  # type: ignore[no-untyped-call]
+
+
+def _name(array: Source) -> str:
+    if isinstance(array, str | Path):
+        return str(array)
+    return str(array.store_path) if isinstance(array, zarr.Array) else "features"

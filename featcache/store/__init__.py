@@ -1,0 +1,1 @@
+"""The format of a store, all of it; nothing else knows its bytes."""

@@ -1,0 +1,105 @@
+"""Files that survive a power cut: written under another name, synced, renamed, and their directories synced.
+
+A rename is durable only when the directory that holds it is synced, and a new directory only when its parent
+is. Nothing here is slow to read: a reader sees the old file or the new one, never a part of either.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+from featcache.errors import DataError
+
+TEMPORARY = ".tmp"
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write to a temporary name, sync, rename. ``DataError`` names the file when the disk is full.
+
+    The name itself lasts once `sync_directory` has run on the folder.
+    """
+    # A name of its own: a worker that was given up for dead may still be writing the same chunk.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> DataError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    remedy = "free space" if full else "make the folder writable, or choose another --out,"
+    return DataError(f"{path}: cannot write ({error.strerror}); {remedy} and run the same command again, it resumes")
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory and its missing parents, each durable in its own parent."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    try:
+        path.mkdir(exist_ok=True)
+        sync_directory(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def write_tree(root: Path, files: Mapping[str, bytes]) -> None:
+    """Write files, given by their paths below ``root``, in order; all are durable on return."""
+    folders: dict[Path, None] = {}
+    for name, data in files.items():
+        path = root / name
+        make_directory(path.parent)
+        write_durably(path, data)
+        folders[path.parent] = None
+    for folder in folders:
+        sync_directory(folder)
+
+
+LOCK = ".lock"
+
+
+def _lock(path: Path) -> int:
+    """Exclusive lock for as long as the process lives; the system drops it even after ``kill -9``."""
+    try:
+        fd = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise cannot_write(path / LOCK, error) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        if not isinstance(error, BlockingIOError):
+            raise DataError(
+                f"{path}: its file system has no locks ({error.strerror}); choose --out on another"
+            ) from error
+        raise DataError(
+            f"{path}: another process (pid {holder}) is writing to this store; wait for it or choose another --out"
+        ) from error
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, str(os.getpid()).encode(), 0)
+    return fd

@@ -1,0 +1,170 @@
+"""TODO featcache.store.reading"""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import zarr
+
+from featcache.errors import DataError, IncompatibleError, UsageError
+from featcache.moments import Moments
+from featcache.sources.video import Instance
+from featcache.store import manifest
+from featcache.store.encoding import dequantise
+from featcache.store.spec import SCHEMA, SplitSpec, StoreSpec
+
+
+class FeatureStore:
+    """A store opened for reading. ``store["train"]`` is a :class:`Split`."""
+
+    def __init__(self, path: Path, spec: StoreSpec) -> None:
+        self.path = path
+        self.spec = spec
+
+    @classmethod
+    def open(cls, path: str | Path) -> FeatureStore:
+        """Open for reading. Raises ``DataError`` where there is no store, ``IncompatibleError`` for another schema."""
+        path = Path(path)
+        if not path.exists():
+            raise DataError(f"{path}: no such store; make it with: slotlab extract --out {path}")
+        try:
+            raw: Any = zarr.open_group(str(path), mode="r").attrs["featcache"]
+        except Exception as error:
+            raise DataError(
+                f"{path}: not a featcache store; name one made by slotlab extract (for example cache/dinov2.zarr)"
+            ) from error
+        if raw.get("schema") != SCHEMA:
+            raise IncompatibleError(
+                f"{path}: store schema {raw.get('schema')}, this version reads {SCHEMA}; extract it again"
+            )
+        return cls(path, StoreSpec.from_json(raw))
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(sorted(p.parent.name for p in self.path.glob(f"*/{manifest.NAME}")))
+
+    def __getitem__(self, name: str) -> Split:
+        if name not in self.splits:
+            known = ", ".join(self.splits) or "none yet"
+            raise UsageError(f"{self.path}: no split {name!r}; it has: {known}")
+        return Split(self, name)
+
+    def tap(self, name: str | None) -> str:
+        """Canonical tap name; ``None`` is the only tap, or the first of several."""
+        if name is None:
+            return next(iter(self.spec.taps))
+        if name not in self.spec.taps:
+            raise IncompatibleError(f"{self.path}: no tap {name!r}; it has: {', '.join(self.spec.taps)}")
+        return name
+
+
+class Split:
+    """One split of a store: rows of frames, tables and statistics."""
+
+    def __init__(self, store: FeatureStore, name: str) -> None:
+        self.store = store
+        self.name = name
+        self.path = store.path / name
+        try:
+            self.group = zarr.open_group(str(self.path), mode="r")
+            self.spec = SplitSpec.from_json(self.group.attrs["featcache"])  # type: ignore[arg-type]
+        except Exception as error:  # zarr raises many kinds for a damaged document
+            raise self._damaged(f"{name}/zarr.json") from error
+        self.manifest = manifest.read(self.path)
+
+    def __repr__(self) -> str:
+        return f"Split({str(self.path)!r}, {len(self.manifest)}/{len(self.spec.lengths)} videos)"
+
+    @property
+    def videos(self) -> tuple[int, ...]:
+        """Positions of the finished videos."""
+        return tuple(self.manifest)
+
+    def spread(self, most: int) -> tuple[int, ...]:
+        """Up to so many videos, evenly spread over all: a folder in order of its scenes is not judged by the first."""
+        count = min(most, len(self.videos))
+        return tuple(self.videos[len(self.videos) * i // count] for i in range(count))
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """What the source calls each finished video, with its position behind where it calls several so."""
+        counts = Counter(row.id for row in self.manifest.values())
+        return {v: row.id if counts[row.id] == 1 else f"{row.id}#{v}" for v, row in self.manifest.items()}
+
+    @property
+    def complete(self) -> bool:
+        return len(self.manifest) == len(self.spec.lengths) == self.spec.statistics_videos
+
+    def require_complete(self) -> Split:
+        """This split, or ``DataError`` when its extraction has not finished."""
+        if not self.complete:
+            raise DataError(
+                f"{self.path}: extraction unfinished ({len(self.manifest)} of {len(self.spec.lengths)} videos); "
+                "run the same slotlab extract command again, it resumes"
+            )
+        return self
+
+    @property
+    def frames(self) -> int:
+        """Number of real frames in finished videos."""
+        return sum(self.manifest[video].frames for video in self.manifest)
+
+    def rows(self, video: int) -> slice:
+        """Rows of the arrays that hold this video's frames."""
+        start = int(self.spec.starts[video])
+        return slice(start, start + self.spec.lengths[video])
+
+    def valid_rows(self) -> npt.NDArray[np.int64]:
+        """Rows of all finished videos' frames, padding left out, in order: (frames,)."""
+        parts = [np.arange(self.rows(v).start, self.rows(v).stop) for v in self.videos]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def array(self, path: str) -> zarr.Array[Any]:
+        try:
+            item = self.group[path]
+        except Exception as error:
+            raise self._damaged(f"{self.name}/{path}/zarr.json") from error
+        assert isinstance(item, zarr.Array)
+        return item
+
+    def _damaged(self, what: str) -> DataError:
+        return DataError(
+            f"{self.store.path / what}: missing or damaged; run: slotlab verify --repair {self.store.path}"
+        )
+
+    def tokens(self, tap: str, video: int) -> torch.Tensor:
+        """Patch tokens of one video as stored: float16 (T, N, D), or float32 from int8."""
+        return self.read_tokens(tap, self.rows(video))
+
+    def read_tokens(self, tap: str, rows: slice) -> torch.Tensor:
+        """Patch tokens of consecutive rows (F, N, D), through zarr; dequantised where stored as int8."""
+        codes = torch.from_numpy(np.asarray(self.array(f"features/{tap}")[rows]))
+        if self.store.spec.dtype == "float16":
+            return codes
+        return dequantise(codes, torch.from_numpy(np.asarray(self.array(f"scales/{tap}")[rows])))
+
+    def video(self, video: int) -> npt.NDArray[np.uint8]:
+        """Frames (T, H, W, 3)."""
+        return np.asarray(self.array("video")[self.rows(video)])
+
+    def segmentations(self, video: int) -> npt.NDArray[np.uint8]:
+        """Ground-truth masks (T, H, W): 0 background, k for instance k - 1. ``DataError`` if the source had none."""
+        if not self.spec.masks:
+            raise DataError(f"{self.path}: its source had no masks, so there is nothing to score against")
+        return np.asarray(self.array("segmentations")[self.rows(video)])
+
+    def instances(self, video: int) -> tuple[Instance, ...]:
+        return self.manifest[video].instances
+
+    def statistics(self, tap: str) -> Moments:
+        """Moments of this split's tokens, as gathered by the extraction that finished it."""
+        self.require_complete()
+        group = self.group[f"statistics/{tap}"]
+        assert isinstance(group, zarr.Group)
+        return Moments.from_arrays({name: np.asarray(array[...]) for name, array in group.arrays()})

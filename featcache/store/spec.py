@@ -1,0 +1,120 @@
+"""What a store says of itself: its features, its splits, and when two of them agree."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.errors import IncompatibleError, compare_settings
+from featcache.words import Dtype, Precision
+
+SCHEMA = 1
+
+MAX_CHUNK_FRAMES = 64
+
+
+# xarray wants dimension names; zarr-python warns that unsigned bytes are fine but strings are not: none here.
+warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specification.*")
+
+
+@dataclass(frozen=True)
+class TapSpec:
+    """Where in the backbone the tokens come from, and their shape."""
+
+    grid: tuple[int, int]  # rows, columns of patches
+    dim: int
+
+    @property
+    def patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """What the features of a store are. Two runs may share a store only if ``identity`` agrees."""
+
+    backbone: str
+    model: Mapping[str, Any]
+    preprocessing: Mapping[str, Any]
+    taps: Mapping[str, TapSpec]
+    dtype: Dtype = "float16"
+    frame_stride: int = 1
+    precision: Precision = "float32"
+    # Recorded, but free to change:
+    source: str = ""
+    batch_size: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
+    exported_from: str = ""  # the store or file that the values were copied from; "" for an extraction
+    dtype_through: str = ""  # int8 where float16 values were int8 on their way, which extraction cannot repeat
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> StoreSpec:
+        taps = {name: TapSpec(tuple(tap["grid"]), tap["dim"]) for name, tap in raw["taps"].items()}
+        return cls(**{**raw, "taps": taps})
+
+    def identity(self) -> dict[str, Any]:
+        """Flat mapping of everything that must agree before a run may add to this store."""
+        raw = self.to_json()
+        for free in ("source", "batch_size", "versions", "exported_from"):
+            del raw[free]
+        raw["model"] = {k: v for k, v in raw["model"].items() if k not in ("library_version", "weights_origin")}
+        return flatten(raw)
+
+
+@dataclass(frozen=True)
+class SplitSpec:
+    """Videos of one split and how their frames are laid out."""
+
+    source_fingerprint: str
+    lengths: tuple[int, ...]  # frames of each video, after the frame stride
+    chunk_frames: int
+    frame_size: tuple[int, int]  # height, width of the stored frames and masks
+    masks: bool
+    statistics_videos: int = 0  # how many videos the stored statistics cover
+    shard_chunks: int = 0  # chunks that share a file; 0 gives each its own
+
+    @cached_property
+    def starts(self) -> npt.NDArray[np.int64]:
+        """First row of each video, and the number of rows at the end: (videos + 1,)."""
+        chunks = -(-np.asarray(self.lengths, np.int64) // self.chunk_frames)
+        return np.concatenate([[0], np.cumsum(chunks)]) * self.chunk_frames
+
+    @property
+    def rows(self) -> int:
+        return int(self.starts[-1])
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> SplitSpec:
+        return cls(
+            **{**raw, "lengths": tuple(raw["lengths"]), "frame_size": tuple(raw["frame_size"])},
+        )
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level with dotted keys; sequences become lists, as JSON gives them back."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def refuse_if_different(path: Path, present: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """``IncompatibleError`` with every setting that differs."""
+    if differences := compare_settings(present, asked):
+        raise IncompatibleError(
+            f"{path}: made with other settings", differences, "choose another --out or delete the store"
+        )

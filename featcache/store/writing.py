@@ -1,0 +1,324 @@
+"""Writing a store so that nothing finished is lost and nothing unfinished is believed.
+
+The order is the whole of it: chunks are durable before their manifest row, tables and statistics before the
+split's attributes say that it is complete, a split's arrays before its manifest exists, the root before any
+split. Chunks are encoded here rather than through zarr-python because zarr-python does not sync, and because
+the bytes that are checked are then the bytes that are written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import google_crc32c
+import numpy.typing as npt
+import torch
+
+from featcache.errors import DataError, IncompatibleError
+from featcache.moments import Moments
+from featcache.sources.video import Video
+from featcache.store import manifest, shards
+from featcache.store.durable import (
+    TEMPORARY,
+    _lock,
+    make_directory,
+    sync_directory,
+    write_durably,
+    write_tree,
+)
+from featcache.store.encoding import encode_tokens
+from featcache.store.layout import (
+    METADATA,
+    ArrayLayout,
+    array_layouts,
+    chunk_numbers,
+    chunk_path,
+    root_metadata,
+    split_metadata,
+    summary_files,
+)
+from featcache.store.reading import FeatureStore
+from featcache.store.spec import SplitSpec, StoreSpec, refuse_if_different
+
+__all__ = ["SplitWriter", "StoreWriter", "array_layouts", "chunk_path", "write_chunks"]
+
+SUMMARIES = ("instances", "statistics")  # folders that `SplitWriter.finish` makes
+
+Arrays = Mapping[str, npt.NDArray[Any]]  # one video's rows as stored, by array
+
+
+class StoreWriter:
+    """The one process that may write to a store. Use as a context manager; it holds the store's lock.
+
+    Raises ``DataError`` where another process writes, or where something else than a store lies, and
+    ``IncompatibleError`` for a store of other features.
+    """
+
+    def __init__(self, path: Path, spec: StoreSpec) -> None:
+        refuse_foreign(path)
+        make_directory(path.absolute())
+        self.path = path
+        self._lock: int | None = _lock(path)
+        try:
+            if (path / METADATA).exists():
+                self.spec = FeatureStore.open(path).spec
+                refuse_if_different(path, self.spec.identity(), spec.identity())
+            else:
+                self.spec = spec
+                write_tree(path, {METADATA: root_metadata(spec)})
+            # Left by a run that was killed; with the lock held, nobody else is writing them.
+            for leftover in [*path.rglob(f"*{TEMPORARY}"), *path.rglob("*.partial")]:  # ours and zarr-python's
+                leftover.unlink(missing_ok=True)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._lock is not None:  # a second close might close somebody else's file
+            os.close(self._lock)
+            self._lock = None
+
+    def split(self, name: str, spec: SplitSpec) -> SplitWriter:
+        """Create the split, or open it where an earlier run stopped; a longer one grows in place."""
+        return SplitWriter(self, name, spec)
+
+
+class SplitWriter:
+    """Appends videos to one split, in any order."""
+
+    def __init__(self, writer: StoreWriter, name: str, spec: SplitSpec) -> None:
+        self.store_spec = writer.spec
+        self.path = writer.path / name
+        self.name = name
+        # The manifest is made after the arrays: a split without one was never finished being created.
+        self.spec = self._grow(spec) if (self.path / manifest.NAME).exists() else self._create(spec)
+        self._appender = manifest.Appender(self.path)
+        self.done = set(manifest.read(self.path))
+        self._shard = _OpenShard(self.path, self.spec, array_layouts(self.store_spec, self.spec))
+
+    def close(self) -> None:
+        """Let go of the split. Videos that wait for their shard to fill are forgotten, unlike after `finish`."""
+        self._appender.close()
+
+    # -- layout ----------------------------------------------------------------------------------------
+
+    def _create(self, spec: SplitSpec) -> SplitSpec:
+        if self.path.exists():
+            self._refuse_lost_manifest()
+            shutil.rmtree(self.path)  # left by a run that was killed while creating it
+        write_tree(self.path, split_metadata(self.store_spec, spec))
+        return spec
+
+    def _refuse_lost_manifest(self) -> None:
+        try:
+            finished = read_split_spec(self.path).statistics_videos
+        except DataError:
+            return
+        if finished:
+            raise DataError(
+                f"{self.path / manifest.NAME}: missing from a split of {finished} videos; put the file back, "
+                f"or delete {self.path} to make it anew"
+            )
+
+    def _grow(self, asked: SplitSpec) -> SplitSpec:
+        present = read_split_spec(self.path)
+        longer, shorter = sorted((present.lengths, asked.lengths), key=len, reverse=True)
+        fixed = [asdict(replace(spec, lengths=(), statistics_videos=0)) for spec in (present, asked)]
+        refuse_if_different(self.path, *fixed)
+        if longer[: len(shorter)] != shorter:
+            raise IncompatibleError(
+                f"{self.path}: its videos have other lengths than the source's; extract to another --out"
+            )
+        if longer == present.lengths:
+            return present
+        grown = replace(asked, statistics_videos=0)
+        # Arrays before attributes: one that is longer than the split says is still whole.
+        write_tree(self.path, split_metadata(self.store_spec, grown))
+        return grown
+
+    # -- videos ----------------------------------------------------------------------------------------
+
+    @property
+    def complete(self) -> bool:
+        return len(self.done) == len(self.spec.lengths) == self.spec.statistics_videos
+
+    def write(self, index: int, video: Video, tokens: Mapping[str, torch.Tensor]) -> None:
+        """Store one video durably; see `write_chunks`."""
+        self.append(write_chunks(self.path, self.store_spec, self.spec, index, video, tokens))
+
+    def write_arrays(self, row: manifest.Row, arrays: Arrays) -> None:
+        """Store one video whose rows are encoded as they shall lie; ``row`` lacks only the checksums.
+
+        In a sharded split the video is finished when its last shard is full, or by `finish`.
+        """
+        if not self.spec.shard_chunks:
+            self.append(_write_arrays(self.path, self.store_spec, self.spec, row, arrays))
+            return
+        for finished in self._shard.put(row, arrays):
+            self.append(finished)
+
+    def append(self, row: manifest.Row) -> None:
+        """Declare a video finished, whose chunks some process has made durable."""
+        self._appender.append(row)
+        self.done.add(row.video)
+
+    # -- the end ---------------------------------------------------------------------------------------
+
+    def finish(self, statistics: Mapping[str, Moments]) -> None:
+        """Write tables and statistics once every video is there; marks the split complete."""
+        for row in self._shard.flush():
+            self.append(row)
+        self.unfinish()
+        rows = manifest.read(self.path)
+        for old in SUMMARIES:  # an older one may have had other arrays
+            shutil.rmtree(self.path / old, ignore_errors=True)
+        write_tree(self.path, summary_files(self.spec, rows, statistics))
+        self._save(replace(self.spec, statistics_videos=len(rows)))
+
+    def unfinish(self) -> None:
+        """Take back that the split is complete, before its tables or statistics change."""
+        if self.spec.statistics_videos:
+            self._save(replace(self.spec, statistics_videos=0))
+
+    def _save(self, spec: SplitSpec) -> None:
+        save_split_spec(self.path, spec)
+        self.spec = spec
+
+
+def write_chunks(
+    path: Path,
+    store: StoreSpec,
+    split: SplitSpec,
+    index: int,
+    video: Video,
+    tokens: Mapping[str, torch.Tensor],
+) -> manifest.Row:
+    """Make one video's chunks durable in the split at ``path``; needs no lock, in whichever process it runs.
+
+    ``tokens`` holds (T, N, D) floats for each tap. Gives the row that the process with the store's lock
+    appends. Raises ``DataError`` when the disk is full; the videos finished before stay.
+    """
+    assert not split.shard_chunks, "several videos share a shard: only `SplitWriter.write_arrays` fills them"
+    arrays: dict[str, npt.NDArray[Any]] = {"video": video.frames}
+    if split.masks:
+        assert video.segmentations is not None
+        arrays["segmentations"] = video.segmentations
+    for tap, values in tokens.items():
+        arrays |= {name: part.numpy() for name, part in encode_tokens(tap, values, store).items()}
+    row = manifest.Row(index, video.id, len(video.frames), {}, video.instances)
+    return _write_arrays(path, store, split, row, arrays)
+
+
+def _write_arrays(path: Path, store: StoreSpec, split: SplitSpec, row: manifest.Row, arrays: Arrays) -> manifest.Row:
+    crc32c = {}
+    for layout in array_layouts(store, split):
+        sums = []
+        for number, data in _chunks(layout, split, row.video, arrays[layout.name]):
+            write_durably(chunk_path(path / layout.name, number, layout.ndim), data)
+            sums.append(google_crc32c.value(data))
+        crc32c[layout.name] = tuple(sums)
+        sync_directory(path / layout.name)
+    return replace(row, crc32c=crc32c)
+
+
+def _chunks(layout: ArrayLayout, split: SplitSpec, video: int, values: npt.NDArray[Any]) -> Iterable[tuple[int, bytes]]:
+    """Numbers and encoded bytes of the chunks of one video's rows."""
+    assert len(values) == split.lengths[video], (layout.name, video, len(values))
+    frames = split.chunk_frames
+    for place, number in enumerate(chunk_numbers(split, video)):
+        yield number, layout.encode(values[place * frames : (place + 1) * frames], frames)
+
+
+class _OpenShard:
+    """The shard that is being filled, the same one of every array, and the videos that wait for it."""
+
+    def __init__(self, path: Path, split: SplitSpec, layouts: list[ArrayLayout]) -> None:
+        self._path, self._split, self._layouts = path, split, layouts
+        self._number: int | None = None
+        self._chunks: dict[str, dict[int, bytes]] = {}
+        self._waiting: list[manifest.Row] = []
+
+    def put(self, row: manifest.Row, arrays: Arrays) -> list[manifest.Row]:
+        """Add a video; gives the rows that became durable on the way."""
+        finished: list[manifest.Row] = []
+        encoded = {
+            layout.name: list(_chunks(layout, self._split, row.video, arrays[layout.name])) for layout in self._layouts
+        }
+        for place, chunk in enumerate(chunk_numbers(self._split, row.video)):
+            number, within = divmod(chunk, self._split.shard_chunks)
+            if number != self._number:
+                finished += self.flush()
+                self._open(number)
+            for name, chunks in encoded.items():
+                self._chunks[name][within] = chunks[place][1]
+        crc32c = {name: tuple(google_crc32c.value(data) for _, data in chunks) for name, chunks in encoded.items()}
+        self._waiting.append(replace(row, crc32c=crc32c))
+        return finished
+
+    def flush(self) -> list[manifest.Row]:
+        """Write the open shard; gives the rows that became durable."""
+        if self._number is None:
+            return []
+        for layout in self._layouts:
+            folder = self._path / layout.name
+            data = shards.pack(self._chunks[layout.name], self._split.shard_chunks)
+            write_durably(chunk_path(folder, self._number, layout.ndim), data)
+            sync_directory(folder)
+        finished, self._waiting, self._number = self._waiting, [], None
+        return finished
+
+    def _open(self, number: int) -> None:
+        """Take up what an earlier run, or a video that began in this shard, left there."""
+        self._number = number
+        for layout in self._layouts:
+            file = chunk_path(self._path / layout.name, number, layout.ndim)
+            try:
+                self._chunks[layout.name] = shards.unpack(file.read_bytes(), self._split.shard_chunks)
+            except (FileNotFoundError, ValueError):
+                self._chunks[layout.name] = {}
+
+
+def read_split_spec(path: Path) -> SplitSpec:
+    """The specification in a split's zarr.json. ``DataError`` if it is missing or damaged."""
+    try:
+        return SplitSpec.from_json(json.loads((path / METADATA).read_bytes())["attributes"]["featcache"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path / METADATA}: missing or damaged; run: slotlab verify --repair {path.parent}") from error
+
+
+def save_split_spec(path: Path, spec: SplitSpec) -> None:
+    """Replace the specification in a split's zarr.json, durably."""
+    document = json.loads((path / METADATA).read_bytes())
+    document["attributes"]["featcache"] = asdict(spec)  # others may have left attributes of their own
+    write_tree(path, {METADATA: json.dumps(document, indent=2).encode()})
+
+
+def refuse_foreign(path: Path) -> None:
+    """``DataError`` for a folder of other things: a writer sweeps what killed runs left, and must not sweep those."""
+    if not path.exists() or (path / METADATA).exists():
+        return
+    if not path.is_dir():
+        raise DataError(f"{path}: is a file; name a folder for the store, such as cache/dinov2.zarr")
+    found = [p.name for p in path.iterdir() if not p.name.startswith((".", METADATA))]
+    if any((path / name / manifest.NAME).exists() for name in found):
+        raise DataError(
+            f"{path / METADATA}: missing, and with it what the features are; "
+            "put back a copy of that file, or extract to another --out"
+        )
+    if found:
+        raise DataError(f"{path}: holds {found[0]} and no store; choose another --out")

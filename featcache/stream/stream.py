@@ -1,0 +1,256 @@
+"""FeatureStream: endless shuffled batches of cached tokens, or of the frames, in reused buffers, on a device.
+
+One thread reads a batch ahead into a small ring of buffers; there are no worker processes, which only add
+copies to what is already a copy. The order is a pure function of the seed and the number of samples seen, so a
+stream continues exactly from that one number.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import queue
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import zarr
+from torch import Tensor
+
+from featcache.errors import UsageError
+from featcache.machine import free_memory, start_limited
+from featcache.store.reading import Split
+from featcache.stream.rows import TORCH_DTYPES, FileRows, ResidentRows, Rows, open_rows
+from featcache.stream.staging import Slot, Staging
+from featcache.words import Residence
+
+RING = 3  # one with the trainer, one ready, one being filled
+
+VIDEO = "video"  # in place of a tap: the stored frames themselves
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens (B, N, D), or (B, T, N, D) for clips; ``rows`` (B,) are the first rows of the samples.
+
+    ``features`` is float16 (float32 from int8 stores), on the stream's device; of the tap ``video``, the frames
+    (B, H, W, 3) or (B, T, H, W, 3), uint8. It lives in a buffer that is reused: it is valid until the next batch is
+    asked for.
+    """
+
+    features: Tensor
+    rows: npt.NDArray[np.int64]
+    samples_seen: int  # of the whole stream, before this batch
+
+
+@dataclass(frozen=True)
+class BatchSeconds:
+    """Seconds to read a batch where it is read to, and to bring it from there to the device.
+
+    Dequantising int8 counts where it is done: with the read on a CPU, where there is nothing to copy, else with the
+    copy.
+    """
+
+    read: float
+    copy: float
+
+
+class FeatureStream:
+    """Endless iterator of :class:`Batch` over a split's frames or clips.
+
+    Args:
+        split: a finished split of a store.
+        tap: which features, or ``video`` for the stored frames, which are compressed: best on ``host`` or ``device``.
+        batch_size: samples a batch, for this rank.
+        clip: T consecutive frames of one video a sample; 1 gives single frames without a time axis.
+        residence: where the features live while training. ``auto`` is the device if they fit in half of its free
+            memory; else the disk, whose page cache is host memory without a copy; but the host for stores that
+            must be decoded (compressed) and fit in half of its free memory.
+        rank, world_size: each rank takes its part of every global batch; see :meth:`rows_at`.
+        threads: that copy. None: one beside a trainer on the CPU, which needs the cores itself; for a GPU a share of
+            the machine's, up to four.
+
+    Raises ``UsageError`` when no video is as long as the clip. Damaged files raise ``DataError`` from the iterator.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        tap: str,
+        *,
+        batch_size: int,
+        clip: int = 1,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        residence: Residence = "auto",
+        rank: int = 0,
+        world_size: int = 1,
+        threads: int | None = None,
+    ) -> None:
+        self.device = torch.device(device)
+        self.batch_size, self.clip, self.seed = batch_size, clip, seed
+        self.rank, self.world_size = rank, world_size
+        self.samples_seen = 0
+        self.wait_seconds = 0.0  # that the trainer spent waiting for batches
+        self.starts = clip_starts(split, clip)  # (samples,)
+        arrays = feature_arrays(split, tap)
+        self.residence = choose_residence(self.device, arrays) if residence == "auto" else residence
+        homes = {"disk": None, "host": torch.device("cpu"), "device": self.device}
+        self.threads = threads or reader_threads(self.device, world_size)
+        self._readers = open_readers(split, tap, homes[self.residence], self.threads)
+        self._shapes = [(batch_size, clip, *array.shape[1:]) for array in arrays]
+        self._dtypes = [TORCH_DTYPES[str(array.dtype)] for array in arrays]
+        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
+
+    # -- the order -------------------------------------------------------------------------------------
+
+    def rows_at(self, samples_seen: int) -> npt.NDArray[np.int64]:
+        """First rows of this rank's batch after ``samples_seen`` samples, in ascending order: (B,).
+
+        The global batch is drawn and sorted, and the ranks take consecutive parts of it: together they see, in the
+        same order, what one process with the batch size of them all would see. Epochs follow each other without a
+        gap, so a batch may take the end of one and the start of the next.
+        """
+        seen = np.arange(samples_seen, samples_seen + self.world_size * self.batch_size)
+        epochs, places = np.divmod(seen, len(self.starts))
+        rows = [self.starts[self._permutation(int(epoch))[places[epochs == epoch]]] for epoch in np.unique(epochs)]
+        together = np.sort(np.concatenate(rows))  # neighbours on disk are read together
+        return together[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+
+    def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
+        order = self._order
+        if order is None or order[0] != epoch:
+            order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.starts)))
+            self._order = order
+        return order[1]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"samples_seen": self.samples_seen, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.samples_seen, self.seed = state["samples_seen"], state["seed"]
+        self._order = None
+
+    # -- the batches -----------------------------------------------------------------------------------
+
+    def _staging(self) -> Staging:
+        return Staging(self.device, on_device=self.residence == "device")
+
+    def batch_seconds(self, batches: int) -> BatchSeconds:
+        """What the thread's two parts of a batch take, by their medians over the stream's next ``batches``."""
+        staging = self._staging()
+        slot = staging.slot(self._shapes, self._dtypes)
+        reads, copies = [], []
+        for batch in range(batches + 1):
+            rows = self.rows_at(self.samples_seen + batch * self.batch_size * self.world_size)
+            began = time.perf_counter()
+            staging.read(slot, self._readers, rows)
+            staging.close()
+            read = time.perf_counter()
+            staging.move(slot)
+            staging.close()
+            reads.append(read - began)
+            copies.append(time.perf_counter() - read)
+        read_seconds, copy_seconds = statistics.median(reads[1:]), statistics.median(copies[1:])  # the first touches
+        if self.device.type == "cpu":
+            return BatchSeconds(read_seconds + copy_seconds, 0.0)
+        return BatchSeconds(read_seconds, copy_seconds)
+
+    def __iter__(self) -> Iterator[Batch]:
+        staging = self._staging()
+        free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
+        ready: queue.SimpleQueue[tuple[Slot, npt.NDArray[np.int64], int] | BaseException] = queue.SimpleQueue()
+        for _ in range(RING):
+            free.put(staging.slot(self._shapes, self._dtypes))
+        step = self.batch_size * self.world_size
+        begin = self.samples_seen
+
+        def fill() -> None:
+            samples = begin
+            try:
+                while (slot := free.get()) is not None:
+                    rows = self.rows_at(samples)
+                    staging.fill(slot, self._readers, rows)
+                    ready.put((slot, rows, samples))
+                    samples += step
+            except BaseException as error:  # handed to the trainer, which raises it
+                ready.put(error)
+
+        thread = start_limited(fill, "featcache-stream", self.threads)
+
+        def stop() -> None:
+            free.put(None)
+            thread.join()
+
+        atexit.register(stop)  # an iterator that outlives main would be closed too late for its thread to answer
+        try:
+            while True:
+                waited = time.perf_counter()
+                item = ready.get()
+                self.wait_seconds += time.perf_counter() - waited
+                if isinstance(item, BaseException):
+                    raise item
+                slot, rows, samples = item
+                features = staging.receive(slot)
+                self.samples_seen = samples + step
+                yield Batch(features[:, 0] if self.clip == 1 else features, rows, samples)
+                staging.release(slot)
+                free.put(slot)
+        finally:  # also when the iterator is dropped
+            atexit.unregister(stop)
+            stop()
+            staging.close()
+
+
+def feature_arrays(split: Split, tap: str) -> list[zarr.Array[Any]]:
+    """Tokens (F, N, D), and the scales (F, N) of int8 ones; or the frames (F, H, W, 3)."""
+    if tap == VIDEO:
+        return [split.array(VIDEO)]
+    scales = [f"scales/{tap}"] if split.store.spec.dtype == "int8" else []
+    return [split.array(path) for path in (f"features/{tap}", *scales)]
+
+
+def open_readers(split: Split, tap: str, home: torch.device | None, threads: int = 1) -> list[Rows]:
+    """Readers of :func:`feature_arrays`, which are held on ``home`` unless it is None.
+
+    Scales are held in memory in any case: half a kilobyte a frame, while a copy that small would cost as much
+    time again as the frame's codes.
+    """
+    spans = [split.rows(video) for video in split.videos]
+    readers: list[Rows] = []
+    for array in feature_arrays(split, tap):
+        reader = open_rows(split, array.path, threads)
+        keep = torch.device("cpu") if home is None and readers else home
+        readers.append(reader if keep is None else ResidentRows.load(reader, array, spans, keep, threads))
+    return readers
+
+
+def reader_threads(device: torch.device, world_size: int) -> int:
+    """How many threads are best left to copying; see :class:`FeatureStream`."""
+    return 1 if device.type == "cpu" else max(1, min(4, (os.cpu_count() or 1) // (2 * world_size)))
+
+
+def choose_residence(device: torch.device, arrays: list[zarr.Array[Any]]) -> Residence:
+    """Where features of this size are best kept for this device; see :class:`FeatureStream`."""
+    size = sum(array.nbytes for array in arrays)
+    if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 2:
+        return "device"
+    raw = all(FileRows.allowed(array) for array in arrays)
+    return "disk" if raw or size > free_memory() // 2 else "host"
+
+
+def clip_starts(split: Split, clip: int) -> npt.NDArray[np.int64]:
+    """First row of every run of ``clip`` consecutive frames inside one finished video: (samples,)."""
+    parts = [
+        np.arange(split.rows(video).start, split.rows(video).stop - clip + 1, dtype=np.int64) for video in split.videos
+    ]
+    starts = np.concatenate(parts) if parts else np.empty(0, np.int64)
+    if not len(starts):
+        longest = max(split.spec.lengths, default=0)
+        raise UsageError(f"{split.path}: no clips of {clip} frames; the longest video has {longest}")
+    return starts

@@ -1,0 +1,1 @@
+"""From store to store: verify, repair, convert."""

@@ -1,0 +1,222 @@
+"""Copies of a store in another dtype, with fewer taps, or in another layout: raw, sharded, HDF5.
+
+Videos pass one at a time, each checked against its checksum on the way, so that no damage is copied and given
+a fresh one. Statistics are those of the values as the copy stores them. A copy into a zarr store that was cut
+short goes on where it stopped; an HDF5 file appears when it is whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from featcache.errors import DataError, UsageError
+from featcache.moments import Moments
+from featcache.store.encoding import dequantise, encode_tokens
+from featcache.store.layout import array_layouts
+from featcache.store.manifest import Row
+from featcache.store.reading import FeatureStore, Split
+from featcache.store.spec import SplitSpec, StoreSpec
+from featcache.store.writing import StoreWriter
+from featcache.upkeep.hdf5_copy import Hdf5Origin, Hdf5Writer
+from featcache.upkeep.verify import checked_chunk
+from featcache.words import Dtype
+
+Format = Literal["zarr", "hdf5"]
+Progress = Callable[[str, int, int], None]  # split, frames done, frames in all
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What the copy is; what is left out stays as it is."""
+
+    dtype: Dtype | None = None
+    taps: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()
+    shard_videos: int = 0  # videos that share a file of a zarr store; 0 gives each its own
+
+    def __post_init__(self) -> None:
+        if self.shard_videos < 0:
+            raise UsageError(f"--shard-videos {self.shard_videos}: must be at least 1, or 0 for no shards")
+
+
+class OriginSplit(Protocol):
+    """Videos to copy, by position."""
+
+    @property
+    def spec(self) -> SplitSpec:
+        """``DataError`` for a split that is unfinished."""
+
+    def read(self, video: int, names: list[str]) -> tuple[Row, Arrays]:
+        """Manifest row and stored rows of the arrays named. ``DataError`` if they are damaged."""
+
+
+class Origin(Protocol):
+    """Where a copy comes from."""
+
+    path: Path
+    spec: StoreSpec
+
+    @property
+    def splits(self) -> Mapping[str, OriginSplit]:
+        """By name."""
+
+
+class _StoreSplit:
+    """A split of a zarr store, read chunk by chunk against its manifest."""
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+        self._layouts = {layout.name: layout for layout in array_layouts(split.store.spec, split.spec)}
+
+    @property
+    def spec(self) -> SplitSpec:
+        """``DataError`` for a split that is unfinished."""
+        return self._split.require_complete().spec
+
+    def read(self, video: int, names: list[str]) -> tuple[Row, Arrays]:
+        row, frames = self._split.manifest[video], self.spec.chunk_frames
+        arrays = {}
+        for name in names:
+            layout = self._layouts[name]
+            parts = []
+            for place in range(len(row.crc32c[name])):
+                try:
+                    parts.append(layout.decode(checked_chunk(self._split.path, self.spec, layout, row, place), frames))
+                except ValueError as error:
+                    raise DataError(
+                        f"{self._split.path / name}: chunk {place} of video {row.id} {error}; "
+                        f"run: slotlab verify --repair {self._split.store.path}"
+                    ) from error
+            arrays[name] = np.concatenate(parts)[: row.frames]
+        return replace(row, crc32c={}), arrays
+
+
+class _StoreOrigin:
+    def __init__(self, store: FeatureStore) -> None:
+        self.path, self.spec = store.path, store.spec
+        self.splits = {name: _StoreSplit(store[name]) for name in store.splits}
+
+
+@contextmanager
+def open_origin(path: Path) -> Iterator[Origin]:
+    """A store, or an HDF5 file of the layout in `featcache.upkeep.hdf5_copy`."""
+    if path.is_file():
+        with Hdf5Origin.open(path) as origin:
+            yield origin
+    else:
+        yield _StoreOrigin(FeatureStore.open(path))
+
+
+def convert(
+    path: Path,
+    out: Path,
+    options: ConvertOptions,
+    form: Format = "zarr",
+    progress: Progress = lambda *_: None,
+) -> None:
+    """Copy the store or HDF5 file at ``path`` to ``out``.
+
+    Raises ``DataError`` where the origin is unfinished or damaged, or the disk is full; ``UsageError`` for
+    splits or taps that it does not have, ``IncompatibleError`` where ``out`` holds other features.
+    """
+    if path.resolve() == out.resolve():
+        raise UsageError(f"{out}: is what would be read; choose another OUT")
+    if form == "hdf5" and options.shard_videos:
+        raise UsageError("--shard-videos: an HDF5 file has no shards; leave it out")
+    with open_origin(path) as origin:
+        names = _chosen("split", options.splits, origin.splits, path)
+        spec = copied_spec(origin, options)
+        specs = [origin.splits[name].spec for name in names]
+        copies = [replace(s, statistics_videos=0, shard_chunks=_shard_chunks(s, options)) for s in specs]
+        with Hdf5Writer.create(out, spec) if form == "hdf5" else StoreWriter(out, spec) as writer:
+            for name, copy in zip(names, copies, strict=True):
+                with closing(_Target(writer, name, copy)) as target:
+                    _copy_split(origin, name, target, spec, progress)
+
+
+class _Target:
+    """A split of either kind of writer; only a zarr store may hold some of the videos already."""
+
+    def __init__(self, writer: Hdf5Writer | StoreWriter, name: str, spec: SplitSpec) -> None:
+        self.split = writer.split(name, spec)
+        self.done = frozenset(getattr(self.split, "done", ()))
+        self.complete: bool = getattr(self.split, "complete", False)
+
+    def close(self) -> None:
+        if hasattr(self.split, "close"):
+            self.split.close()
+
+
+def _copy_split(origin: Origin, name: str, target: _Target, spec: StoreSpec, progress: Progress) -> None:
+    split = origin.splits[name]
+    lengths = split.spec.lengths
+    if target.complete:
+        progress(name, sum(lengths), sum(lengths))
+        return
+    wanted = [layout.name for layout in array_layouts(replace(origin.spec, taps=spec.taps), split.spec)]
+    statistics: dict[str, Moments] = {}
+    for video in range(len(lengths)):
+        row, arrays = split.read(video, wanted)
+        for tap in spec.taps:
+            tokens = _recode(arrays, tap, origin.spec.dtype, spec)
+            try:
+                moments = Moments.from_tokens(tokens)
+            except ValueError as error:
+                raise DataError(f"{origin.path}: {name} video {row.id}, tap {tap}: {error}") from error
+            statistics[tap] = statistics[tap] + moments if tap in statistics else moments
+        if video not in target.done:
+            target.split.write_arrays(row, arrays)
+        progress(name, sum(lengths[: video + 1]), sum(lengths))
+    target.split.finish(statistics)
+
+
+def _recode(arrays: Arrays, tap: str, present: Dtype, spec: StoreSpec) -> torch.Tensor:
+    """Replace a tap's arrays by those of another dtype; gives its tokens (T, N, D) as a reader will see them."""
+    features, scales = f"features/{tap}", f"scales/{tap}"
+    stored = torch.from_numpy(arrays[features])
+    int8 = present == "int8"
+    tokens = dequantise(stored, torch.from_numpy(arrays[scales])) if int8 else stored
+    if present == spec.dtype and (int8 or stored.dtype == torch.float16):
+        return tokens  # bit for bit
+    arrays.pop(scales, None)
+    parts = encode_tokens(tap, tokens, spec)
+    arrays |= {name: part.numpy() for name, part in parts.items()}
+    return dequantise(parts[features], parts[scales]) if spec.dtype == "int8" else parts[features]
+
+
+def copied_spec(origin: Origin, options: ConvertOptions) -> StoreSpec:
+    """What a copy's features are: the origin's provenance, and what the copy changes."""
+    present = origin.spec
+    taps = _chosen("tap", options.taps, present.taps, origin.path)
+    dtype = options.dtype or present.dtype
+    lossy = "int8" in (present.dtype, present.dtype_through) and dtype == "float16"
+    return replace(
+        present,
+        taps={tap: present.taps[tap] for tap in taps},
+        dtype=dtype,
+        dtype_through="int8" if lossy else "",
+        versions={**present.versions, "exported_by_slotlab": version("slotlab"), "exported_by_h5py": h5py.__version__},
+        exported_from=str(origin.path.absolute()),
+    )
+
+
+def _chosen(what: str, asked: Sequence[str], known: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+    if unknown := [name for name in asked if name not in known]:
+        raise UsageError(f"{path}: no {what} {unknown[0]!r}; it has: {', '.join(known)}")
+    return tuple(asked) or tuple(known)
+
+
+def _shard_chunks(spec: SplitSpec, options: ConvertOptions) -> int:
+    """Chunks a shard, such that it holds that many of the longest videos."""
+    return options.shard_videos * -(-max(spec.lengths) // spec.chunk_frames)

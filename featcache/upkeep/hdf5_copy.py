@@ -1,0 +1,221 @@
+"""Feature stores as one HDF5 file, which is what most object-centric code reads.
+
+Layout, one group a split (a file without such groups is one split, called train)::
+
+    features/<tap>     (frame, patch, feature) float16, or int8 with
+    scales/<tap>       (frame, patch) float16
+    video              (frame, y, x, rgb) uint8
+    segmentations      (frame, y, x) uint8, where the source had masks
+    video_offsets      (video + 1,) int64: the frames of video v are rows [offset v, offset v + 1)
+    video_ids          (video,) text
+    instances          (video,) text: JSON, one object an instance
+    checksums/<array>  (video,) uint32: CRC32C of each video's rows of that array
+    statistics/<tap>/<name>   the moments, as in the zarr store
+
+The attribute ``featcache`` (JSON) of the file and of each group keeps the provenance. Frames of all videos lie
+end to end without padding; features are contiguous, so that they can be mapped. A file by other code needs
+``features/<tap>``, ``video`` and ``video_offsets`` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from featcache.errors import DataError, UsageError
+from featcache.moments import Moments
+from featcache.sources.images import as_mask
+from featcache.sources.video import Instance
+from featcache.store.durable import TEMPORARY, cannot_write, make_directory, sync_directory
+from featcache.store.layout import COMPRESSED, array_layouts
+from featcache.store.manifest import Row
+from featcache.store.spec import MAX_CHUNK_FRAMES, SplitSpec, StoreSpec, TapSpec
+from featcache.words import Dtype
+
+ATTRIBUTE = "featcache"
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class Hdf5Writer:
+    """Writes a file under another name, and gives it its own when it is whole. Use `create`."""
+
+    def __init__(self, file: Any, spec: StoreSpec) -> None:
+        self._file = file
+        self._spec = spec
+        file.attrs[ATTRIBUTE] = json.dumps(spec.to_json())
+
+    @classmethod
+    @contextmanager
+    def create(cls, path: Path, spec: StoreSpec) -> Iterator[Hdf5Writer]:
+        """Writer of a new file. ``UsageError`` where one exists, ``DataError`` when the disk is full."""
+        if path.exists():
+            raise UsageError(f"{path}: exists already; delete it or choose another OUT")
+        make_directory(path.absolute().parent)
+        temporary = path.with_name(path.name + TEMPORARY)
+        try:
+            with h5py.File(temporary, "w") as file:
+                yield cls(file, spec)
+            fd = os.open(temporary, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.replace(temporary, path)
+            sync_directory(path.absolute().parent)
+        except (OSError, RuntimeError) as error:  # HDF5 reports a full disk as either
+            failure = error if isinstance(error, OSError) and error.strerror else OSError(0, str(error))
+            raise cannot_write(path, failure) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def split(self, name: str, spec: SplitSpec) -> Hdf5SplitWriter:
+        return Hdf5SplitWriter(self._file.create_group(name), self._spec, spec)
+
+
+class Hdf5SplitWriter:
+    """One group of the file. Videos come in order."""
+
+    def __init__(self, group: Any, store: StoreSpec, split: SplitSpec) -> None:
+        self._group = group
+        # The lengths are in the offsets, and would not fit an attribute for long data sets.
+        group.attrs[ATTRIBUTE] = json.dumps({**asdict(split), "lengths": (), "shard_chunks": 0, "statistics_videos": 0})
+        self._offsets = np.concatenate([[0], np.cumsum(split.lengths)])
+        group["video_offsets"] = self._offsets
+        videos, text = len(split.lengths), h5py.string_dtype()
+        for name in ("video_ids", "instances"):
+            group.create_dataset(name, (videos,), text)
+        for layout in array_layouts(store, split):
+            how = {"chunks": (1, *layout.shape), "compression": "gzip", "compression_opts": 1}
+            group.create_dataset(
+                layout.name,
+                (int(self._offsets[-1]), *layout.shape),
+                layout.dtype,
+                **(how if layout.name in COMPRESSED else {}),
+            )
+            group.create_dataset(f"checksums/{layout.name}", (videos,), "uint32")
+
+    def write_arrays(self, row: Row, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Add one video's rows of every array, encoded as they shall lie."""
+        rows = slice(int(self._offsets[row.video]), int(self._offsets[row.video + 1]))
+        for name, values in arrays.items():
+            self._group[name][rows] = values
+            self._group[f"checksums/{name}"][row.video] = _checksum(values)
+        self._group["video_ids"][row.video] = row.id
+        self._group["instances"][row.video] = json.dumps([asdict(instance) for instance in row.instances])
+
+    def finish(self, statistics: Mapping[str, Moments]) -> None:
+        for tap, moments in statistics.items():
+            for name, values in moments.to_arrays().items():
+                self._group[f"statistics/{tap}/{name}"] = values
+
+
+class Hdf5Origin:
+    """A file of the layout above, opened for reading."""
+
+    def __init__(self, file: Any, path: Path) -> None:
+        self._file = file
+        self.path = path
+        groups = [name for name, item in file.items() if isinstance(item, h5py.Group) and "features" in item]
+        self.splits = {name: _Hdf5Split(file[name], path) for name in sorted(groups)}
+        if not groups and "features" in file:
+            self.splits = {"train": _Hdf5Split(file, path)}
+        if not self.splits:
+            raise DataError(f"{path}: no group holds features/<tap>; see docs/store.md for the layout")
+        self.spec = self._spec(next(iter(self.splits.values())))
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: Path) -> Iterator[Hdf5Origin]:
+        try:
+            with h5py.File(path, "r") as file:
+                yield cls(file, path)
+        except (OSError, RuntimeError, KeyError) as error:
+            raise DataError(f"{path}: {str(error).strip(chr(34))}; copy or write this file again") from error
+
+    def _spec(self, first: _Hdf5Split) -> StoreSpec:
+        if ATTRIBUTE in self._file.attrs:
+            return StoreSpec.from_json(json.loads(self._file.attrs[ATTRIBUTE]))
+        taps = {}
+        for tap, shape in first.taps.items():
+            side = math.isqrt(shape[1])
+            taps[tap] = TapSpec((side, side) if side * side == shape[1] else (1, shape[1]), shape[2])
+        dtype: Dtype = "int8" if "scales" in first.group else "float16"
+        return StoreSpec("unknown", {"library": "unknown"}, {}, taps, dtype, source=str(self.path))
+
+
+class _Hdf5Split:
+    """Random access to the videos of one group."""
+
+    def __init__(self, group: Any, path: Path) -> None:
+        self.group = group
+        self._where = f"{path}: {group.name}"
+        self.taps = {tap: tuple(array.shape) for tap, array in group["features"].items()}
+        for needed in ("video", "video_offsets"):
+            if needed not in group:
+                raise DataError(f"{self._where}: lacks {needed}; see docs/store.md for the layout")
+        self._offsets = np.asarray(group["video_offsets"], np.int64)
+        frames = len(group["video"])
+        lengths = np.diff(self._offsets)
+        if self._offsets[0] != 0 or self._offsets[-1] != frames or not (lengths > 0).all():
+            raise DataError(f"{self._where}: video_offsets must rise from 0 to the number of frames, {frames}")
+        for name, shape in [(f"features/{tap}", shape) for tap, shape in self.taps.items()]:
+            if len(shape) != 3 or shape[0] != frames:
+                raise DataError(f"{self._where}: {name} is {shape}; expected ({frames}, patch, feature)")
+        self._check_pictures(frames)
+        kept = json.loads(group.attrs[ATTRIBUTE]) if ATTRIBUTE in group.attrs else {}
+        known: dict[str, Any] = {
+            "source_fingerprint": f"{path.name}:{path.stat().st_size}",
+            "chunk_frames": int(min(lengths.max(), MAX_CHUNK_FRAMES)),
+            "frame_size": group["video"].shape[1:3],
+            "masks": "segmentations" in group,
+            **kept,
+        }
+        self.spec = SplitSpec.from_json({**known, "lengths": lengths.tolist()})
+
+    def _check_pictures(self, frames: int) -> None:
+        """``DataError`` for frames and masks that are not as docs/store.md has them; masks may be of any integers."""
+        shape, dtype = self.group["video"].shape, self.group["video"].dtype
+        if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8:
+            raise DataError(f"{self._where}: video is {dtype} {shape}; expected uint8 ({frames}, height, width, 3)")
+        if "segmentations" in self.group and self.group["segmentations"].shape != shape[:3]:
+            found = self.group["segmentations"].shape
+            raise DataError(f"{self._where}: segmentations are {found}; expected {shape[:3]}, like the video")
+
+    def read(self, video: int, names: list[str]) -> tuple[Row, Arrays]:
+        """One video's rows of the arrays named, and its manifest row without checksums."""
+        rows = slice(int(self._offsets[video]), int(self._offsets[video + 1]))
+        arrays: Arrays = {}
+        for name in names:
+            if name not in self.group:
+                raise DataError(f"{self._where}: lacks {name}")
+            arrays[name] = self.group[name][rows]
+            sums = self.group.get(f"checksums/{name}")
+            if sums is not None and int(sums[video]) != _checksum(arrays[name]):
+                raise DataError(f"{self._where}/{name}: video {video} has another checksum; copy the file again")
+            if name == "segmentations":
+                arrays[name] = as_mask(arrays[name], f"{self._where}/{name}: video {video}")
+        name = self._text("video_ids", video) or f"{self.group.name.strip('/') or 'train'}_{video:05d}"
+        instances = json.loads(self._text("instances", video) or "[]")
+        known = tuple(Instance(**{**item, "visibility": tuple(item["visibility"])}) for item in instances)
+        return Row(video, name, rows.stop - rows.start, {}, known), arrays
+
+    def _text(self, name: str, video: int) -> str:
+        if name not in self.group:
+            return ""
+        value = self.group[name][video]
+        return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _checksum(values: npt.NDArray[Any]) -> int:
+    return int(google_crc32c.value(np.ascontiguousarray(values).tobytes()))

@@ -1,0 +1,231 @@
+"""Repairing a store: what its specifications and manifest tell is written again, what they do not is made again.
+
+Damaged videos lose their manifest rows, which makes the store an unfinished one, and are then extracted by the
+extractor itself, or copied again from where the store was exported. A repair that is killed therefore leaves a
+store that the next extraction, export or repair finishes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from featcache.backbones.backbone import Backbone
+from featcache.errors import DataError, IncompatibleError, compare_settings
+from featcache.extraction.extract import Progress, extract
+from featcache.extraction.job import SplitJob, merge
+from featcache.extraction.plan import ExtractPlan, SplitPlan
+from featcache.extraction.store_backbone import refuse_other_backbone, store_backbone
+from featcache.moments import Moments
+from featcache.sources import open_source
+from featcache.sources.video import Source
+from featcache.store import manifest
+from featcache.store.durable import write_tree
+from featcache.store.layout import array_layouts, split_metadata
+from featcache.store.reading import FeatureStore
+from featcache.store.spec import SplitSpec, StoreSpec, refuse_if_different
+from featcache.store.writing import StoreWriter, read_split_spec, save_split_spec
+from featcache.upkeep.convert import ConvertOptions, convert, copied_spec, open_origin
+from featcache.upkeep.verify import Damage, extra_files, metadata_problem, open_root, verify, verify_split
+
+
+@dataclass(frozen=True)
+class Means:
+    """What a repair may use; None is what the store itself names."""
+
+    data: str | Source | None = None
+    weights: str | None = None
+    backbone: Backbone | None = None
+    device: str = "cpu"
+
+    def source(self, store: FeatureStore) -> Source:
+        if self.data is not None and not isinstance(self.data, str):
+            return self.data
+        try:
+            return open_source(self.data or store.spec.source)
+        except DataError as error:
+            raise DataError(f"{error} (the store's own source; name where it is now with --data)") from error
+
+
+def repair(path: Path, means: Means | None = None, progress: Progress = lambda *_: None) -> list[Damage]:
+    """Mend a store and return what was damaged. Everything sound stays untouched.
+
+    Nothing is forgotten before it is sure that it can be made again. Raises ``DataError`` where the root
+    metadata, the source or the weights are gone, ``IncompatibleError`` where they are not the store's.
+    """
+    means = means or Means()
+    found = verify(path)
+    if not found:
+        return []
+    store = open_root(path)
+    with StoreWriter(path, store.spec):
+        for name in sorted({d.split for d in found if d.kind == "metadata"}):
+            _restore_metadata(store, path / name, means)
+    # Metadata that was lost has hidden the rest of its split.
+    damage = {name: list(verify_split(store.spec, path / name)) for name in sorted({d.split for d in found})}
+    found += [d for split in damage.values() for d in split if d not in found]
+
+    lost = [name for name, split in damage.items() if _must_be_made_again(path / name, split)]
+    make_again = _prepare(store, lost, means, progress) if lost else None
+    with StoreWriter(path, store.spec) as writer:
+        for name, split in damage.items():
+            _forget(store.spec, path / name, split)
+            if name not in lost and any(d.kind != "extra" for d in split):
+                _finish(writer, name)
+    if make_again:
+        make_again()
+    return found
+
+
+def _must_be_made_again(folder: Path, damage: list[Damage]) -> bool:
+    """Whether a split that was complete has lost videos; those of another are for extract, which goes on with it."""
+    complete = read_split_spec(folder).statistics_videos > 0
+    return complete and any(d.kind in ("chunk", "manifest") for d in damage)
+
+
+def _forget(store: StoreSpec, folder: Path, damage: list[Damage]) -> None:
+    """Take damaged videos out of the manifest, and files that do not belong out of the folder."""
+    spec = read_split_spec(folder)
+    kinds = {d.kind for d in damage}
+    if kinds - {"extra"}:
+        save_split_spec(folder, replace(spec, statistics_videos=0))  # before anything that it vouched for changes
+    if kinds & {"chunk", "manifest"}:
+        bad = {d.video for d in damage}
+        rows, _ = manifest.scan(folder)
+        manifest.replace_rows(folder, {video: row for video, row in rows.items() if video not in bad})
+    for file in extra_files(folder, spec, array_layouts(store, spec)):
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+
+
+def _finish(writer: StoreWriter, name: str) -> None:
+    """Write tables and statistics from the stored values, if every video is there."""
+    path, store = writer.path, writer.spec
+    with closing(writer.split(name, read_split_spec(path / name))) as split:
+        if len(split.done) < len(split.spec.lengths):
+            return
+        job = SplitJob(split.path.absolute(), name, store, split.spec, str(path), resize_frames=False)
+        # Merged as whoever made them did, so that the sums are rounded alike.
+        groups = [range(v, v + 1) for v in split.done] if store.exported_from else job.groups()
+        statistics: dict[str, Moments] = {}
+        for group in groups:
+            merge(statistics, job.measure(group, split.done, []))
+        split.finish(statistics)
+
+
+# -- making videos again -----------------------------------------------------------------------------------
+
+
+def _prepare(store: FeatureStore, names: list[str], means: Means, progress: Progress) -> Callable[[], object]:
+    """What makes the videos that these splits lack, after checking that it would make the same ones."""
+    if store.spec.exported_from:
+        return _prepare_copy(store, names, means, progress)
+    source, spec = means.source(store), store.spec
+    splits = []
+    for name in names:
+        split = read_split_spec(store.path / name)
+        _refuse_other_source(store.path / name, split, source, spec.frame_stride)
+        splits.append(SplitPlan(name, split, videos_done=0, frames_left=0, bytes_left=0))
+    backbone = means.backbone or store_backbone(store, weights=means.weights, device=means.device)
+    refuse_other_backbone(store, backbone)
+    free = shutil.disk_usage(store.path).free
+    # Stored frames have the size that was settled then, whether or not it was asked for.
+    plan = ExtractPlan(store.path, spec, tuple(splits), free, resize_frames=True)
+    return lambda: extract(plan, source, backbone, progress)
+
+
+def _refuse_other_source(folder: Path, split: SplitSpec, source: Source, stride: int) -> None:
+    name = folder.name
+    found = source.fingerprint(name) if name in source.splits() else None
+    lengths = tuple(-(-n // stride) for n in source.lengths(name))[: len(split.lengths)] if found else ()
+    differences = compare_settings(
+        {"source_fingerprint": split.source_fingerprint, "lengths": split.lengths},
+        {"source_fingerprint": found, "lengths": lengths},
+    )
+    if differences:
+        raise IncompatibleError(
+            f"{folder}: {source.location} does not hold its videos", differences, "give the same videos with --data"
+        )
+
+
+def _prepare_copy(store: FeatureStore, names: list[str], means: Means, progress: Progress) -> Callable[[], object]:
+    origin_path = _origin_path(store, means)
+    jobs = []
+    with open_origin(origin_path) as origin:
+        for name in names:
+            split = read_split_spec(store.path / name)
+            videos = split.shard_chunks // -(-max(split.lengths) // split.chunk_frames)
+            options = ConvertOptions(store.spec.dtype, tuple(store.spec.taps), (name,), videos)
+            jobs.append(options)
+            refuse_if_different(store.path, store.spec.identity(), copied_spec(origin, options).identity())
+            there = origin.splits[name].spec if name in origin.splits else None
+            kept = {"source_fingerprint": split.source_fingerprint, "lengths": split.lengths}
+            refuse_if_different(store.path / name, kept, {key: getattr(there, key, None) for key in kept})
+
+    def copy() -> None:
+        for options in jobs:
+            convert(origin_path, store.path, options, progress=progress)
+
+    return copy
+
+
+def _origin_path(store: FeatureStore, means: Means) -> Path:
+    path = Path(means.data if isinstance(means.data, str) else store.spec.exported_from)
+    if not path.exists():
+        raise DataError(f"{path}: gone, and {store.path} was exported from it; name where it is now with --data")
+    return path
+
+
+# -- metadata ----------------------------------------------------------------------------------------------
+
+
+def _restore_metadata(store: FeatureStore, folder: Path, means: Means) -> None:
+    """Write again every zarr.json that does not say what the specifications do."""
+    try:
+        spec = read_split_spec(folder)
+    except DataError:
+        spec = _rebuilt_spec(store, folder, means)
+    documents = split_metadata(store.spec, spec)
+    write_tree(folder, {name: data for name, data in documents.items() if metadata_problem(folder / name, data)})
+
+
+def _rebuilt_spec(store: FeatureStore, folder: Path, means: Means) -> SplitSpec:
+    """A split's lost specification, from its arrays, its manifest and the source."""
+    name, spec = folder.name, store.spec
+    try:
+        video = zarr.open_array(str(folder / "video"), mode="r")
+    except Exception as error:
+        raise DataError(
+            f"{folder}: both its zarr.json and that of its video array are lost; delete {folder} and extract it again"
+        ) from error
+    if spec.exported_from:
+        with open_origin(_origin_path(store, means)) as origin:
+            if name not in origin.splits:
+                raise DataError(f"{origin.path}: has no split {name}; name the store's origin with --data")
+            fingerprint, lengths = origin.splits[name].spec.source_fingerprint, origin.splits[name].spec.lengths
+    else:
+        source = means.source(store)
+        fingerprint = source.fingerprint(name)
+        lengths = tuple(-(-length // spec.frame_stride) for length in source.lengths(name))
+    frames, rows = video.chunks[0], manifest.scan(folder)[0]
+    ends = np.cumsum([-(-length // frames) * frames for length in lengths]).tolist()
+    if video.shape[0] not in ends or any(
+        row not in range(len(lengths)) or rows[row].frames != lengths[row] for row in rows
+    ):
+        raise IncompatibleError(f"{folder}: the source does not hold its videos; give the same ones with --data")
+    lengths = lengths[: ends.index(video.shape[0]) + 1]
+    return SplitSpec(
+        source_fingerprint=fingerprint,
+        lengths=lengths,
+        chunk_frames=frames,
+        frame_size=(video.shape[1], video.shape[2]),
+        masks=(folder / "segmentations").is_dir(),
+        # Verification looks at the tables and statistics of a split that says it is complete.
+        statistics_videos=len(lengths) if len(rows) == len(lengths) else 0,
+        shard_chunks=video.shards[0] // frames if video.shards else 0,
+    )

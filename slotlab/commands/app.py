@@ -1,0 +1,109 @@
+"""The ``slotlab`` command: its subcommands, and what becomes of errors."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from featcache.errors import DataError, FeatcacheError
+from slotlab.commands import (
+    bench,
+    demo,
+    doctor,
+    evaluate,
+    experiments,
+    extract,
+    masks,
+    report,
+    robustness,
+    stores,
+    train,
+)
+
+app = typer.Typer(
+    name="slotlab",
+    help="Object-centric learning on frozen features: extract once, then stream, train, evaluate.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+INTERRUPTED = 130
+
+
+@app.callback()
+def common(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    os.environ["SLOTLAB_DEBUG"] = "1" if debug else os.environ.get("SLOTLAB_DEBUG", "")
+
+
+app.command()(extract.extract)
+app.command()(stores.stats)
+app.command()(train.train)
+app.command("eval")(evaluate.evaluate)
+app.command()(demo.demo)
+app.command()(stores.verify)
+app.command()(stores.export)
+app.command("import")(stores.import_file)
+app.command()(stores.weights)
+app.command()(doctor.doctor)
+app.command()(masks.masks)
+app.command()(masks.segment)
+app.command()(robustness.robustness)
+app.command()(report.report)
+app.command()(report.view)
+app.command()(experiments.compare)
+app.command()(experiments.ablate)
+app.command()(experiments.table)
+app.add_typer(bench.bench, name="bench")
+
+
+def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """What to say of memory that is not there, and of places that cannot be read or written."""
+    full = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    if full or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's two
+        return (
+            "out of memory; take a smaller --batch-size, or --set optim.accumulate=2 or more (extract: fewer --workers)"
+        )
+    if isinstance(error, OSError):
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return f"{what}; look at the place and its permissions, or name another"
+    return None
+
+
+def main() -> None:
+    """Entry point: user errors become one line on stderr and an exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = app(standalone_mode=False)  # None, or the code of an exit; 130 for Ctrl-C in newer typers
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        sys.exit(code)
+    except (KeyboardInterrupt, typer.Abort):
+        said = "interrupted; what was finished is kept, the same command resumes (train: with --resume)"
+        print(f"slotlab: {said}", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except FeatcacheError as error:
+        if os.environ.get("SLOTLAB_DEBUG"):
+            raise
+        print(f"slotlab: {error.render()}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if (told := _of_the_machine(error)) and not os.environ.get("SLOTLAB_DEBUG"):
+            print(f"slotlab: {told}", file=sys.stderr)
+            sys.exit(DataError.exit_code)
+        if not (hasattr(error, "show") and hasattr(error, "exit_code")):  # click's, wherever typer keeps its click
+            raise
+        error.show()
+        sys.exit(error.exit_code)

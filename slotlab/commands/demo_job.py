@@ -1,0 +1,47 @@
+"""The whole job on the embedded sample: extract, statistics, train, evaluate, and a picture of the masks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featcache.backbones.backbone import load_backbone
+from featcache.extraction.extract import Progress, extract
+from featcache.extraction.plan import ExtractOptions, plan
+from featcache.sources import open_source
+from featcache.store.reading import FeatureStore
+from slotlab.config.schema import Config
+from slotlab.pictures.sheet import draw_sheet
+from slotlab.runs.loaded import load_run
+from slotlab.scoring.evaluate import evaluate
+from slotlab.training.train import Report, train
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    store: FeatureStore
+    run: Path
+    scores: dict[str, Any]
+    sheet: Path
+
+
+def extract_sample(cache: Path, device: torch.device, progress: Progress) -> FeatureStore:
+    """DINOv2 ViT-S/14 features of the embedded sample; resumes or does nothing where they are there."""
+    source = open_source(None)
+    backbone = load_backbone("dinov2_vits14", device=device)
+    return extract(plan(cache, source, backbone, ExtractOptions()), source, backbone, progress)
+
+
+def train_and_score(config: Config, store: FeatureStore, out: Path, device: torch.device, report: Report) -> DemoResult:
+    """Train anew (or resume what was interrupted), evaluate, draw."""
+    run = out / f"seed{config.seed}-steps{config.optim.steps}"
+    train(config, store, run, resume=(run / "config.toml").exists(), device=device, report=report)
+    loaded = load_run(run, store.path, device)
+    scores = evaluate(loaded)
+    (run / f"eval-{scores['split']}.json").write_text(json.dumps(scores, indent=1))
+    sheet = draw_sheet(loaded, store[scores["split"]], out / "masks.png")
+    return DemoResult(store, run, scores, sheet)

@@ -1,0 +1,98 @@
+"""slotlab extract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from featcache.errors import UsageError
+from slotlab.commands.options import CACHE_FOLDER, Device, Dtype, Json, Precision, print_json
+
+
+def extract(
+    context: typer.Context,
+    backbone: Annotated[str, typer.Option(help="Short name, timm:NAME or open_clip:ARCH/TAG.")] = "dinov2",
+    data: Annotated[str | None, typer.Option(help="Folder, HDF5 file or tfds:NAME; default: the sample.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="Repeatable; default: every split.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: cache/BACKBONE.zarr.")] = None,
+    tap: Annotated[list[str] | None, typer.Option(help="block12, block12.norm, block9.key ...; repeatable.")] = None,
+    input_size: Annotated[int | None, typer.Option(help="Pixels a side that the backbone sees.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="int8 keeps a scale for each token.")] = "float16",
+    frame_stride: Annotated[int, typer.Option(help="Keep every N-th frame.")] = 1,
+    max_videos: Annotated[int | None, typer.Option(help="Of each split.")] = None,
+    frame_size: Annotated[int | None, typer.Option(help="Side of the stored frames; default: as they are.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Checkpoint file, or random.")] = None,
+    batch_size: Annotated[str, typer.Option(help="Frames at a time, or auto (measured).")] = "auto",
+    precision: Annotated[Precision, typer.Option(help="The backbone runs in; auto measures.")] = "auto",
+    device: Device = "auto",
+    workers: Annotated[int | None, typer.Option(help="Processes of one thread, on this machine.")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="Of dask; its workers share this file system.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a frozen backbone over the videos once and store its patch tokens. Resumes where it stopped."""
+    if batch_size != "auto" and not batch_size.isdigit():
+        raise UsageError(f"--batch-size {batch_size}: give a number, or auto")
+    path = out or CACHE_FOLDER / f"{backbone.replace(':', '_').replace('/', '_')}.zarr"
+
+    from featcache.backbones.registry import get_spec
+
+    get_spec(backbone)  # a misspelt name is told before anything heavy is imported
+    from featcache.backbones.backbone import load_backbone
+    from featcache.extraction.extract import extract as run_extract
+    from featcache.extraction.extract import measure_seconds
+    from featcache.extraction.plan import ExtractOptions, plan
+    from featcache.machine import pick_device
+    from featcache.sources import PARTIAL, open_source
+    from slotlab.commands import terminal
+    from slotlab.commands.tables import plain_table
+
+    options = ExtractOptions(
+        splits=tuple(split or ()),
+        dtype=dtype,
+        frame_stride=frame_stride,
+        max_videos=max_videos,
+        frame_size=frame_size,
+        batch_size=None if batch_size == "auto" else int(batch_size),
+        precision=precision,
+    )
+    client = None
+    if (scheduler or workers is not None) and not dry_run:
+        from featcache.extraction.distributed import connect, extract_distributed
+
+        client = context.with_resource(connect(scheduler, workers))
+        if data and Path(data.removesuffix(PARTIAL)).exists():
+            data = str(Path(data).absolute())  # workers may have another working directory
+    source = open_source(data)
+    model = load_backbone(backbone, weights, tuple(tap or ()), input_size, pick_device(device))
+    todo = plan(path, source, model, options)
+    if dry_run:
+        summary = {
+            "out": str(path),
+            "splits": {s.name: {"videos": len(s.spec.lengths), "frames_left": s.frames_left} for s in todo.splits},
+            "taps": list(model.taps),
+            "batch_size": todo.spec.batch_size,
+            "precision": todo.spec.precision,
+            "frames_left": todo.frames_left,
+            "bytes_left": todo.bytes_left,
+            "bytes_free": todo.bytes_free,
+            "seconds": measure_seconds(todo, source, model),
+        }
+        if as_json:
+            print_json(summary)
+        else:
+            terminal.out.print(plain_table(("", "value"), [(k, str(v)) for k, v in summary.items()]))
+        return
+    with terminal.ExtractProgress() as progress:
+        if client:
+            store = extract_distributed(todo, source, client, weights=weights, device=device, progress=progress)
+        else:
+            store = run_extract(todo, source, model, progress)
+    summary = {"path": str(path), "splits": {name: store[name].frames for name in store.splits}}
+    if as_json:
+        print_json(summary)
+    else:
+        frames = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())  # type: ignore[attr-defined]
+        terminal.out.print(f"{path}: {frames} frames. Next: slotlab stats {path}")

@@ -1,0 +1,69 @@
+"""slotlab train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from slotlab.commands.options import Cache, Device
+
+
+def train(
+    context: typer.Context,
+    cache: Cache,
+    preset: Annotated[str, typer.Option(help="A shipped configuration.")] = "default",
+    config: Annotated[Path | None, typer.Option(help="TOML file, laid over the preset.")] = None,
+    override: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example model.slots=7.")] = None,
+    normalize: Annotated[str | None, typer.Option(help="slow=K, whiten, whiten=K, channel, scale, none ...")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples a step: frames, or clips.")] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/STORE-PRESET-SEED.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue this run from its checkpoint.")] = False,
+    init_from: Annotated[Path | None, typer.Option(help="Start with the parameters of this run.")] = None,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write events to RUN/tensorboard.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Train a slot model on cached features. Runs on several GPUs under: torchrun --nproc-per-node N -m cli train."""
+    from slotlab.config.load import load_config
+
+    settings = load_config(
+        preset,
+        config,
+        override or (),
+        data__normalize=normalize,
+        optim__steps=steps,
+        optim__batch_size=batch_size,
+        seed=seed,
+    )
+    from featcache.machine import pick_device
+    from featcache.store.reading import FeatureStore
+    from slotlab.commands import terminal
+    from slotlab.training.processes import is_leader
+    from slotlab.training.train import train as run_train
+
+    run = out or Path("runs") / f"{cache.stem}-{preset}-{settings.seed}"
+    store, place = FeatureStore.open(cache), pick_device(device)
+    for idle in settings.unread() if is_leader() else ():
+        terminal.err.print(f"note: {idle}", soft_wrap=True)
+    if settings.optim.precision == "bfloat16" and place.type == "cpu" and is_leader():
+        from slotlab.commands.doctor import bfloat16_speed, bfloat16_verdict
+
+        if (speed := bfloat16_speed()) < 1:
+            warning = f"warning: optim.precision=bfloat16 has {bfloat16_verdict(speed)}"
+            terminal.err.print(warning, style="yellow", soft_wrap=True)
+    shown = [context.with_resource(terminal.training_display(settings.optim.steps))]
+    if tensorboard:
+        from slotlab.training.tensorboard import events
+
+        shown.append(context.with_resource(events(run, resume)))
+
+    def tell(row: dict[str, Any]) -> None:
+        for each in shown:
+            each(row)
+
+    run_train(settings, store, run, resume=resume, init_from=init_from, device=place, report=tell)
+    if is_leader():
+        terminal.out.print(f"{run}: trained. Next: slotlab eval {run}")

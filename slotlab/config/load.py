@@ -1,0 +1,135 @@
+"""A configuration from a preset, a TOML file and overrides."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from featcache.errors import DataError, UsageError
+from slotlab.config.model import MODEL_KINDS
+from slotlab.config.schema import Config
+
+
+def presets() -> tuple[str, ...]:
+    """Names of the shipped presets."""
+    folder = resources.files("slotlab") / "presets"
+    return tuple(sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml")))
+
+
+def load_config(
+    preset: str = "default", file: Path | None = None, overrides: Iterable[str] = (), **shorthands: Any
+) -> Config:
+    """Merge preset, file and overrides (``section.key=value``, value as TOML or bare text) into a ``Config``.
+
+    ``shorthands`` are overrides with ``__`` for the dot; a ``None`` is left out. Raises ``UsageError`` naming
+    the key that is unknown or invalid.
+    """
+    if preset not in presets():
+        raise UsageError(f"--preset {preset}: unknown; there are: {', '.join(presets())}")
+    text = (resources.files("slotlab") / "presets" / f"{preset}.toml").read_text(encoding="utf-8")
+    values = tomllib.loads(text)
+    layers = [(f"preset {preset}", values)]
+    if file is not None:
+        layers.append((str(file), read_toml(file)))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UsageError(f"--set {override}: write it as key=value, for example --set model.slots=7")
+        layers.append(("--set", _nested(key.strip(), _value(value.strip()))))
+    for key, value in shorthands.items():
+        if value is not None:
+            layers.append(("options", _nested(key.replace("__", "."), value)))
+    merged: dict[str, Any] = {}
+    places: dict[str, str] = {}  # where each key was given last
+    for where, layer in layers:
+        _merge(merged, layer)
+        places |= dict.fromkeys(_dotted(layer), where)
+    return validate(merged, layers[-1][0], places)
+
+
+def changed_by(config: Config, key: str, value: str) -> Config:
+    """With one more ``--set key=value``; ``UsageError`` where there is no such key, or it does not go with others."""
+    values = config.model_dump(exclude_none=True)
+    _merge(values, _nested(key, _value(value)))
+    return validate(values, "--set")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file; name a TOML configuration") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); name a TOML configuration") from error
+    except ValueError as error:  # not TOML, or not even text
+        raise UsageError(f"{path}: not TOML ({error})") from error
+
+
+def validate(values: Mapping[str, Any], where: str, places: Mapping[str, str] | None = None) -> Config:
+    """``UsageError`` naming the key that is wrong and its place: that of the key in ``places``, or else ``where``."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # The tag of the model's kind, which pydantic puts into the path, is not part of the key.
+        key = ".".join(str(part) for part in first["loc"] if part not in MODEL_KINDS)
+        hint = ""
+        model = values.get("model")
+        kind = (model if isinstance(model, Mapping) else {}).get("kind", Config().model.kind)
+        if first["type"] == "extra_forbidden":
+            section, _, name = key.rpartition(".")
+            above = f"{section}." if section else ""
+            siblings = {k.removeprefix(above).partition(".")[0] for k in _keys(Config, kind) if k.startswith(above)}
+            close = get_close_matches(name, siblings, 1, cutoff=0.6)
+            hint = f"; did you mean {above}{close[0]}?" if close else ""
+        for given, place in (places or {}).items():
+            if given == key or given.startswith(f"{key}."):
+                where = place
+        message = "no such key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+        raise UsageError(": ".join(part for part in (where, key, message + hint) if part)) from error
+
+
+def _keys(model: type[BaseModel], kind: str, prefix: str = "") -> list[str]:
+    """All keys of a configuration whose model is of this kind."""
+    keys: list[str] = []
+    for name, item in model.model_fields.items():
+        parts = [part for part in (item.annotation, *get_args(item.annotation)) if isinstance(part, type)]
+        nested = [part for part in parts if issubclass(part, BaseModel)]
+        if name == "model":
+            nested = [part for part in nested if part.model_fields["kind"].default == kind]
+        keys += [key for part in nested for key in _keys(part, kind, f"{prefix}{name}.")] or [prefix + name]
+    return keys
+
+
+def _dotted(nested: Mapping[str, Any], above: str = "") -> Iterator[str]:
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{above}{key}.")
+        else:
+            yield above + key
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    head, dot, rest = key.partition(".")
+    return {head: _nested(rest, value) if dot else value}
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word
+
+
+def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value

@@ -1,0 +1,1 @@
+"""From soft masks to pixels. Knows no ground truth."""

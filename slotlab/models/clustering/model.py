@@ -1,0 +1,260 @@
+"""Slots as soft clusters of learnt keys, trained across time.
+
+Over slow, position-centred tokens (``data.normalize = "slow=128"``, ``data.center = "position"``; where nothing moves,
+principal components, ``whiten=128``) the background lies near the origin: a token's *norm* says that there is an
+object, and its *direction* says which. The model is built on that:
+
+- **keys** (B, N, S): direction of the first S channels, smoothed over 3x3 patches, plus a learnt residual that
+  starts at zero; beside them each patch's position, so that equal objects in two places part;
+- **objectness** (B, N): a logistic function of the norm around Otsu's threshold (Otsu 1979), with a learnt
+  residual; what it leaves is the background slot;
+- **slots**: started from the tokens farthest from each other (Gonzalez 1985), as many as the frame needs, and refined
+  as slot attention (Locatello et al., 2020, arXiv:2006.15055) in its k-means form: attention is the softmax over
+  slots of the negative squared distance, a slot is the weighted mean of what it holds;
+- **lasting**: slots of what soon has nothing like it, such as a passing shadow, are given to the background when a
+  video is segmented (:mod:`slotlab.models.clustering.lasting`);
+- **decoding** by mixing (see :class:`slotlab.models.decoders.MixDecoder`): the slots of one frame attend to and
+  reconstruct another frame of the clip, so that only what lasts is worth keeping in a slot. A single image is
+  reconstructed by its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from slotlab.config.model import ClusteringConfig, Logistic
+from slotlab.models.base import Model, Output
+from slotlab.models.clustering.lasting import Lasting
+from slotlab.models.clustering.tracking import Tracker, slot_means
+from slotlab.models.normalise import Normaliser
+from slotlab.models.randomness import Draws
+
+GRADIENT_ITERATIONS = 3  # of the refinement; earlier ones only bring the slots into place
+RESIDUAL_GAIN = 4.0  # of the learnt objectness, whose logits are large
+NEVER = -1e4  # a logit that no softmax notices
+LEAST_NORM = 1e-2  # of a key that is made a direction: the gradient grows with its inverse
+
+
+class ClusteringModel(Model):
+    """Soft clusters of learnt keys, with a background slot first.
+
+    Args:
+        config: sizes; ``config.slots`` counts the background.
+        normaliser: its channels must be ordered by importance, as ``slow=K`` and ``whiten=K`` have them.
+        grid: rows and columns of patches.
+    """
+
+    otsu: Tensor  # (), threshold of token norms
+    target_scale: Tensor  # (), for targets of mean square 1
+    position: Tensor  # (N, 2) in [-1, 1]
+
+    def __init__(self, config: ClusteringConfig, normaliser: Normaliser, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.config, self.normaliser, self.grid, self.slots = config, normaliser, grid, config.slots
+        self.keys = min(config.slot_dim, normaliser.dim)
+        axes = [torch.linspace(-1, 1, side) for side in grid]
+        self.register_buffer("position", torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1))
+        self.register_buffer("otsu", torch.tensor(float(normaliser.dim) ** 0.5))
+        self.register_buffer("target_scale", torch.ones(()))
+        self.lasting = Lasting(normaliser.dim)
+        hidden = config.hidden
+        self.embed = nn.Linear(normaliser.dim + 3, hidden)
+        self.context = nn.Conv2d(hidden, hidden, 3, groups=hidden)
+        self.residual = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, self.keys + 1))
+        last = self.residual[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self.decode = nn.Sequential(
+            nn.Linear(self.keys + 3, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, self.keys),
+        )
+
+    @torch.no_grad()
+    def calibrate(self, features: Float[Tensor, "F N D"]) -> None:
+        """Set the objectness threshold, and the scale of the target, from a sample of stored features."""
+        self.otsu.copy_(otsu_threshold(self.normaliser(features).norm(dim=-1)))
+        tokens = self.tokens(features)
+        self.target_scale.copy_(self.target(tokens).square().mean().rsqrt())
+
+    @torch.no_grad()
+    def learn_lasting(self, videos: Iterable[Float[Tensor, "_ N D"]]) -> None:
+        """Fit :class:`Lasting` on stored features of some videos; after :meth:`calibrate`."""
+        tokens = map(self.tokens, videos)
+        self.lasting.fit(
+            ((video, self.objectness_logit(video, self.config.target_objectness) > 0) for video in tokens),
+            self.config.lasting_frames,
+        )
+
+    def forward(self, features: Float[Tensor, "B N D"] | Float[Tensor, "B T N D"], draws: Draws) -> Output:
+        """Stored features of frames, or of clips: slots of one drawn frame, reconstruction of another."""
+        if features.ndim == 4:
+            drawn = features[:, draws.integers(features.shape[1], 2, features.device)]  # (B, 2, N, D)
+            slots, active = self.find_slots(*self.encode(self.tokens(drawn[:, 0])))
+            tokens = self.tokens(drawn[:, 1])
+            keys, objectness = self.encode(tokens)
+        else:
+            tokens = self.tokens(features)
+            keys, objectness = self.encode(tokens)
+            slots, active = self.find_slots(keys, objectness)
+        return self.output(tokens, slots, self.attend(keys, objectness, slots, active), 1 - objectness)
+
+    def segment(self, features: Float[Tensor, "T N D"], draws: Draws) -> Output:
+        """All frames of a video in order, each slot staying with its object (:mod:`.tracking`)."""
+        tokens = self.tokens(features)
+        keys, objectness = self.encode(tokens)
+        lasting = self.lasting(tokens)
+        if not self.config.tracking:
+            slots, active = self.find_slots(keys, objectness)
+            attention = self.attend(keys, objectness, slots, active)  # (T, N, K)
+            lasts = slot_means(attention, lasting.unsqueeze(-1)) >= self.config.lasting_threshold  # (T, K, 1)
+            attention = attention * lasts.transpose(1, 2)
+            return self.output(tokens, slots, attention, 1 - attention.sum(-1))
+        tracker = Tracker.start(self.config, self.attend, self.position.cpu(), keys.shape[-1])
+        carried, held = [], []
+        for frame in zip(tokens.cpu(), keys.cpu(), objectness.cpu(), lasting.cpu(), strict=True):
+            held.append(tracker.step(*frame))
+            carried.append(tracker.slots)
+        slots, attention = (torch.stack(frames).to(tokens.device) for frames in (carried, held))
+        return self.output(tokens, slots, attention, 1 - attention.sum(-1))
+
+    def tokens(self, features: Float[Tensor, "B N C"]) -> Float[Tensor, "B N D"]:
+        """Normalised features of frames, the background at the origin.
+
+        In a frame that is nearly empty a ViT may displace all tokens together, along slow directions by several times
+        the norm of an object, and everything would be one. The background is taken to be the quarter of the patches
+        nearest the origin; where that lies beyond the threshold of an object, the frame is moved back.
+        """
+        tokens = self.normaliser(features)
+        nearest = tokens.norm(dim=-1).topk(max(1, tokens.shape[1] // 4), largest=False).indices  # (B, N / 4)
+        background = tokens.gather(1, nearest.unsqueeze(-1).expand(-1, -1, tokens.shape[-1])).mean(1, keepdim=True)
+        displaced = background.norm(dim=-1, keepdim=True) > self.config.objectness.threshold * self.otsu  # (B, 1, 1)
+        return torch.where(displaced, tokens - background, tokens)
+
+    def output(
+        self,
+        tokens: Float[Tensor, "B N D"],
+        slots: Float[Tensor, "B K S"],
+        attention: Float[Tensor, "B N K"],
+        left: Float[Tensor, "B N"],
+    ) -> Output:
+        """The background's slot, which has what is left, joined to those of objects, and what they decode to."""
+        background = left.unsqueeze(-1)  # (B, N, 1)
+        masks = torch.cat([background, attention], -1).transpose(1, 2)  # (B, K, N)
+        found = F.pad(slots[..., : self.keys], (0, 0, 1, 0))  # the background's key is the origin
+        return Output(
+            slots=found,
+            attention=masks,
+            logits=masks.clamp_min(1e-6).log(),
+            masks=masks,
+            reconstruction=self.reconstruct(attention, slots, background),
+            target=self.target(tokens),
+        )
+
+    def target(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N S"]:
+        """What to reconstruct: the direction of objects, and nothing of the background."""
+        direction = F.normalize(tokens[..., : self.keys], dim=-1)
+        return (
+            direction
+            * self.objectness_logit(tokens, self.config.target_objectness).sigmoid().unsqueeze(-1)
+            * self.target_scale
+        )
+
+    def encode(self, tokens: Float[Tensor, "B N D"]) -> tuple[Float[Tensor, "B N S"], Float[Tensor, "B N"]]:
+        """Normalised tokens -> keys with their weighted position in the last two channels, and objectness."""
+        logit = self.objectness_logit(tokens, self.config.objectness)
+        position = self.position.expand(len(tokens), -1, -1)
+        hidden = F.relu(self.embed(torch.cat([tokens, logit.unsqueeze(-1) / RESIDUAL_GAIN, position], -1)))
+        hidden = hidden + self.context(self._bordered_map(hidden)).flatten(2).transpose(1, 2)
+        residual = self.residual(hidden)  # (B, N, S + 1)
+        leading = tokens[..., : self.keys]
+        smooth = F.avg_pool2d(self._bordered_map(leading), 3, stride=1)
+        base = F.normalize((leading + smooth.flatten(2).transpose(1, 2)) / 2, dim=-1)
+        keys = F.normalize(base + residual[..., :-1], dim=-1, eps=LEAST_NORM)
+        objectness = (logit + RESIDUAL_GAIN * residual[..., -1]).sigmoid()
+        return torch.cat([keys, self.config.position_weight * position], -1), objectness
+
+    def objectness_logit(self, tokens: Float[Tensor, "B N D"], logistic: Logistic) -> Float[Tensor, "B N"]:
+        """By the norm alone."""
+        return torch.div(tokens.norm(dim=-1) / (logistic.threshold * self.otsu) - 1, logistic.width)
+
+    def find_slots(
+        self, keys: Float[Tensor, "B N S"], objectness: Float[Tensor, "B N"]
+    ) -> tuple[Float[Tensor, "B K S"], Bool[Tensor, "B K"]]:
+        """Object slots (without the background's), and which of them the frame needs."""
+        with torch.no_grad():
+            slots, active = self.seed(keys, objectness)
+        for iteration in range(self.config.iterations):
+            with torch.set_grad_enabled(
+                torch.is_grad_enabled() and iteration >= self.config.iterations - GRADIENT_ITERATIONS
+            ):
+                attention = self.attend(keys, objectness, slots, active)
+                slots = slot_means(attention, keys)
+        return slots, active
+
+    def seed(
+        self, keys: Float[Tensor, "B N S"], objectness: Float[Tensor, "B N"]
+    ) -> tuple[Float[Tensor, "B K S"], Bool[Tensor, "B K"]]:
+        """Farthest-first traversal over object tokens, until all are within ``new_slot_distance`` of a slot."""
+        batch = torch.arange(len(keys), device=keys.device)
+        candidate = objectness > self.config.seed_objectness  # (B, N)
+        chosen = objectness.argmax(1)
+        slots, active = [keys[batch, chosen]], [candidate.any(1)]
+        distance = (keys - slots[0].unsqueeze(1)).square().sum(-1)  # (B, N) to the nearest slot
+        for _ in range(self.config.slots - 2):
+            farthest, chosen = (distance * candidate).max(1)
+            active.append(farthest > self.config.new_slot_distance)
+            slots.append(keys[batch, chosen])
+            distance = torch.minimum(distance, (keys - slots[-1].unsqueeze(1)).square().sum(-1))
+        return torch.stack(slots, 1), torch.stack(active, 1)
+
+    def attend(
+        self,
+        keys: Float[Tensor, "B N S"],
+        objectness: Float[Tensor, "B N"],
+        slots: Float[Tensor, "B K S"],
+        active: Bool[Tensor, "B K"],
+    ) -> Float[Tensor, "B N K"]:
+        """Attention that sums to the objectness over slots."""
+        closeness = 2 * keys @ slots.transpose(1, 2) - slots.square().sum(-1).unsqueeze(1)  # |key|^2 cancels
+        logits = (closeness / self.config.temperature).masked_fill(~active.unsqueeze(1), NEVER)
+        return logits.softmax(-1) * objectness.unsqueeze(-1)
+
+    def reconstruct(
+        self, attention: Float[Tensor, "B N K"], slots: Float[Tensor, "B K S"], background: Float[Tensor, "B N 1"]
+    ) -> Float[Tensor, "B N D"]:
+        """Tokens from each patch's mixture of slots, seen from where the patch lies."""
+        mixed = attention @ slots  # (B, N, S + 2)
+        key, place = mixed[..., : self.keys], mixed[..., self.keys :]
+        here = self.config.position_weight * self.position * (1 - background)
+        decoded: Tensor = self.decode(torch.cat([key, place - here, background], -1))
+        return decoded
+
+    def _bordered_map(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) -> (B, C, rows + 2, columns + 2), the outer patches repeated once.
+
+        By hand, because torch.compile miscompiles the gradient of replication padding (torch 2.14).
+        """
+        x = tokens.transpose(1, 2).reshape(len(tokens), -1, *self.grid)
+        x = torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2)
+        return torch.cat([x[..., :1], x, x[..., -1:]], 3)
+
+
+def otsu_threshold(values: Tensor, bins: int = 256) -> Tensor:
+    """The threshold that parts values into two classes of the largest between-class variance (Otsu 1979)."""
+    low, high = values.aminmax()
+    counts = torch.histc(values.float().cpu(), bins, float(low), float(high)).double()
+    middle = torch.linspace(float(low), float(high), bins, dtype=torch.float64)
+    below, sum_below = counts.cumsum(0), (counts * middle).cumsum(0)
+    above, sum_above = below[-1] - below, sum_below[-1] - sum_below
+    gap = sum_below / below.clamp_min(1) - sum_above / above.clamp_min(1)
+    variance = below * above * gap.square()
+    return middle[variance >= variance.max() * (1 - 1e-9)].mean().to(values)  # the middle of an empty gap

@@ -1,0 +1,181 @@
+"""Slots of the clustering model that keep their object from frame to frame.
+
+Online and causal: a frame's slots start where the last frame's ended. Tokens of objects that no slot explains start
+new slots, of two slots that have come together the one of the last frame stays, and a slot that holds nothing is free
+for another object.
+
+A slot's key alone would lose an object that turns, or pass its slot to a neighbour. So the attention of the last few
+frames, which outlast a short meeting, flows along the likeness of tokens, as labels do in video segmentation by
+propagation (Jabri et al., 2020, arXiv:2006.14613), and is used twice: slots are named by whom they take most from
+(Hungarian), and it is the prior of a Bayes filter, whose likelihood is the attention by keys.
+
+The choices are sequential and the arrays small, so this runs on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from slotlab.config.model import ClusteringConfig
+
+SAME_OBJECT = 0.1  # of what a slot holds: more than flows to it from a neighbour or from nowhere
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # keys, objectness, slots, active -> (B, N, K)
+
+
+class Seen(NamedTuple):
+    """A frame of the past."""
+
+    directions: Float[Tensor, "N D"]  # of the tokens
+    attention: Float[Tensor, "N K"]
+
+
+@dataclass
+class Tracker:
+    """State after some frames: K object slots, which of them hold an object, and what the last frames looked like.
+
+    Args:
+        config: distances and iterations.
+        attend: attention (1, N, K) of keys (1, N, S) and objectness (1, N) to slots (1, K, S), active (1, K).
+        position: of the patches, in [-1, 1].
+    """
+
+    config: ClusteringConfig
+    attend: Attend
+    position: Float[Tensor, "N 2"]
+    slots: Float[Tensor, "K S"]
+    active: Bool[Tensor, " K"]
+    lasting: Float[Tensor, " K"]  # the most that the tokens of its object were found to last
+    past: deque[Seen]  # newest first, at most flow_frames
+
+    @classmethod
+    def start(cls, config: ClusteringConfig, attend: Attend, position: Float[Tensor, "N 2"], width: int) -> Tracker:
+        count = config.slots - 1
+        none = torch.zeros(count, dtype=torch.bool)
+        past: deque[Seen] = deque(maxlen=config.flow_frames)
+        return cls(config, attend, position, torch.zeros(count, width), none, torch.zeros(count), past)
+
+    def step(
+        self,
+        tokens: Float[Tensor, "N D"],
+        keys: Float[Tensor, "N S"],
+        objectness: Float[Tensor, " N"],
+        lasting: Float[Tensor, " N"],
+    ) -> Float[Tensor, "N K"]:
+        """Take the next frame; its attention, which sums to the objectness over slots but for those that do not last.
+
+        Such a slot is carried on like any other, or its neighbours would take what it holds; and once it has been
+        found to last it is an object.
+        """
+        carried = self.active
+        # New slots first: a carried slot, refined alone, would take a new object for its own.
+        self._give_birth(keys, objectness)
+        self._refine(keys, objectness)
+        self._merge(self._attention(keys, objectness).sum(0), carried)
+        mass = self._refine(keys, objectness).sum(0)  # (K,) patches
+        self.active = self.active & (mass >= self.config.least_mass)
+        attention = self._attention(keys, objectness)
+        directions = F.normalize(tokens, dim=-1)
+        if self.past:
+            prior = self._propagate(directions)  # (N, K)
+            attention, carried = self._rename(prior, attention, carried)
+            attention = self._filter(prior, attention, objectness)
+            self.slots = torch.where(self.active.unsqueeze(-1), slot_means(attention, keys), self.slots)
+        self.past.appendleft(Seen(directions, attention))
+        found = slot_means(attention, lasting.unsqueeze(-1)).squeeze(-1)
+        found = torch.where(carried, torch.maximum(self.lasting, found), found)
+        self.lasting = torch.where(self.active, found, self.lasting)  # a hidden object may come back to its name
+        return attention * (self.lasting >= self.config.lasting_threshold)
+
+    def _propagate(self, directions: Float[Tensor, "N D"]) -> Float[Tensor, "N K"]:
+        """The past's attention, as it flows to the tokens of this frame that lie near and look alike."""
+        squared = _squared_distance(self.position, self.position)  # (N, N)
+        likeness = torch.cat(
+            [
+                # The further back, the further an object may have come from.
+                (directions @ seen.directions.T).masked_fill(
+                    squared > (self.config.flow_radius * (1 + lag / 2)) ** 2, -torch.inf
+                )
+                for lag, seen in enumerate(self.past)
+            ],
+            -1,
+        )  # (N, frames * N): from which token each comes
+        share = (likeness / self.config.flow_temperature).softmax(-1)
+        return share @ torch.cat([seen.attention for seen in self.past])
+
+    def _rename(
+        self, prior: Float[Tensor, "N K"], attention: Float[Tensor, "N K"], carried: Bool[Tensor, " K"]
+    ) -> tuple[Float[Tensor, "N K"], Bool[Tensor, " K"]]:
+        """Give every slot the name of the one it takes most from; a slot that takes from none keeps its own.
+
+        The attention by names, and which names still mean the object that they meant.
+        """
+        taken = prior.T @ attention  # (K before, K now): patches
+        own = torch.eye(len(self.slots), dtype=torch.bool)
+        order = linear_sum_assignment((taken + 1e-4 * own).numpy(), maximize=True)[1]
+        same = (taken > SAME_OBJECT * attention.sum(0)) | (own & carried)
+        self.slots, self.active = self.slots[order], self.active[order]
+        return attention[:, order], same[:, order].diagonal()
+
+    def _filter(self, prior: Tensor, attention: Tensor, objectness: Tensor) -> Float[Tensor, "N K"]:
+        """Posterior of prior and attention, over the slots that are there, as much as there is of an object."""
+        prior = prior * self.active
+        prior = prior / (prior.sum(-1, keepdim=True) + 1e-3) + self.config.prior_floor
+        posterior = attention * prior**self.config.prior_weight
+        whole = posterior.sum(-1, keepdim=True).clamp_min(torch.finfo(posterior.dtype).tiny)
+        return posterior / whole * objectness.unsqueeze(-1)
+
+    def _attention(self, keys: Tensor, objectness: Tensor) -> Tensor:
+        return self.attend(keys[None], objectness[None], self.slots[None], self.active[None])[0] * self.active
+
+    def _refine(self, keys: Tensor, objectness: Tensor) -> Tensor:
+        """Move the slots to the means of what they hold; the attention that they then have."""
+        for _ in range(self.config.tracking_iterations):
+            attention = self._attention(keys, objectness)  # (N, K)
+            self.slots = torch.where(self.active.unsqueeze(-1), slot_means(attention, keys), self.slots)
+        return self._attention(keys, objectness)
+
+    def _give_birth(self, keys: Tensor, objectness: Tensor) -> None:
+        """Farthest first, until every token of an object is within ``new_slot_distance`` of a slot."""
+        candidate = objectness > self.config.seed_objectness  # (N,)
+        distance = _squared_distance(keys, self.slots).masked_fill(~self.active, torch.inf).amin(-1)  # (N,)
+        # Without any slot all tokens are infinitely far: the likeliest object comes first.
+        distance = distance.where(distance.isfinite(), 1e3 * objectness)
+        slots, active = self.slots.clone(), self.active.clone()
+        for free in (~active).nonzero().flatten().tolist():
+            farthest, chosen = (distance * candidate).max(0)
+            if float(farthest) <= self.config.new_slot_distance:
+                break
+            slots[free], active[free] = keys[chosen], True
+            distance = torch.minimum(distance, _squared_distance(keys, slots[free : free + 1])[:, 0])
+        self.slots, self.active = slots, active
+
+    def _merge(self, mass: Tensor, carried: Tensor) -> None:
+        """Of two active slots within ``merge_distance`` the new one goes, or the one that holds less."""
+        close = _squared_distance(self.slots, self.slots) < self.config.merge_distance
+        pairs = (close & self.active & self.active.unsqueeze(-1)).triu(1).nonzero().tolist()
+        active = self.active.clone()
+        for one, other in pairs:
+            if active[one] and active[other]:
+                rank = {slot: (bool(carried[slot]), float(mass[slot])) for slot in (one, other)}
+                active[min(rank, key=rank.__getitem__)] = False
+        self.active = active
+
+
+def _squared_distance(a: Float[Tensor, "N S"], b: Float[Tensor, "K S"]) -> Float[Tensor, "N K"]:
+    return (a.unsqueeze(1) - b).square().sum(-1)
+
+
+def slot_means(attention: Float[Tensor, "*B N K"], values: Float[Tensor, "*B N S"]) -> Float[Tensor, "*B K S"]:
+    """Mean of patches' values over what each slot holds; 0 for a slot that holds nothing."""
+    mass = attention.sum(-2).unsqueeze(-1)  # (*B, K, 1)
+    return attention.transpose(-1, -2) @ values / (mass + 1e-3)

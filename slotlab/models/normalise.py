@@ -1,0 +1,187 @@
+"""Feature normalisation by the store's statistics, so that one configuration trains every backbone.
+
+Kinds, for features x with mean m, covariance C about it, and D channels:
+
+- ``whiten``: ``c (x - m) C'^(-1/2)`` with ``C' = (1 - s) C + s tr(C)/D I``, shrinkage s (Ledoit & Wolf 2004
+  with a fixed s), and c such that the mean channel variance is 1. The symmetric root (ZCA) is the one that no
+  eigenvector's sign or order can change.
+- ``whiten=K``: the K directions of the largest variance (principal components), each of unit variance, largest
+  first.
+- ``slow=K``: the K directions in which tokens of unit variance change least from frame to frame: linear slow
+  feature analysis (Wiskott & Sejnowski 2002), by the covariance of the features' motion. What stays while
+  objects move is what tells them apart, so this also reduces D channels to K.
+- ``channel``: ``(x - m) / sqrt(diag C)``.
+- ``scale``: ``(x - m) / sqrt(tr(C)/D)``: centred by channel, one factor for all, so that the channels keep
+  their relative spread.
+- ``none``: x.
+- ``sample``: each sample and channel to mean 0 and std 1 over its own patches. It takes the layout out of the
+  features and is known to hurt; kept so that the finding can be repeated.
+- ``fixed=FACTOR``: ``x * FACTOR``. Known not to help; kept for the same reason.
+
+m is the data set's mean token, or that of each patch position, which also takes out what the position alone
+tells. The first four kinds give the same output, up to rounding, when the features, and with them the
+statistics, are multiplied by any factor; and a mean predictor's squared error over their output is 1.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from featcache.errors import DataError, UsageError
+from featcache.moments import Moments
+from slotlab.config.schema import parse_normalisation
+
+FROM_STATISTICS = ("whiten", "slow", "channel", "scale")
+REDUCING = ("whiten", "slow")  # to K directions
+Center = Literal["channel", "position"]
+
+_DEAD = 1e-12  # variance, relative to the largest, below which a direction is rounding noise and is set to 0
+_EPSILON = 1e-6  # standard deviation below which ``sample`` does not amplify
+
+
+class Normaliser(nn.Module):
+    """Frozen normalisation of patch features, saved and moved with the model that uses it.
+
+    ``Normaliser(kind, dim, positions)`` alone is the empty shell that ``load_state_dict`` fills, ``positions``
+    being the number of patches if each has a mean of its own; :meth:`from_statistics` and
+    :meth:`from_moments` make one from a store. Raises UsageError for a kind that does not exist.
+    """
+
+    shift: Tensor  # (N or 1, D)
+    weight: Tensor  # (D, D') for ``whiten`` and ``slow``, (D,) or () otherwise
+
+    def __init__(self, kind: str, dim: int, positions: int = 1) -> None:
+        super().__init__()
+        self.kind, number = parse_normalisation(kind)
+        self.dim = int(number) if number and self.kind in REDUCING else dim  # of the output
+        if self.dim > dim:
+            raise UsageError(f"normalisation {kind}: the features have only {dim} channels")
+        self.register_buffer("shift", torch.zeros(positions, dim))
+        shape = {"whiten": (dim, self.dim), "slow": (dim, self.dim), "channel": (dim,)}.get(self.kind, ())
+        self.register_buffer("weight", torch.full(shape, number or 1.0))
+
+    @classmethod
+    def from_moments(cls, kind: str, moments: Moments, shrinkage: float, center: Center) -> Normaliser:
+        """From the moments of the training split, centred by channel or by patch position."""
+        by_position = center == "position"
+        return cls.from_statistics(
+            kind,
+            torch.from_numpy(moments.position_mean if by_position else moments.mean),
+            torch.from_numpy(moments.position_covariance if by_position else moments.covariance),
+            torch.from_numpy(moments.motion_covariance),
+            shrinkage,
+        )
+
+    @classmethod
+    def from_statistics(
+        cls,
+        kind: str,
+        mean: Tensor,
+        covariance: Tensor,
+        motion: Tensor | None = None,
+        shrinkage: float = 0.1,
+    ) -> Normaliser:
+        """From the mean (D,) or (N, D) of the tokens, their covariance (D, D) about it, and that of their motion.
+
+        ``motion`` (D, D) is needed by ``slow`` alone, ``shrinkage`` in [0, 1] used by ``whiten`` without K alone.
+        Computed in float64, stored in float32. Raises DataError when the statistics are not finite or the
+        features do not vary, UsageError for a wrong kind or shrinkage.
+        """
+        mean = mean.double().reshape(-1, mean.shape[-1])  # (N or 1, D)
+        positions, dim = mean.shape
+        if not 0 <= shrinkage <= 1:
+            raise UsageError(f"normalisation shrinkage is {shrinkage}; choose a value from 0 to 1")
+        name, number = parse_normalisation(kind)
+        if name not in FROM_STATISTICS:
+            return cls(kind, dim, positions)
+        self = cls(kind, dim, positions)
+        covariance = _symmetric(covariance, dim, "covariance")
+        if not bool(torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
+            raise DataError("feature statistics are not finite; run verify, then extract again")
+        variance = covariance.diagonal()
+        if float(variance.max()) <= 0:
+            raise DataError("feature statistics: no channel varies; choose another tap or check the backbone")
+        self.shift.copy_(mean)
+        if name == "whiten" and number:
+            self.weight.copy_(_principal_directions(covariance, self.dim, kind))
+        elif name == "whiten":
+            self.weight.copy_(_whitening(covariance, shrinkage))
+        elif name == "slow":
+            if motion is None or not bool(motion.any()):
+                raise DataError(f"normalisation {kind}: nothing moves in single frames; train with --preset image")
+            self.weight.copy_(_slow_directions(covariance, _symmetric(motion, dim, "motion"), self.dim, kind))
+        elif name == "channel":
+            self.weight.copy_(_inverse_root(variance))
+        else:
+            self.weight.copy_(variance.mean().rsqrt())
+        return self
+
+    def forward(self, features: Tensor) -> Tensor:
+        """features (..., N, D) of any float type to float32 (..., N, D'); autocast does not reach it."""
+        if features.shape[-1] != self.shift.shape[-1]:
+            raise ValueError(f"features have {features.shape[-1]} channels, the normaliser {self.shift.shape[-1]}")
+        with torch.autocast(features.device.type, enabled=False):
+            x = features.float()
+            if self.kind == "none":
+                return x
+            if self.kind == "sample":
+                deviation, mean = torch.std_mean(x, dim=-2, correction=0, keepdim=True)
+                return (x - mean) / (deviation + _EPSILON)
+            if self.kind == "fixed":
+                return x * self.weight
+            x = x - self.shift
+            return x @ self.weight if self.weight.ndim == 2 else x * self.weight
+
+    def extra_repr(self) -> str:
+        return f"{self.kind!r}, {self.shift.shape[-1]} -> {self.dim}"
+
+
+def _symmetric(matrix: Tensor, dim: int, what: str) -> Tensor:
+    if matrix.shape != (dim, dim):
+        raise DataError(f"feature statistics: {what} {tuple(matrix.shape)} does not fit {dim} channels; extract again")
+    return (matrix.double() + matrix.double().T) / 2
+
+
+def _whitening(covariance: Tensor, shrinkage: float) -> Tensor:
+    """Symmetric (D, D) root of the inverse of the shrunk covariance, for a mean channel variance of 1."""
+    shrunk = (1 - shrinkage) * covariance
+    shrunk.diagonal().add_(shrinkage * covariance.diagonal().mean())
+    values, vectors = torch.linalg.eigh(shrunk)
+    weight: Tensor = (vectors * _inverse_root(values)) @ vectors.T
+    variance = (weight @ covariance @ weight).diagonal().mean()
+    return weight * variance.rsqrt()
+
+
+def _sphere(covariance: Tensor, count: int, kind: str) -> Tensor:
+    """(D, R) principal directions of unit variance, largest last: all R >= ``count`` in which tokens vary."""
+    values, vectors = torch.linalg.eigh(covariance)  # ascending
+    alive = values > _DEAD * values.max()  # a channel that never varies never moves either
+    if int(alive.sum()) < count:
+        raise UsageError(f"normalisation {kind}: the features vary in only {int(alive.sum())} directions")
+    return torch.mul(vectors[:, alive], values[alive].rsqrt())
+
+
+def _principal_directions(covariance: Tensor, count: int, kind: str) -> Tensor:
+    """(D, K) directions of unit variance in which tokens vary most, largest first."""
+    return _signed(_sphere(covariance, count, kind)[:, -count:].flip(1))
+
+
+def _slow_directions(covariance: Tensor, motion: Tensor, count: int, kind: str) -> Tensor:
+    """(D, K) directions of unit variance with the least motion, slowest first."""
+    sphere = _sphere(covariance, count, kind)  # (D, R)
+    _, rotation = torch.linalg.eigh(sphere.T @ motion @ sphere)  # ascending: slowest first
+    return _signed(sphere @ rotation[:, :count])
+
+
+def _signed(directions: Tensor) -> Tensor:
+    """An eigenvector's sign is arbitrary; fixed by its largest entry, training repeats on every machine."""
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    return torch.mul(directions, largest.sign())
+
+
+def _inverse_root(variance: Tensor) -> Tensor:
+    """``1 / sqrt(variance)``, and 0 for directions without any."""
+    return torch.where(variance > _DEAD * variance.max(), variance.clamp_min(0).rsqrt(), 0.0)

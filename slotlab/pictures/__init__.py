@@ -1,0 +1,1 @@
+"""From masks and frames to files for eyes and other programs."""

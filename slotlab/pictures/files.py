@@ -1,0 +1,176 @@
+"""Masks as files: palette PNGs of slot numbers, one COCO file of run lengths, and frames with the masks laid over."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from slotlab.masks.labels import fine_labels
+from slotlab.masks.refine import Method
+from slotlab.models.base import on_grid
+from slotlab.pictures import palette
+from slotlab.pictures.coco import encode
+from slotlab.runs.loaded import LoadedRun
+
+Format = Literal["png", "rle", "overlay-png", "overlay-mp4", "overlay-gif"]
+COCO_NAME = "masks.json"
+TINT = 0.55  # share of the slot's colour in an overlay
+
+Pictures = npt.NDArray[np.uint8]  # (T, H, W, 3)
+Progress = Callable[[str, int, int], None]  # what, frames done, frames in all
+
+
+@dataclass(frozen=True)
+class Masked:
+    """The frames of one video with the slot of each pixel."""
+
+    name: str  # of its files
+    frames: Pictures  # (T, H, W, 3)
+    labels: npt.NDArray[np.uint8]  # (T, H, W), below ``slots``
+    slots: int
+
+
+def store_masks(
+    loaded: LoadedRun,
+    split_name: str | None = None,
+    videos: int | None = None,
+    method: Method | None = None,
+    progress: Progress = lambda *_: None,
+) -> Iterator[Masked]:
+    """A run's masks of a split's videos, or of some spread over it. Ground truth is not needed."""
+    split = loaded.store[split_name or loaded.config.data.eval_split].require_complete()
+    chosen = split.videos if videos is None else split.spread(videos)
+    total, done = sum(split.spec.lengths[video] for video in chosen), 0
+    for video in chosen:
+        frames = split.video(video)
+        masks = on_grid(loaded.segment(split, video).masks, loaded.model.grid)  # (T, K, h, w)
+        name = f"{video:04d}-{split.manifest[video].id}"
+        yield Masked(name, frames, fine_labels(masks, frames, method), masks.shape[1])
+        done += len(frames)
+        progress(split.name, done, total)
+
+
+class MaskWriter:
+    """Writes videos' masks below a folder, in one format. Use it in a ``with`` statement.
+
+    ``png`` and ``overlay-png`` give ``NAME/00000.png`` and so on, ``overlay-mp4`` and ``overlay-gif`` one file a video,
+    ``rle`` one COCO file for all, ``masks.json``, written at the end.
+    """
+
+    def __init__(self, folder: Path, form: Format, frames_a_second: float = 12.0) -> None:
+        self.folder, self.form, self.rate = folder, form, frames_a_second
+        self.files = 0
+        self._coco: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": []}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.form == "rle" and kind is None:
+            (self.folder / COCO_NAME).write_text(json.dumps(self._coco))
+            self.files += 1
+
+    def add(self, masked: Masked) -> None:
+        name = re.sub(r"[^\w.-]+", "_", masked.name)
+        if self.form == "rle":
+            self._add_coco(name, masked)
+            return
+        if self.form in ("overlay-mp4", "overlay-gif"):
+            pictures = overlay(masked)
+            path = self.folder / f"{name}.{self.form.removeprefix('overlay-')}"
+            (write_mp4 if self.form == "overlay-mp4" else write_gif)(path, pictures, self.rate)
+            self.files += 1
+            return
+        below = self.folder / name
+        below.mkdir(exist_ok=True)
+        drawn = overlay(masked) if self.form == "overlay-png" else masked.labels
+        for index, picture in enumerate(drawn):
+            image = Image.fromarray(picture) if picture.ndim == 3 else label_image(picture, masked.slots)
+            image.save(below / f"{index:05d}.png")
+        self.files += len(drawn)
+
+    def _add_coco(self, name: str, masked: Masked) -> None:
+        coco = self._coco
+        for slot in range(len(coco["categories"]), masked.slots):
+            coco["categories"].append({"id": slot + 1, "name": f"slot {slot}"})
+        height, width = masked.labels.shape[1:]
+        for index, labels in enumerate(masked.labels):
+            image = {"id": len(coco["images"]) + 1, "file_name": f"{name}/{index:05d}.png", "video": name}
+            coco["images"].append(image | {"frame": index, "height": height, "width": width})
+            for slot in np.unique(labels).tolist():
+                mask = labels == slot
+                rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+                box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
+                coco["annotations"].append(
+                    {
+                        "id": len(coco["annotations"]) + 1,
+                        "image_id": image["id"],
+                        "category_id": slot + 1,  # COCO counts from 1
+                        "segmentation": encode(mask),
+                        "area": int(mask.sum()),
+                        "bbox": [int(value) for value in box],
+                        "iscrowd": 0,
+                    }
+                )
+
+
+def slot_colours(slots: int) -> npt.NDArray[np.uint8]:
+    """(K, 3): objects' colours first, then muted ones, again and again."""
+    colours = [palette.rgb(colour) for colour in (*palette.OBJECTS, *palette.OTHERS)]
+    return np.array([colours[slot % len(colours)] for slot in range(slots)], np.uint8)
+
+
+def label_image(labels: npt.NDArray[np.uint8], slots: int) -> Image.Image:
+    """Slot numbers (H, W) as a palette image: its pixels are the numbers, its look the slots' colours."""
+    image = Image.frombytes("P", (labels.shape[1], labels.shape[0]), np.ascontiguousarray(labels).tobytes())
+    image.putpalette(slot_colours(slots).ravel().tolist())
+    return image
+
+
+def overlay(masked: Masked) -> Pictures:
+    """Frames tinted by slot, with light lines between slots; the one with the most pixels, the background, is not."""
+    pixels = np.bincount(masked.labels.ravel(), minlength=masked.slots)
+    tint = np.where(np.arange(masked.slots) == pixels.argmax(), 0.0, TINT).astype(np.float32)  # (K,)
+    colours = slot_colours(masked.slots).astype(np.float32)
+    drawn = np.empty_like(masked.frames)
+    for index, (frame, labels) in enumerate(zip(masked.frames, masked.labels, strict=True)):
+        share = tint[labels][..., None]
+        picture = frame * (1 - share) + colours[labels] * share
+        edge = np.zeros(labels.shape, bool)
+        edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+        edge[1:] |= labels[1:] != labels[:-1]
+        picture[edge] = 245
+        drawn[index] = picture.round().astype(np.uint8)
+    return drawn
+
+
+def write_mp4(path: Path, pictures: Pictures, rate: float) -> None:
+    """H.264 that every browser plays; an odd side is widened by its last pixels."""
+    import av
+
+    odd = [(0, side % 2) for side in pictures.shape[1:3]]
+    pictures = np.pad(pictures, ((0, 0), *odd, (0, 0)), mode="edge")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1001))
+        stream.height, stream.width = pictures.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "18"}
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def write_gif(path: Path, pictures: Pictures, rate: float) -> None:
+    """An animation that repeats."""
+    images = [Image.fromarray(picture) for picture in pictures]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / rate), loop=0)

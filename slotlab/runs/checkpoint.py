@@ -1,0 +1,146 @@
+"""Run folders: readable without any tool, and never a pickle.
+
+::
+
+    runs/NAME/
+      config.toml           the configuration, complete
+      store.json            which store was trained on: path and identity
+      metrics.jsonl         a row a logged step
+      checkpoint/           model.safetensors, optimizer.safetensors, state.json; average.safetensors with optim.ema
+      summary.json          how it ended and where it was made; written at the end
+
+A checkpoint is made in a folder beside, synced and swapped in by renaming, so that there is always one whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from featcache.errors import DataError, IncompatibleError, UsageError
+from slotlab.config.load import read_toml, validate
+from slotlab.config.schema import Config
+
+FOLDER = "checkpoint"
+MODEL, AVERAGE = "model.safetensors", "average.safetensors"
+
+
+def save(
+    run: Path, model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Write the checkpoint of a run, replacing the one before."""
+    fresh, old, final = (run / f"{FOLDER}{suffix}" for suffix in (".new", ".old", ""))
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    for name, module in ((MODEL, model), (AVERAGE, average)):
+        if module is not None:
+            save_file({k: v.contiguous() for k, v in module.state_dict().items()}, fresh / name)
+    tensors = {
+        f"{index}.{name}": value.contiguous()
+        for index, values in optimizer.state_dict()["state"].items()
+        for name, value in values.items()
+    }
+    save_file(tensors, fresh / "optimizer.safetensors")
+    (fresh / "state.json").write_text(json.dumps(state, indent=1))
+    for path in fresh.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    shutil.rmtree(old, ignore_errors=True)
+    if final.exists():
+        final.rename(old)
+    fresh.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def exists(run: Path) -> bool:
+    return _whole(run) is not None
+
+
+def folder(run: Path) -> Path:
+    """The whole checkpoint of a run. ``DataError`` if it has none."""
+    whole = _whole(run)
+    if whole is not None:
+        return whole
+    raise DataError(f"{run}: no checkpoint; name a folder that slotlab train made (for example runs/demo)")
+
+
+def _whole(run: Path) -> Path | None:
+    for suffix in ("", ".old"):  # a crash between the two renames leaves the old one aside
+        if (run / f"{FOLDER}{suffix}" / "state.json").exists():
+            return run / f"{FOLDER}{suffix}"
+    return None
+
+
+def state(run: Path) -> dict[str, Any]:
+    path = folder(run) / "state.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        return {key: found[key] for key in ("step", "schedule", "stream")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: damaged ({error}); train again") from error
+
+
+def load_model(run: Path, model: nn.Module, name: str | None = None) -> None:
+    """Fill ``model`` with the weights to use: averaged ones if the run has them, unless ``name`` says which.
+
+    ``IncompatibleError`` when the weights are of another model.
+    """
+    path = folder(run) / (name or _to_use(run))
+    try:
+        model.load_state_dict(_tensors(path))
+    except RuntimeError as error:
+        raise IncompatibleError(f"{path}: weights of another model; {str(error).splitlines()[-1].strip()}") from error
+
+
+def load_parameters(run: Path, model: nn.Module) -> None:
+    """Fill what is learnt with another run's; what was measured on the store (normalisation, thresholds) stays.
+
+    ``IncompatibleError`` when that run has another model.
+    """
+    path = folder(run) / _to_use(run)
+    theirs, ours = _tensors(path), dict(model.named_parameters())
+    differing = [name for name, value in ours.items() if name not in theirs or theirs[name].shape != value.shape]
+    if differing:
+        raise IncompatibleError(f"--init-from {run}: another model ({', '.join(differing[:3])} do not fit)")
+    with torch.no_grad():
+        for name, value in ours.items():
+            value.copy_(theirs[name])
+
+
+def _to_use(run: Path) -> str:
+    return AVERAGE if load_run_config(run).optim.ema else MODEL
+
+
+def load_optimizer(run: Path, optimizer: torch.optim.Optimizer) -> None:
+    raw = optimizer.state_dict()
+    raw["state"] = {}
+    for key, value in _tensors(folder(run) / "optimizer.safetensors").items():
+        index, _, name = key.partition(".")
+        raw["state"].setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict(raw)
+
+
+def load_run_config(run: Path) -> Config:
+    """The configuration a run was made with. ``DataError`` for a folder that is no run, or a damaged one."""
+    path = run / "config.toml"
+    if not path.is_file():
+        raise DataError(f"{run}: not a run; name a folder that slotlab train made (for example runs/demo)")
+    try:
+        return validate(read_toml(path), str(path))
+    except UsageError as error:
+        raise DataError(f"{error}; restore the file, or train again") from error
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: damaged ({error}); train again, or restore the file") from error

@@ -1,0 +1,195 @@
+"""The files of a run folder, and whether a run goes with a store."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featcache.errors import DataError, IncompatibleError, UsageError, compare_settings
+from featcache.store.reading import FeatureStore
+from featcache.store.spec import SCHEMA, StoreSpec, flatten
+from featcache.stream.stream import VIDEO
+from slotlab.commands.terminal import warn
+from slotlab.config.schema import Config
+from slotlab.runs import checkpoint
+
+
+def trained_spec(run: Path) -> StoreSpec:
+    """What the features were that a run was trained on, from its folder."""
+    path, raw = run / "store.json", trained_on(run)["spec"]
+    if raw.get("schema") != SCHEMA:
+        raise IncompatibleError(f"{path}: store schema {raw.get('schema')}, this version reads {SCHEMA}; train again")
+    return StoreSpec.from_json(raw)
+
+
+def check_run(config: Config, store: FeatureStore, run: Path, resume: bool) -> None:
+    """``UsageError`` if there is a run already, or none to resume; ``IncompatibleError`` if it is another one."""
+    exists = (run / "config.toml").exists()
+    anew = "" if checkpoint.exists(run) else "; it has no checkpoint yet: delete it to start anew"
+    if (run / "zarr.json").exists():
+        raise UsageError(f"{run}: is a store; choose another --out")
+    if not resume:
+        if exists:
+            raise UsageError(f"{run}: exists already; add --resume to continue it, or choose another --out{anew}")
+        return
+    if not exists:
+        raise UsageError(f"{run}: nothing to resume; leave out --resume")
+    before, now = (flatten(c.model_dump()) for c in (checkpoint.load_run_config(run), config))
+    changed = [
+        f"{key}: {before.get(key)} then, {now.get(key)} now"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key)
+    ]
+    if changed:
+        raise IncompatibleError(f"{run}: was made with another configuration ({'; '.join(changed)}){anew}")
+    check_store(run, store)
+    samples = _samples(config, store)
+    if differences := compare_settings(samples, trained_on(run)["samples"] or samples):  # early runs did not note them
+        raise IncompatibleError(
+            f"{store.path}: not the videos that {run} was begun on", differences, "name its own store with --cache"
+        )
+
+
+def _samples(config: Config, store: FeatureStore) -> dict[str, Any]:
+    """What decides, beside the kind of features, which samples a run is trained on."""
+    split, tap = store[config.data.train_split], config.data.tap
+    return {
+        "split": split.name,
+        "source_fingerprint": split.spec.source_fingerprint,
+        "videos": len(split.spec.lengths),
+        "frames": sum(split.spec.lengths),
+        **({"dtype": store.spec.dtype, "precision": store.spec.precision} if tap != VIDEO else {}),
+    }
+
+
+def create_run(config: Config, store: FeatureStore, run: Path, init_from: Path | None) -> None:
+    """The folder of a fresh run: its configuration, its store, and the run whose parameters it starts with."""
+    path = store.path.resolve()
+    places = {"path": str(path), "from_run": os.path.relpath(path, run.resolve())}  # the run may move, or both
+    note = {**places, "identity": store.spec.identity(), "spec": store.spec.to_json()}
+    note["samples"] = _samples(config, store)
+    if init_from is not None:
+        note["init_from"] = str(init_from.resolve())
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "store.json").write_text(json.dumps(note, indent=1))
+    (run / "config.toml").write_text(config.to_toml())
+
+
+def trained_on(run: Path) -> dict[str, Any]:
+    """The run's ``store.json``. ``DataError`` if it is missing or damaged."""
+    path = run / "store.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        kinds = {"path": str, "identity": dict, "spec": dict}
+        if wrong := [key for key, kind in kinds.items() if not isinstance(found[key], kind)]:
+            raise TypeError(", ".join(wrong))
+        return {"from_run": None, "init_from": None, "samples": None} | found
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: missing, damaged or of an earlier version; train the run again") from error
+
+
+def begun_from(run: Path, init_from: Path | None) -> Path | None:
+    """The run whose parameters a run was begun with. ``UsageError`` if ``init_from`` is another one."""
+    noted = trained_on(run)["init_from"]
+    if init_from is not None and str(init_from.resolve()) != noted:
+        raise UsageError(f"--init-from {init_from}: {run} was begun with {noted or 'fresh parameters'}; leave it out")
+    return None if noted is None else Path(noted)
+
+
+def store_path(run: Path) -> Path:
+    """The store that a run was trained on, as seen from here. ``DataError`` if it is not there."""
+    noted = trained_on(run)
+    places = [Path(noted["path"])]
+    if noted["from_run"]:
+        places.append(Path(os.path.normpath(run.resolve() / noted["from_run"])))
+    for path in places:
+        if path.exists():
+            return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    raise DataError(f"{run}: was trained on {places[0]}, which is not there; say where its store is with --cache")
+
+
+def check_store(run: Path, store: FeatureStore) -> None:
+    """``IncompatibleError`` unless the store holds the same kind of features that the run was trained on.
+
+    A run on the stored frames goes with any store: it reads no features.
+    """
+    tap = checkpoint.load_run_config(run).data.tap
+    if tap == VIDEO:
+        return
+    noted, name = trained_on(run), store.tap(tap)
+    ignored = ("dtype", "precision", "frame_stride", "taps.")  # how, and what else, is stored; not what it means
+
+    def deciding(identity: Mapping[str, Any], taps: Mapping[str, Any]) -> dict[str, Any]:
+        kept = {key: value for key, value in identity.items() if not key.startswith(ignored)}
+        return kept | {f"{name} {key}": value for key, value in taps.get(name, {}).items()}
+
+    spec = json.loads(json.dumps(store.spec.to_json()))
+    now = deciding(json.loads(json.dumps(store.spec.identity())), spec["taps"])
+    if differences := compare_settings(now, deciding(noted["identity"], noted["spec"]["taps"])):
+        raise IncompatibleError(
+            f"{store.path}: not the features that {run} was trained on",
+            differences,
+            "name its own store, or one made the same way, with --cache",
+        )
+
+
+def keep_result(run: Path, store: FeatureStore, result: Mapping[str, Any], name: str = "eval") -> None:
+    """Leave a result as ``NAME-SPLIT.json`` in the run's folder, where reports and tables look for it.
+
+    One from another store is not left if the run's own is there; where the folder cannot be written, that is said.
+    """
+    try:
+        own = store_path(run).resolve() == store.path.resolve()
+    except DataError:
+        own = True  # this store stands for the one that is gone
+    path = run / f"{name}-{result['split']}.json"
+    try:
+        if own:
+            path.write_text(json.dumps(result, indent=1))
+    except OSError as error:
+        warn([f"{path}: cannot be written ({error.strerror}), so the result is not kept"])
+
+
+def keep_rows(path: Path, step: int) -> float:
+    """Drop what was logged after the checkpoint that a run resumes from; the seconds it had then trained."""
+    kept = [row for row in read_rows(path) if row["step"] <= step]
+    if path.exists():
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
+    return float(kept[-1]["seconds"]) if kept else 0.0
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a ``metrics.jsonl``; a last line that a crash cut short is left out."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            int(row["step"])  # every row has one
+            rows.append(row)
+        except (ValueError, KeyError, TypeError) as error:
+            if number < len(lines):
+                raise DataError(f"{path}: line {number}: damaged ({error}); delete the line") from error
+    return rows
+
+
+def write_summary(run: Path, device: torch.device, processes: int) -> None:
+    """``summary.json``: how the run ended, and where it was made."""
+    rows = read_rows(run / "metrics.jsonl")
+    summary = {
+        "finished": True,
+        **(rows[-1] if rows else {}),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "processes": processes,
+        "threads": torch.get_num_threads(),
+        "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "slotlab": version("slotlab")},
+    }
+    (run / "summary.json").write_text(json.dumps(summary, indent=1))

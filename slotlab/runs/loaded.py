@@ -1,0 +1,53 @@
+"""A trained model with the configuration and store it belongs to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from featcache.store.reading import FeatureStore, Split
+from slotlab.config.schema import Config
+from slotlab.models.base import Model, Output
+from slotlab.models.build import empty_model
+from slotlab.models.inputs import model_input, model_spec, model_tap
+from slotlab.models.randomness import Draws
+from slotlab.runs import checkpoint
+from slotlab.runs.folder import check_store, store_path
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model with the configuration and store it belongs to."""
+
+    path: Path
+    config: Config
+    store: FeatureStore
+    tap: str
+    model: Model
+
+    def segment(self, split: Split, video: int) -> Output:
+        """The model's output on all frames of one video, with the masks that the run publishes; always the same."""
+        return self.segment_input(model_input(self.config, split, video), video)
+
+    def segment_input(self, features: Tensor, video: int) -> Output:
+        """The same for another input in the place of that video's: (T, N, D), or (T, H, W, 3) uint8."""
+        return self.output(features, video).showing(self.config.published_masks)
+
+    @torch.no_grad()
+    def output(self, features: Tensor, video: int) -> Output:
+        """The same with the decoder's masks, whichever the run publishes. ``DataError`` where they are not finite."""
+        device = next(self.model.parameters()).device
+        return self.model.segment(features.to(device), Draws.of_step(self.config.seed, video)).checked()
+
+
+def load_run(run: Path, cache: Path | None = None, device: torch.device | str = "cpu") -> LoadedRun:
+    """Open a run folder; ``cache`` overrides the store that it was trained on."""
+    config = checkpoint.load_run_config(run)
+    store = FeatureStore.open(cache or store_path(run))
+    check_store(run, store)
+    model = empty_model(config, model_spec(config, store))
+    checkpoint.load_model(run, model)
+    return LoadedRun(run, config, store, model_tap(config, store), model.to(device).eval())

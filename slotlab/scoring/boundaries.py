@@ -1,0 +1,167 @@
+"""How well masks follow the outlines of objects: the boundary F measure, and bleeding.
+
+Both are taken of hard masks (argmax) at the frame's resolution, each object with its own slot
+(:func:`slotlab.scoring.metrics.matched_slots`):
+
+- **boundary F** (Martin, Fowlkes & Malik 2004, as DAVIS defines it, Perazzi et al. 2016): harmonic mean of the share
+  of the slot's outline that lies within a tolerance of the object's, and of the share of the object's outline that
+  lies within it of the slot's. The tolerance is 0.8 % of the frame's diagonal, rounded up: 3 px at 256x256. An object
+  without a slot has 0.
+- **bleeding**: the share of the slot's mask that lies outside its object. Not defined for an object without a slot.
+
+Small objects bleed most, because a patch is as large as they are: both are also given by thirds of the areas of the
+split's visible objects, whose bounds do not depend on the run.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slotlab.scoring.metrics import matched_slots
+from slotlab.scoring.tables import contingency
+
+TOLERANCE = 0.008  # of the frame's diagonal
+CLASSES = ("small", "medium", "large")
+
+
+def tolerance_px(size: tuple[int, int]) -> int:
+    """Whole pixels within which two outlines agree, for frames of ``size`` (H, W)."""
+    return math.ceil(TOLERANCE * math.hypot(*size))
+
+
+def bleeding(table: Tensor, slots: Tensor) -> Tensor:
+    """Share of each object's slot that lies outside the object, (B, objects) float64 in [0, 1].
+
+    table (B, objects + 1, K) pixel counts, slots (B, objects) as from
+    :func:`slotlab.scoring.metrics.matched_slots`. NaN for objects without a slot.
+    """
+    counts = table.double()
+    own = slots.clamp_min(0).unsqueeze(-1)
+    inside = counts[:, 1:].gather(-1, own).squeeze(-1)
+    held = counts.sum(1, keepdim=True).expand(-1, own.shape[1], -1).gather(-1, own).squeeze(-1)
+    return torch.where(slots >= 0, 1 - inside / held, torch.nan)
+
+
+def boundary_f(labels: Tensor, segmentations: Tensor, slots: Tensor, tolerance: int) -> Tensor:
+    """F measure of the outlines of each object and its slot, (B, objects) float64 in [0, 1].
+
+    labels (B, H, W) slot of each pixel, segmentations (B, H, W) object of each pixel (0 background), slots
+    (B, objects); tolerance in pixels. NaN for absent objects, 0 for objects without a slot.
+    """
+    scores = torch.where(slots >= 0, 0.0, torch.nan).double()
+    for frame in range(len(labels)):
+        truth, found, own = segmentations[frame], labels[frame], slots[frame].tolist()
+        for number, pixels in enumerate(truth.flatten().bincount().tolist()):
+            if number and pixels:
+                slot = own[number - 1]
+                scores[frame, number - 1] = _outline_f(found == slot, truth == number, tolerance) if slot >= 0 else 0.0
+    return scores
+
+
+def _outline_f(found: Tensor, true: Tensor, tolerance: int) -> float:
+    """Of two masks (H, W) bool that are not empty. Works on the part of the frame that shows them."""
+    rows, columns = ((found | true).any(1 - axis).nonzero() for axis in (0, 1))
+    margin = tolerance + 1
+    part = tuple(slice(max(int(at[0]) - margin, 0), int(at[-1]) + margin + 1) for at in (rows, columns))
+    found, true = outline(found[part]), outline(true[part])
+    precision = _share(found & dilate(true, tolerance), found)
+    recall = _share(true & dilate(found, tolerance), true)
+    return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
+
+
+def outline(masks: Tensor) -> Tensor:
+    """Pixels (..., H, W) bool of a mask's boundary: those that differ from the right, lower or diagonal neighbour.
+
+    The frame's own border is no boundary.
+    """
+    edge = torch.zeros_like(masks)
+    edge[..., :, :-1] |= masks[..., :, :-1] ^ masks[..., :, 1:]
+    edge[..., :-1, :] |= masks[..., :-1, :] ^ masks[..., 1:, :]
+    edge[..., :-1, :-1] |= masks[..., :-1, :-1] ^ masks[..., 1:, 1:]
+    return edge
+
+
+def dilate(masks: Tensor, radius: int) -> Tensor:
+    """Pixels (..., H, W) bool within ``radius`` (Euclidean) of the mask."""
+    wide = [masks]  # by half width
+    for step in range(1, radius + 1):
+        grown = wide[-1].clone()
+        grown[..., step:] |= masks[..., :-step]
+        grown[..., :-step] |= masks[..., step:]
+        wide.append(grown)
+    dilated = wide[radius].clone()
+    for step in range(1, radius + 1):
+        row = wide[math.isqrt(radius**2 - step**2)]  # half width of the disc, so many rows off its centre
+        dilated[..., step:, :] |= row[..., :-step, :]
+        dilated[..., :-step, :] |= row[..., step:, :]
+    return dilated
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    """Pixels of part over those of whole; 1 where whole has none, as DAVIS has it."""
+    count = int(whole.sum())
+    return int(part.sum()) / count if count else 1.0
+
+
+class BoundaryScores:
+    """Collects frames and gives the boundary scores of a split."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.tolerance = tolerance_px(size)
+        self._areas: list[Tensor] = []  # (B, objects) each: pixels of the object
+        self._f: list[Tensor] = []
+        self._bleeding: list[Tensor] = []
+
+    def add(self, labels: Tensor, segmentations: Tensor, slots: int, n_true: int) -> Tensor:
+        """Frames by the slot of each pixel, below ``slots``, and the object, below ``n_true``: (B, H, W) both.
+
+        Returns their contingency tables (B, n_true, slots).
+        """
+        table = contingency(labels.flatten(1), segmentations.flatten(1), slots, n_true)
+        own = matched_slots(table)
+        self._areas.append(table[:, 1:].sum(-1).cpu())
+        self._f.append(boundary_f(labels, segmentations, own, self.tolerance).cpu())
+        self._bleeding.append(bleeding(table, own).cpu())
+        return table
+
+    def mean_f(self) -> float | None:
+        """Mean over each frame's objects, then over frames."""
+        return _mean(torch.cat(self._f).nanmean(-1))
+
+    def summary(self) -> dict[str, Any]:
+        """Scores of all objects and by area; None where there is nothing to score.
+
+        The boundary F is averaged over each frame's objects and then over frames, as mBO is; bleeding, and all of
+        ``by_area``, over objects. ``area_px`` are the smallest and largest areas of a class.
+        """
+        areas, f, bleeds = (torch.cat(parts).flatten() for parts in (self._areas, self._f, self._bleeding))
+        visible = areas > 0
+        classes = {}
+        if visible.any():
+            bounds = areas[visible].double().quantile(torch.tensor([1 / 3, 2 / 3], dtype=torch.float64))
+            which = torch.bucketize(areas.double(), bounds)
+            for index, name in enumerate(CLASSES):
+                chosen = visible & (which == index)
+                if chosen.any():
+                    classes[name] = {
+                        "area_px": [int(areas[chosen].min()), int(areas[chosen].max())],
+                        "objects": int(chosen.sum()),
+                        "boundary_f": _mean(f[chosen]),
+                        "bleeding": _mean(bleeds[chosen]),
+                    }
+        return {
+            "boundary_f": self.mean_f(),
+            "bleeding": _mean(bleeds),
+            "objects": int(visible.sum()),
+            "without_slot": int((visible & bleeds.isnan()).sum()),
+            "by_area": classes,
+        }
+
+
+def _mean(values: Tensor) -> float | None:
+    mean = float(values.nanmean())
+    return None if math.isnan(mean) else mean

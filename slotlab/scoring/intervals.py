@@ -1,0 +1,73 @@
+"""How sure a mean over videos is: a bootstrap that draws whole videos with replacement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+LEVEL = 0.95
+
+RESAMPLES = 10_000
+
+SEED = 0
+
+_DRAWS_AT_ONCE = 2**24  # counts, in float64
+
+Values = npt.NDArray[np.float64]
+
+Interval = list[float]  # low, high
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Intervals of means over frames, by drawing whole videos with replacement. The same for every call."""
+
+    level: float = LEVEL
+    resamples: int = RESAMPLES
+    seed: int = SEED
+
+    def intervals(self, values: Mapping[str, Tensor], videos: Tensor) -> dict[str, Interval | None]:
+        """Percentile interval of the mean of each (F,), NaN left out; videos (F,) are the frames' ids.
+
+        None where fewer than two videos have a value: nothing then says how much videos differ.
+        """
+        if not values:
+            return {}
+        ids, position = torch.unique(videos, return_inverse=True)
+        columns = torch.stack(list(values.values()), dim=1).double()  # (F, scores)
+        defined = ~columns.isnan()
+        zeros = columns.new_zeros(len(ids), len(values))
+        sums = zeros.index_add(0, position, columns.nan_to_num(0.0)).numpy()  # (V, scores)
+        counts = zeros.index_add(0, position, defined.double()).numpy()
+        means = self._means(sums, counts)  # (resamples, scores)
+        found: dict[str, Interval | None] = {}
+        for index, name in enumerate(values):
+            enough = int((counts[:, index] > 0).sum()) > 1
+            found[name] = self._interval(means[:, index]) if enough else None
+        return found
+
+    def of_mean(self, values: Values) -> Interval | None:
+        """Interval of the mean of one value a video, (V,) without NaN."""
+        column = torch.from_numpy(values)
+        return self.intervals({"mean": column}, torch.arange(len(column)))["mean"]
+
+    def _means(self, sums: Values, counts: Values) -> Values:
+        """Mean over all frames of each resample: (V, scores) twice -> (resamples, scores)."""
+        rng, videos = np.random.default_rng(self.seed), len(sums)
+        parts = []
+        step = max(1, _DRAWS_AT_ONCE // videos)
+        for start in range(0, self.resamples, step):
+            draws = rng.multinomial(videos, np.full(videos, 1 / videos), min(step, self.resamples - start))
+            times = draws.astype(np.float64)  # (resamples, V): how often each video was drawn
+            with np.errstate(invalid="ignore"):  # a resample may have none of the videos with a value
+                parts.append(times @ sums / (times @ counts))
+        return np.concatenate(parts)
+
+    def _interval(self, means: Values) -> Interval:
+        tail = (1 - self.level) / 2
+        return [float(bound) for bound in np.nanquantile(means, [tail, 1 - tail])]

@@ -1,0 +1,111 @@
+"""Segmentation scores of contingency tables.
+
+A video's table is the sum of its frames' tables, so frames and whole videos share one path. All functions work
+on a batch, on any device; counts are int64 and scores float64. NaN means "not defined here": the frame was
+skipped, and means over a split leave it out."""
+
+from __future__ import annotations
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+
+def adjusted_rand_index(table: Tensor, foreground: bool, objects: Tensor | None = None) -> Tensor:
+    """Adjusted Rand index (Hubert & Arabie 1985), (B,) float64, at most 1 and 0 in expectation for chance.
+
+    table (B, n_true, n_pred). With ``foreground`` the pixels whose ground truth is background (row 0) are
+    left out; the prediction keeps all its slots (FG-ARI). ``objects`` (B, n_true - 1) bool restricts that
+    further to the pixels of some objects, for a score by material, and needs ``foreground``.
+
+    NaN where no pixel is left. Degenerate cases follow scikit-learn: one object in one slot scores 1, one
+    object split among slots 0. Values can be slightly below 0, and are not clipped.
+    """
+    counts = table.double()
+    if objects is not None:
+        if not foreground:
+            raise ValueError("a score of some objects leaves the background out: pass foreground=True")
+        counts = counts[:, 1:] * objects.unsqueeze(-1)
+    elif foreground:
+        counts = counts[:, 1:]
+    # Ordered pairs of pixels in float64: the counts are exact up to 2**53, and their products, which would
+    # wrap around in int64 beyond 2**31 pairs, are only rounded.
+    total = counts.sum((1, 2))
+    both = counts.square().sum((1, 2))
+    same_true = counts.sum(2).square().sum(1)
+    same_pred = counts.sum(1).square().sum(1)
+    together = both - total  # same object, same slot
+    split = same_true - both  # same object, different slots
+    merged = same_pred - both  # different objects, same slot
+    apart = total.square() - same_true - same_pred + both  # different objects, different slots
+    above = 2 * (together * apart - split * merged)
+    below = (together + split) * (split + apart) + (together + merged) * (merged + apart)
+    score = torch.where((split == 0) & (merged == 0), 1.0, above / below)
+    return torch.where(total > 0, score, torch.nan)
+
+
+def object_iou(table: Tensor) -> Tensor:
+    """Intersection over union of each object with each slot, (B, n_true - 1, n_pred) float64.
+
+    table (B, n_true, n_pred); background pixels that a slot covers count in its union. NaN where the object
+    has no pixel.
+    """
+    counts = table.double()
+    inter = counts[:, 1:]  # (B, objects, n_pred)
+    true = inter.sum(2, keepdim=True)  # (B, objects, 1)
+    iou = inter / (true + counts.sum(1, keepdim=True) - inter)
+    return torch.where(true > 0, iou, torch.nan)
+
+
+def best_overlap(table: Tensor) -> Tensor:
+    """IoU of each object with the slot that fits it best, (B, n_true - 1) float64; NaN for absent objects."""
+    return object_iou(table).amax(-1)
+
+
+def mean_best_overlap(table: Tensor, objects: Tensor | None = None) -> Tensor:
+    """mBO: mean over a frame's objects of the IoU of the slot that fits each best, (B,) float64.
+
+    One slot may serve several objects; background is ignored. ``objects`` (B, n_true - 1) bool says which
+    objects count; NaN where none is present. (Pont-Tuset et al. 2017, as used by DINOSAUR.)
+    """
+    return _mean_over_objects(best_overlap(table), objects)
+
+
+def matched_slots(table: Tensor) -> Tensor:
+    """The slot of each object, (B, n_true - 1) int64; -1 for an absent object and for one without a slot.
+
+    Objects and slots are matched one to one for the largest total IoU (Hungarian algorithm); a slot that does not
+    touch its object is none.
+    """
+    matched = table.new_full((len(table), table.shape[1] - 1), -1, dtype=torch.int64, device="cpu")
+    for frame, overlaps in enumerate(object_iou(table).nan_to_num(0.0).cpu().numpy()):
+        # Rows of absent objects are all 0, so they take no slot that a present one could use.
+        rows, columns = linear_sum_assignment(overlaps, maximize=True)
+        touching = overlaps[rows, columns] > 0
+        matched[frame, rows[touching]] = torch.from_numpy(columns[touching])
+    return matched.to(table.device)
+
+
+def matched_iou(table: Tensor) -> Tensor:
+    """IoU of each object with its own slot (:func:`matched_slots`), (B, n_true - 1) float64.
+
+    An object left without a slot gets 0, an absent one NaN.
+    """
+    iou, slots = object_iou(table), matched_slots(table)
+    own = iou.gather(-1, slots.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    return torch.where((slots < 0) & ~own.isnan(), 0.0, own)  # NaN stays NaN
+
+
+def mean_iou(table: Tensor, objects: Tensor | None = None) -> Tensor:
+    """mIoU: mean over a frame's objects of :func:`matched_iou`, (B,) float64.
+
+    The matching is always among all objects; ``objects`` (B, n_true - 1) bool only says whose IoU is
+    averaged. NaN where none of them is present.
+    """
+    return _mean_over_objects(matched_iou(table), objects)
+
+
+def _mean_over_objects(values: Tensor, objects: Tensor | None) -> Tensor:
+    if objects is not None:
+        values = torch.where(objects, values, torch.nan)
+    return values.nanmean(-1)

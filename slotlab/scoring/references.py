@@ -1,0 +1,112 @@
+"""What a score is to be read against: the ceiling that a patch grid sets, and the floor of clustering alone.
+
+Both give contingency tables through :func:`slotlab.scoring.tables.mask_tables`, the same path as a model's masks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from featcache.store.reading import Split
+from slotlab.models.inputs import model_moments, model_tokens
+from slotlab.models.kmeans import kmeans
+from slotlab.models.normalise import Normaliser
+from slotlab.models.randomness import Draws
+from slotlab.runs.loaded import LoadedRun
+from slotlab.scoring.collapse import effective_slots, kept_slots
+from slotlab.scoring.scores import Scores
+from slotlab.scoring.tables import count_labels, mask_tables
+
+References = tuple[dict[str, Any], dict[str, Any]]  # the grid's ceiling, and k-means' floor
+
+
+def references(split: Split, loaded: LoadedRun) -> References:
+    """The grid's ceiling, and the floor of k-means on each frame's tokens with as many clusters as slots."""
+    moments = model_moments(loaded.config, loaded.store)
+    whiten = Normaliser.from_moments("whiten", moments, shrinkage=0.1, center="channel")
+    labels, grid = count_labels(split), loaded.model.grid
+    clusters = min(loaded.model.slots, grid[0] * grid[1])
+    ceiling, raw, whitened = Scores(), Scores(), Scores()
+    effective: list[Tensor] = []
+    for video in split.videos:
+        truth = torch.from_numpy(split.segmentations(video))
+        tokens = model_tokens(loaded.config, split, video)
+        ids = torch.full((len(truth),), video)
+        ceiling.add(grid_reference(truth, grid, labels), ids)
+        effective.append(effective_slots(grid_masks(truth, grid, labels)))
+        raw.add(kmeans_floor(tokens, grid, clusters, truth, labels, seed=video), ids)
+        whitened.add(kmeans_floor(whiten(tokens), grid, clusters, truth, labels, seed=video), ids)
+    keys = ("fg_ari", "ari", "mbo", "miou")
+    found = [{key: item.summary()[key] for key in keys} for item in (ceiling, raw, whitened)]
+    tracked = {f"{key}_video": ceiling.summary()[f"{key}_video"] for key in keys}  # k-means does not track
+    return found[0] | tracked | {"kept_slots": kept_slots(effective)}, dict(
+        zip(("kmeans_raw", "kmeans_whitened"), found[1:], strict=True)
+    )
+
+
+_FRAMES_CLUSTERED = 64  # at once
+
+_FRAMES_A_CHUNK = 8  # one-hot ground truth is (frames, n_true, H, W) floats: 23 MB at 256x256 and 11 labels
+
+
+def grid_reference(segmentations: Tensor, grid: tuple[int, int], n_true: int) -> Tensor:
+    """Tables (F, n_true, n_true) int64 of the ground truth brought to the patch grid and back.
+
+    segmentations (F, H, W) integer labels below n_true, grid (rows, columns). Each object's mask is averaged
+    over the area of each patch (exact also where patches and pixels do not line up), then upsampled and
+    decided like a model's masks: what a perfect model with that grid and no finer decoder would reach.
+    """
+    tables = []
+    for start in range(0, len(segmentations), _FRAMES_A_CHUNK):
+        truth = segmentations[start : start + _FRAMES_A_CHUNK]
+        tables.append(mask_tables(grid_masks(truth, grid, n_true), truth, n_true))
+    return torch.cat(tables)
+
+
+def grid_masks(segmentations: Tensor, grid: tuple[int, int], n_true: int) -> Tensor:
+    """Each label's share of each patch: (F, H, W) integer labels below n_true to (F, n_true, rows, columns)."""
+    height, width = segmentations.shape[1:]
+    rows = area_weights(height, grid[0], segmentations.device)  # (h, H)
+    columns = area_weights(width, grid[1], segmentations.device)  # (w, W)
+    ids = torch.arange(n_true, device=segmentations.device).view(1, -1, 1, 1)
+    onehot = segmentations.unsqueeze(1) == ids  # (F, n_true, H, W)
+    return rows @ (onehot.float() @ columns.T)
+
+
+def kmeans_floor(
+    tokens: Tensor,
+    grid: tuple[int, int],
+    k: int,
+    segmentations: Tensor,
+    n_true: int,
+    *,
+    rounds: int = 8,
+    restarts: int = 4,
+    seed: int = 0,
+) -> Tensor:
+    """Tables (F, n_true, k) int64 of k-means on each frame's patch tokens, with no training at all.
+
+    tokens (F, N, D), raw or normalised, N = rows * columns of the grid; segmentations (F, H, W). The labels,
+    one-hot on the grid, go the way of a model's masks. The best of several restarts is kept, because a floor
+    should not be low by bad luck. A frame's draws depend on ``seed`` and on its place in the call.
+    """
+    draws = Draws(seed)
+    tables = []
+    for start in range(0, len(tokens), _FRAMES_CLUSTERED):
+        frames = slice(start, start + _FRAMES_CLUSTERED)
+        labels = kmeans(tokens[frames], k, rounds, draws, restarts).labels  # (f, N)
+        masks = F.one_hot(labels, k).transpose(1, 2).reshape(-1, k, *grid).float()  # (f, k, h, w)
+        tables.append(mask_tables(masks, segmentations[frames], n_true))
+    return torch.cat(tables)
+
+
+def area_weights(pixels: int, patches: int, device: torch.device) -> Tensor:
+    """(patches, pixels) float32: the share of each patch that each pixel covers; rows sum to 1."""
+    edges = torch.arange(patches + 1, dtype=torch.float64, device=device) * (pixels / patches)
+    start = torch.arange(pixels, dtype=torch.float64, device=device)
+    overlap = torch.minimum(edges[1:, None], start + 1) - torch.maximum(edges[:-1, None], start)
+    return (overlap.clamp_min_(0) * (patches / pixels)).float()

@@ -1,0 +1,58 @@
+"""From masks to contingency tables of slots and objects."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from featcache.store.reading import Split
+from slotlab.masks.labels import label_chunks
+
+
+def count_labels(split: Split) -> int:
+    """Ground-truth labels in a split, background included."""
+    labels = max(len(split.instances(video)) for video in split.videos) + 1
+    if labels == 1:  # a source with masks but without instance tables
+        labels = max(int(split.segmentations(video).max()) for video in split.videos) + 1
+    return labels
+
+
+def mask_tables(masks: Tensor, segmentations: Tensor, n_true: int) -> Tensor:
+    """Contingency tables of soft masks against ground truth, at the ground truth's resolution.
+
+    masks (B, K, h, w) float, segmentations (B, H, W) integer labels below n_true, 0 being background;
+    returns (B, n_true, K) int64 pixel counts. The same as ``contingency(masks_to_labels(...))``, without ever
+    holding the labels of more than one chunk. Raises ValueError as those two do.
+    """
+    if len(masks) != len(segmentations):
+        raise ValueError(f"{len(masks)} masks but {len(segmentations)} segmentations; give one each a frame")
+    slots = masks.shape[1]
+    tables = masks.new_zeros((len(masks), n_true, slots), dtype=torch.int64)
+    for frames, labels in label_chunks(masks, (segmentations.shape[1], segmentations.shape[2])):
+        truth = segmentations[frames].to(masks.device)
+        tables[frames] = contingency(labels.flatten(1), truth.flatten(1), slots, n_true)
+    return tables
+
+
+def contingency(pred: Tensor, true: Tensor, n_pred: int, n_true: int) -> Tensor:
+    """How many pixels of each ground-truth object fell to each predicted slot.
+
+    pred, true (B, P) integer labels in [0, n_pred) and [0, n_true), true 0 being background; returns
+    (B, n_true, n_pred) int64. Raises ValueError when shapes differ or a label is out of range.
+    """
+    if pred.shape != true.shape or pred.ndim != 2:
+        raise ValueError(f"labels must both be (B, P), not {tuple(pred.shape)} and {tuple(true.shape)}")
+    _check_range("predicted", pred, n_pred)
+    _check_range("ground-truth", true, n_true)
+    batch = torch.arange(len(pred), device=pred.device).unsqueeze(1)  # (B, 1)
+    cell = (true.long() + batch * n_true).mul_(n_pred).add_(pred)  # (B, P), index into the flat table
+    counts = torch.bincount(cell.flatten(), minlength=len(pred) * n_true * n_pred)
+    return counts.view(len(pred), n_true, n_pred)
+
+
+def _check_range(what: str, labels: Tensor, count: int) -> None:
+    if labels.numel() == 0:
+        return
+    low, high = (int(value) for value in labels.aminmax())
+    if low < 0 or high >= count:
+        raise ValueError(f"{what} labels run from {low} to {high}, outside 0..{count - 1}")

@@ -1,0 +1,53 @@
+"""A look at the masks while a run is training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from featcache.store.reading import FeatureStore, Split
+from slotlab.config.schema import Config, DataConfig
+from slotlab.models.base import Model, on_grid
+from slotlab.models.inputs import model_input
+from slotlab.models.randomness import Draws
+from slotlab.scoring.collapse import Diagnostics, warnings
+from slotlab.scoring.scores import Scores
+from slotlab.scoring.tables import count_labels, mask_tables
+
+
+@torch.no_grad()
+def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
+    """Scores and collapse diagnostics on a few videos of the evaluation split, as ``eval_*`` values of a logged row.
+
+    Scores are left out where the split has no masks. ``DataError`` where the model's masks are not finite.
+    """
+    split = look_split(config, store)
+    labels = count_labels(split) if split.spec.masks else 0
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    scores, found = Scores(), Diagnostics()
+    for video in split.spread(config.evaluate_videos):
+        output = model.segment(model_input(config, split, video).to(device), Draws.of_step(config.seed, video))
+        output = output.checked().showing(config.published_masks)
+        found.add(output)
+        if split.spec.masks:
+            truth = torch.from_numpy(split.segmentations(video))  # (T, H, W)
+            tables = mask_tables(on_grid(output.masks, model.grid).cpu(), truth, labels)
+            scores.add(tables, torch.full((len(truth),), video))
+    model.train(training)
+    means = found.means()
+    row: dict[str, Any] = {f"eval_{key}": value for key, value in means.items()}
+    row["eval_diagnostics_by_frame"] = found.at_each_frame()
+    row["eval_largest_activation_by_slot"] = found.largest_by_slot()
+    if split.spec.masks:
+        summary = scores.summary()
+        row |= {f"eval_{key}": summary[key] for key in ("fg_ari", "mbo", "fg_ari_video")}
+    row["warnings"] = warnings(means, config)
+    return row
+
+
+def look_split(config: Config, store: FeatureStore) -> Split:
+    """The split to look at. ``UsageError`` where one was named that the store lacks; an unnamed one may be missing."""
+    name, unnamed = config.data.eval_split, DataConfig().eval_split
+    return store[config.data.train_split if name == unnamed and name not in store.splits else name]

@@ -1,0 +1,115 @@
+"""Losses, by component: the total never hides one. Each is a scalar in float32, without its weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from featcache.errors import UsageError
+from slotlab.config.schema import LossConfig
+from slotlab.models.base import Output
+from slotlab.training.processes import gathered, rank
+
+
+def feature_mse(output: Output, config: LossConfig) -> Tensor:
+    """Mean squared error of the reconstruction.
+
+    Normalised targets have a mean square of 1 over the data set (but for ``none`` and ``fixed``), so that always
+    predicting the mean scores about 1.
+    """
+    return F.mse_loss(output.reconstruction.float(), output.decoded_target)
+
+
+def cosine(output: Output, config: LossConfig) -> Tensor:
+    """One minus the cosine between reconstructed and true tokens, mean over the patches; in [0, 2]."""
+    return 1 - F.cosine_similarity(output.reconstruction.float(), output.decoded_target, dim=-1).mean()
+
+
+def temporal_similarity(output: Output, config: LossConfig) -> Tensor:
+    """Where each patch is found ``similarity_shift`` frames later (VideoSAUR, arXiv:2306.04829, equations 4-6).
+
+    The target is a softmax, over the patches of the later frame, of the cosines of features divided by the
+    temperature; patches of negative cosine get no share (all alike, where there are no others). The loss is its cross-
+    entropy with what the decoder predicts, mean over patches.
+    """
+    if output.similarity is None or output.slots.ndim != 4:
+        raise UsageError("loss.temporal_similarity: needs model.kind = slot_attention with a predictor, on clips")
+    shift = config.similarity_shift
+    predicted = output.similarity[:, :-shift].float()  # (B, T - shift, M, N)
+    with torch.no_grad(), torch.autocast(predicted.device.type, enabled=False):
+        here = F.normalize(output.decoded_target[:, :-shift].float(), dim=-1)
+        later = F.normalize(output.target[:, shift:].float(), dim=-1)
+        closeness = here @ later.transpose(-2, -1)  # (B, T - shift, M, N)
+        away = closeness < 0
+        lost = away.all(-1, keepdim=True)
+        logits = closeness.masked_fill(away, -torch.inf).masked_fill(lost, 0.0) / config.similarity_temperature
+        share = logits.softmax(-1)
+    return -(share * predicted.log_softmax(-1)).sum(-1).mean()
+
+
+def slot_contrast(output: Output, config: LossConfig) -> Tensor:
+    """Each slot is to be told from all others of the frame before by itself (SlotContrast, arXiv:2412.14295).
+
+    InfoNCE over cosines: the positive is the same slot one frame earlier, the negatives are all other slots of the
+    earlier frame, in the whole batch (of all ranks).
+    """
+    if output.slots.ndim != 4:
+        raise UsageError("loss.slot_contrast: needs slots carried over clips; set model.predictor.kind")
+    with torch.autocast(output.slots.device.type, enabled=False):
+        frames = F.normalize(output.slots.float(), dim=-1).transpose(0, 1).flatten(1, 2)  # (T, B K, S)
+        before = gathered(frames[:-1]).transpose(0, 1)  # (T - 1, R, B K, S)
+        logits = frames[1:] @ before.flatten(1, 2).transpose(-2, -1) / config.contrast_temperature  # (.., B K, R B K)
+    first = rank() * frames.shape[1]
+    return -logits.log_softmax(-1).diagonal(first, dim1=-2, dim2=-1).mean()
+
+
+def diversity(output: Output, config: LossConfig) -> Tensor:
+    """Mean cosine between the masks of two slots of a frame, in [0, 1]: it can only fall to zero.
+
+    Slots that hold nothing, as those that pad a sample, are left out.
+    """
+    masks = _frames(output.masks)
+    unit = F.normalize(masks, dim=-1)
+    slots = (masks.amax(-1) > 0).sum(1)  # (F,)
+    # sum over i != j of <u_i, u_j> = |sum of u|^2 - sum of |u|^2
+    pairs = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
+    return (pairs.clamp_min(0) / (slots * (slots - 1)).clamp_min(1)).mean()
+
+
+def sharpness(output: Output, config: LossConfig) -> Tensor:
+    """Mean entropy of the masks over the slots, in units of its largest value ln K; in [0, 1], 0 for hard masks."""
+    masks = _frames(output.masks)
+    entropy: Tensor = torch.special.entr(masks.clamp_min(torch.finfo(masks.dtype).tiny)).sum(1)
+    return entropy.mean() / math.log(max(2, masks.shape[1]))
+
+
+def _frames(masks: Float[Tensor, "*B K M"]) -> Float[Tensor, "F K M"]:
+    """Frames of all clips, in float32."""
+    return masks.float().reshape(-1, *masks.shape[-2:])
+
+
+LOSSES: dict[str, Callable[[Output, LossConfig], Tensor]] = {
+    "feature_mse": feature_mse,
+    "cosine": cosine,
+    "temporal_similarity": temporal_similarity,
+    "slot_contrast": slot_contrast,
+    "diversity": diversity,
+    "sharpness": sharpness,
+}
+
+
+def losses(output: Output, config: LossConfig) -> dict[str, Tensor]:
+    """Every component that is on, without its weight; the training loss is :func:`total` of them."""
+    return {name: LOSSES[name](output, config) for name in config.weights()}
+
+
+def total(components: dict[str, Tensor], config: LossConfig) -> Tensor:
+    """The weighted sum, scalar."""
+    weights = config.weights()
+    first, *rest = (weights[name] * value for name, value in components.items())
+    return sum(rest, first)

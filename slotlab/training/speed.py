@@ -1,0 +1,313 @@
+"""How fast a model trains from a store on this machine, and what bounds it: data, copy or compute."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import itertools
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+
+from featcache.errors import UsageError
+from featcache.machine import alternate, paired_ratio, timed
+from featcache.store.reading import FeatureStore
+from featcache.stream.stream import RING, FeatureStream
+from slotlab.config.schema import Config
+from slotlab.models.build import build_model
+from slotlab.models.inputs import model_tap
+from slotlab.models.randomness import Draws, Share
+from slotlab.training.losses import losses, total
+from slotlab.training.schedule import learning_rate, update_average
+
+Shape = Sequence[int]
+
+RESIDENT = "the same steps on a batch that is on the device already"
+WARM_UP = 3  # steps: compilation, allocation, the first touch of the files
+SAMPLE_SECONDS = 0.05  # between two looks at the GPU
+MATMUL = {"cuda": (8192, 8), "cpu": (1024, 2)}  # side of the matrices, products a measurement
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Medians of what a step needs. They overlap while training, so that the largest bounds the step."""
+
+    compute: float  # the whole step on resident data
+    data: float  # reading a batch to where it is read to
+    copy: float  # from there to the device
+
+    @property
+    def bound(self) -> str:
+        parts = asdict(self)
+        return max(parts, key=lambda name: parts[name])
+
+
+@dataclass(frozen=True)
+class TrainingRate:
+    """One batch size: the rate from the store, beside the rate on resident data and the device's matrix products.
+
+    FLOPs are those of the matrix products, convolutions and attention of one step, forward and backward.
+    """
+
+    name: str
+    batch_size: int
+    clip: int
+    samples_per_s: float
+    frames_per_s: float
+    limit_frames_per_s: float
+    ratio: float  # of the two, median of the rounds' own
+    limit: str
+    wait_share: float  # of the time, that the trainer waited for a batch
+    seconds: Seconds
+    bound: str  # compute, data or copy
+    flops_per_step: int
+    flops_per_s: float
+    matmul_flops_per_s: float  # of one large product in the same precision, in the same rounds
+    flop_utilisation: float
+    precision: str
+    peak_memory_bytes: int | None  # CUDA: allocated by torch; else resident, mapped files included
+    gpu_utilisation: float | None  # NVML's share of time with a kernel running, mean
+    gpu_memory_bytes: int | None  # NVML's, of all processes, largest
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Trainee:
+    """A fresh model and the trainer's step on it: losses, backward, clipping, Adam, averaged weights."""
+
+    def __init__(self, config: Config, store: FeatureStore, device: torch.device) -> None:
+        torch.manual_seed(config.seed)
+        optim = config.optim
+        self.config, self.device, self.steps = config, device, 0
+        self.model = build_model(config, store).to(device)
+        mode = "reduce-overhead" if optim.cuda_graphs else "default"
+        self.forward: Any = torch.compile(self.model, mode=mode) if optim.compile else self.model
+        self._average = deepcopy(self.model) if optim.ema else None
+        self._optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=learning_rate(optim), weight_decay=optim.weight_decay, fused=True
+        )
+
+    def step(self, features: Tensor, forward: Any = None) -> None:
+        """One step on a batch (B, ...). Returns before the device has finished."""
+        optim, loss = self.config.optim, self.config.loss
+        self._optimizer.zero_grad(set_to_none=True)
+        if optim.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        for part, share in enumerate(features.chunk(optim.accumulate)):
+            draws = Draws.of_step(self.config.seed, self.steps, Share(part, optim.accumulate))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
+                found = losses((forward or self.forward)(share, draws), loss)
+            (total(found, loss) / optim.accumulate).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip_norm)
+        self._optimizer.step()
+        self.steps += 1
+        if self._average is not None:
+            update_average(self._average, self.model, optim, self.steps)
+
+    def flops(self, features: Tensor) -> int:
+        """Of one step, by the products that torch calls in it."""
+        corrected = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+        with FlopCounterMode(display=False, custom_mapping=corrected) as counter:
+            self.step(features, self.model)  # as written: what is compiled counts nothing
+        return int(counter.get_total_flops())
+
+
+def convolution_backward_flops(
+    gradient: Shape, features: Shape, weight: Shape, *rest: Any, out_shape: Sequence[Shape | None]
+) -> int:
+    """One forward pass for each gradient that is asked for. torch's own formula leaves out the groups, and so
+    counts a depthwise convolution of C channels C times."""
+    transposed = rest[4]
+    wanted = sum(shape is not None for shape in out_shape[:2])  # the features' and the weight's
+    return wanted * int(conv_flop_count(list(features), list(weight), list(gradient), transposed))
+
+
+def measure_training(
+    config: Config,
+    store: FeatureStore,
+    device: torch.device | str = "cpu",
+    *,
+    steps: int = 10,
+    rounds: int = 3,
+) -> TrainingRate:
+    """Train for a few steps from the store, on resident data and, for scale, multiply large matrices, in turns.
+
+    The batch size is the configuration's. Raises ``UsageError`` where it does not fit in the device's memory.
+    """
+    device = torch.device(device)
+    try:
+        return _measure(config, store, device, steps, rounds)
+    except torch.OutOfMemoryError as error:
+        raise UsageError(
+            f"--batch-size {config.optim.batch_size}: does not fit in the memory of {device}; choose a smaller one, or "
+            "--set optim.accumulate=2"
+        ) from error
+
+
+def _measure(config: Config, store: FeatureStore, device: torch.device, steps: int, rounds: int) -> TrainingRate:
+    data, optim = config.data, config.optim
+    if optim.batch_size % optim.accumulate:
+        raise UsageError(f"--batch-size {optim.batch_size}: must be a multiple of optim.accumulate, {optim.accumulate}")
+    trainee = Trainee(config, store, device)
+    stream = FeatureStream(
+        store[data.train_split].require_complete(),
+        model_tap(config, store),
+        batch_size=optim.batch_size,
+        clip=data.clip,
+        seed=config.seed,
+        device=device,
+        residence=data.residence,
+    )
+    part = stream.batch_seconds(2 * RING)
+    batches = iter(stream)
+    resident = next(batches).features.clone()
+    flops = trainee.flops(resident)
+    waits: list[float] = []
+
+    def train(features: Iterator[Tensor]) -> int:
+        for batch in features:
+            trainee.step(batch)
+        return steps * optim.batch_size
+
+    def from_store(count: int) -> Iterator[Tensor]:
+        return (batch.features for batch in itertools.islice(batches, count))
+
+    def streamed() -> float:
+        train(from_store(RING))  # what was read ahead while other jobs ran
+        waited, began = stream.wait_seconds, time.perf_counter()
+        with gpu:
+            achieved = timed(lambda: train(from_store(steps)), device)
+        waits.append((stream.wait_seconds - waited) / (time.perf_counter() - began))
+        time.sleep(2 * RING * (part.read + part.copy))  # the thread reads ahead again, then leaves the others alone
+        return achieved
+
+    def on_resident() -> float:
+        return timed(lambda: train(itertools.repeat(resident, steps)), device)
+
+    gpu = GpuMonitor(device)
+    train(from_store(WARM_UP))
+    reset_peak_memory(device)
+    jobs = {"stream": streamed, "resident": on_resident, "matmul": matmul_rate(device, optim.precision)}
+    rates = alternate(jobs, rounds)
+    peak = peak_memory(device)
+    batches.close()  # type: ignore[attr-defined]
+
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    flops_per_s = medians["stream"] / optim.batch_size * flops
+    seconds = Seconds(optim.batch_size / medians["resident"], part.read, part.copy)
+    return TrainingRate(
+        name=f"batch {optim.batch_size}" + (f" clips of {data.clip}" if data.clip > 1 else ""),
+        batch_size=optim.batch_size,
+        clip=data.clip,
+        samples_per_s=medians["stream"],
+        frames_per_s=medians["stream"] * data.clip,
+        limit_frames_per_s=medians["resident"] * data.clip,
+        ratio=paired_ratio(rates, "stream", "resident"),
+        limit=RESIDENT,
+        wait_share=statistics.median(waits),
+        seconds=seconds,
+        bound=seconds.bound,
+        flops_per_step=flops,
+        flops_per_s=flops_per_s,
+        matmul_flops_per_s=medians["matmul"],
+        flop_utilisation=paired_ratio(rates, "stream", "matmul") / optim.batch_size * flops,
+        precision=optim.precision,
+        peak_memory_bytes=peak,
+        gpu_utilisation=gpu.utilisation,
+        gpu_memory_bytes=gpu.memory_bytes,
+    )
+
+
+def matmul_rate(device: torch.device, precision: str) -> Callable[[], float]:
+    """A job: FLOPs a second of large square matrix products in that precision, with torch's settings as they are."""
+    side, count = MATMUL.get(device.type, MATMUL["cuda"])
+    dtype = getattr(torch, precision)
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(left)
+
+    def work() -> int:
+        for _ in range(count):
+            torch.mm(left, right, out=out)
+        return int(count * 2 * side**3)
+
+    timed(work, device)
+    return lambda: timed(work, device)
+
+
+# -- memory and the GPU --------------------------------------------------------------------------------------
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts again
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes since the reset: torch's on CUDA, else the process's resident memory; None where nothing tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM")), None)
+    return None
+
+
+class GpuMonitor:
+    """Samples a CUDA device by NVML while it is entered; nothing elsewhere, or without ``slotlab[bench]``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._samples: list[tuple[int, int]] = []  # percent busy, bytes used
+        self._over = threading.Event()
+        self._nvml: Any = None
+        self._handle: Any = None
+        if device.type == "cuda":
+            self._nvml, self._handle = _nvml(device)
+
+    def __enter__(self) -> GpuMonitor:
+        if self._nvml is not None:
+            self._over.clear()
+            self._thread = threading.Thread(target=self._watch, name="slotlab-nvml", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._nvml is not None:
+            self._over.set()
+            self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(SAMPLE_SECONDS):
+            busy = self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu
+            self._samples.append((busy, self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used))
+
+    @property
+    def utilisation(self) -> float | None:
+        return statistics.mean(busy for busy, _ in self._samples) / 100 if self._samples else None
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return max(used for _, used in self._samples) if self._samples else None
+
+
+def _nvml(device: torch.device) -> tuple[Any, Any]:
+    """NVML and the device's handle; by its UUID, for CUDA numbers only the devices that it is shown."""
+    try:
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(device).uuid
+        return nvml, nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    except Exception:  # not installed, no driver, a MIG slice: the figures are then left out
+        return None, None
