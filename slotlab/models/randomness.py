@@ -9,7 +9,6 @@ unbroken one would have drawn, on every device. On their way to a GPU nothing wa
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ class Draws:
         self._share = share
 
     @classmethod
-    def of_step(cls, seed: int, step: int, share: Share = WHOLE) -> Self:
+    def of_step(cls, seed: int, step: int, share: Share = WHOLE) -> Draws:
         """One seed for each (run seed, step): what a step draws does not depend on how the run got there."""
         return cls((seed * 1_000_003 + step) % (1 << 63), share)
 
