@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from benchmarks.harness import alternate, paired_ratio, report
 from featcache.machine import pick_device
-from featcache.store.spec import TapSpec
 from slotlab.config.load import load_config
 from slotlab.config.model import SlotAttentionConfig
 from slotlab.config.schema import Config
 from slotlab.models.build import empty_model
+from slotlab.models.inputs import Features
 from slotlab.models.randomness import Draws
 from slotlab.training.losses import losses, total
 
@@ -47,7 +47,7 @@ class Ready(nn.Module):
 def ours(config: Config, features: Tensor) -> tuple[nn.Module, Loss]:
     *_, patches, dim = features.shape
     side = round(patches**0.5)
-    model = empty_model(config, TapSpec((side, side), dim)).to(features.device)
+    model = empty_model(config, Features("", (side, side), dim)).to(features.device)
     return model, lambda: total(losses(model(features, Draws(0)), config.loss), config.loss)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,25 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featcache.backbones.inference import forward
-from featcache.extraction.store_backbone import recorded_weights, store_backbone
 from featcache.machine import pick_device
-from featcache.store.encoding import as_stored
 from featcache.store.reading import FeatureStore
-from featcache.stream.stream import VIDEO
 from slotlab.config.schema import Config
 from slotlab.masks.labels import fine_labels, masks_to_labels
 from slotlab.masks.refine import Method
 from slotlab.masks.refine import refine as refine_masks
 from slotlab.models.base import Model, Output, on_grid
 from slotlab.models.build import empty_model
-from slotlab.models.inputs import model_spec, model_tap
+from slotlab.models.inputs import FromFrames, ModelInput
 from slotlab.models.randomness import Draws
 from slotlab.pictures.frames import Frames, as_frames
 from slotlab.runs import checkpoint
 from slotlab.runs.folder import trained_spec
-
-Read = Callable[[npt.NDArray[np.uint8]], Tensor]  # frames (T, H, W, 3) to the model's input
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ class Segmentation:
 class Segmenter:
     """A run with the backbone that its features came from. Made by :func:`load`."""
 
-    def __init__(self, config: Config, model: Model, read: Read) -> None:
+    def __init__(self, config: Config, model: Model, read: FromFrames) -> None:
         self.config, self.model = config, model
         self._read = read
 
@@ -96,22 +89,7 @@ def load(run: str | Path, *, device: str | torch.device = "auto", weights: str |
     chosen = pick_device(str(device))
     config = checkpoint.load_run_config(run)
     store = FeatureStore(run / "store.json", trained_spec(run))  # a description alone: nothing is read from it
-    model = empty_model(config, model_spec(config, store))
+    inputs = ModelInput.of(config, store)
+    model = empty_model(config, inputs)
     checkpoint.load_model(run, model)
-    tap = model_tap(config, store)
-    read: Read = torch.from_numpy if tap == VIDEO else _features(store, tap, weights, chosen)
-    return Segmenter(config, model.to(chosen).eval(), read)
-
-
-def _features(store: FeatureStore, tap: str, weights: str | None, device: torch.device) -> Read:
-    """Frames to the tap's tokens, just as the store's own were made."""
-    spec = store.spec
-    backbone = store_backbone(store, (tap,), weights or recorded_weights(spec), str(device))
-    # Half precision is emulated on a CPU; what a GPU rounded is within 1 % of the exact features.
-    precision = "float32" if device.type == "cpu" and spec.precision == "float16" else spec.precision
-
-    def read(pictures: npt.NDArray[np.uint8]) -> Tensor:
-        tokens = forward(backbone, [pictures], max(spec.batch_size, 1), precision)[0][tap]
-        return as_stored(tokens, spec.dtype)
-
-    return read
+    return Segmenter(config, model.to(chosen).eval(), inputs.from_frames(store, weights, chosen))

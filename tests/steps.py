@@ -32,7 +32,7 @@ from featcache.stream.rows import TORCH_DTYPES
 from featcache.stream.stream import FeatureStream
 from slotlab.config.load import load_config
 from slotlab.models.build import build_model
-from slotlab.models.inputs import model_tap
+from slotlab.models.inputs import ModelInput
 from slotlab.training.speed import Trainee
 
 GPU = "absent:0"
@@ -97,7 +97,7 @@ def waits(store: FeatureStore, preset: str, *overrides: str) -> list[str]:
     config = load_config(preset, None, overrides)
     model, watch = build_model(config, store), Waits()  # a model needs the store's values: built where there are any
     split = store[config.data.train_split]
-    sample = split.array("video" if config.data.tap == "video" else f"features/{model_tap(config, store)}")
+    sample = split.array("video" if config.data.tap == "video" else f"features/{ModelInput.of(config, store).tap}")
     shape = (config.optim.batch_size, config.data.clip, *sample.shape[1:])
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
@@ -128,7 +128,7 @@ def recompiled(store: FeatureStore, preset: str, *overrides: str) -> str:
     config = load_config(preset, None, overrides)
     trainee = Trainee(config, store, torch.device("cpu"))
     trainee.forward = torch.compile(trainee.model, backend="eager")  # traces and guards as any other, in less time
-    tap, data = model_tap(config, store), config.data
+    tap, data = ModelInput.of(config, store).tap, config.data
     stream = FeatureStream(store[data.train_split], tap, batch_size=config.optim.batch_size, clip=data.clip)
     try:
         for index, batch in enumerate(itertools.islice(stream, 8)):

@@ -16,7 +16,7 @@ from slotlab.config.load import load_config
 from slotlab.config.model import PixelConfig
 from slotlab.config.schema import LossConfig
 from slotlab.models.build import build_model
-from slotlab.models.inputs import model_input
+from slotlab.models.inputs import ModelInput
 from slotlab.models.normalise import Normaliser
 from slotlab.models.pixel_model import BroadcastDecoder, PixelModel, frame_tokens
 from slotlab.models.randomness import Draws
@@ -111,10 +111,8 @@ def test_every_parameter_learns() -> None:
 @pytest.mark.parametrize("normalize", ["scale", "channel", "whiten"])
 def test_targets_have_unit_energy(store: FeatureStore, normalize: str) -> None:
     config = load_config("pixel", None, [*SMALL, f"data.normalize={normalize}"])
-    model, split = build_model(config, store), store["train"]
-    energy = [
-        model(model_input(config, split, v), Draws(0)).target.square().mean(2).flatten().detach() for v in split.videos
-    ]
+    model, split, inputs = build_model(config, store), store["train"], ModelInput.of(config, store)
+    energy = [model(inputs.read(split, v), Draws(0)).target.square().mean(2).flatten().detach() for v in split.videos]
     assert float(torch.cat(energy).mean()) == pytest.approx(1, rel=1e-4), "a mean predictor scores 1"
 
 
@@ -154,7 +152,7 @@ def test_a_video_model_of_pixels_carries_its_slots(tmp_path: Path, store: Featur
     config = load_config("pixel", None, [*SMALL, *CLIPS], optim__steps=2, optim__batch_size=2)
     loaded = load_run(train(config, store, tmp_path / "run"))
     assert evaluate(loaded)["frames"] == 8
-    pixels = model_input(config, store["validation"], 0)
+    pixels = loaded.inputs.read(store["validation"], 0)
     whole, cut = loaded.segment_input(pixels, 0), loaded.segment_input(pixels[1:], 0)
     assert whole.masks.shape == (4, 4, SIDE * SIDE)
     assert torch.equal(whole.target[1:], cut.target)

@@ -23,7 +23,7 @@ from slotlab.config.load import load_config
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.colour_changes import IDENTITY, transformations
 from slotlab.scoring.evaluate import evaluate
-from slotlab.scoring.robustness import View, compare, matched_correlation, matched_iou, reader, robustness
+from slotlab.scoring.robustness import View, compare, matched_correlation, matched_iou, robustness
 from slotlab.training.train import train
 from tests.synthetic import DiscSource
 from tests.test_pixel import SMALL
@@ -198,4 +198,5 @@ def test_a_store_without_a_known_backbone_is_told(tmp_path: Path, store: Feature
     with pytest.raises(UsageError, match="synthetic"):
         robustness(load_run(train(config, store, tmp_path / "run")))
     pixels = load_run(train(load_config("pixel", None, SMALL, optim__steps=1), store, tmp_path / "pixel"))
-    assert reader(pixels)(torch.zeros(1, 4, 4, 3, dtype=torch.uint8)).shape == (1, 4, 4, 3), "pixels need none"
+    read = pixels.inputs.from_frames(pixels.store, None, torch.device("cpu"))
+    assert read(np.zeros((1, 4, 4, 3), np.uint8)).shape == (1, 4, 4, 3), "pixels need none"

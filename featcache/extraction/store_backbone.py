@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+import torch
+
 from featcache.backbones.backbone import Backbone, load_backbone
+from featcache.backbones.inference import forward
 from featcache.errors import DataError, IncompatibleError, compare_settings
+from featcache.store.encoding import as_stored
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import StoreSpec, TapSpec
 
@@ -32,6 +38,23 @@ def store_backbone(
     backbone = load_backbone(spec.backbone, weights, chosen, spec.preprocessing["size"], device)
     refuse_other_backbone(store, backbone, chosen)
     return backbone
+
+
+def token_maker(
+    store: FeatureStore, tap: str, weights: str | None, device: torch.device
+) -> Callable[[npt.NDArray[np.uint8]], torch.Tensor]:
+    """What turns frames (T, H, W, 3) into tokens (T, N, D) on the device, just as the store's own were made.
+
+    ``weights`` and what is raised are as for :func:`store_backbone`.
+    """
+    spec, backbone = store.spec, store_backbone(store, (tap,), weights, str(device))
+    # Half precision is emulated on a CPU; what a GPU rounded is within 1 % of the exact features.
+    precision = "float32" if device.type == "cpu" and spec.precision == "float16" else spec.precision
+
+    def tokens(frames: npt.NDArray[np.uint8]) -> torch.Tensor:
+        return as_stored(forward(backbone, [frames], max(spec.batch_size, 1), precision)[0][tap], spec.dtype)
+
+    return tokens
 
 
 def refuse_other_backbone(store: FeatureStore, backbone: Backbone, taps: Sequence[str] = ()) -> None:

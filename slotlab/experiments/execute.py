@@ -12,7 +12,7 @@ from slotlab.commands.progress import RunsProgress
 from slotlab.experiments.plan import Plan, Run, opened
 from slotlab.experiments.pool import carry_out, places
 from slotlab.experiments.table import build_table, write_table
-from slotlab.models.inputs import model_tap
+from slotlab.models.inputs import ModelInput
 from slotlab.scoring.evaluate import scoring_code
 
 
@@ -53,7 +53,7 @@ def check_stores(plan: Plan) -> None:
         try:
             store = FeatureStore.open(cell.cache)
             data = cell.config.data
-            model_tap(cell.config, store)
+            ModelInput.of(cell.config, store)
             store[data.train_split].require_complete()
             if not store[data.eval_split].require_complete().spec.masks:
                 raise DataError(f"{cell.cache}: {data.eval_split} has no masks, so there is nothing to score against")

@@ -6,12 +6,11 @@ import torch
 
 from featcache.errors import UsageError
 from featcache.store.reading import FeatureStore
-from featcache.store.spec import TapSpec
 from slotlab.config.model import ClusteringConfig, PixelConfig
 from slotlab.config.schema import Config
 from slotlab.models.base import Model
 from slotlab.models.clustering.model import ClusteringModel
-from slotlab.models.inputs import CALIBRATION_VIDEOS, model_moments, model_spec, thinned
+from slotlab.models.inputs import ModelInput
 from slotlab.models.normalise import Normaliser
 from slotlab.models.pixel_model import PixelModel
 from slotlab.models.slot_model import SlotModel
@@ -21,39 +20,37 @@ LASTING_VIDEOS = 64
 
 def build_model(config: Config, store: FeatureStore) -> Model:
     """A fresh model, normalised by the statistics of this store's training split."""
-    data = config.data
-    normaliser = Normaliser.from_moments(data.normalize, model_moments(config, store), data.shrinkage, data.center)
-    model = _assemble(config, normaliser, model_spec(config, store))
+    data, inputs, split = config.data, ModelInput.of(config, store), store[config.data.train_split]
+    normaliser = Normaliser.from_moments(data.normalize, inputs.moments(split), data.shrinkage, data.center)
+    model = _assemble(config, normaliser, inputs)
     if isinstance(model, ClusteringModel):
-        split = store[data.train_split]
-        tap = store.tap(data.tap)
-        model.calibrate(torch.cat([thinned(split.tokens(tap, video)) for video in split.spread(CALIBRATION_VIDEOS)]))
+        model.calibrate(torch.cat(list(inputs.sample(split))))
         if model.config.lasting_threshold > 0:
-            model.learn_lasting(split.tokens(tap, video) for video in split.spread(LASTING_VIDEOS))
+            model.learn_lasting(inputs.read(split, video) for video in split.spread(LASTING_VIDEOS))
     return model
 
 
-def empty_model(config: Config, tap: TapSpec) -> Model:
+def empty_model(config: Config, inputs: ModelInput) -> Model:
     """The same model for a checkpoint to fill: what comes from a store is saved with the weights."""
-    positions = tap.patches if config.data.center == "position" else 1
-    return _assemble(config, Normaliser(config.data.normalize, tap.dim, positions), tap)
+    positions = inputs.patches if config.data.center == "position" else 1
+    return _assemble(config, Normaliser(config.data.normalize, inputs.dim, positions), inputs)
 
 
-def _assemble(config: Config, normaliser: Normaliser, tap: TapSpec) -> Model:
+def _assemble(config: Config, normaliser: Normaliser, inputs: ModelInput) -> Model:
     if isinstance(config.model, ClusteringConfig):
-        return ClusteringModel(config.model, normaliser, tap.grid)
+        return ClusteringModel(config.model, normaliser, inputs.grid)
     if isinstance(config.model, PixelConfig):
-        return PixelModel(config.model, normaliser, tap.grid)
-    if config.model.initializer.startswith("kmeans") and config.model.slots > tap.patches:
+        return PixelModel(config.model, normaliser, inputs.grid)
+    if config.model.initializer.startswith("kmeans") and config.model.slots > inputs.patches:
         raise UsageError(
             f"model.slots = {config.model.slots}: model.initializer = {config.model.initializer} needs a patch for "
-            f"each, and a frame has {tap.patches}; set fewer"
+            f"each, and a frame has {inputs.patches}; set fewer"
         )
     loss = config.loss
     return SlotModel(
         config.model,
         normaliser,
-        tap.grid,
+        inputs.grid,
         reconstructs=loss.reconstructs,
         similarity=loss.temporal_similarity > 0,
     )

@@ -45,7 +45,7 @@ class PixelModel(Model):
 
     Args:
         config: parts and sizes.
-        normaliser: of colours; see :func:`slotlab.models.inputs.model_moments`.
+        normaliser: of colours; see :func:`slotlab.models.inputs.ModelInput.moments`.
         grid: rows and columns of pixels that the model sees, ``config.resolution`` each.
     """
 

@@ -12,7 +12,7 @@ from featcache.store.reading import FeatureStore, Split
 from slotlab.config.schema import Config
 from slotlab.models.base import Model, Output
 from slotlab.models.build import empty_model
-from slotlab.models.inputs import model_input, model_spec, model_tap
+from slotlab.models.inputs import ModelInput
 from slotlab.models.randomness import Draws
 from slotlab.runs import checkpoint
 from slotlab.runs.folder import check_store, store_path
@@ -25,12 +25,16 @@ class LoadedRun:
     path: Path
     config: Config
     store: FeatureStore
-    tap: str
+    inputs: ModelInput
     model: Model
+
+    @property
+    def tap(self) -> str:
+        return self.inputs.tap
 
     def segment(self, split: Split, video: int) -> Output:
         """The model's output on all frames of one video, with the masks that the run publishes; always the same."""
-        return self.segment_input(model_input(self.config, split, video), video)
+        return self.segment_input(self.inputs.read(split, video), video)
 
     def segment_input(self, features: Tensor, video: int) -> Output:
         """The same for another input in the place of that video's: (T, N, D), or (T, H, W, 3) uint8."""
@@ -48,6 +52,7 @@ def load_run(run: Path, cache: Path | None = None, device: torch.device | str = 
     config = checkpoint.load_run_config(run)
     store = FeatureStore.open(cache or store_path(run))
     check_store(run, store)
-    model = empty_model(config, model_spec(config, store))
+    inputs = ModelInput.of(config, store)
+    model = empty_model(config, inputs)
     checkpoint.load_model(run, model)
-    return LoadedRun(run, config, store, model_tap(config, store), model.to(device).eval())
+    return LoadedRun(run, config, store, inputs, model.to(device).eval())

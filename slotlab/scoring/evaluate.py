@@ -15,7 +15,6 @@ from featcache.store.reading import Split
 from slotlab.config.model import MASKS, Masks
 from slotlab.config.schema import Config
 from slotlab.models.base import on_grid
-from slotlab.models.inputs import model_input
 from slotlab.runs import checkpoint
 from slotlab.runs.loaded import LoadedRun
 from slotlab.scoring.collapse import Diagnostics, warnings
@@ -92,7 +91,7 @@ def score_masks(
     scores, found = {name: Scores() for name in MASKS}, Diagnostics()
     for video in videos:
         truth = torch.from_numpy(split.segmentations(video))  # (T, H, W)
-        output = loaded.output(model_input(loaded.config, split, video), video)
+        output = loaded.output(loaded.inputs.read(split, video), video)
         for name, of in scores.items():
             tables = mask_tables(on_grid(output.showing(name).masks, loaded.model.grid).cpu(), truth, labels)
             of.add(tables, torch.full((len(truth),), video))

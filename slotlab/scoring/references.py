@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featcache.store.reading import Split
-from slotlab.models.inputs import model_moments, model_tokens
 from slotlab.models.kmeans import kmeans
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
@@ -26,7 +25,7 @@ References = tuple[dict[str, Any], dict[str, Any]]  # the grid's ceiling, and k-
 
 def references(split: Split, loaded: LoadedRun) -> References:
     """The grid's ceiling, and the floor of k-means on each frame's tokens with as many clusters as slots."""
-    moments = model_moments(loaded.config, loaded.store)
+    moments = loaded.inputs.moments(loaded.store[loaded.config.data.train_split])
     whiten = Normaliser.from_moments("whiten", moments, shrinkage=0.1, center="channel")
     labels, grid = count_labels(split), loaded.model.grid
     clusters = min(loaded.model.slots, grid[0] * grid[1])
@@ -34,7 +33,7 @@ def references(split: Split, loaded: LoadedRun) -> References:
     effective: list[Tensor] = []
     for video in split.videos:
         truth = torch.from_numpy(split.segmentations(video))
-        tokens = model_tokens(loaded.config, split, video)
+        tokens = loaded.inputs.tokens(split, video)
         ids = torch.full((len(truth),), video)
         ceiling.add(grid_reference(truth, grid, labels), ids)
         effective.append(effective_slots(grid_masks(truth, grid, labels)))

@@ -30,14 +30,10 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from featcache.backbones.inference import forward
-from featcache.extraction.store_backbone import store_backbone
-from featcache.store.encoding import as_stored
 from featcache.store.reading import Split
 from featcache.stream.stream import VIDEO
 from slotlab.masks.labels import masks_to_labels
 from slotlab.models.base import Output, on_grid
-from slotlab.models.inputs import model_input
 from slotlab.runs.loaded import LoadedRun
 from slotlab.scoring import metrics
 from slotlab.scoring.collapse import live_slots, slot_similarity
@@ -50,7 +46,6 @@ FRAMES = 6
 FLAT = 1e-6  # standard deviation of a mask below which it does not vary
 
 Progress = Callable[[str, int, int], None]  # what, frames done, frames in all
-Read = Callable[[Tensor], Tensor]  # uint8 frames (T, H, W, 3) to the model's input
 
 
 def robustness(
@@ -71,7 +66,7 @@ def robustness(
     ``IncompatibleError`` when they are not those of the store. Scores are None where the split has no masks.
     """
     split = loaded.store[split_name or loaded.config.data.eval_split].require_complete()
-    read = reader(loaded, weights)
+    read = loaded.inputs.from_frames(loaded.store, weights, next(loaded.model.parameters()).device)
     videos, changes = split.spread(max_videos), transformations()
     labels = count_labels(split) if split.spec.masks else 0
     values: dict[str, list[dict[str, float]]] = defaultdict(list)  # transformation -> a row a video
@@ -81,11 +76,11 @@ def robustness(
     for video in videos:
         pixels = torch.from_numpy(split.video(video)[:frames])  # (T, H, W, 3)
         truth = torch.from_numpy(split.segmentations(video)[:frames]) if labels else None
-        stored = model_input(loaded.config, split, video)[:frames]
+        stored = loaded.inputs.read(split, video)[:frames]
         before = View.of(loaded.segment_input(stored, video), loaded.model.grid, split)
         states.append(before.state(truth, labels))
         for name, change in changes.items():
-            features = read(change(pixels.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous())
+            features = read(change(pixels.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous().numpy()).cpu()
             if name == IDENTITY:
                 errors.append(float((features.float() - stored.float()).norm() / stored.float().norm()))
             after = View.of(loaded.segment_input(features, video), loaded.model.grid, split)
@@ -117,21 +112,6 @@ def robustness(
         "transformations": {name: summary(rows) for name, rows in values.items()},
         "mean": summary(mean_row),  # over all transformations but the identity
     }
-
-
-def reader(loaded: LoadedRun, weights: str | None = None) -> Read:
-    """What turns frames into the model's input just as the store's own were: its backbone, or nothing for pixels."""
-    if loaded.tap == VIDEO:
-        return lambda frames: frames
-    spec, tap = loaded.store.spec, loaded.tap
-    device = str(next(loaded.model.parameters()).device)
-    backbone = store_backbone(loaded.store, (tap,), weights, device)
-
-    def read(frames: Tensor) -> Tensor:
-        tokens = forward(backbone, [frames.numpy()], spec.batch_size, spec.precision)[0][tap]
-        return as_stored(tokens, spec.dtype).cpu()
-
-    return read
 
 
 @dataclass(frozen=True)

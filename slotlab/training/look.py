@@ -9,7 +9,7 @@ import torch
 from featcache.store.reading import FeatureStore, Split
 from slotlab.config.schema import Config, DataConfig
 from slotlab.models.base import Model, on_grid
-from slotlab.models.inputs import model_input
+from slotlab.models.inputs import ModelInput
 from slotlab.models.randomness import Draws
 from slotlab.scoring.collapse import Diagnostics, warnings
 from slotlab.scoring.scores import Scores
@@ -26,9 +26,9 @@ def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
     labels = count_labels(split) if split.spec.masks else 0
     device, training = next(model.parameters()).device, model.training
     model.eval()
-    scores, found = Scores(), Diagnostics()
+    scores, found, inputs = Scores(), Diagnostics(), ModelInput.of(config, store)
     for video in split.spread(config.evaluate_videos):
-        output = model.segment(model_input(config, split, video).to(device), Draws.of_step(config.seed, video))
+        output = model.segment(inputs.read(split, video).to(device), Draws.of_step(config.seed, video))
         output = output.checked().showing(config.published_masks)
         found.add(output)
         if split.spec.masks:

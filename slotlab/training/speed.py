@@ -24,7 +24,7 @@ from featcache.store.reading import FeatureStore
 from featcache.stream.stream import RING, FeatureStream
 from slotlab.config.schema import Config
 from slotlab.models.build import build_model
-from slotlab.models.inputs import model_tap
+from slotlab.models.inputs import ModelInput
 from slotlab.models.randomness import Draws, Share
 from slotlab.training.losses import losses, total
 from slotlab.training.schedule import learning_rate, update_average
@@ -161,7 +161,7 @@ def _measure(config: Config, store: FeatureStore, device: torch.device, steps: i
     trainee = Trainee(config, store, device)
     stream = FeatureStream(
         store[data.train_split].require_complete(),
-        model_tap(config, store),
+        ModelInput.of(config, store).tap,
         batch_size=optim.batch_size,
         clip=data.clip,
         seed=config.seed,

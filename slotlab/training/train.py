@@ -20,7 +20,7 @@ from featcache.stream.stream import FeatureStream
 from slotlab.config.schema import Config
 from slotlab.models.base import Model
 from slotlab.models.build import build_model
-from slotlab.models.inputs import model_input, model_tap, settled
+from slotlab.models.inputs import ModelInput
 from slotlab.models.randomness import Draws, Share
 from slotlab.runs import checkpoint
 from slotlab.runs.folder import begun_from, check_run, create_run, keep_rows, write_summary
@@ -52,7 +52,7 @@ def train(
     was made with another configuration or store, or ``init_from`` with another model, ``DataError`` when the loss
     is not finite.
     """
-    config = settled(config, store)
+    config = ModelInput.of(config, store).settle(config)
     split = look_split(config, store)
     if config.evaluate_every:
         split.require_complete()
@@ -93,7 +93,7 @@ def _train(
     schedule = make_schedule(optimizer, optim)
     stream = FeatureStream(
         store[config.data.train_split].require_complete(),
-        model_tap(config, store),
+        ModelInput.of(config, store).tap,
         batch_size=optim.batch_size // ranks.count,
         clip=config.data.clip,
         seed=config.seed,
@@ -210,7 +210,7 @@ def freeze_unreached(model: Model, config: Config, store: FeatureStore) -> None:
     """Take the parameters that no loss reaches out of training, such as a decoder's last layers: DDP waits for all."""
     split = store[config.data.train_split]
     clip = next(video for video in split.videos if split.spec.lengths[video] >= config.data.clip)
-    frames = model_input(config, split, clip)[: config.data.clip]
+    frames = ModelInput.of(config, store).read(split, clip)[: config.data.clip]
     sample = (frames if config.data.clip > 1 else frames[0]).unsqueeze(0).to(next(model.parameters()).device)
     total(losses(model(sample, Draws(0)), config.loss), config.loss).backward()  # type: ignore[no-untyped-call]
     for parameter in model.parameters():
