@@ -170,7 +170,7 @@ def test_a_gpu_is_watched_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
-    monkeypatch.setattr(bench, "SAMPLE_SECONDS", 0.01)
+    monkeypatch.setattr("slotlab.training.speed.SAMPLE_SECONDS", 0.01)
     monitor = GpuMonitor(torch.device("cuda:1"))
     for _ in range(2):  # rounds add up
         with monitor:

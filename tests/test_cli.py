@@ -16,6 +16,7 @@ import pytest
 import cli
 from featcache.store import manifest
 from featcache.store.reading import FeatureStore
+from slotlab.commands import doctor
 from tests.synthetic import make_store
 
 ROOT = Path(__file__).parent.parent

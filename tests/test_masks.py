@@ -19,7 +19,7 @@ from featcache.store.reading import FeatureStore
 from slotlab.config.load import load_config
 from slotlab.masks.labels import masks_to_labels
 from slotlab.models.base import on_grid
-from slotlab.pictures import coco
+from slotlab.pictures.coco import decode, encode
 from slotlab.pictures.files import Masked, MaskWriter, overlay, store_masks
 from slotlab.runs.loaded import load_run
 from slotlab.training.train import train
@@ -32,31 +32,31 @@ SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 60))
 @settings(max_examples=60, deadline=None)
 def test_run_lengths_give_the_mask_back(shape: tuple[int, int], seed: int, share: float) -> None:
     mask = np.random.default_rng(seed).random(shape) < share
-    assert np.array_equal(coco.decode(coco.encode(mask)), mask)
+    assert np.array_equal(decode(encode(mask)), mask)
 
 
 def test_run_lengths_are_those_of_coco() -> None:
-    coco = pytest.importorskip("pycocotools.mask")
+    reference = pytest.importorskip("pycocotools.mask")
     random = np.random.default_rng(0)
     masks = [random.random((37, 53)) < share for share in (0.0, 0.02, 0.5, 0.98, 1.0)]
     blob = np.zeros((300, 400), bool)
     blob[40:290, 30:333] = True  # runs long enough for three characters, and equal ones, whose differences are 0
     for mask in [*masks, blob]:
-        ours = coco.encode(mask)
-        theirs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+        ours = encode(mask)
+        theirs = reference.encode(np.asfortranarray(mask.astype(np.uint8)))
         assert ours["counts"] == theirs["counts"].decode() and ours["size"] == list(theirs["size"])
-        assert np.array_equal(coco.decode(ours).astype(bool), mask)
+        assert np.array_equal(reference.decode(ours).astype(bool), mask)
 
 
 def test_a_known_run_length_text() -> None:
     mask = np.zeros((4, 4), bool)
     mask[1:3, 1:3] = True  # columns: 5 off, 2 on, 2 off, 2 on, 5 off
-    assert coco.encode(mask) == {"size": [4, 4], "counts": "52203"}
+    assert encode(mask) == {"size": [4, 4], "counts": "52203"}
 
 
 def test_run_lengths_that_do_not_fill_the_mask_are_refused() -> None:
     with pytest.raises(DataError, match="run lengths of 16 pixels in a mask of 4x5"):
-        coco.decode({"size": [4, 5], "counts": "52203"})
+        decode({"size": [4, 5], "counts": "52203"})
 
 
 class Unlabelled(DiscSource):
@@ -97,7 +97,7 @@ def test_one_coco_file_covers_every_pixel_once(run: Path, tmp_path: Path) -> Non
     assert len(coco["images"]) == 4 and [c["id"] for c in coco["categories"]] == [1, 2, 3, 4]
     for image in coco["images"]:
         found = [a for a in coco["annotations"] if a["image_id"] == image["id"]]
-        masks = [coco.decode(a["segmentation"]) for a in found]
+        masks = [decode(a["segmentation"]) for a in found]
         assert np.array_equal(np.sum(masks, 0), np.ones((SIZE, SIZE)))
         for annotation, mask in zip(found, masks, strict=True):
             left, top, width, height = annotation["bbox"]
