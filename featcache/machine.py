@@ -1,7 +1,7 @@
 """This machine: where to compute, threads kept from fighting, time measured fairly, memory that is free.
 
-``torch.set_num_threads`` limits the thread that calls it, but also sets what threads born later begin with: both
-helpers put that back at once."""
+``torch.set_num_threads`` limits the thread that calls it, but also sets what threads born later begin with: every
+helper puts that back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,6 +36,24 @@ def free_memory() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")), 0)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
+
+
+@contextlib.contextmanager
+def limited(cores: int = 1) -> Iterator[None]:
+    """Torch operations of the calling thread use ``cores`` cores.
+
+    One is best for many small operations: what a second thread gains on each is less than the wait for it, and beside
+    another program that wait is a turn of the scheduler.
+    """
+    threads = torch.get_num_threads()
+    if threads == cores:
+        yield
+        return
+    torch.set_num_threads(cores)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def start_limited(work: Callable[[], None], name: str, cores: int = 1) -> threading.Thread:

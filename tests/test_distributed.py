@@ -111,6 +111,10 @@ def test_a_killed_worker_costs_only_its_task(
     assert len(before & set(client.run(os.getpid).values())) == 1
 
 
+def test_workers_wait_at_barriers_as_their_client_does(client: Client) -> None:
+    assert set(client.run(os.environ.get, "OMP_WAIT_POLICY").values()) == {os.environ["OMP_WAIT_POLICY"]}
+
+
 def test_a_damaged_video_is_one_line_and_the_rest_is_kept(
     tmp_path: Path, backbone: Backbone, client: Client, local: dict[str, bytes]
 ) -> None:

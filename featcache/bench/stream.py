@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from featcache.machine import alternate, paired_ratio, timed
+from featcache.machine import alternate, limited, paired_ratio, timed
 from featcache.memory.pages import cached_share, host_empty
 from featcache.store.reading import Split
 from featcache.stream.rows import TORCH_DTYPES, FileRows
@@ -212,14 +212,10 @@ def measure_stream(
     files are not touched); it is left out where the system cannot (macOS, or another process has them mapped) and
     for stores that must be decoded.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with limited():
         results = measure_warm(split, tap, torch.device(device), residence, rounds, batches)
         if cold and hasattr(os, "posix_fadvise"):
             results += measure_cold(split, tap, max(3, rounds // 2))
-    finally:
-        torch.set_num_threads(threads)
     return results
 
 

@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,8 @@ def doctor(as_json: Json = False) -> None:
 
 def examine() -> dict[str, Any]:
     """Findings by name, JSON-able; what is missing is said, not raised."""
+    from importlib.metadata import PackageNotFoundError, version  # 50 modules, which --help does without
+
     import torch
 
     from featcache.backbones.weights import cache_dir

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from featcache.machine import limited
 from slotlab.config.model import ClusteringConfig, Logistic
 from slotlab.models.base import Model, Output
 from slotlab.models.clustering.lasting import Lasting
@@ -120,9 +121,10 @@ class ClusteringModel(Model):
             return self.output(tokens, slots, attention, 1 - attention.sum(-1))
         tracker = Tracker.start(self.config, self.attend, self.position.cpu(), keys.shape[-1])
         carried, held = [], []
-        for frame in zip(tokens.cpu(), keys.cpu(), objectness.cpu(), lasting.cpu(), strict=True):
-            held.append(tracker.step(*frame))
-            carried.append(tracker.slots)
+        with limited():  # hundreds of operations a frame, on 256 tokens by 10 slots
+            for frame in zip(tokens.cpu(), keys.cpu(), objectness.cpu(), lasting.cpu(), strict=True):
+                held.append(tracker.step(*frame))
+                carried.append(tracker.slots)
         slots, attention = (torch.stack(frames).to(tokens.device) for frames in (carried, held))
         return self.output(tokens, slots, attention, 1 - attention.sum(-1))
 
