@@ -22,6 +22,7 @@ from slotlab.commands import (
     masks,
     report,
     robustness,
+    settings,
     stores,
     train,
 )
@@ -47,6 +48,7 @@ def common(
 app.command()(extract.extract)
 app.command()(stores.stats)
 app.command()(train.train)
+app.command()(settings.settings)
 app.command("eval")(evaluate.evaluate)
 app.command()(demo.demo)
 app.command()(stores.verify)

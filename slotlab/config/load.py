@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from featcache.errors import DataError, UsageError
-from slotlab.config.model import MODEL_KINDS
+from slotlab.config.model import MODEL_KINDS, Section
 from slotlab.config.schema import Config
 
 
@@ -20,6 +21,11 @@ def presets() -> tuple[str, ...]:
     """Names of the shipped presets."""
     folder = resources.files("slotlab") / "presets"
     return tuple(sorted(item.name.removesuffix(".toml") for item in folder.iterdir() if item.name.endswith(".toml")))
+
+
+def preset_values(name: str) -> dict[str, Any]:
+    """What a shipped preset sets, as its TOML has it."""
+    return tomllib.loads((resources.files("slotlab") / "presets" / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def load_config(
@@ -32,9 +38,7 @@ def load_config(
     """
     if preset not in presets():
         raise UsageError(f"--preset {preset}: unknown; there are: {', '.join(presets())}")
-    text = (resources.files("slotlab") / "presets" / f"{preset}.toml").read_text(encoding="utf-8")
-    values = tomllib.loads(text)
-    layers = [(f"preset {preset}", values)]
+    layers = [(f"preset {preset}", preset_values(preset))]
     if file is not None:
         layers.append((str(file), read_toml(file)))
     for override in overrides:
@@ -49,7 +53,7 @@ def load_config(
     places: dict[str, str] = {}  # where each key was given last
     for where, layer in layers:
         _merge(merged, layer)
-        places |= dict.fromkeys(_dotted(layer), where)
+        places |= dict.fromkeys((key for key, _ in dotted(layer)), where)
     return validate(merged, layers[-1][0], places)
 
 
@@ -85,7 +89,7 @@ def validate(values: Mapping[str, Any], where: str, places: Mapping[str, str] | 
         if first["type"] == "extra_forbidden":
             section, _, name = key.rpartition(".")
             above = f"{section}." if section else ""
-            siblings = {k.removeprefix(above).partition(".")[0] for k in _keys(Config, kind) if k.startswith(above)}
+            siblings = {k.path.removeprefix(above).partition(".")[0] for k in walk(kind) if k.path.startswith(above)}
             close = get_close_matches(name, siblings, 1, cutoff=0.6)
             hint = f"; did you mean {above}{close[0]}?" if close else ""
         for given, place in (places or {}).items():
@@ -95,24 +99,44 @@ def validate(values: Mapping[str, Any], where: str, places: Mapping[str, str] | 
         raise UsageError(": ".join(part for part in (where, key, message + hint) if part)) from error
 
 
-def _keys(model: type[BaseModel], kind: str, prefix: str = "") -> list[str]:
-    """All keys of a configuration whose model is of this kind."""
-    keys: list[str] = []
-    for name, item in model.model_fields.items():
+class Key(NamedTuple):
+    """One key of a configuration, and where the schema has it."""
+
+    path: str  # with its dots
+    section: type[Section]
+    name: str
+    default: Any
+    about: str  # what the field that holds the section says of it
+
+    @property
+    def field(self) -> FieldInfo:
+        return self.section.model_fields[self.name]
+
+
+def walk(
+    kind: str, section: type[Section] = Config, above: str = "", defaults: Section | None = None, about: str = ""
+) -> Iterator[Key]:
+    """All keys of a configuration whose model is of this kind; the others say which part of it to walk."""
+    for name, item in section.model_fields.items():
+        default = item.default if defaults is None else getattr(defaults, name)
         parts = [part for part in (item.annotation, *get_args(item.annotation)) if isinstance(part, type)]
-        nested = [part for part in parts if issubclass(part, BaseModel)]
+        nested = [part for part in parts if issubclass(part, Section)]
         if name == "model":
             nested = [part for part in nested if part.model_fields["kind"].default == kind]
-        keys += [key for part in nested for key in _keys(part, kind, f"{prefix}{name}.")] or [prefix + name]
-    return keys
+        for part in nested:
+            given = default if isinstance(default, part) else None
+            yield from walk(kind, part, f"{above}{name}.", given, item.description or "")
+        if not nested:
+            yield Key(above + name, section, name, default, about)
 
 
-def _dotted(nested: Mapping[str, Any], above: str = "") -> Iterator[str]:
+def dotted(nested: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested tables, with its dotted key."""
     for key, value in nested.items():
         if isinstance(value, Mapping):
-            yield from _dotted(value, f"{above}{key}.")
+            yield from dotted(value, f"{above}{key}.")
         else:
-            yield above + key
+            yield above + key, value
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:

@@ -42,16 +42,24 @@ class Section(BaseModel):
 class DecoderConfig(Section):
     """From slots to patch tokens and masks (slotlab.models.decoders)."""
 
-    kind: Literal["mlp", "mix", "slot_mixer", "transformer"] = "mix"
-    hidden: int = Field(256, ge=1)
-    layers: int = Field(2, ge=1)  # hidden ones
-    blocks: int = Field(2, ge=1)  # of attention
-    heads: int = Field(4, ge=1)  # of attention
-    mask_temperature: float = Field(1.0, gt=0)  # of the softmax over slots; below one sharpens
-    masks: Literal["soft", "gumbel", "straight_through"] = "soft"  # how slots are weighed in training
-    permuted: bool = False  # train on several orders of the patches (SPOT)
-    patches: int | None = Field(None, ge=1)  # decode so many random patches a step instead of all
-    recompute: bool = False  # keep no activation for the backward pass: a third more time, far less memory
+    kind: Literal["mlp", "mix", "slot_mixer", "transformer"] = Field(
+        "mix", description="Decoder, from slots to tokens and masks"
+    )
+    hidden: int = Field(256, ge=1, description="Width of its hidden layers, of its tokens in a transformer")
+    layers: int = Field(2, ge=1, description="Hidden layers of its MLP")
+    blocks: int = Field(2, ge=1, description="Blocks of attention")
+    heads: int = Field(4, ge=1, description="Heads of each attention")
+    mask_temperature: float = Field(
+        1.0, gt=0, description="Divisor of the mask logits before the softmax over slots; below 1 sharpens"
+    )
+    masks: Literal["soft", "gumbel", "straight_through"] = Field(
+        "soft", description="Masks of training: soft, or hard with the gradient of soft ones"
+    )
+    permuted: bool = Field(False, description="Training on several orders of the patches (SPOT)")
+    patches: int | None = Field(None, ge=1, description="Random patches decoded a step; unset: all")
+    recompute: bool = Field(
+        False, description="No activations kept for the backward pass: far less memory, a third more time"
+    )
 
     read_by: ClassVar[ReadBy] = {
         "layers": ("kind", ("mlp", "mix", "slot_mixer")),
@@ -73,13 +81,16 @@ class DecoderConfig(Section):
 class PredictorConfig(Section):
     """From the slots of one frame to where the next frame's start: makes a model recurrent over clips."""
 
-    kind: Literal["identity", "mlp", "transformer"] = "transformer"
-    hidden: int = Field(512, ge=1)
-    heads: int = Field(4, ge=1)
-    output_norm: bool = False  # LayerNorm behind it
-    stop_gradient: bool = False  # no gradient from one frame to the one before
-    refresh: int = Field(0, ge=0)  # start afresh at every N-th frame; 0: never
-    first_iterations: int = Field(3, ge=1)  # of slot attention on a clip's first frame
+    kind: Literal["identity", "mlp", "transformer"] = Field(
+        "transformer",
+        description="From one frame's slots to where the next one's start: the same; each by itself; together",
+    )
+    hidden: int = Field(512, ge=1, description="Width of its MLP")
+    heads: int = Field(4, ge=1, description="Heads of its attention")
+    output_norm: bool = Field(False, description="LayerNorm behind it")
+    stop_gradient: bool = Field(False, description="No gradient from one frame to the one before")
+    refresh: int = Field(0, ge=0, description="Frames after which slots start afresh; 0: never")
+    first_iterations: int = Field(3, ge=1, description="Rounds of slot attention where slots start")
 
     read_by: ClassVar[ReadBy] = {
         "hidden": ("kind", ("mlp", "transformer")),
@@ -92,15 +103,23 @@ class RecurrentConfig(Section):
     """Slot attention and its recurrence over frames (slotlab.models.recurrence), on patch tokens and on pixels."""
 
     kind: str
-    slots: int = Field(11, ge=2, le=MOST_SLOTS)
-    fewest_slots: int | None = Field(None, ge=1)  # in training each sample has a random number, from here to slots
-    slot_dim: int = Field(128, ge=1)
-    initializer: Initializer = "gaussian"
-    iterations: int = Field(3, ge=1)
-    gradient: Literal["full", "implicit", "bilevel"] = "full"  # through the iterations
-    temperature: float = Field(1.0, gt=0)
-    slot_mlp_hidden: int = Field(512, ge=0)  # 0: none behind the GRU
-    predictor: PredictorConfig | None = None  # None: frames apart
+    slots: int = Field(11, ge=2, le=MOST_SLOTS, description="Slots of a frame")
+    fewest_slots: int | None = Field(
+        None, ge=1, description="Fewest slots of a training sample, whose number is random; unset: all"
+    )
+    slot_dim: int = Field(128, ge=1, description="Width of a slot")
+    initializer: Initializer = Field("gaussian", description="Where slots start")
+    iterations: int = Field(3, ge=1, description="Rounds of slot attention")
+    gradient: Literal["full", "implicit", "bilevel"] = Field(
+        "full", description="Rounds that the gradient passes: all; the last; the last, then straight to the first slots"
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="Divisor of the attention's logits; below 1 sharpens the competition"
+    )
+    slot_mlp_hidden: int = Field(512, ge=0, description="Width of the residual MLP behind the GRU; 0: none")
+    predictor: PredictorConfig | None = Field(
+        None, description="Recurrence over the frames of a clip; unset: frames apart"
+    )
 
     @property
     def carries(self) -> bool:
@@ -131,10 +150,14 @@ class SlotAttentionConfig(RecurrentConfig):
     """DINOSAUR's model and its kin, for images and, with a predictor, for video (slotlab.models.slot_model)."""
 
     kind: Literal["slot_attention"] = "slot_attention"
-    projection: Literal["mlp", "linear"] = "mlp"
-    projection_hidden: int | None = Field(None, ge=1)  # None: the features' width
+    projection: Literal["mlp", "linear"] = Field(
+        "mlp", description="Map of tokens before slots attend: LN-Linear-ReLU-Linear, or one linear layer"
+    )
+    projection_hidden: int | None = Field(
+        None, ge=1, description="Hidden width of the projection; unset: the features' width"
+    )
     initializer: Initializer = "kmeans"
-    kmeans_rounds: int = Field(8, ge=0)
+    kmeans_rounds: int = Field(8, ge=0, description="Rounds of k-means")
     iterations: int = Field(1, ge=1)
     decoder: DecoderConfig = DecoderConfig()
 
@@ -156,13 +179,13 @@ class PixelConfig(RecurrentConfig):
     """Slot attention on the frames themselves: CNN in, spatial broadcast CNN out (slotlab.models.pixel_model)."""
 
     kind: Literal["pixel"] = "pixel"
-    resolution: int = Field(64, ge=16)  # pixels a side that the model sees
+    resolution: int = Field(64, ge=16, description="Pixels a side that the model sees")
     slot_dim: int = Field(64, ge=1)
     initializer: Literal["gaussian", "gaussian_per_slot", "learnt"] = "gaussian"
     slot_mlp_hidden: int = Field(128, ge=0)  # 0: none behind the GRU
-    encoder_channels: int = Field(64, ge=1)
-    decoder_channels: int = Field(64, ge=1)
-    broadcast: int = Field(8, ge=1)  # side of the grid that a slot is broadcast to
+    encoder_channels: int = Field(64, ge=1, description="Channels of the encoder")
+    decoder_channels: int = Field(64, ge=1, description="Channels of the decoder")
+    broadcast: int = Field(8, ge=1, description="Side of the grid that a slot is broadcast to")
 
     @model_validator(mode="after")
     def _decoder_reaches_the_resolution(self) -> PixelConfig:
@@ -175,35 +198,51 @@ class PixelConfig(RecurrentConfig):
 class Logistic(Section):
     """``sigmoid((norm / (threshold * otsu) - 1) / width)`` of a token's norm, otsu being Otsu's threshold."""
 
-    threshold: float = Field(gt=0)
-    width: float = Field(gt=0)
+    threshold: float = Field(gt=0, description="Norm where it is one half, over Otsu's threshold")
+    width: float = Field(gt=0, description="Softness, as a share of that norm")
 
 
 class ClusteringConfig(Section):
     """Soft clusters of learnt keys, trained across time (slotlab.models.clustering.model)."""
 
     kind: Literal["clustering"] = "clustering"
-    slots: int = Field(13, ge=2, le=MOST_SLOTS)  # the background's included; a frame uses as many as it needs
-    slot_dim: int = Field(64, ge=1)
-    hidden: int = Field(256, ge=1)
-    iterations: int = Field(5, ge=1)
-    temperature: float = Field(0.05, gt=0)
-    position_weight: float = Field(1.0, ge=0)
-    new_slot_distance: float = Field(0.6, gt=0)  # squared, between unit keys with position
-    tracking: bool = True  # carry the slots from frame to frame of a video; false: frames apart
-    merge_distance: float = Field(0.15, ge=0)  # of two slots that have become one; in tracking
-    tracking_iterations: int = Field(2, ge=1)  # of a carried slot, each time
-    least_mass: float = Field(1.0, ge=0)  # patches that a slot must hold to be kept, in tracking
-    flow_radius: float = Field(0.34, gt=0)  # how far a token comes from, sides being 2; half as much more a frame back
-    flow_frames: int = Field(5, ge=1)  # that attention flows from; in tracking
-    flow_temperature: float = Field(0.1, gt=0)  # of the likeness of tokens, a cosine; in tracking
-    prior_weight: float = Field(2.0, ge=0)  # power of what flows from the last frames; in tracking
-    prior_floor: float = Field(0.05, gt=0)  # what a slot may claim of patches that nothing flows to; in tracking
-    lasting_frames: int = Field(8, ge=1)  # before and after, in which the like of a token is looked for
-    lasting_threshold: float = Field(0.8, ge=0)  # a slot whose tokens last less is background; 0: none is
-    objectness: Logistic = Logistic(threshold=1.0, width=0.25)  # that the model starts from
-    target_objectness: Logistic = Logistic(threshold=1.1, width=0.125)  # tighter, or the masks swell
-    seed_objectness: float = Field(0.6, gt=0, lt=1)  # a token below it starts no slot
+    slots: int = Field(13, ge=2, le=MOST_SLOTS, description="Most slots of a frame, the background's among them")
+    slot_dim: int = Field(64, ge=1, description="Channels of a key: the first ones of a token")
+    hidden: int = Field(256, ge=1, description="Width of the learnt corrections and of the decoder")
+    iterations: int = Field(5, ge=1, description="Rounds that refine the slots")
+    temperature: float = Field(
+        0.05, gt=0, description="Divisor of the squared distances between keys and slots; smaller is sharper"
+    )
+    position_weight: float = Field(1.0, ge=0, description="Weight of a patch's position beside its key")
+    new_slot_distance: float = Field(
+        0.6, gt=0, description="Squared distance from every slot at which a token starts another"
+    )
+    tracking: bool = Field(True, description="Slots carried from frame to frame of a video; false: frames apart")
+    merge_distance: float = Field(0.15, ge=0, description="Squared distance of two carried slots that have become one")
+    tracking_iterations: int = Field(2, ge=1, description="Rounds that refine a carried slot, each time")
+    least_mass: float = Field(1.0, ge=0, description="Patches that a carried slot must hold to be kept")
+    flow_radius: float = Field(
+        0.34,
+        gt=0,
+        description="Distance that attention flows in a frame of sides 2; half as much more for each frame back",
+    )
+    flow_frames: int = Field(5, ge=1, description="Past frames that attention flows from")
+    flow_temperature: float = Field(
+        0.1, gt=0, description="Divisor of the likeness (cosine) that attention flows along"
+    )
+    prior_weight: float = Field(2.0, ge=0, description="Power of what flows from the past; 0: no prior")
+    prior_floor: float = Field(0.05, gt=0, description="Claim of a slot on patches that nothing flows to")
+    lasting_frames: int = Field(8, ge=1, description="Frames before and after, where the like of a token is looked for")
+    lasting_threshold: float = Field(
+        0.8, ge=0, description="Lasting, as a share of the mean, below which a slot is background; 0: none is"
+    )
+    objectness: Logistic = Field(
+        Logistic(threshold=1.0, width=0.25), description="Objectness that the model starts from"
+    )
+    target_objectness: Logistic = Field(
+        Logistic(threshold=1.1, width=0.125), description="Objectness in the target; tighter, or the masks swell"
+    )
+    seed_objectness: float = Field(0.6, gt=0, lt=1, description="Objectness from which a token may start a slot")
 
     read_by: ClassVar[ReadBy] = dict.fromkeys(
         (

@@ -46,14 +46,20 @@ def parse_normalisation(kind: str) -> tuple[str, float]:
 class DataConfig(Section):
     """What is read, and how it is scaled."""
 
-    tap: str | None = None  # None: the store's first; "video": the stored frames
-    train_split: str = "train"
-    eval_split: str = "validation"
-    normalize: str = "whiten"  # whiten | whiten=K | slow=K | channel | scale | none | sample | fixed=FACTOR
-    center: Literal["channel", "position"] = "channel"  # the mean that normalisation subtracts
-    shrinkage: float = Field(0.1, ge=0, le=1)
-    residence: Literal["auto", "disk", "host", "device"] = "auto"
-    clip: int = Field(1, ge=1)  # consecutive frames a sample; more than one needs a model of video
+    tap: str | None = Field(None, description="Tap that is read; video: the stored frames; unset: the store's first")
+    train_split: str = Field("train", description="Split to train on")
+    eval_split: str = Field("validation", description="Split to score and to look at")
+    normalize: str = Field(
+        "whiten", examples=list(KINDS), description="Normalisation by the store's statistics; K is a number of channels"
+    )
+    center: Literal["channel", "position"] = Field(
+        "channel", description="Mean to subtract: of each channel, or of each at each patch position"
+    )
+    shrinkage: float = Field(0.1, ge=0, le=1, description="Shrinkage of the covariance towards equal variances")
+    residence: Literal["auto", "disk", "host", "device"] = Field(
+        "auto", description="Place of the features while they stream; auto: by what fits"
+    )
+    clip: int = Field(1, ge=1, description="Consecutive frames a sample; more than 1 needs a model of video")
 
     read_by: ClassVar[ReadBy] = {
         setting: ("normalize", tuple(form for form, read in NORMALISATIONS.items() if setting in read))
@@ -76,15 +82,17 @@ class DataConfig(Section):
 class LossConfig(Section):
     """Weights of the losses (slotlab.training.losses); one at 0 is not computed. Each is logged apart."""
 
-    feature_mse: float = Field(1.0, ge=0)  # of standardised features, 1 is the mean predictor
-    cosine: float = Field(0.0, ge=0)
-    temporal_similarity: float = Field(0.0, ge=0)  # VideoSAUR
-    slot_contrast: float = Field(0.0, ge=0)  # SlotContrast
-    diversity: float = Field(0.0, ge=0)
-    sharpness: float = Field(0.0, ge=0)
-    similarity_shift: int = Field(1, ge=1)  # frames ahead
-    similarity_temperature: float = Field(0.075, gt=0)
-    contrast_temperature: float = Field(0.1, gt=0)
+    feature_mse: float = Field(
+        1.0, ge=0, description="Weight of the squared error; of standardised features, 1 is the mean predictor"
+    )
+    cosine: float = Field(0.0, ge=0, description="Weight of one minus the cosine")
+    temporal_similarity: float = Field(0.0, ge=0, description="Weight of the temporal similarity (VideoSAUR)")
+    slot_contrast: float = Field(0.0, ge=0, description="Weight of the slot contrast (SlotContrast)")
+    diversity: float = Field(0.0, ge=0, description="Weight of the mean cosine between masks")
+    sharpness: float = Field(0.0, ge=0, description="Weight of the masks' entropy")
+    similarity_shift: int = Field(1, ge=1, description="Frames ahead that the temporal similarity looks")
+    similarity_temperature: float = Field(0.075, gt=0, description="Divisor of its cosines")
+    contrast_temperature: float = Field(0.1, gt=0, description="Divisor of the slot contrast's cosines")
 
     @property
     def reconstructs(self) -> bool:
@@ -100,23 +108,31 @@ class LossConfig(Section):
 class OptimConfig(Section):
     """Adam, linear warm-up, decay, clipping."""
 
-    steps: int = Field(800, ge=1)
-    batch_size: int = Field(32, ge=1)  # samples a step, of all ranks together
-    accumulate: int = Field(1, ge=1)  # parts of a rank's batch that pass the model one after the other
-    learning_rate: float = Field(1e-3, gt=0)
-    reference_batch: int | None = Field(None, ge=1)  # the rate is for this batch size; None: for the one given
-    scaling: Literal["linear", "sqrt"] = "sqrt"  # how the rate grows with the batch
-    warmup_steps: int = Field(50, ge=0)  # at most a fifth of the steps
-    warmup_samples: int | None = Field(None, ge=0)  # instead of steps: the same for every batch size
-    decay: Literal["cosine", "exponential", "constant"] = "cosine"
-    half_life: int = Field(100_000, ge=1)  # steps, of the exponential decay
-    final_learning_rate: float = Field(0.0, ge=0)  # of the cosine
-    weight_decay: float = Field(0.0, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
-    ema: float = Field(0.0, ge=0, lt=1)  # decay of averaged weights, which are then the ones evaluated; 0: none
-    precision: Literal["float32", "bfloat16"] = "float32"
-    compile: bool = False
-    cuda_graphs: bool = False  # of what is compiled: a step's many small kernels are launched as a few graphs
+    steps: int = Field(800, ge=1, description="Optimiser steps")
+    batch_size: int = Field(32, ge=1, description="Samples a step, of all ranks together")
+    accumulate: int = Field(1, ge=1, description="Parts of a rank's batch that pass the model one after the other")
+    learning_rate: float = Field(1e-3, gt=0, description="Learning rate after the warm-up")
+    reference_batch: int | None = Field(
+        None, ge=1, description="Batch size that the rate is for; unset: the batch size"
+    )
+    scaling: Literal["linear", "sqrt"] = Field("sqrt", description="Growth of the rate with the batch")
+    warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up, at most a fifth of the steps")
+    warmup_samples: int | None = Field(
+        None, ge=0, description="Warm-up in samples instead: the same for every batch size"
+    )
+    decay: Literal["cosine", "exponential", "constant"] = Field(
+        "cosine", description="Decay of the rate after the warm-up"
+    )
+    half_life: int = Field(100_000, ge=1, description="Steps in which the exponential decay halves the rate")
+    final_learning_rate: float = Field(0.0, ge=0, description="Rate at the end of the cosine")
+    weight_decay: float = Field(0.0, ge=0, description="Weight decay")
+    clip_norm: float = Field(1.0, gt=0, description="Gradient norm to clip to")
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="Decay of averaged weights, which are then the ones evaluated; 0: none"
+    )
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the model")
+    compile: bool = Field(False, description="torch.compile of the step")
+    cuda_graphs: bool = Field(False, description="CUDA graphs of what is compiled: few launches for many small kernels")
 
     read_by: ClassVar[ReadBy] = {
         "half_life": ("decay", ("exponential",)),
@@ -137,16 +153,18 @@ class OptimConfig(Section):
 class Config(Section):
     """Everything that decides a run's result, besides the store itself."""
 
-    seed: int = Field(0, ge=0, lt=1 << 63)
+    seed: int = Field(0, ge=0, lt=1 << 63, description="Seed of parameters, of the order of samples, and of all draws")
     data: DataConfig = DataConfig()
     model: ModelConfig = Field(SlotAttentionConfig(), discriminator="kind")
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
-    published_masks: Masks = "decoder"  # scored first, drawn, written to files
-    log_every: int = Field(10, ge=1)
-    checkpoint_every: int = Field(200, ge=1)
-    evaluate_every: int = Field(0, ge=0)  # steps between looks at the masks of the evaluation split; 0: none
-    evaluate_videos: int = Field(8, ge=1)  # that such a look takes
+    published_masks: Masks = Field("decoder", description="Masks that are scored first, drawn, and written to files")
+    log_every: int = Field(10, ge=1, description="Steps between logged rows")
+    checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints")
+    evaluate_every: int = Field(
+        0, ge=0, description="Steps between looks at the masks of the evaluation split; 0: none"
+    )
+    evaluate_videos: int = Field(8, ge=1, description="Videos of a look")
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
