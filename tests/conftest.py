@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,7 +12,7 @@ os.environ.setdefault("NO_COLOR", "1")
 
 import pytest
 import torch
-from jaxtyping import install_import_hook
+from jaxtyping import config, install_import_hook
 
 # Shapes and types are checked at every call of the tensor code, in the tests alone.
 install_import_hook(["slotlab.models", "slotlab.training.losses", "featcache.store.encoding"], "beartype.beartype")
@@ -26,6 +27,15 @@ torch.set_num_threads(1)
 def store(tmp_path: Path) -> FeatureStore:
     """A small finished store with two splits."""
     return make_store(tmp_path / "synthetic.zarr")
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """No checks of shapes: torch.compile does not trace them."""
+    torch.compiler.reset()
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
 
 
 def pytest_configure() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from slotlab.config.model import DecoderConfig, SlotAttentionConfig
-from slotlab.models.decoders import DECODERS
+from slotlab.models.decoders import DECODERS, broadcast
 from slotlab.models.decoders.autoregressive import scan_orders
 from slotlab.models.decoders.base import Decoded, Decoder, Sizes
 from slotlab.models.decoders.broadcast import MLPDecoder
@@ -51,6 +51,20 @@ def published_mlp_decoder(decoder: MLPDecoder, slots: Tensor) -> tuple[Tensor, T
     hidden = decoder.hidden(decoder.first(x))  # (B, K, N, H)
     masks = (decoder.mask(hidden) / decoder.config.mask_temperature).softmax(1)  # (B, K, N, 1)
     return (masks * decoder.heads.tokens(hidden)).sum(1), masks[..., 0]
+
+
+def test_a_compiled_mlp_decoder_takes_no_more_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One activation of all patches of a large batch is gigabytes; a compiler unrolls as few turns as ROWS allows."""
+    decoder, rows = build("mlp").train(), []
+    assert isinstance(decoder, MLPDecoder)
+    expected = decode(decoder)
+    decoder.mask.register_forward_hook(lambda module, given, made: rows.append(made.numel()))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(broadcast, "ROWS", 3 * B * K)
+    found = decode(decoder)
+    assert rows == [3 * B * K] * 5 + [B * K]
+    torch.testing.assert_close(found.reconstruction, expected.reconstruction, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.masks, expected.masks, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])

@@ -25,7 +25,7 @@ def with_a_shadow() -> tuple[Tensor, Tensor]:
 
 def fitted(tokens: Tensor, **options: object) -> ClusteringModel:
     clustering = model(lasting_frames=3, **options)
-    clustering.calibrate(tokens)
+    clustering.calibrate([tokens])
     clustering.learn_lasting([tokens])
     return clustering
 
@@ -45,7 +45,7 @@ def test_what_is_soon_gone_is_background(tracking: bool) -> None:
 def test_a_slot_that_was_found_to_last_stays_an_object() -> None:
     tokens, labels = video([(1, 1)] * 3, [(6, 6)] * 3)
     clustering = model(lasting_threshold=0.8)
-    clustering.calibrate(tokens)
+    clustering.calibrate([tokens])
     with torch.no_grad():
         keys, objectness = clustering.encode(clustering.tokens(tokens))
         tracker = Tracker.start(clustering.config, clustering.attend, clustering.position, keys.shape[-1])
@@ -60,7 +60,7 @@ def test_a_slot_that_was_found_to_last_stays_an_object() -> None:
 def test_a_slot_taken_by_another_object_knows_nothing_of_the_last() -> None:
     tokens, labels = video([(1, 1), None, None], [None, None, (6, 6)])
     clustering = model(lasting_threshold=0.8, slots=2, least_mass=5.0)  # one for objects, free when empty
-    clustering.calibrate(tokens)
+    clustering.calibrate([tokens])
     with torch.no_grad():
         keys, objectness = clustering.encode(clustering.tokens(tokens))
         tracker = Tracker.start(clustering.config, clustering.attend, clustering.position, keys.shape[-1])
@@ -79,7 +79,7 @@ def test_an_object_that_comes_back_to_its_name_is_still_known(hidden: int) -> No
     turned = hidden == 0
     tokens, labels = turning(70, 4) if turned else video([(4, 4)] * 2 + [None] * hidden + [(4, 4)] * 2)
     clustering = model(lasting_threshold=0.8)
-    clustering.calibrate(tokens)
+    clustering.calibrate([tokens])
     ones = torch.ones(tokens.shape[1])
     with torch.no_grad():
         keys, objectness = clustering.encode(clustering.tokens(tokens))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ from slotlab.models.decoders import DECODERS
 from slotlab.models.initializers import INITIALIZERS
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
-from slotlab.models.slot_attention import SlotAttention
+from slotlab.models.slot_attention import GRU, SlotAttention
 from slotlab.models.slot_model import SlotModel
 from slotlab.training.losses import losses, total
 
@@ -185,10 +187,30 @@ def clustering(**options: object) -> ClusteringModel:
     return ClusteringModel(config, Normaliser("none", 12), (8, 8))
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_the_gru_is_written_out_where_it_is_compiled() -> None:
+    """torch's cell is one CUDA kernel that nothing is fused with, and has no shapes for the compiler."""
+    ours, theirs, called = GRU(S, S), nn.GRUCell(S, S), []
+    ours.load_state_dict(theirs.state_dict())  # one checkpoint
+    tokens, slots = draw(B * K, S), draw(B * K, S, seed=1)
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(ours, backend=backend, fullgraph=True)
+    for module in (ours, compiled):
+        torch.testing.assert_close(module(tokens, slots), theirs(tokens, slots), rtol=0, atol=1e-6)
+    assert sum("linear" in name for name in called) == 2 and not [name for name in called if "gru" in name]
+    wanted = torch.autograd.grad(theirs(tokens, slots).square().sum(), list(theirs.parameters()))
+    found = torch.autograd.grad(compiled(tokens, slots).square().sum(), list(ours.parameters()))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_clustering_finds_the_objects_before_any_training() -> None:
     tokens, labels = scene()
     model = clustering(position_weight=0.3, new_slot_distance=1.0)  # a patch of this small grid is wide
-    model.calibrate(tokens)
+    model.calibrate([tokens])
     output = model(tokens, Draws(0))
     torch.testing.assert_close(output.masks.sum(1), torch.ones(2, 64))
     assigned = output.masks.argmax(1)  # (F, 64)
@@ -202,7 +224,7 @@ def test_clustering_finds_the_objects_before_any_training() -> None:
 def test_clustering_without_objects_gives_all_to_the_background() -> None:
     tokens, _ = scene()
     model = clustering()
-    model.calibrate(tokens)
+    model.calibrate([tokens])
     output = model(0.1 * draw(2, 64, 12), Draws(0))
     assert float(output.masks[:, 0].detach().min()) > 0.5
     assert torch.isfinite(output.reconstruction).all()
@@ -212,7 +234,7 @@ def test_a_frame_that_is_displaced_as_a_whole_is_moved_back() -> None:
     """All tokens of a nearly empty frame may be far from where a training frame's are; objects still stand out."""
     tokens, labels = scene()
     model = clustering(position_weight=0.3, new_slot_distance=1.0)
-    model.calibrate(tokens)
+    model.calibrate([tokens])
     away = tokens.clone()
     away[1] += 4 * model.otsu * F.normalize(torch.ones(12), dim=0)
     found = model(away, Draws(0)).masks.argmax(1)
@@ -223,7 +245,7 @@ def test_a_frame_that_is_displaced_as_a_whole_is_moved_back() -> None:
 def test_large_objects_do_not_displace_a_frame() -> None:
     tokens, _ = scene()
     model = clustering()
-    model.calibrate(tokens)
+    model.calibrate([tokens])
     crowded = 0.2 * draw(1, 64, 12)
     crowded[:, :44, 0] += 6  # one object on two thirds of the patches
     assert torch.equal(model.tokens(crowded), crowded)
@@ -234,7 +256,7 @@ def test_large_objects_do_not_displace_a_frame() -> None:
 def test_clips_train_across_time_and_every_parameter_learns() -> None:
     tokens, _ = scene(frames=8)
     model = clustering()
-    model.calibrate(tokens)
+    model.calibrate([tokens])
     clips = tokens.view(2, 4, 64, 12)
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     seen = []
@@ -252,7 +274,7 @@ def test_slots_of_one_frame_must_explain_another() -> None:
     """With a clip of two different scenes the loss depends on which frame the slots are taken from."""
     (first, _), (second, _) = scene(1, seed=0), scene(1, seed=5)
     model = clustering()
-    model.calibrate(torch.cat([first, second]))
+    model.calibrate([first, second])
     clips = torch.stack([first, second], 1)  # (1, 2, 64, 12)
     outputs = [model(clips, Draws(seed)) for seed in range(12)]
     targets = {round(float(o.target.sum()), 3) for o in outputs}
@@ -274,7 +296,7 @@ def test_targets_have_unit_energy_whatever_the_scale() -> None:
     energies = []
     for factor in (1.0, 30.0):
         model = clustering()
-        model.calibrate(factor * tokens)
+        model.calibrate([factor * tokens])
         energies.append(float(model(factor * tokens, Draws(0)).target.square().mean()))
     assert energies == pytest.approx([1.0, 1.0], rel=1e-4)
 

@@ -52,7 +52,7 @@ def slot_of(masks: Tensor, labels: Tensor, label: int) -> list[int | None]:
 
 
 def segment(clustering: ClusteringModel, tokens: Tensor) -> Tensor:
-    clustering.calibrate(tokens)
+    clustering.calibrate([tokens])
     with torch.no_grad():
         output = clustering.segment(tokens, Draws(0))
     torch.testing.assert_close(output.masks.sum(1), torch.ones(tokens.shape[:2]))
@@ -150,7 +150,7 @@ def test_the_future_changes_nothing() -> None:
 def test_an_empty_video_is_all_background() -> None:
     tokens, _ = video([(4, 4)] * 2)
     clustering = model()
-    clustering.calibrate(tokens)
+    clustering.calibrate([tokens])
     empty = 0.1 * torch.randn(3, SIDE * SIDE, DIM, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         masks = clustering.segment(empty, Draws(0)).masks

@@ -21,11 +21,15 @@ class Section(BaseModel):
     # Key -> another key of the section, and the values of that one with which the first is read.
     read_by: ClassVar[ReadBy] = {}
 
+    def chosen(self, key: str) -> str:
+        """A key's value as :attr:`read_by` names it."""
+        return str(getattr(self, key))
+
     def unread(self, where: str = "") -> list[str]:
         """What was changed and has no effect, a sentence each; ``where`` is the section's own key with its dot."""
         found = []
         for name, (deciding, values) in self.read_by.items():
-            chosen = str(getattr(self, deciding)).partition("=")[0]
+            chosen = self.chosen(deciding)
             given, default = getattr(self, name), type(self).model_fields[name].default
             if given != default and chosen not in values:
                 found.append(f"{where}{name} = {given} has no effect with {where}{deciding} = {chosen}")

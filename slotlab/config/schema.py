@@ -11,26 +11,36 @@ from pydantic import Field, field_validator, model_validator
 from featcache.errors import UsageError
 from slotlab.config.model import Masks, ModelConfig, ReadBy, Section, SlotAttentionConfig
 
-PLAIN = ("whiten", "channel", "scale", "none", "sample")  # normalisations; see slotlab.models.normalise
-
-NUMBERED = {"whiten": "K", "slow": "K", "fixed": "FACTOR"}
-
-KINDS = (*PLAIN, *(f"{name}={number}" for name, number in NUMBERED.items()))
+# Form of data.normalize -> the other settings of data that it reads. What each does: slotlab.models.normalise.
+NORMALISATIONS: dict[str, tuple[str, ...]] = {
+    "whiten": ("center", "shrinkage"),
+    "whiten=K": ("center",),
+    "slow=K": ("center",),
+    "channel": ("center",),
+    "scale": ("center",),
+    "none": (),
+    "sample": (),
+    "fixed=FACTOR": (),
+}
 
 
 def parse_normalisation(kind: str) -> tuple[str, float]:
-    """The kind's name and its number; 0 where it has none. ``UsageError`` for one that is not known."""
-    if kind in PLAIN:
-        return kind, 0.0
-    name, _, value = kind.partition("=")
-    if name in NUMBERED:
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if math.isfinite(number) and number > 0 and (name == "fixed" or number.is_integer()):
-            return name, number
-    raise UsageError(f"normalisation {kind!r} is not known; choose one of {', '.join(KINDS)} with K, FACTOR > 0")
+    """The form of ``data.normalize``, and its number; 0 where it has none. ``UsageError`` for one that is not known."""
+    name, equals, value = kind.partition("=")
+    if not equals and name in NORMALISATIONS:
+        return name, 0.0
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if math.isfinite(number) and number > 0:
+        if (form := f"{name}=K") in NORMALISATIONS and number.is_integer():
+            return form, number
+        if (form := f"{name}=FACTOR") in NORMALISATIONS:
+            return form, number
+    raise UsageError(
+        f"normalisation {kind!r} is not known; choose one of {', '.join(NORMALISATIONS)} with K, FACTOR > 0"
+    )
 
 
 class DataConfig(Section):
@@ -52,9 +62,12 @@ class DataConfig(Section):
     clip: int = Field(1, ge=1, description="Consecutive frames a sample; more than 1 needs a model of video")
 
     read_by: ClassVar[ReadBy] = {
-        "center": ("normalize", ("whiten", "slow", "channel", "scale")),
-        "shrinkage": ("normalize", ("whiten",)),
+        setting: ("normalize", tuple(form for form, read in NORMALISATIONS.items() if setting in read))
+        for setting in ("center", "shrinkage")
     }
+
+    def chosen(self, key: str) -> str:
+        return parse_normalisation(self.normalize)[0] if key == "normalize" else super().chosen(key)
 
     @field_validator("normalize")
     @classmethod

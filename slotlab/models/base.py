@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from jaxtyping import Float, Int
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from featcache.errors import DataError
 from slotlab.config.model import Masks
+from slotlab.config.schema import Config
+from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 
 
@@ -64,6 +67,17 @@ class Model(nn.Module):
 
     grid: tuple[int, int]
     slots: int
+
+    @classmethod
+    def of(cls, config: Config, normaliser: Normaliser, grid: tuple[int, int]) -> Model:
+        """The model of a configuration. ``UsageError`` where its sizes do not go with the grid."""
+        raise NotImplementedError
+
+    def calibrate(self, videos: Iterable[Tensor]) -> None:
+        """Measure what is neither learnt nor a statistic of the store, on stored features of some videos (F, ...) each.
+
+        Most models have no such thing.
+        """
 
     def forward(self, features: Tensor, draws: Draws) -> Output:
         """As trained: stored frames (B, ...) or clips (B, T, ...) of any float type, or uint8 pixels."""

@@ -25,6 +25,8 @@ statistics, are multiplied by any factor; and a mean predictor's squared error o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -34,12 +36,40 @@ from featcache.errors import DataError, UsageError
 from featcache.moments import Moments
 from slotlab.config.schema import parse_normalisation
 
-FROM_STATISTICS = ("whiten", "slow", "channel", "scale")
-REDUCING = ("whiten", "slow")  # to K directions
 Center = Literal["channel", "position"]
 
 _DEAD = 1e-12  # variance, relative to the largest, below which a direction is rounding noise and is set to 0
 _EPSILON = 1e-6  # standard deviation below which ``sample`` does not amplify
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a weight is measured from, in float64."""
+
+    kind: str  # data.normalize, for messages
+    count: int  # K, the channels to keep: all of them without K
+    covariance: Tensor  # (D, D)
+    motion: Tensor | None  # (D, D), covariance of the motion; None: unknown
+    shrinkage: float
+
+
+def _multiplied(x: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+    return (x - shift) * weight
+
+
+def _mapped(x: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+    return (x - shift) @ weight
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One normalisation: its weight's shape for D channels of which K are kept, how that is measured, and how features
+    pass shift and weight. What measures nothing has a shift of 0, and its number or 1 for a weight.
+    """
+
+    shape: Callable[[int, int], tuple[int, ...]] = lambda dim, kept: ()
+    measure: Callable[[Statistics], Tensor] | None = None
+    apply: Callable[[Tensor, Tensor, Tensor], Tensor] = _multiplied
 
 
 class Normaliser(nn.Module):
@@ -51,17 +81,18 @@ class Normaliser(nn.Module):
     """
 
     shift: Tensor  # (N or 1, D)
-    weight: Tensor  # (D, D') for ``whiten`` and ``slow``, (D,) or () otherwise
+    weight: Tensor  # (D, K), (D,) or ()
 
     def __init__(self, kind: str, dim: int, positions: int = 1) -> None:
         super().__init__()
-        self.kind, number = parse_normalisation(kind)
-        self.dim = int(number) if number and self.kind in REDUCING else dim  # of the output
+        self.kind = kind
+        form, number = parse_normalisation(kind)
+        self.recipe = RECIPES[form]
+        self.dim = int(number) if form.endswith("=K") else dim  # of the output
         if self.dim > dim:
             raise UsageError(f"normalisation {kind}: the features have only {dim} channels")
         self.register_buffer("shift", torch.zeros(positions, dim))
-        shape = {"whiten": (dim, self.dim), "slow": (dim, self.dim), "channel": (dim,)}.get(self.kind, ())
-        self.register_buffer("weight", torch.full(shape, number or 1.0))
+        self.register_buffer("weight", torch.full(self.recipe.shape(dim, self.dim), number or 1.0))
 
     @classmethod
     def from_moments(cls, kind: str, moments: Moments, shrinkage: float, center: Center) -> Normaliser:
@@ -94,29 +125,18 @@ class Normaliser(nn.Module):
         positions, dim = mean.shape
         if not 0 <= shrinkage <= 1:
             raise UsageError(f"normalisation shrinkage is {shrinkage}; choose a value from 0 to 1")
-        name, number = parse_normalisation(kind)
-        if name not in FROM_STATISTICS:
-            return cls(kind, dim, positions)
         self = cls(kind, dim, positions)
+        if self.recipe.measure is None:
+            return self
         covariance = _symmetric(covariance, dim, "covariance")
         if not bool(torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
             raise DataError("feature statistics are not finite; run verify, then extract again")
-        variance = covariance.diagonal()
-        if float(variance.max()) <= 0:
+        if float(covariance.diagonal().max()) <= 0:
             raise DataError("feature statistics: no channel varies; choose another tap or check the backbone")
+        if motion is not None:
+            motion = _symmetric(motion, dim, "motion")
         self.shift.copy_(mean)
-        if name == "whiten" and number:
-            self.weight.copy_(_principal_directions(covariance, self.dim, kind))
-        elif name == "whiten":
-            self.weight.copy_(_whitening(covariance, shrinkage))
-        elif name == "slow":
-            if motion is None or not bool(motion.any()):
-                raise DataError(f"normalisation {kind}: nothing moves in single frames; train with --preset image")
-            self.weight.copy_(_slow_directions(covariance, _symmetric(motion, dim, "motion"), self.dim, kind))
-        elif name == "channel":
-            self.weight.copy_(_inverse_root(variance))
-        else:
-            self.weight.copy_(variance.mean().rsqrt())
+        self.weight.copy_(self.recipe.measure(Statistics(kind, self.dim, covariance, motion, shrinkage)))
         return self
 
     def forward(self, features: Tensor) -> Tensor:
@@ -124,16 +144,7 @@ class Normaliser(nn.Module):
         if features.shape[-1] != self.shift.shape[-1]:
             raise ValueError(f"features have {features.shape[-1]} channels, the normaliser {self.shift.shape[-1]}")
         with torch.autocast(features.device.type, enabled=False):
-            x = features.float()
-            if self.kind == "none":
-                return x
-            if self.kind == "sample":
-                deviation, mean = torch.std_mean(x, dim=-2, correction=0, keepdim=True)
-                return (x - mean) / (deviation + _EPSILON)
-            if self.kind == "fixed":
-                return x * self.weight
-            x = x - self.shift
-            return x @ self.weight if self.weight.ndim == 2 else x * self.weight
+            return self.recipe.apply(features.float(), self.shift, self.weight)
 
     def extra_repr(self) -> str:
         return f"{self.kind!r}, {self.shift.shape[-1]} -> {self.dim}"
@@ -145,8 +156,9 @@ def _symmetric(matrix: Tensor, dim: int, what: str) -> Tensor:
     return (matrix.double() + matrix.double().T) / 2
 
 
-def _whitening(covariance: Tensor, shrinkage: float) -> Tensor:
+def _whitening(of: Statistics) -> Tensor:
     """Symmetric (D, D) root of the inverse of the shrunk covariance, for a mean channel variance of 1."""
+    covariance, shrinkage = of.covariance, of.shrinkage
     shrunk = (1 - shrinkage) * covariance
     shrunk.diagonal().add_(shrinkage * covariance.diagonal().mean())
     values, vectors = torch.linalg.eigh(shrunk)
@@ -155,25 +167,27 @@ def _whitening(covariance: Tensor, shrinkage: float) -> Tensor:
     return weight * variance.rsqrt()
 
 
-def _sphere(covariance: Tensor, count: int, kind: str) -> Tensor:
-    """(D, R) principal directions of unit variance, largest last: all R >= ``count`` in which tokens vary."""
-    values, vectors = torch.linalg.eigh(covariance)  # ascending
+def _sphere(of: Statistics) -> Tensor:
+    """(D, R) principal directions of unit variance, largest last: all R >= K in which tokens vary."""
+    values, vectors = torch.linalg.eigh(of.covariance)  # ascending
     alive = values > _DEAD * values.max()  # a channel that never varies never moves either
-    if int(alive.sum()) < count:
-        raise UsageError(f"normalisation {kind}: the features vary in only {int(alive.sum())} directions")
+    if int(alive.sum()) < of.count:
+        raise UsageError(f"normalisation {of.kind}: the features vary in only {int(alive.sum())} directions")
     return torch.mul(vectors[:, alive], values[alive].rsqrt())
 
 
-def _principal_directions(covariance: Tensor, count: int, kind: str) -> Tensor:
+def _principal_directions(of: Statistics) -> Tensor:
     """(D, K) directions of unit variance in which tokens vary most, largest first."""
-    return _signed(_sphere(covariance, count, kind)[:, -count:].flip(1))
+    return _signed(_sphere(of)[:, -of.count :].flip(1))
 
 
-def _slow_directions(covariance: Tensor, motion: Tensor, count: int, kind: str) -> Tensor:
+def _slow_directions(of: Statistics) -> Tensor:
     """(D, K) directions of unit variance with the least motion, slowest first."""
-    sphere = _sphere(covariance, count, kind)  # (D, R)
-    _, rotation = torch.linalg.eigh(sphere.T @ motion @ sphere)  # ascending: slowest first
-    return _signed(sphere @ rotation[:, :count])
+    if of.motion is None or not bool(of.motion.any()):
+        raise DataError(f"normalisation {of.kind}: nothing moves in single frames; train with --preset image")
+    sphere = _sphere(of)  # (D, R)
+    _, rotation = torch.linalg.eigh(sphere.T @ of.motion @ sphere)  # ascending: slowest first
+    return _signed(sphere @ rotation[:, : of.count])
 
 
 def _signed(directions: Tensor) -> Tensor:
@@ -185,3 +199,20 @@ def _signed(directions: Tensor) -> Tensor:
 def _inverse_root(variance: Tensor) -> Tensor:
     """``1 / sqrt(variance)``, and 0 for directions without any."""
     return torch.where(variance > _DEAD * variance.max(), variance.clamp_min(0).rsqrt(), 0.0)
+
+
+def _by_sample(x: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+    deviation, mean = torch.std_mean(x, dim=-2, correction=0, keepdim=True)
+    return (x - mean) / (deviation + _EPSILON)
+
+
+RECIPES: dict[str, Recipe] = {  # by the forms of data.normalize
+    "whiten": Recipe(lambda dim, kept: (dim, dim), _whitening, _mapped),
+    "whiten=K": Recipe(lambda dim, kept: (dim, kept), _principal_directions, _mapped),
+    "slow=K": Recipe(lambda dim, kept: (dim, kept), _slow_directions, _mapped),
+    "channel": Recipe(lambda dim, kept: (dim,), lambda of: _inverse_root(of.covariance.diagonal())),
+    "scale": Recipe(lambda dim, kept: (), lambda of: of.covariance.diagonal().mean().rsqrt()),
+    "none": Recipe(apply=lambda x, shift, weight: x),
+    "sample": Recipe(apply=_by_sample),
+    "fixed=FACTOR": Recipe(),
+}

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from slotlab.config.model import PixelConfig
+from slotlab.config.schema import Config
 from slotlab.models.base import Model, Output
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
@@ -62,6 +63,11 @@ class PixelModel(Model):
         )
         self.recur = Recurrence(config, slot_dim)
         self.decode = BroadcastDecoder(config, normaliser.dim, grid)
+
+    @classmethod
+    def of(cls, config: Config, normaliser: Normaliser, grid: tuple[int, int]) -> PixelModel:
+        assert isinstance(config.model, PixelConfig)
+        return cls(config.model, normaliser, grid)
 
     def forward(self, features: UInt8[Tensor, "B H W 3"] | UInt8[Tensor, "B T H W 3"], draws: Draws) -> Output:
         """Stored frames; or, where there is a predictor, clips, too."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -37,6 +38,19 @@ class Attended:
     active: Bool[Tensor, "B K"] | None = None  # False: padding, which takes no patch and shows nowhere
 
 
+class GRU(nn.GRUCell):
+    """torch's cell; written out where it is compiled, as its CUDA kernel would stay apart from all that is fused."""
+
+    def forward(self, input: Float[Tensor, "B S"], hx: Float[Tensor, "B S"] | None = None) -> Float[Tensor, "B S"]:
+        if hx is None or not torch.compiler.is_compiling():  # elsewhere one call
+            return super().forward(input, hx)
+        reset, update, new = F.linear(input, self.weight_ih, self.bias_ih).chunk(3, -1)
+        from_reset, from_update, from_new = F.linear(hx, self.weight_hh, self.bias_hh).chunk(3, -1)
+        update = torch.sigmoid(update + from_update)
+        new = torch.tanh(new + torch.sigmoid(reset + from_reset) * from_new)
+        return new + update * (hx - new)
+
+
 class SlotAttention(nn.Module):
     """Competitive attention of K slots over N patch tokens, refined over a few iterations.
 
@@ -65,7 +79,7 @@ class SlotAttention(nn.Module):
         self.to_key = nn.Linear(input_dim, slot_dim, bias=False)
         self.to_value = nn.Linear(input_dim, slot_dim, bias=False)
         self.to_query = nn.Linear(slot_dim, slot_dim, bias=False)
-        self.gru = nn.GRUCell(slot_dim, slot_dim)
+        self.gru = GRU(slot_dim, slot_dim)
         self.mlp = (
             nn.Sequential(
                 nn.LayerNorm(slot_dim), nn.Linear(slot_dim, mlp_hidden), nn.ReLU(), nn.Linear(mlp_hidden, slot_dim)

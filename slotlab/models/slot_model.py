@@ -5,7 +5,9 @@ from __future__ import annotations
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from featcache.errors import UsageError
 from slotlab.config.model import SlotAttentionConfig
+from slotlab.config.schema import Config
 from slotlab.models.base import Model, Output
 from slotlab.models.decoders import DECODERS
 from slotlab.models.decoders.base import Sizes
@@ -48,6 +50,23 @@ class SlotModel(Model):
         self.recur = Recurrence(config, slot_dim)
         self.decode = DECODERS[config.decoder.kind](
             Sizes(slot_dim, grid, dim, reconstructs, similarity), config.decoder
+        )
+
+    @classmethod
+    def of(cls, config: Config, normaliser: Normaliser, grid: tuple[int, int]) -> SlotModel:
+        assert isinstance(config.model, SlotAttentionConfig)
+        patches = grid[0] * grid[1]
+        if config.model.initializer.startswith("kmeans") and config.model.slots > patches:
+            raise UsageError(
+                f"model.slots = {config.model.slots}: model.initializer = {config.model.initializer} needs a patch for "
+                f"each, and a frame has {patches}; set fewer"
+            )
+        return cls(
+            config.model,
+            normaliser,
+            grid,
+            reconstructs=config.loss.reconstructs,
+            similarity=config.loss.temporal_similarity > 0,
         )
 
     def forward(self, features: Float[Tensor, "B N D"] | Float[Tensor, "B T N D"], draws: Draws) -> Output:

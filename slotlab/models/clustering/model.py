@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from featcache.machine import limited
 from slotlab.config.model import ClusteringConfig, Logistic
+from slotlab.config.schema import Config
 from slotlab.models.base import Model, Output
 from slotlab.models.clustering.lasting import Lasting
 from slotlab.models.clustering.tracking import Tracker, slot_means
@@ -79,9 +80,15 @@ class ClusteringModel(Model):
             nn.Linear(hidden, self.keys),
         )
 
+    @classmethod
+    def of(cls, config: Config, normaliser: Normaliser, grid: tuple[int, int]) -> ClusteringModel:
+        assert isinstance(config.model, ClusteringConfig)
+        return cls(config.model, normaliser, grid)
+
     @torch.no_grad()
-    def calibrate(self, features: Float[Tensor, "F N D"]) -> None:
-        """Set the objectness threshold, and the scale of the target, from a sample of stored features."""
+    def calibrate(self, videos: Iterable[Float[Tensor, "_ N D"]]) -> None:
+        """Set the objectness threshold and the scale of the target."""
+        features = torch.cat(list(videos))
         self.otsu.copy_(otsu_threshold(self.normaliser(features).norm(dim=-1)))
         tokens = self.tokens(features)
         self.target_scale.copy_(self.target(tokens).square().mean().rsqrt())

@@ -66,9 +66,9 @@ class MLPDecoder(Decoder):
         return Decoded(tokens, masks.transpose(1, 2), similarity, positions)
 
     def _patches_at_a_time(self, slots: Float[Tensor, "B K S"]) -> int:
-        if torch.compiler.is_compiling():  # which keeps no first activation either, and would unroll the loop
-            return self.sizes.patches
-        rows = ROWS_ON_CPU if slots.device.type == "cpu" else ROWS
+        # What is compiled unrolls the loop: as few turns there as memory wants, on a CPU too.
+        cached = slots.device.type == "cpu" and not torch.compiler.is_compiling()
+        rows = ROWS_ON_CPU if cached else ROWS
         return max(1, rows // (slots.shape[0] * slots.shape[1]))
 
     def _mix(
@@ -98,6 +98,7 @@ class MLPDecoder(Decoder):
             hidden: Tensor = self.hidden[:2](slots[:, None] + position[:, None])
             return hidden
 
+        # A compiler decides itself what it keeps.
         keeps = self.config.layers == 1 or self.config.recompute or torch.compiler.is_compiling()
         if keeps or not torch.is_grad_enabled():
             return layers(from_slots, from_position)
