@@ -15,9 +15,9 @@ from PIL import Image
 
 from featcache.errors import DataError, UsageError
 from featcache.sources import open_source
+from featcache.sources.fingerprint import file_digest
 from featcache.sources.folder import FolderSource
 from featcache.sources.hdf5 import Hdf5Source
-from featcache.sources.images import file_digest
 from slotlab.pictures.frames import as_frames
 from tests.movi_files import scene
 

@@ -25,19 +25,10 @@ import numpy.typing as npt
 
 from featcache.errors import DataError
 from featcache.sources import video_file
-from featcache.sources.images import (
-    SPLIT_NAMES,
-    check_fit,
-    check_index,
-    check_split,
-    decode_image,
-    decode_mask,
-    digest,
-    file_digest,
-    split_folders,
-    stack,
-    unlabelled_instances,
-)
+from featcache.sources.fingerprint import digest, file_digest
+from featcache.sources.images import decode_image, stack
+from featcache.sources.masks import check_fit, decode_mask, unlabelled_instances
+from featcache.sources.splits import SPLIT_NAMES, check_index, check_split, split_folders
 from featcache.sources.video import Video
 
 IMAGES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"))

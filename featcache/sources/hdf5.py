@@ -17,15 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import DataError
-from featcache.sources.images import (
-    as_mask,
-    check_index,
-    check_split,
-    digest,
-    file_digest,
-    split_folders,
-    unlabelled_instances,
-)
+from featcache.sources.fingerprint import digest, file_digest
+from featcache.sources.masks import as_mask, unlabelled_instances
+from featcache.sources.splits import check_index, check_split, split_folders
 from featcache.sources.video import Video
 
 FRAMES = ("video", "videos", "image", "images")

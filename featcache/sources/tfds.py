@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import DataError, UsageError
-from featcache.sources.images import as_mask, check_fit, check_index, check_split, digest
+from featcache.sources.fingerprint import digest
+from featcache.sources.masks import as_mask, check_fit
 from featcache.sources.movi import LABELS, instance_table
+from featcache.sources.splits import check_index, check_split
 from featcache.sources.video import Video
 
 DATA_DIR = "?data_dir="
