@@ -50,6 +50,9 @@ class Hdf5Source:
         check_split(self.location, split, self._groups)
         return digest((split, *(name or "" for name in self._groups[split]), file_digest(self.path)))
 
+    def remarks(self, split: str) -> Sequence[str]:
+        return ()
+
     def read(self, split: str, index: int) -> Video:
         check_split(self.location, split, self._groups)
         check_index(self.location, split, index, len(self._lengths[split]))

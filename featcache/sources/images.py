@@ -3,38 +3,97 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from featcache.errors import DataError
+
+LYING = frozenset((5, 6, 7, 8))  # EXIF orientations that swap height and width
+# Where EXIF may hide in PNG files besides its own chunk: keywords of text chunks.
+PNG_TEXTS_OF_EXIF = (b"Raw profile type exif", b"Raw profile type APP1", b"XML:com.adobe.xmp")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an image file says of itself before any pixel is decoded."""
+
+    size: tuple[int, int]  # height, width as stored
+    orientation: int  # EXIF's: 1 is upright, 2 to 8 are turned or mirrored
+
+    def turned(self, orientation: int | None = None) -> tuple[int, int]:
+        """Height and width after turning by an orientation; None is the file's own."""
+        lying = (self.orientation if orientation is None else orientation) in LYING
+        return self.size[::-1] if lying else self.size
+
+
+def read_header(path: Path) -> Header:
+    """Size and orientation of an image file. ``DataError`` where it is none."""
+    with _errors_named(str(path)), path.open("rb") as file, Image.open(file) as image:
+        if image.format == "TIFF":  # Pillow turns these by itself, and says the size that they then have
+            tags = image.tag_v2  # type: ignore[attr-defined]
+            size, orientation = (int(tags[257]), int(tags[256])), tags.get(ExifTags.Base.Orientation, 1)
+        else:
+            size = image.size[::-1]
+            # Looking for EXIF behind the pixels of a PNG, Pillow would decode them.
+            may_turn = image.format != "PNG" or _png_has_exif(file)
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if may_turn else 1
+        return Header(size, orientation if orientation in range(1, 9) else 1)
+
+
+def _png_has_exif(file: BinaryIO) -> bool:
+    """Whether any chunk of a PNG file may hold an orientation. Only the chunks' headers are read."""
+    file.seek(8)
+    while len(start := file.read(32)) >= 8:
+        kind = start[4:8]
+        if kind == b"eXIf" or (kind in (b"tEXt", b"zTXt", b"iTXt") and start[8:].startswith(PNG_TEXTS_OF_EXIF)):
+            return True
+        file.seek(int.from_bytes(start[:4], "big") + 12 - len(start), io.SEEK_CUR)
+    return False
 
 
 def decode_image(data: bytes, where: str) -> npt.NDArray[np.uint8]:
     """PNG, JPEG or whatever Pillow reads -> (H, W, 3), upright by its EXIF orientation."""
-    return as_rgb(open_image(data, where, upright=True), where)
+    return as_rgb(open_image(data, where), where)
 
 
 def as_rgb(image: Image.Image, where: str) -> npt.NDArray[np.uint8]:
-    """(H, W, 3) of an image of any mode. 16-bit grey is scaled to 8; ``DataError`` for values of unknown range."""
+    """(H, W, 3) of an image of any mode, upright by its EXIF orientation.
+
+    16-bit grey is scaled to 8; ``DataError`` for values of unknown range.
+    """
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PPM", "PNG")):  # whose 16 bits come as 32
         kind = "floating-point" if image.mode == "F" else "32-bit"
         raise DataError(f"{where}: holds {kind} values, whose range is unknown; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
-    return np.asarray(image.convert("RGB"))
+    with _errors_named(where):
+        upright = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
+            return np.repeat((np.asarray(upright) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
+        return np.asarray(upright.convert("RGB"))
 
 
-def open_image(data: bytes, where: str, upright: bool) -> Image.Image:
-    try:
+def open_image(data: bytes, where: str) -> Image.Image:
+    """An image, decoded but not turned. ``DataError`` where it cannot be."""
+    with _errors_named(where):
         image = Image.open(io.BytesIO(data))
         image.load()
-        if upright:
-            ImageOps.exif_transpose(image, in_place=True)
         return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+
+
+@contextmanager
+def _errors_named(where: str) -> Iterator[None]:
+    """Whatever Pillow raises over a damaged file, and its kinds are many, becomes ``DataError``."""
+    try:
+        yield
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:
         raise DataError(f"{where}: image cannot be decoded ({error}); copy or make it again") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+from PIL import ImageOps
 
 from featcache.errors import DataError
 from featcache.sources.images import open_image, size_text
@@ -11,8 +12,8 @@ from featcache.sources.video import Instance
 
 
 def decode_mask(data: bytes, where: str) -> npt.NDArray[np.uint8]:
-    """A single-channel image (grey, palette, 1 or 16 bit) of object numbers -> (H, W)."""
-    image = open_image(data, where, upright=False)
+    """A single-channel image (grey, palette, 1 or 16 bit) of object numbers -> (H, W), upright by its own EXIF tag."""
+    image = ImageOps.exif_transpose(open_image(data, where))
     if len(image.getbands()) != 1:
         raise DataError(
             f"{where}: mask has {len(image.getbands())} channels; save object numbers 0..255 in one channel "
@@ -39,12 +40,13 @@ def as_mask(values: npt.NDArray[np.generic], where: str) -> npt.NDArray[np.uint8
     return numbers.astype(np.uint8)
 
 
-def check_fit(frames: npt.NDArray[np.uint8], masks: npt.NDArray[np.uint8], where: str) -> None:
+def check_fit(frames: npt.NDArray[np.uint8], masks: npt.NDArray[np.uint8], where: str, remedy: str = "") -> None:
     """``DataError`` unless masks (T, H, W) cover frames (T, H, W, 3)."""
     if masks.shape != frames.shape[:3]:
         raise DataError(
             f"{where}: {len(masks)} masks of {size_text(masks[0]) if len(masks) else 'no size'} do not match "
-            f"{len(frames)} frames of {size_text(frames[0])}; give one mask a frame, of the frame's size"
+            f"{len(frames)} frames of {size_text(frames[0])}; "
+            + (remedy or "give one mask a frame, of the frame's size")
         )
 
 

@@ -128,6 +128,9 @@ class MoviSource:
             yield file.lengths.tobytes()
             yield file.crcs.tobytes()
 
+    def remarks(self, split: str) -> Sequence[str]:
+        return ()
+
     def read(self, split: str, index: int) -> Video:
         features, where = self._example(split, index)
         encoded = _bytes(features, "video")

@@ -66,6 +66,9 @@ class TfdsSource:
         info = self._builder.info.splits[split]
         return digest(map(str, (self._builder.info.full_name, split, info.num_bytes, *info.shard_lengths)))
 
+    def remarks(self, split: str) -> Sequence[str]:
+        return ()
+
     def read(self, split: str, index: int) -> Video:
         check_split(self.location, split, self.splits())
         check_index(self.location, split, index, self._builder.info.splits[split].num_examples)
