@@ -42,6 +42,9 @@ class DiscSource:
     def fingerprint(self, split: str) -> str:
         return f"{split}-{self._lengths[split]}"
 
+    def remarks(self, split: str) -> tuple[str, ...]:
+        return ()
+
     def read(self, split: str, index: int) -> Video:
         rng = np.random.default_rng((index, len(split)))
         length, size = self._lengths[split][index], self._size

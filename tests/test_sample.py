@@ -13,7 +13,7 @@ import pytest
 
 from featcache.errors import DataError
 from featcache.sources import SAMPLE, open_source, sample_dir
-from featcache.sources.images import visibility
+from featcache.sources.masks import visibility
 from featcache.sources.movi import MoviSource
 from featcache.sources.tfrecord import TFRecordFile
 from tests.movi_files import write_movi

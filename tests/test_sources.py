@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from featcache.errors import DataError, UsageError
 from featcache.sources import open_source
-from featcache.sources.images import as_mask
+from featcache.sources.masks import as_mask
 from featcache.sources.movi import MoviSource, find_features
 from featcache.sources.tfrecord import HEADER, TFRecordFile, masked_crc, write_records
 from tests.movi_files import example, png, scene, write_movi

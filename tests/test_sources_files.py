@@ -7,7 +7,6 @@ import pickle
 import shutil
 from pathlib import Path
 
-import av
 import h5py
 import numpy as np
 import pytest
@@ -15,27 +14,22 @@ from PIL import Image
 
 from featcache.errors import DataError, UsageError
 from featcache.sources import open_source
+from featcache.sources.fingerprint import file_digest
 from featcache.sources.folder import FolderSource
 from featcache.sources.hdf5 import Hdf5Source
-from featcache.sources.images import file_digest
 from slotlab.pictures.frames import as_frames
+from tests.media import save_images, save_movie
 from tests.movi_files import scene
 
 # Folders
 
 
-def _images(folder: Path, frames: np.ndarray, names: list[str] | None = None) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, frame in enumerate(frames):
-        Image.fromarray(frame).save(folder / (names[i] if names else f"{i}.png"))
-
-
 def test_folder_of_images_in_natural_order_with_masks(tmp_path: Path) -> None:
     frames, masks = scene(0, frames=12)
-    _images(tmp_path / "walk", frames)  # 0.png ... 11.png
-    _images(tmp_path / "masks" / "walk", masks)
-    _images(tmp_path, frames[:2], ["b.png", "a.png"])
-    _images(tmp_path / "masks", masks[:2], ["b.png", "a.png"])
+    save_images(tmp_path / "walk", frames)  # 0.png ... 11.png
+    save_images(tmp_path / "masks" / "walk", masks)
+    save_images(tmp_path, frames[:2], ["b.png", "a.png"])
+    save_images(tmp_path / "masks", masks[:2], ["b.png", "a.png"])
     (tmp_path / "notes.txt").touch()
     (tmp_path / ".hidden.png").write_bytes(b"not an image")
     source = open_source(tmp_path)
@@ -67,7 +61,7 @@ def test_values_of_unknown_range_are_refused(tmp_path: Path, values: np.generic,
 
 
 def test_names_that_are_not_utf8_are_names(tmp_path: Path) -> None:
-    _images(tmp_path, scene(0, frames=1)[0])
+    save_images(tmp_path, scene(0, frames=1)[0])
     (tmp_path / "0.png").rename(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))
     source = open_source(tmp_path)
     assert len(source.fingerprint("train")) == 16 and len(source.read("train", 0).frames) == 1
@@ -75,7 +69,7 @@ def test_names_that_are_not_utf8_are_names(tmp_path: Path) -> None:
 
 def test_folder_splits_and_their_other_names(tmp_path: Path) -> None:
     for name in ("val", "train"):
-        _images(tmp_path / name / "clip", scene(1)[0])
+        save_images(tmp_path / name / "clip", scene(1)[0])
     source = open_source(tmp_path)
     assert source.splits() == ("train", "validation")
     assert source.read("validation", 0).segmentations is None
@@ -85,14 +79,14 @@ def test_folder_splits_and_their_other_names(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"both val and validation"):
         open_source(tmp_path)
     (tmp_path / "validation").rmdir()
-    _images(tmp_path / "extra", scene(1)[0])
+    save_images(tmp_path / "extra", scene(1)[0])
     with pytest.raises(DataError, match=r"extra: lies beside the split folders train, val"):
         open_source(tmp_path)
 
 
 def test_folder_fingerprint_follows_content(tmp_path: Path) -> None:
     frames = scene(0)[0]
-    _images(tmp_path / "a" / "clip", frames)
+    save_images(tmp_path / "a" / "clip", frames)
     shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
     before = FolderSource(tmp_path / "a").fingerprint("train")
     assert FolderSource(tmp_path / "b").fingerprint("train") == before
@@ -120,16 +114,16 @@ def test_folder_errors(tmp_path: Path) -> None:
         open_source(tmp_path / "readme.txt")
 
     frames, masks = scene(0)
-    _images(tmp_path / "sizes" / "clip", np.zeros((2, 8, 8, 3), np.uint8))
-    _images(tmp_path / "sizes" / "clip", np.zeros((1, 8, 6, 3), np.uint8), ["2.png"])
+    save_images(tmp_path / "sizes" / "clip", np.zeros((2, 8, 8, 3), np.uint8))
+    save_images(tmp_path / "sizes" / "clip", np.zeros((1, 8, 6, 3), np.uint8), ["2.png"])
     with pytest.raises(DataError, match=r"sizes/clip/2.png: frame is 6x8, but the video's first is 8x8"):
         open_source(tmp_path / "sizes").read("train", 0)
 
-    _images(tmp_path / "masked" / "clip", frames)
-    _images(tmp_path / "masked" / "masks" / "clip", masks[:2])
+    save_images(tmp_path / "masked" / "clip", frames)
+    save_images(tmp_path / "masked" / "masks" / "clip", masks[:2])
     with pytest.raises(DataError, match=r"masks/clip/2.png: no mask for .*clip/2.png"):
         open_source(tmp_path / "masked")
-    _images(tmp_path / "masked" / "masks" / "clip", masks[:, :-1])
+    save_images(tmp_path / "masked" / "masks" / "clip", masks[:, :-1])
     with pytest.raises(DataError, match=r"masks/clip: 3 masks of 24x23 do not match 3 frames of 24x24"):
         open_source(tmp_path / "masked").read("train", 0)
 
@@ -137,17 +131,6 @@ def test_folder_errors(tmp_path: Path) -> None:
     broken.write_bytes(broken.read_bytes()[:-200])
     with pytest.raises(DataError, match=r"clip/1.png: image cannot be decoded"):
         open_source(tmp_path / "masked").read("train", 0)
-
-
-def _movie(path: Path, codec: str, frames: np.ndarray, pixels: str = "yuv420p", **options: str) -> None:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=12, options=options)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], pixels
-        for frame in frames:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +149,7 @@ def test_video_files(tmp_path: Path, name: str, codec: str, pixels: str, options
     """Brightness rises by frame, so that a lost, doubled or swapped frame would show."""
     levels = np.arange(30, 230, 10)
     frames = np.broadcast_to(levels[:, None, None, None], (20, 48, 64, 3)).astype(np.uint8)
-    _movie(tmp_path / name, codec, frames, pixels, **options)
+    save_movie(tmp_path / name, codec, frames, pixels, **options)
     source = open_source(tmp_path)
     assert list(source.lengths("train")) == [20]
     video = source.read("train", 0)
@@ -179,8 +162,8 @@ def test_video_files(tmp_path: Path, name: str, codec: str, pixels: str, options
 
 def test_video_file_with_masks_and_damaged_videos(tmp_path: Path) -> None:
     frames, masks = scene(0, frames=5)
-    _movie(tmp_path / "clip.mp4", "libx264", frames)
-    _images(tmp_path / "masks" / "clip", masks)
+    save_movie(tmp_path / "clip.mp4", "libx264", frames)
+    save_images(tmp_path / "masks" / "clip", masks)
     video = open_source(tmp_path).read("train", 0)
     np.testing.assert_array_equal(video.segmentations, masks)
     (tmp_path / "masks" / "clip" / "4.png").unlink()
@@ -200,7 +183,7 @@ def test_video_file_with_masks_and_damaged_videos(tmp_path: Path) -> None:
 
 
 def test_video_too_long_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _movie(tmp_path / "clip.mp4", "libx264", scene(0, frames=5)[0])
+    save_movie(tmp_path / "clip.mp4", "libx264", scene(0, frames=5)[0])
     monkeypatch.setattr("featcache.sources.video_file.MAX_BYTES", 5 * 24 * 24 * 3 - 1)
     with pytest.raises(DataError, match=r"clip.mp4: 5 frames of 24x24 .* cut it into clips"):
         open_source(tmp_path).read("train", 0)

@@ -16,7 +16,7 @@ from featcache.backbones.inference import forward
 from featcache.errors import DataError
 from featcache.extraction.plan import ExtractPlan, strided
 from featcache.moments import Moments, NonFiniteTokensError
-from featcache.sources.images import visibility
+from featcache.sources.masks import visibility
 from featcache.sources.video import Source, Video
 from featcache.store.encoding import as_stored
 from featcache.store.manifest import Row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import shutil
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from featcache.store.layout import COMPRESSED, array_layouts
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import MAX_CHUNK_FRAMES, SplitSpec, StoreSpec, TapSpec
 from featcache.words import Dtype, Precision
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class ExtractPlan:
     splits: tuple[SplitPlan, ...]
     bytes_free: int
     resize_frames: bool = False  # the user asked for stored frames of a size of their own
+    remarks: tuple[str, ...] = ()  # what the source says before its videos are trusted
 
     @property
     def frames_left(self) -> int:
@@ -83,6 +87,9 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
     names = options.splits or source.splits()
     if unknown := [name for name in names if name not in source.splits()]:
         raise UsageError(f"{source.location}: no split {unknown[0]!r}; it has: {', '.join(source.splits())}")
+    remarks = tuple(line for name in names for line in source.remarks(name))
+    for line in remarks:
+        logger.warning("%s", line)
     probes = {name: strided(source.read(name, 0), options.frame_stride) for name in names}
     store = FeatureStore.open(path) if (path / "zarr.json").exists() else None
     sample = next(iter(probes.values())).frames
@@ -126,7 +133,8 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
         )
         splits.append(SplitPlan(name, split_spec, len(done), sum(left), bytes_left))
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-    return ExtractPlan(path, spec, tuple(splits), shutil.disk_usage(existing).free, options.frame_size is not None)
+    free = shutil.disk_usage(existing).free
+    return ExtractPlan(path, spec, tuple(splits), free, options.frame_size is not None, remarks)
 
 
 def require_space(plan: ExtractPlan) -> None:

@@ -25,19 +25,10 @@ import numpy.typing as npt
 
 from featcache.errors import DataError
 from featcache.sources import video_file
-from featcache.sources.images import (
-    SPLIT_NAMES,
-    check_fit,
-    check_index,
-    check_split,
-    decode_image,
-    decode_mask,
-    digest,
-    file_digest,
-    split_folders,
-    stack,
-    unlabelled_instances,
-)
+from featcache.sources.fingerprint import digest, file_digest
+from featcache.sources.images import LYING, Header, decode_image, read_header, stack
+from featcache.sources.masks import check_fit, decode_mask, unlabelled_instances
+from featcache.sources.splits import SPLIT_NAMES, check_index, check_split, split_folders
 from featcache.sources.video import Video
 
 IMAGES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"))
@@ -103,8 +94,44 @@ class FolderSource:
         if not entry.masks:
             return Video(entry.id, frames)
         masks = _masks(entry.masks)
-        check_fit(frames, masks, str(entry.masks[0].parent))
+        remedy = _exif_remedy(entry) if masks.shape != frames.shape[:3] else ""
+        check_fit(frames, masks, str(entry.masks[0].parent), remedy)
         return Video(entry.id, frames, masks, unlabelled_instances(masks))
+
+    def remarks(self, split: str) -> Sequence[str]:
+        check_split(self.location, split, self._entries)
+        pairs = [pair for entry in self._entries[split] for pair in zip(entry.images, entry.masks, strict=False)]
+        unclear = [(image, mask) for image, mask in pairs if _turn_is_unclear(read_header(image), read_header(mask))]
+        if not unclear:
+            return ()
+        image, mask = unclear[0]
+        more = f" (and {len(unclear) - 1} more)" if unclear[1:] else ""
+        return (
+            f"{mask}{more}: EXIF orientation {read_header(mask).orientation}, but {read_header(image).orientation} in "
+            f"{image}, and both ways fit its size; each is turned by its own. If masks lie wrong, give them their "
+            "image's tag",
+        )
+
+
+def _exif_remedy(entry: Entry) -> str:
+    """What to do about masks of the wrong size, if that comes from one being turned and the other not."""
+    for image, mask in zip(entry.images, entry.masks, strict=False):
+        here, there = read_header(image).orientation, read_header(mask).orientation
+        if (here in LYING) != (there in LYING):
+            return (
+                f"{image} is turned by its EXIF orientation {here}, {mask} has {there}: "
+                "save the mask with its image's tag, or both upright and without"
+            )
+    return ""
+
+
+def _turn_is_unclear(image: Header, mask: Header) -> bool:
+    """Whether image and mask are turned differently, and the mask would fit if it were turned as the image is."""
+    return (
+        image.orientation != mask.orientation
+        and image.turned() == mask.turned()
+        and image.turned() == mask.turned(image.orientation)
+    )
 
 
 def _masks(paths: Sequence[Path]) -> npt.NDArray[np.uint8]:

@@ -17,15 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import DataError
-from featcache.sources.images import (
-    as_mask,
-    check_index,
-    check_split,
-    digest,
-    file_digest,
-    split_folders,
-    unlabelled_instances,
-)
+from featcache.sources.fingerprint import digest, file_digest
+from featcache.sources.masks import as_mask, unlabelled_instances
+from featcache.sources.splits import check_index, check_split, split_folders
 from featcache.sources.video import Video
 
 FRAMES = ("video", "videos", "image", "images")
@@ -55,6 +49,9 @@ class Hdf5Source:
     def fingerprint(self, split: str) -> str:
         check_split(self.location, split, self._groups)
         return digest((split, *(name or "" for name in self._groups[split]), file_digest(self.path)))
+
+    def remarks(self, split: str) -> Sequence[str]:
+        return ()
 
     def read(self, split: str, index: int) -> Video:
         check_split(self.location, split, self._groups)

@@ -17,16 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import DataError
-from featcache.sources.images import (
-    check_fit,
-    check_index,
-    check_split,
-    decode_image,
-    decode_mask,
-    digest,
-    stack,
-    visibility,
-)
+from featcache.sources.fingerprint import digest
+from featcache.sources.images import decode_image, stack
+from featcache.sources.masks import check_fit, decode_mask, visibility
+from featcache.sources.splits import check_index, check_split
 from featcache.sources.tfrecord import TFRecordFile
 from featcache.sources.video import Instance, Video
 
@@ -133,6 +127,9 @@ class MoviSource:
             yield file.path.name
             yield file.lengths.tobytes()
             yield file.crcs.tobytes()
+
+    def remarks(self, split: str) -> Sequence[str]:
+        return ()
 
     def read(self, split: str, index: int) -> Video:
         features, where = self._example(split, index)

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import DataError, UsageError
-from featcache.sources.images import as_mask, check_fit, check_index, check_split, digest
+from featcache.sources.fingerprint import digest
+from featcache.sources.masks import as_mask, check_fit
 from featcache.sources.movi import LABELS, instance_table
+from featcache.sources.splits import check_index, check_split
 from featcache.sources.video import Video
 
 DATA_DIR = "?data_dir="
@@ -63,6 +65,9 @@ class TfdsSource:
         check_split(self.location, split, self.splits())
         info = self._builder.info.splits[split]
         return digest(map(str, (self._builder.info.full_name, split, info.num_bytes, *info.shard_lengths)))
+
+    def remarks(self, split: str) -> Sequence[str]:
+        return ()
 
     def read(self, split: str, index: int) -> Video:
         check_split(self.location, split, self.splits())

@@ -58,5 +58,11 @@ class Source(Protocol):
     def fingerprint(self, split: str) -> str:
         """Short hash that changes when the split's files change."""
 
+    def remarks(self, split: str) -> Sequence[str]:
+        """Lines to read before a split's videos are trusted, each about something that may not be as it was meant.
+
+        Found without decoding any frame.
+        """
+
     def read(self, split: str, index: int) -> Video:
         """Decode one video. Raises ``DataError`` naming file, record and remedy when it is damaged."""

@@ -35,7 +35,7 @@ import numpy.typing as npt
 
 from featcache.errors import DataError, UsageError
 from featcache.moments import Moments
-from featcache.sources.images import as_mask
+from featcache.sources.masks import as_mask
 from featcache.sources.video import Instance
 from featcache.store.durable import TEMPORARY, cannot_write, make_directory, sync_directory
 from featcache.store.layout import COMPRESSED, array_layouts

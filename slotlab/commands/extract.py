@@ -81,7 +81,7 @@ def extract(
             "seconds": measure_seconds(todo, source, model),
         }
         if as_json:
-            print_json(summary)
+            print_json(summary | {"remarks": list(todo.remarks)})
         else:
             terminal.out.print(plain_table(("", "value"), [(k, str(v)) for k, v in summary.items()]))
         return

@@ -1,0 +1,30 @@
+"""Names of splits, and what is said where a split or a video is not there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from featcache.errors import DataError, UsageError
+
+SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
+
+
+def check_split(location: str, split: str, known: Collection[str]) -> None:
+    if split not in known:
+        raise UsageError(f"{location}: no split {split!r}; it has: {', '.join(known)}")
+
+
+def check_index(location: str, split: str, index: int, videos: int) -> None:
+    if not 0 <= index < videos:
+        raise UsageError(f"{location}: no video {index} in {split}; it has 0..{videos - 1}")
+
+
+def split_folders(names: Iterable[str], where: str) -> dict[str, str]:
+    """Of the given names, those that are splits: canonical split name -> given name, in the usual order."""
+    found: dict[str, str] = {}
+    for name in names:
+        if split := SPLIT_NAMES.get(name.lower()):
+            if split in found:
+                raise DataError(f"{where}: both {found[split]} and {name} mean split {split}; rename one")
+            found[split] = name
+    return {split: found[split] for split in dict.fromkeys(SPLIT_NAMES.values()) if split in found}

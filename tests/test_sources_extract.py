@@ -1,0 +1,67 @@
+"""What extraction does with what people have: by the command, on files made on the spot."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from PIL import ExifTags, Image
+
+import cli
+from tests.media import save_images
+
+RESNET = ("extract", "--backbone", "resnet18", "--weights", "random", "--tap", "layer1", "--input-size", "32")
+QUICK = (*RESNET, "--batch-size", "2", "--precision", "float32", "--out", "s.zarr", "--json")
+
+
+class Ended(NamedTuple):
+    code: int
+    out: Any  # the JSON object on stdout
+    said: str  # what was logged and written to stderr
+
+
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def slotlab(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> Iterator[Run]:
+    """A command, run in ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*args: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["slotlab", *map(str, args)])
+        capsys.readouterr()
+        caplog.clear()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        said = err + "\n".join(record.getMessage() for record in caplog.records)
+        assert "Traceback" not in said
+        return Ended(int(ended.value.code or 0), json.loads(out) if out else None, said)
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_remarks_are_made_before_anything_is_computed(slotlab: Run) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    Path("photos").mkdir()
+    Image.fromarray(np.zeros((8, 12, 3), np.uint8)).save("photos/a.jpg", exif=exif)
+    save_images(Path("photos/masks"), np.ones((1, 8, 12), np.uint8), ["a.png"])
+    for more in (("--dry-run",), ()):
+        ended = slotlab(*QUICK, "--data", "photos", *more)
+        assert ended.code == 0 and "EXIF orientation 1, but 3 in photos/a.jpg" in ended.said
+        assert more == () or len(ended.out["remarks"]) == 1
