@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from featcache.memory import kernels
 from featcache.memory.copying import CHECK, Copier
 from featcache.memory.pages import host_empty
 from featcache.store.encoding import dequantise_into
@@ -32,7 +33,7 @@ def test_copies_are_exact(sizes: list[int], threads: int, past_caches: bool, see
         place += size  # the next one starts on a line, or not
     left: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "PAST_CACHES", 0 if past_caches else 1 << 40)
+        patch.setattr(kernels, "PAST_CACHES", 0 if past_caches else 1 << 40)
         Copier(threads)(pieces, lambda rest: left.append(len(rest)))
     assert np.array_equal(target, expected)
     mine = -(-len(pieces) // threads)
@@ -42,8 +43,8 @@ def test_copies_are_exact(sizes: list[int], threads: int, past_caches: bool, see
 @pytest.mark.parametrize("size, copies", [(64, ["lines"]), (96, ["libc"])])
 def test_only_whole_lines_go_past_the_caches(size: int, copies: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     used: list[str] = []
-    monkeypatch.setattr(compiled, "PAST_CACHES", 64)
-    monkeypatch.setattr(compiled, "copy", lambda: lambda *_: used.append("lines"))
+    monkeypatch.setattr(kernels, "PAST_CACHES", 64)
+    monkeypatch.setattr(kernels, "copy", lambda: lambda *_: used.append("lines"))
     monkeypatch.setattr("ctypes.memmove", lambda *_: used.append("libc"))
     Copier()([(1 << 12, 5, size)])
     assert used == copies
@@ -54,7 +55,7 @@ def test_only_whole_lines_go_past_the_caches(size: int, copies: list[str], monke
 @pytest.mark.parametrize("shape", [(5, 100, 16), (3, 2, 70, 384), (2, 50, 24), (7, 16)])
 @pytest.mark.parametrize("past_caches", [0, 1 << 40])
 def test_scaling_is_the_product(shape: tuple[int, ...], past_caches: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "PAST_CACHES", past_caches)
+    monkeypatch.setattr(kernels, "PAST_CACHES", past_caches)
     codes = torch.randint(-127, 128, shape, dtype=torch.int8)
     scale = torch.rand(shape[:-1]).half()
     held = torch.full((codes.numel() + 64,), 7.0)
@@ -68,17 +69,17 @@ def test_only_aligned_values_are_scaled_past_the_caches(
     dim: int, offset: int, compiles: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[int] = []
-    monkeypatch.setattr(compiled, "dequantise", lambda: lambda *arguments: used.append(arguments[-1]))
+    monkeypatch.setattr(kernels, "dequantise", lambda: lambda *arguments: used.append(arguments[-1]))
     codes, scale = torch.ones((8, dim), dtype=torch.int8), torch.ones(8).half()
     out = host_empty((8 * dim + 1,), torch.float32)[offset : offset + 8 * dim].view(8, dim)
     for past_caches in (out.nbytes, out.nbytes + 1):
-        monkeypatch.setattr(compiled, "PAST_CACHES", past_caches)
+        monkeypatch.setattr(kernels, "PAST_CACHES", past_caches)
         dequantise_into(codes, scale, out)
     assert used == [dim] * compiles
 
 
 def test_parts_of_a_tensor_are_scaled_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "PAST_CACHES", 0)
+    monkeypatch.setattr(kernels, "PAST_CACHES", 0)
     codes = torch.randint(-127, 128, (4, 32, 8), dtype=torch.int8).transpose(1, 2)
     scale = torch.rand(8, 4).half().T
     expected = codes.float() * scale.float().unsqueeze(-1)

