@@ -50,7 +50,9 @@ class DataConfig(Section):
     train_split: str = Field("train", description="Split to train on")
     eval_split: str = Field("validation", description="Split to score and to look at")
     normalize: str = Field(
-        "whiten", examples=list(KINDS), description="Normalisation by the store's statistics; K is a number of channels"
+        "whiten",
+        examples=list(NORMALISATIONS),
+        description="Normalisation by the store's statistics; K is a number of channels",
     )
     center: Literal["channel", "position"] = Field(
         "channel", description="Mean to subtract: of each channel, or of each at each patch position"
