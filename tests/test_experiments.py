@@ -19,11 +19,13 @@ import pytest
 from rich.console import Console
 
 from featcache.errors import DataError, FeatcacheError, IncompatibleError, UsageError
+from slotlab.commands.progress import RunsProgress
+from slotlab.commands.tables import experiment_table
 from slotlab.experiments import pool
 from slotlab.experiments.ablation import read_ablation
 from slotlab.experiments.execute import check_stores, conduct
 from slotlab.experiments.plan import ERROR, PLAN, Plan, cell_name, opened, read_plan
-from slotlab.experiments.table import build_table, render, to_csv, to_markdown
+from slotlab.experiments.table import build_table, to_csv, to_markdown
 from tests.synthetic import make_store
 
 ROOT = Path(__file__).parent.parent
@@ -192,7 +194,7 @@ def test_stores_are_checked_before_anything_is_trained(tmp_path: Path, place: Pa
     for text, kind, message in cases:
         text = text.replace("synthetic.zarr", str(place / "synthetic.zarr"))
         with pytest.raises(kind, match=message):
-            conduct(plan_of(tmp_path, f"{text}\n[[cells]]", cache=None), tmp_path / "out")
+            conduct(plan_of(tmp_path, f"{text}\n[[cells]]", cache=None), tmp_path / "out", RunsProgress())
         assert not (tmp_path / "out").exists()
     check_stores(read_ablation(place / "tiny.toml", cache=place / "synthetic.zarr"))
 
@@ -281,7 +283,7 @@ def test_the_table_is_made_again_from_the_folders_alone(place: Path, unbroken: d
     assert rows[1]["model.decoder.mask_temperature"] == "0.5" and "not finite" in rows[2]["error"]
     assert "| too_fast | 0/2 (2 failed) | –" in texts["table.md"] and "p = " in texts["table.md"]
     console = Console(width=120, record=True, file=io.StringIO())
-    console.print(render(unbroken))
+    console.print(experiment_table(unbroken))
     shown = console.export_text()
     assert "too_fast" in shown and f"{unbroken['cells'][0]['mbo']['mean']:.3f}" in shown
 

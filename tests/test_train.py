@@ -466,8 +466,12 @@ def test_an_unfinished_run_and_another_store_are_not_taken_for_the_runs_own(
     state.write_text(json.dumps(json.loads(state.read_text()) | {"step": 1}))
     result = evaluate(load_run(run))
     assert result["warnings"][0] == "the run is not finished: its checkpoint is of step 1 of 2"
-    keep_result(run, store, result)
-    assert json.loads((run / "eval-validation.json").read_text())["step"] == 1
+    assert keep_result(run, store, result) == []
+    kept = run / "eval-validation.json"
+    assert json.loads(kept.read_text())["step"] == 1
+    kept.unlink()
+    kept.mkdir()  # as good as a folder that cannot be written
+    assert keep_result(run, store, result) == [f"{kept}: cannot be written (Is a directory), so the result is not kept"]
 
 
 def test_a_damaged_log_names_the_line(tmp_path: Path, store: FeatureStore) -> None:

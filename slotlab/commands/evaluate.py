@@ -41,7 +41,7 @@ def evaluate(
 
         fine = outline_scores(loaded, split, refine, binarise or ())  # first, as it may lack a package
     result = run_evaluate(loaded, split) | fine
-    keep_result(run, loaded.store, result)
+    terminal.warn(keep_result(run, loaded.store, result))
     if sheet:
         from slotlab.pictures.sheet import draw_sheet
 

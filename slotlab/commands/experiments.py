@@ -44,6 +44,7 @@ def compare(
     if not names:
         raise UsageError("nothing to compare; name at least one --backbone, for example --backbone dinov2")
     from slotlab.commands import terminal
+    from slotlab.commands.progress import RunsProgress
     from slotlab.experiments.ablation import seed_range
     from slotlab.experiments.comparison import Settings, plan_comparison
     from slotlab.experiments.execute import conduct
@@ -71,7 +72,8 @@ def compare(
         device = places(devices, workers, 1)[0]
         with terminal.ExtractProgress() as progress:
             comparison.extract(device, progress)
-    table = conduct(comparison.plan, folder, devices, workers)
+    with RunsProgress() as watcher:
+        table = conduct(comparison.plan, folder, watcher, devices, workers)
     finished = [Path(run["path"]) for cell in table["cells"] for run in cell["runs"] if run["state"] == "finished"]
     if finished:
         from slotlab.report.write import write_report
@@ -95,12 +97,14 @@ def ablate(
     as_json: Json = False,
 ) -> None:
     """A grid over any configuration keys, and seeds. Skips what is finished, resumes what is not."""
+    from slotlab.commands.progress import RunsProgress
     from slotlab.experiments.ablation import read_ablation
     from slotlab.experiments.execute import conduct
 
     plan = read_ablation(file, cache=cache, seeds=seeds, split=split, overrides=override or (), steps=steps)
     folder = out or Path("ablate") / file.stem
-    table = conduct(plan, folder, devices, workers)
+    with RunsProgress() as watcher:
+        table = conduct(plan, folder, watcher, devices, workers)
     _print(table, as_json)
     _leave(table)
 
@@ -132,11 +136,11 @@ def _print(table: dict[str, Any], as_json: bool) -> None:
     from rich.console import Console
 
     from slotlab.commands import terminal
-    from slotlab.experiments.table import render
+    from slotlab.commands.tables import experiment_table
 
     if as_json:
         print_json(table)
     else:
         console = terminal.out if terminal.out.is_terminal else Console(width=WIDTH)
-        console.print(render(table))
+        console.print(experiment_table(table))
         terminal.out.print(f"{table['out']}/: table.md, table.csv" + (", report.html" if "report" in table else ""))

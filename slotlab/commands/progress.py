@@ -14,24 +14,28 @@ from slotlab.experiments.plan import Run
 
 
 class RunsProgress:
-    """Told by the pool what each run does."""
+    """A :class:`~slotlab.experiments.pool.Watcher` that shows each run's steps and the number of finished runs."""
 
-    def __init__(self, runs: Sequence[Run], finished: int) -> None:
-        self._total, self._done = finished + len(runs), finished
+    def __init__(self) -> None:
+        self._total = self._done = 0
         self._bars = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(), console=err, disable=not err.is_terminal,
         )  # fmt: skip
-        self._all = self._bars.add_task("all runs", total=self._total, completed=finished, note="")
+        self._all = self._bars.add_task("all runs", total=None, note="")
         self._running: dict[str, tuple[TaskID, float]] = {}
 
     def __enter__(self) -> RunsProgress:
-        self._bars.start()
-        self._say(f"{self._done} of {self._total} runs are finished")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
+
+    def begun(self, runs: Sequence[Run], finished: int) -> None:
+        self._total, self._done = finished + len(runs), finished
+        self._bars.update(self._all, total=self._total, completed=finished)
+        self._bars.start()
+        self._say(f"{finished} of {self._total} runs are finished")
 
     def started(self, run: Run) -> None:
         task = self._bars.add_task(run.path.name, total=run.config.optim.steps, note="")

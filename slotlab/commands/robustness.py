@@ -45,7 +45,7 @@ def robustness(
     loaded = load_run(run, cache, pick_device(device))
     with terminal.ExtractProgress() as progress:
         result = measure(loaded, split, max_videos=max_videos, frames=frames, weights=weights, progress=progress)
-    keep_result(run, loaded.store, result, "robustness")
+    terminal.warn(keep_result(run, loaded.store, result, "robustness"))
     if as_json:
         print_json(result)
         return

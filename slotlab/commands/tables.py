@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-
-if TYPE_CHECKING:
-    pass
-from collections.abc import Mapping
 
 from featcache.scale.report import ROWS, StoreReport
 from slotlab.scoring.fine import GAINS
@@ -160,3 +156,18 @@ def gains_table(result: Mapping[str, Any]) -> Table:
     for name, scores in result.get("binarised", {}).items():
         rows.append((name, scores["fg_ari"], scores["mbo"], None, None, scores["unassigned"]))
     return plain_table(("masks", "FG-ARI", "mBO", "mIoU", "boundary F", "unassigned"), rows)
+
+
+def experiment_table(table: Mapping[str, Any]) -> Table:
+    """What :func:`slotlab.experiments.table.build_table` made: a row a cell, its spread below its mean."""
+    from slotlab.experiments.table import COLUMNS, SPREAD, row_of
+
+    shown = Table(title=f"{table['out']} on {table['split']}", title_justify="left")
+    shown.add_column("cell", overflow="fold", min_width=12)
+    for title in ("runs", *COLUMNS.values()):
+        shown.add_column(title, justify="right")
+    for cell in table["cells"]:
+        name, *values = row_of(table, cell)
+        shown.add_row(name, *(value.replace(" (", "\n").removesuffix(")") for value in values))
+    shown.caption, shown.caption_justify = SPREAD.replace("(", "and ").replace(")", ""), "left"
+    return shown

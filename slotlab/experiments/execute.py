@@ -8,15 +8,16 @@ from typing import Any
 
 from featcache.errors import DataError, FeatcacheError
 from featcache.store.reading import FeatureStore
-from slotlab.commands.progress import RunsProgress
 from slotlab.experiments.plan import Plan, Run, opened
-from slotlab.experiments.pool import carry_out, places
+from slotlab.experiments.pool import Watcher, carry_out, places
 from slotlab.experiments.table import build_table, write_table
 from slotlab.models.inputs import ModelInput
 from slotlab.scoring.evaluate import scoring_code
 
 
-def conduct(plan: Plan, out: Path, devices: str = "auto", workers: int | None = None) -> dict[str, Any]:
+def conduct(
+    plan: Plan, out: Path, watcher: Watcher, devices: str = "auto", workers: int | None = None
+) -> dict[str, Any]:
     """Carry out what is left of the plan in ``out``; returns the table, which also lies there.
 
     Finished runs are left alone, unfinished ones resume from their checkpoints, failed ones are tried again; what was
@@ -30,8 +31,8 @@ def conduct(plan: Plan, out: Path, devices: str = "auto", workers: int | None = 
         left = [run for run in runs if not _stands(run)]
         if left:
             where = places(devices, workers, len(left))
-            with RunsProgress(left, len(runs) - len(left)) as progress:
-                carry_out(left, where, progress)
+            watcher.begun(left, len(runs) - len(left))
+            carry_out(left, where, watcher)
         table = build_table(out)
         write_table(table, out)
     return table

@@ -22,7 +22,10 @@ from slotlab.experiments.worker import work
 
 
 class Watcher(Protocol):
-    """What is told of the runs' progress."""
+    """Follows the runs as they are carried out."""
+
+    def begun(self, runs: Sequence[Run], finished: int) -> None:
+        """Before the first of ``runs`` starts; ``finished`` others of the plan are done already."""
 
     def started(self, run: Run) -> None: ...
     def row(self, run: Run, row: dict[str, Any]) -> None: ...

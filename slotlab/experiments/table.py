@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from featcache.errors import DataError
 from featcache.store.durable import write_durably
 from slotlab.experiments.plan import Cell, Run, read_plan
@@ -148,7 +146,7 @@ def write_table(table: Mapping[str, Any], out: Path) -> None:
 def to_markdown(table: Mapping[str, Any]) -> str:
     """Mean and spread of each cell; below it the differences to the first cell, and what failed."""
     lines = [f"Split {table['split']}, seeds {', '.join(map(str, table['seeds']))}; {SPREAD}.", ""]
-    lines += _pipe(("cell", "runs", *COLUMNS.values()), (_row(table, cell) for cell in table["cells"]))
+    lines += _pipe(("cell", "runs", *COLUMNS.values()), (row_of(table, cell) for cell in table["cells"]))
     tested = [cell for cell in table["cells"] if cell["against_first"]]
     if tested:
         lines += [
@@ -186,24 +184,12 @@ def to_csv(table: Mapping[str, Any]) -> str:
     return text.getvalue()
 
 
-def render(table: Mapping[str, Any]) -> Table:
-    """For a terminal: the mean, and the spread below it."""
-    shown = Table(title=f"{table['out']} on {table['split']}", title_justify="left")
-    shown.add_column("cell", overflow="fold", min_width=12)
-    for title in ("runs", *COLUMNS.values()):
-        shown.add_column(title, justify="right")
-    for cell in table["cells"]:
-        name, *values = _row(table, cell)
-        shown.add_row(name, *(value.replace(" (", "\n").removesuffix(")") for value in values))
-    shown.caption, shown.caption_justify = SPREAD.replace("(", "and ").replace(")", ""), "left"
-    return shown
-
-
 def failures(table: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [run for cell in table["cells"] for run in cell["runs"] if run["state"] == "failed"]
 
 
-def _row(table: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
+def row_of(table: Mapping[str, Any], cell: Mapping[str, Any]) -> list[str]:
+    """The cell's name, its runs and a text for each of ``COLUMNS``: the mean, and the spread in brackets."""
     failed = sum(run["state"] == "failed" for run in cell["runs"])
     runs = f"{cell['finished']}/{len(cell['runs'])}" + (f" ({failed} failed)" if failed else "")
     return [cell["name"], runs, *(_value(cell[key], key) for key in COLUMNS)]

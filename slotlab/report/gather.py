@@ -146,7 +146,8 @@ def evaluation_of(
     if found is None:
         say(f"{loaded.path}: scoring {len(split.videos)} videos of {split.name}")
         found = json.loads(json.dumps(evaluate(loaded, split.name, known.get(key))))
-        keep_result(loaded.path, loaded.store, found)
+        for warning in keep_result(loaded.path, loaded.store, found):
+            say(warning)
     known[key] = found["reference"], found["floor"]
     return found
 

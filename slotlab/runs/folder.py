@@ -16,7 +16,6 @@ from featcache.errors import DataError, IncompatibleError, UsageError, compare_s
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import SCHEMA, StoreSpec, flatten
 from featcache.stream.stream import VIDEO
-from slotlab.commands.terminal import warn
 from slotlab.config.schema import Config
 from slotlab.runs import checkpoint
 
@@ -140,10 +139,10 @@ def check_store(run: Path, store: FeatureStore) -> None:
         )
 
 
-def keep_result(run: Path, store: FeatureStore, result: Mapping[str, Any], name: str = "eval") -> None:
+def keep_result(run: Path, store: FeatureStore, result: Mapping[str, Any], name: str = "eval") -> list[str]:
     """Leave a result as ``NAME-SPLIT.json`` in the run's folder, where reports and tables look for it.
 
-    One from another store is not left if the run's own is there; where the folder cannot be written, that is said.
+    One from another store is not left if the run's own is there. Returns a warning where the folder cannot be written.
     """
     try:
         own = store_path(run).resolve() == store.path.resolve()
@@ -154,7 +153,8 @@ def keep_result(run: Path, store: FeatureStore, result: Mapping[str, Any], name:
         if own:
             path.write_text(json.dumps(result, indent=1))
     except OSError as error:
-        warn([f"{path}: cannot be written ({error.strerror}), so the result is not kept"])
+        return [f"{path}: cannot be written ({error.strerror}), so the result is not kept"]
+    return []
 
 
 def keep_rows(path: Path, step: int) -> float:
