@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 import subprocess
@@ -45,6 +46,31 @@ def save_movie(path: Path, codec: str, frames: np.ndarray, pixels: str = "yuv420
         for packet in stream.encode():
             container.mux(packet)
     return path
+
+
+# Codecs by their containers, as PyAV encodes them here: encoder, pixel format, options.
+ENCODERS: dict[str, tuple[str, str, dict[str, str]]] = {
+    "h264": ("libx264", "yuv420p", {"g": "6", "bf": "2"}),
+    "hevc": ("libx265", "yuv420p", {"x265-params": "log-level=none:keyint=6"}),
+    "vp9": ("libvpx-vp9", "yuv420p", {"deadline": "realtime", "cpu-used": "8"}),
+    "av1": ("libsvtav1", "yuv420p", {"preset": "12"}),
+    "mjpeg": ("mjpeg", "yuvj420p", {}),
+}
+CONTAINERS = {
+    "mp4": ("h264", "hevc", "vp9", "av1", "mjpeg"),
+    "mkv": ("h264", "hevc", "vp9", "av1", "mjpeg"),
+    "webm": ("vp9", "av1"),
+    "avi": ("h264", "vp9", "av1", "mjpeg"),
+    "mov": ("h264", "hevc", "mjpeg"),
+}
+CONTAINER_AND_CODEC = [(container, codec) for container, codecs in CONTAINERS.items() for codec in codecs]
+
+
+def save_clip(folder: Path, container: str, codec: str, frames: np.ndarray) -> Path:
+    """A clip in any of ``CONTAINER_AND_CODEC``."""
+    os.environ["SVT_LOG"] = "0"  # the AV1 encoder talks
+    encoder, pixels, options = ENCODERS[codec]
+    return save_movie(folder / f"{codec}.{container}", encoder, frames, pixels, **options)
 
 
 def set_display_matrix(path: Path, *abcd: float) -> None:

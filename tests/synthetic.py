@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from featcache.moments import Moments
-from featcache.sources.video import Instance, Video
+from featcache.sources.video import Instance, Source, Video
 from featcache.store.encoding import as_stored
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import SplitSpec, StoreSpec, TapSpec
@@ -23,7 +23,7 @@ DIM = 12
 Scale = float | npt.NDArray[np.float64]  # of all channels, or of each
 
 
-class DiscSource:
+class DiscSource(Source):
     """Videos of coloured discs that drift over a noisy floor."""
 
     location = "synthetic discs"
@@ -41,9 +41,6 @@ class DiscSource:
 
     def fingerprint(self, split: str) -> str:
         return f"{split}-{self._lengths[split]}"
-
-    def remarks(self, split: str) -> tuple[str, ...]:
-        return ()
 
     def read(self, split: str, index: int) -> Video:
         rng = np.random.default_rng((index, len(split)))

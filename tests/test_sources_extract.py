@@ -14,7 +14,7 @@ import pytest
 from PIL import ExifTags, Image
 
 import cli
-from tests.media import save_images
+from tests.media import oblong, save_images, save_movie
 
 RESNET = ("extract", "--backbone", "resnet18", "--weights", "random", "--tap", "layer1", "--input-size", "32")
 QUICK = (*RESNET, "--batch-size", "2", "--precision", "float32", "--out", "s.zarr", "--json")
@@ -65,3 +65,20 @@ def test_remarks_are_made_before_anything_is_computed(slotlab: Run) -> None:
         ended = slotlab(*QUICK, "--data", "photos", *more)
         assert ended.code == 0 and "EXIF orientation 1, but 3 in photos/a.jpg" in ended.said
         assert more == () or len(ended.out["remarks"]) == 1
+
+
+def test_damaged_videos_are_refused_or_left_out_and_listed(slotlab: Run) -> None:
+    Path("clips").mkdir()
+    for name in "abc":
+        save_movie(Path(f"clips/{name}.mp4"), "libx264", oblong(5))
+    broken = Path("clips/b.mp4")
+    broken.write_bytes(broken.read_bytes()[:-300])
+    refused = slotlab(*QUICK, "--data", "clips")
+    assert refused.code == 3 and "clips/b.mp4" in refused.said and "--skip-damaged" in refused.said
+    assert not Path("s.zarr").exists()
+    for more in (("--dry-run",), ()):
+        ended = slotlab(*QUICK, "--data", "clips", "--skip-damaged", *more)
+        assert ended.code == 0
+        (line,) = ended.out["damaged"]
+        assert line.startswith("clips/b.mp4: ")
+    assert ended.out["splits"] == {"train": 10}

@@ -29,7 +29,7 @@ from featcache.sources.fingerprint import digest, file_digest
 from featcache.sources.images import LYING, Header, decode_image, read_header, stack
 from featcache.sources.masks import check_fit, decode_mask, unlabelled_instances
 from featcache.sources.splits import SPLIT_NAMES, check_index, check_split, split_folders
-from featcache.sources.video import Video
+from featcache.sources.video import Source, Video
 
 IMAGES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"))
 MASKS = "masks"
@@ -45,7 +45,7 @@ class Entry:
     masks: tuple[Path, ...] = ()  # of images: one a frame; of a video file: its mask folder's files
 
 
-class FolderSource:
+class FolderSource(Source):
     """Videos found in a folder when it is opened, sorted by name in natural order. Nothing is decoded until asked."""
 
     def __init__(self, root: Path) -> None:
@@ -61,6 +61,10 @@ class FolderSource:
 
     def splits(self) -> tuple[str, ...]:
         return tuple(self._entries)
+
+    def videos(self, split: str) -> int:
+        check_split(self.location, split, self._entries)
+        return len(self._entries[split])
 
     def lengths(self, split: str) -> Sequence[int]:
         check_split(self.location, split, self._entries)

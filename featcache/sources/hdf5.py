@@ -20,13 +20,13 @@ from featcache.errors import DataError
 from featcache.sources.fingerprint import digest, file_digest
 from featcache.sources.masks import as_mask, unlabelled_instances
 from featcache.sources.splits import check_index, check_split, split_folders
-from featcache.sources.video import Video
+from featcache.sources.video import Source, Video
 
 FRAMES = ("video", "videos", "image", "images")
 MASKS = ("mask", "masks", "segmentations")
 
 
-class Hdf5Source:
+class Hdf5Source(Source):
     """Random access by row. The file is opened at each call, so that threads and processes share no handle."""
 
     def __init__(self, path: Path) -> None:
@@ -49,9 +49,6 @@ class Hdf5Source:
     def fingerprint(self, split: str) -> str:
         check_split(self.location, split, self._groups)
         return digest((split, *(name or "" for name in self._groups[split]), file_digest(self.path)))
-
-    def remarks(self, split: str) -> Sequence[str]:
-        return ()
 
     def read(self, split: str, index: int) -> Video:
         check_split(self.location, split, self._groups)

@@ -94,7 +94,10 @@ def _errors_named(where: str) -> Iterator[None]:
     except (DataError, MemoryError):
         raise
     except Exception as error:
-        raise DataError(f"{where}: image cannot be decoded ({error}); copy or make it again") from error
+        raise DataError(
+            f"{where}: image cannot be decoded ({error}); copy or make it again, "
+            "or extract without its video (--skip-damaged)"
+        ) from error
 
 
 def stack(images: Sequence[npt.NDArray[np.uint8]], names: Sequence[str], what: str = "frame") -> npt.NDArray[np.uint8]:

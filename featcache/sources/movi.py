@@ -22,7 +22,7 @@ from featcache.sources.images import decode_image, stack
 from featcache.sources.masks import check_fit, decode_mask, visibility
 from featcache.sources.splits import check_index, check_split
 from featcache.sources.tfrecord import TFRecordFile
-from featcache.sources.video import Instance, Video
+from featcache.sources.video import Instance, Source, Video
 
 SHARD = re.compile(r"(?P<stem>.+-(?P<split>[^-]+)\.tfrecord)-(?P<shard>\d{5})-of-(?P<shards>\d{5})")
 SEARCH_DEPTH = 3  # data/ -> movi_a -> 256x256 -> 1.0.0
@@ -90,7 +90,7 @@ def _label_names(path: Path) -> tuple[str, ...]:
         raise DataError(f"{path}: {error.strerror}; copy it from where features.json came from") from error
 
 
-class MoviSource:
+class MoviSource(Source):
     """MOVi videos in TFRecord shards. The index of the shards is made on first use and travels when pickled."""
 
     def __init__(self, directory: Path, location: str | None = None, partial: bool = False) -> None:
@@ -127,9 +127,6 @@ class MoviSource:
             yield file.path.name
             yield file.lengths.tobytes()
             yield file.crcs.tobytes()
-
-    def remarks(self, split: str) -> Sequence[str]:
-        return ()
 
     def read(self, split: str, index: int) -> Video:
         features, where = self._example(split, index)

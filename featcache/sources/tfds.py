@@ -17,13 +17,13 @@ from featcache.sources.fingerprint import digest
 from featcache.sources.masks import as_mask, check_fit
 from featcache.sources.movi import LABELS, instance_table
 from featcache.sources.splits import check_index, check_split
-from featcache.sources.video import Video
+from featcache.sources.video import Source, Video
 
 DATA_DIR = "?data_dir="
 BUCKET = "gs://kubric-public/tfds"
 
 
-class TfdsSource:
+class TfdsSource(Source):
     """Random access by TFDS's split slices, which skip within one shard: slow beside ``MoviSource``, but general."""
 
     def __init__(self, location: str) -> None:
@@ -65,9 +65,6 @@ class TfdsSource:
         check_split(self.location, split, self.splits())
         info = self._builder.info.splits[split]
         return digest(map(str, (self._builder.info.full_name, split, info.num_bytes, *info.shard_lengths)))
-
-    def remarks(self, split: str) -> Sequence[str]:
-        return ()
 
     def read(self, split: str, index: int) -> Video:
         check_split(self.location, split, self.splits())

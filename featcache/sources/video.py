@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -49,20 +50,33 @@ class Source(Protocol):
 
     location: str  # what ``open_source`` gives the same source for
 
+    @abstractmethod
     def splits(self) -> tuple[str, ...]:
         """Names of the splits, for example ``("train", "validation")``."""
 
+    @abstractmethod
     def lengths(self, split: str) -> Sequence[int]:
         """Number of frames of each video, in order, without decoding any."""
 
+    @abstractmethod
     def fingerprint(self, split: str) -> str:
         """Short hash that changes when the split's files change."""
+
+    @abstractmethod
+    def read(self, split: str, index: int) -> Video:
+        """Decode one video. Raises ``DataError`` naming file, record and remedy when it is damaged."""
+
+    def videos(self, split: str) -> int:
+        """Number of videos, known even where one is damaged."""
+        return len(self.lengths(split))
 
     def remarks(self, split: str) -> Sequence[str]:
         """Lines to read before a split's videos are trusted, each about something that may not be as it was meant.
 
         Found without decoding any frame.
         """
+        return ()
 
-    def read(self, split: str, index: int) -> Video:
-        """Decode one video. Raises ``DataError`` naming file, record and remedy when it is damaged."""
+    def damaged(self, split: str) -> Sequence[str]:
+        """What is wrong with each of the videos that were left out for being damaged."""
+        return ()

@@ -1,10 +1,17 @@
-"""One video file, through PyAV (FFmpeg)."""
+"""One video file, through PyAV (FFmpeg): every frame, upright, or a refusal.
+
+FFmpeg plays on over damage: it fills lost areas from their neighbours, leaves out what it cannot decode, and ends
+where a file was cut off. So a file is refused when FFmpeg says anything at the level of an error, marks a packet or
+a frame as corrupt, or gives clearly fewer frames than the container promises.
+"""
 
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +25,67 @@ SUFFIXES = frozenset((".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".m4v", "
 # Codecs whose containers hold one packet a shown frame: counting these need not decode. VP8 and packed
 # MPEG-4 hide or join frames.
 PACKET_IS_FRAME = frozenset(("h264", "hevc", "vp9", "av1", "mjpeg", "gif", "prores", "ffv1"))
-REMEDY = "copy it again, or encode it anew (ffmpeg -i FILE new.mp4)"
+NO_PROMISE = frozenset(("mpegts", "mpeg"))  # streams without a header that says how long they are
+REMEDY = "copy it again, encode it anew (ffmpeg -i FILE new.mp4), or extract without it (--skip-damaged)"
 SKEW = 0.0175  # of a display matrix, about one degree: less is rounding, as it is to ffmpeg
+ERROR = 16  # FFmpeg's level of messages
 MAX_BYTES = 4 << 30  # of decoded frames: a video is read whole, and extraction holds several
 
 
 def count_frames(path: Path) -> int:
-    """Frames that ``read_frames`` gives, decoding only where the container cannot tell."""
-    with _opened(path) as (container, stream):
-        if stream.codec_context.name in PACKET_IS_FRAME:
-            frames = sum(1 for packet in container.demux(stream) if packet.size and not packet.is_discard)
-        else:
-            frames = sum(1 for _ in container.decode(stream))
-    if not frames:
+    """Frames that ``read_frames`` gives, decoding only where the container cannot tell.
+
+    ``DataError`` where the container or its duration promises clearly more than there is.
+    """
+    with _opened(path) as clip:
+        counts = clip.codec in PACKET_IS_FRAME
+        shown = held = 0
+        begin, end, before, gap = float("inf"), float("-inf"), None, 0.0  # seconds; `gap` between two frames
+        for packet in clip.container.demux():
+            if packet.pts is not None:
+                start = float(packet.pts * packet.time_base)
+                begin, end = min(begin, start), max(end, start + float((packet.duration or 0) * packet.time_base))
+            if packet.stream_index != clip.stream.index:
+                continue
+            if packet.size:
+                held += 1
+                shown += not packet.is_discard if counts else 0
+                if packet.dts is not None:
+                    now = float(packet.dts * packet.time_base)
+                    gap, before = max(gap, now - (now if before is None else before)), now
+            if not counts:
+                shown += sum(1 for _ in clip.decode(packet))
+        promised, length = clip.stream.frames, (clip.container.duration or 0) / 1e6
+        name = clip.container.format.name
+    if promised and held < promised - max(1, promised // 50):
+        # An edit list that shows a part of a film may keep the rest from being read at all.
+        held = max(held, _packets_behind_edit_lists(path)) if "mov" in name else held
+        if held < promised - max(1, promised // 50):
+            raise DataError(f"{path}: holds {held} of the {promised} frames that it promises; {REMEDY}")
+    if not promised and name not in NO_PROMISE and end - begin < 0.98 * length - 2 * gap:
+        raise DataError(f"{path}: ends after {end - begin:.1f} of the {length:.1f} seconds that it promises; {REMEDY}")
+    if name == "asf" and not length:  # FFmpeg drops a duration whose header gives another file size
+        raise DataError(f"{path}: has not the size that its header says, or was never finished; {REMEDY}")
+    if not shown:
         raise DataError(f"{path}: holds no frame; record or copy it again")
-    return frames
+    return shown
 
 
 def read_frames(path: Path) -> npt.NDArray[np.uint8]:
     """All frames, turned upright -> (T, H, W, 3). ``DataError`` for damaged, changing or over-long videos."""
     expected = count_frames(path)
     frames: list[npt.NDArray[np.uint8]] = []
-    with _opened(path) as (container, stream):
-        stream.codec_context.thread_count = 1  # callers decode several videos side by side
-        for frame in container.decode(stream):
-            image = _upright(frame.to_ndarray(format="rgb24"), _display_matrix(frame), path)
-            if image.nbytes * expected > MAX_BYTES:
-                raise DataError(
-                    f"{path}: {expected} frames of {image.shape[1]}x{image.shape[0]} are over {MAX_BYTES >> 30} GiB; "
-                    "cut it into clips (ffmpeg -i FILE -c copy -f segment -segment_time 10 clip%04d.mp4)"
-                )
-            frames.append(image)
+    with _opened(path) as clip:
+        for packet in clip.container.demux(clip.stream):
+            for frame in clip.decode(packet):
+                image = _upright(frame.to_ndarray(format="rgb24"), _display_matrix(frame), path)
+                if image.nbytes * expected > MAX_BYTES:
+                    raise DataError(
+                        f"{path}: {expected} frames of {image.shape[1]}x{image.shape[0]} are over "
+                        f"{MAX_BYTES >> 30} GiB; cut it into clips "
+                        "(ffmpeg -i FILE -c copy -f segment -segment_time 10 clip%04d.mp4)"
+                    )
+                frames.append(image)
     if len(frames) != expected:
         raise DataError(f"{path}: {len(frames)} of {expected} frames decode; {REMEDY}")
     return stack(frames, [f"{path}: frame {i}" for i in range(len(frames))])
@@ -81,15 +118,100 @@ def _upright(
     return np.ascontiguousarray(image[:: 1 if down > 0 else -1, :: 1 if across > 0 else -1])
 
 
+# -- FFmpeg ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Clip:
+    """An open file."""
+
+    path: Path
+    container: Any
+    stream: Any  # its first video stream
+    heard: list[tuple[int, str, str]]  # FFmpeg's errors: level, who, message
+
+    @property
+    def codec(self) -> str:
+        """Name of the format: libdav1d, which decodes it, is no name of AV1."""
+        name: str = self.stream.codec_context.codec.canonical_name
+        return name
+
+    def decode(self, packet: Any) -> Iterator[Any]:
+        """The packet's frames. What FFmpeg says of a packet that an edit list hides is no damage."""
+        before = len(self.heard)
+        frames = packet.decode()
+        if packet.is_discard:
+            del self.heard[before:]
+        for damaged in (packet, *frames):
+            if damaged.is_corrupt and not (damaged is packet and packet.is_discard):
+                second = float((damaged.pts or damaged.dts or 0) * self.stream.time_base)
+                raise DataError(f"{self.path}: is damaged near second {second:.1f}; {REMEDY}")
+        yield from frames
+
+    def complaint(self) -> str:
+        """The first error that FFmpeg told of, if it was not about another stream."""
+        others = {
+            stream.codec_context.name
+            for stream in self.container.streams
+            if stream is not self.stream and stream.codec_context is not None
+        }
+        return next(
+            (f"{name}: {text.strip()}" for level, name, text in self.heard if level <= ERROR and name not in others), ""
+        )
+
+
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Container and its first video stream; FFmpeg's errors become ``DataError``."""
+def _opened(path: Path, **options: str) -> Iterator[_Clip]:
+    """A video file and its first video stream; whatever FFmpeg finds wrong with it becomes ``DataError``."""
     import av
 
     try:
-        with av.open(str(path)) as container:
+        with _listening() as heard, av.open(str(path), options=options, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise DataError(f"{path}: no video stream in it; take it out of the folder")
-            yield container, container.streams.video[0]
+            clip = _Clip(path, container, container.streams.video[0], heard)
+            if clip.stream.codec_context is None:
+                raise DataError(f"{path}: its codec is not known here, or damaged; {REMEDY}")
+            clip.stream.codec_context.thread_count = 1  # callers decode several videos side by side
+            yield clip
+            complaint = clip.complaint()
     except (av.FFmpegError, OSError) as error:
         raise DataError(f"{path}: cannot be decoded ({error}); {REMEDY}") from error
+    if complaint:
+        raise DataError(f"{path}: is damaged ({complaint}); {REMEDY}")
+
+
+def _packets_behind_edit_lists(path: Path) -> int:
+    with _opened(path, ignore_editlist="1") as clip:
+        return sum(1 for packet in clip.container.demux(clip.stream) if packet.size)
+
+
+_lock = threading.Lock()
+_listeners = 0
+_before: tuple[Any, bool] = (None, True)  # level, and whether repetitions are left out, when nobody listened
+
+
+@contextmanager
+def _listening() -> Iterator[list[tuple[int, str, str]]]:
+    """FFmpeg's messages of errors in this thread, without which much damage has no sign.
+
+    PyAV passes them on only at a level that holds for the process, and leaves out one that equals the last.
+    """
+    from av import logging
+
+    global _listeners, _before
+    with _lock:
+        _listeners += 1
+        if _listeners == 1:
+            _before = logging.get_level(), logging.get_skip_repeated()
+            logging.set_skip_repeated(False)
+            logging.set_level(max(_before[0] or 0, logging.ERROR))
+    try:
+        with logging.Capture() as heard:
+            yield heard
+    finally:
+        with _lock:
+            _listeners -= 1
+            if not _listeners:
+                logging.set_level(_before[0])
+                logging.set_skip_repeated(_before[1])

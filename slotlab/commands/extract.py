@@ -29,6 +29,7 @@ def extract(
     device: Device = "auto",
     workers: Annotated[int | None, typer.Option(help="Processes of one thread, on this machine.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Of dask; its workers share this file system.")] = None,
+    skip_damaged: Annotated[bool, typer.Option("--skip-damaged", help="Leave out videos that cannot be read.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do and stop.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -46,6 +47,7 @@ def extract(
     from featcache.extraction.plan import ExtractOptions, plan
     from featcache.machine import pick_device
     from featcache.sources import PARTIAL, open_source
+    from featcache.sources.damaged import SoundVideos
     from slotlab.commands import terminal
     from slotlab.commands.tables import plain_table
 
@@ -65,9 +67,10 @@ def extract(
         client = context.with_resource(connect(scheduler, workers))
         if data and Path(data.removesuffix(PARTIAL)).exists():
             data = str(Path(data).absolute())  # workers may have another working directory
-    source = open_source(data)
+    source = SoundVideos(open_source(data)) if skip_damaged else open_source(data)
     model = load_backbone(backbone, weights, tuple(tap or ()), input_size, pick_device(device))
     todo = plan(path, source, model, options)
+    damaged = [line for split in todo.splits for line in source.damaged(split.name)]
     if dry_run:
         summary = {
             "out": str(path),
@@ -81,9 +84,10 @@ def extract(
             "seconds": measure_seconds(todo, source, model),
         }
         if as_json:
-            print_json(summary | {"remarks": list(todo.remarks)})
+            print_json(summary | {"remarks": list(todo.remarks), "damaged": damaged})
         else:
             terminal.out.print(plain_table(("", "value"), [(k, str(v)) for k, v in summary.items()]))
+            _list_damaged(damaged)
         return
     with terminal.ExtractProgress() as progress:
         if client:
@@ -92,7 +96,15 @@ def extract(
             store = run_extract(todo, source, model, progress)
     summary = {"path": str(path), "splits": {name: store[name].frames for name in store.splits}}
     if as_json:
-        print_json(summary)
+        print_json(summary | {"damaged": damaged})
     else:
+        _list_damaged(damaged)
         frames = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())  # type: ignore[attr-defined]
         terminal.out.print(f"{path}: {frames} frames. Next: slotlab stats {path}")
+
+
+def _list_damaged(damaged: list[str]) -> None:
+    from slotlab.commands import terminal
+
+    for line in damaged:
+        terminal.out.print(f"left out: {line}", soft_wrap=True, markup=False, highlight=False)

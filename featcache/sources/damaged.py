@@ -1,0 +1,66 @@
+"""A source without its damaged videos."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from featcache.errors import DataError
+from featcache.sources.splits import check_index
+from featcache.sources.video import Source, Video
+
+logger = logging.getLogger(__name__)
+
+READERS = 2
+
+
+class SoundVideos(Source):
+    """The videos of a source that can be read. To know them, each is read once, when its split is first asked for."""
+
+    def __init__(self, source: Source) -> None:
+        self.location = source.location
+        self._source = source
+        self._sound: dict[str, dict[int, int]] = {}  # split -> position in the source -> frames
+        self._damaged: dict[str, tuple[str, ...]] = {}
+
+    def splits(self) -> tuple[str, ...]:
+        return self._source.splits()
+
+    def lengths(self, split: str) -> Sequence[int]:
+        return tuple(self._look(split).values())
+
+    def fingerprint(self, split: str) -> str:
+        return self._source.fingerprint(split)
+
+    def remarks(self, split: str) -> Sequence[str]:
+        return self._source.remarks(split)
+
+    def damaged(self, split: str) -> Sequence[str]:
+        self._look(split)
+        return self._damaged[split]
+
+    def read(self, split: str, index: int) -> Video:
+        sound = tuple(self._look(split))
+        check_index(self.location, split, index, len(sound))
+        return self._source.read(split, sound[index])
+
+    def _look(self, split: str) -> dict[int, int]:
+        """``DataError`` where no video is left."""
+        if split in self._sound:
+            return self._sound[split]
+        logger.warning("%s: reading every video of %s once, to find the damaged ones", self.location, split)
+        with ThreadPoolExecutor(READERS, "look") as readers:
+            found = list(readers.map(lambda index: self._frames(split, index), range(self._source.videos(split))))
+        damaged = tuple(why for why in found if isinstance(why, str))
+        sound = {index: frames for index, frames in enumerate(found) if isinstance(frames, int)}
+        if not sound:
+            raise DataError(f"{self.location}: every video of {split} is damaged; the first: {damaged[0]}")
+        self._sound[split], self._damaged[split] = sound, damaged
+        return sound
+
+    def _frames(self, split: str, index: int) -> int | str:
+        try:
+            return len(self._source.read(split, index).frames)
+        except DataError as error:
+            return str(error)

@@ -1,0 +1,132 @@
+"""Damaged videos are refused by name, sound ones are read as ffmpeg reads them, and --skip-damaged goes on."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from featcache.errors import DataError
+from featcache.sources import open_source
+from featcache.sources.damaged import SoundVideos
+from featcache.sources.video_file import count_frames, read_frames
+from slotlab.pictures.frames import read_path
+from tests.media import CONTAINER_AND_CODEC, ffmpeg_frames, needs_ffmpeg, oblong, save_clip, save_images, save_movie
+
+LENGTH = 18
+
+
+def _moving(frames: int = LENGTH) -> np.ndarray:
+    return np.stack([np.roll(oblong(1)[0], 3 * t, axis=1) for t in range(frames)])
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize(("container", "codec"), CONTAINER_AND_CODEC)
+def test_cut_anywhere_it_is_refused(tmp_path: Path, container: str, codec: str) -> None:
+    clip = save_clip(tmp_path, container, codec, _moving())
+    whole, frames = clip.read_bytes(), read_frames(clip)
+    np.testing.assert_array_equal(frames, ffmpeg_frames(clip, 48, 64))
+    assert count_frames(clip) == LENGTH
+    for percent in (3, 20, 45, 60, 75, 88, 96):
+        clip.write_bytes(whole[: len(whole) * percent // 100])
+        for read in (read_frames, read_path):
+            try:
+                left = read(clip)
+            except DataError as error:
+                assert clip.name in str(error)
+            else:  # the end of an index may go missing, and every frame be there
+                assert percent > 90
+                np.testing.assert_array_equal(left, frames)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize(("container", "codec"), CONTAINER_AND_CODEC)
+def test_rotten_frames_are_refused_or_what_ffmpeg_reads_without_a_word(tmp_path: Path, container: str, codec: str) -> None:
+    clip = save_clip(tmp_path, container, codec, _moving())
+    with av.open(str(clip)) as opened:
+        where = [(packet.size, packet.pos) for packet in opened.demux() if packet.size]
+    data = bytearray(clip.read_bytes())
+    size, at = max(where[1:])  # the first holds the encoder's own words, too
+    data[at + size // 4 : at + size] = bytes(size - size // 4)
+    clip.write_bytes(data)
+    try:
+        frames = read_frames(clip)
+    except DataError as error:
+        assert clip.name in str(error)
+    else:
+        assert codec in ("hevc", "vp9", "av1")  # whose decoders take any bytes for a picture
+        np.testing.assert_array_equal(frames, ffmpeg_frames(clip, 48, 64))
+
+
+def test_the_same_damage_is_seen_twice(tmp_path: Path) -> None:
+    """FFmpeg's messages are passed on but once if they are equal."""
+    clip = save_clip(tmp_path, "mkv", "h264", _moving())
+    for name in ("a.mkv", "b.mkv", "c.mkv"):
+        (tmp_path / name).write_bytes(clip.read_bytes()[:-200])
+        with pytest.raises(DataError, match=name):
+            read_frames(tmp_path / name)
+
+
+def test_a_header_that_promises_more_is_not_believed(tmp_path: Path) -> None:
+    """An avi cut at a chunk, its sizes mended, as some programs leave them: nothing but the count is wrong."""
+    whole = save_clip(tmp_path, "avi", "mjpeg", _moving()).read_bytes()
+    short = bytearray(save_clip(tmp_path, "avi", "mjpeg", _moving(9)).read_bytes())
+    for name, skipped in ((b"avih", 24), (b"strh", 40)):  # total frames, length of the stream
+        at = short.index(name) + skipped
+        short[at : at + 4] = whole[whole.index(name) + skipped :][:4]
+    (tmp_path / "mended.avi").write_bytes(short)
+    with pytest.raises(DataError, match=r"mended.avi: holds 9 of the 18 frames that it promises"):
+        count_frames(tmp_path / "mended.avi")
+
+
+def test_a_duration_that_promises_more_is_not_believed(tmp_path: Path) -> None:
+    data = bytearray(save_clip(tmp_path, "mkv", "vp9", _moving()).read_bytes())
+    at = data.index(b"\x44\x89\x88") + 3  # Duration, a float64
+    data[at : at + 8] = struct.pack(">d", 2 * struct.unpack(">d", data[at : at + 8])[0])
+    (tmp_path / "long.mkv").write_bytes(data)
+    with pytest.raises(DataError, match=r"long.mkv: ends after 1.5 of the 3.0 seconds that it promises"):
+        count_frames(tmp_path / "long.mkv")
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("shown", [(0, 9), (9, 9), (5, 6), (14, 4)])
+def test_what_an_edit_list_hides_is_no_damage(tmp_path: Path, shown: tuple[int, int]) -> None:
+    clip = save_clip(tmp_path, "mp4", "h264", _moving())
+    data = bytearray(clip.read_bytes())
+    at = data.index(b"elst") + 12  # duration in milliseconds, start in the stream's ticks, of which a frame has 1024
+    start = struct.unpack(">i", data[at + 4 : at + 8])[0]
+    data[at : at + 8] = struct.pack(">Ii", shown[1] * 1000 // 12, start + shown[0] * 1024)
+    clip.write_bytes(data)
+    np.testing.assert_array_equal(read_frames(clip), ffmpeg_frames(clip, 48, 64))
+    assert len(read_frames(clip)) == shown[1]
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_sound_may_outlast_the_picture(tmp_path: Path, suffix: str) -> None:
+    clip = save_clip(tmp_path, "mp4", "h264", _moving())
+    both = tmp_path / f"both.{suffix}"
+    sound = ["-f", "lavfi", "-i", "sine=duration=6"]
+    subprocess.run(["ffmpeg", "-v", "error", "-i", clip, *sound, "-c:v", "copy", both], check=True)
+    np.testing.assert_array_equal(read_frames(both), read_frames(clip))
+
+
+def test_sound_videos_alone(tmp_path: Path) -> None:
+    good = save_movie(tmp_path / "b.mp4", "libx264", _moving())
+    (tmp_path / "a.mp4").write_bytes(good.read_bytes()[:-300])
+    (tmp_path / "d.mp4").write_bytes(b"no video")
+    save_images(tmp_path / "c", oblong(2))
+    (tmp_path / "c" / "1.png").write_bytes((tmp_path / "c" / "1.png").read_bytes()[:-100])
+    save_images(tmp_path, oblong(1), ["e.png"])
+    source = SoundVideos(open_source(tmp_path))
+    assert list(source.lengths("train")) == [LENGTH, 1]
+    assert [source.read("train", i).id for i in range(2)] == ["b.mp4", "e.png"]
+    assert [Path(line.split(": ")[0]).name for line in source.damaged("train")] == ["a.mp4", "1.png", "d.mp4"]
+    for path in (good, tmp_path / "e.png"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"every video of train is damaged; the first: .*a.mp4"):
+        SoundVideos(open_source(tmp_path)).lengths("train")
