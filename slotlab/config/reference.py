@@ -118,7 +118,8 @@ def _meaning(key: Key) -> str:
     text = next((text for text in described if text), "")
     if key.name in key.section.read_by:
         deciding, values = key.section.read_by[key.name]
-        text += f". Only with {_code(deciding)} = {', '.join(_code(value if '=' in value else value.lower()) for value in values)}"
+        forms = (value if "=" in value else value.lower() for value in values)  # TOML's true and false
+        text += f". Only with {_code(deciding)} = {', '.join(map(_code, forms))}"
     return text
 
 
