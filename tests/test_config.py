@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from pydantic import ValidationError
 
 from featcache.errors import DataError, UsageError
-from slotlab.config.load import load_config, presets, read_toml, validate
-from slotlab.config.model import ClusteringConfig, Logistic
-from slotlab.config.schema import Config
+from slotlab.config.load import load_config, presets, read_toml, validate, walk
+from slotlab.config.model import MODEL_KINDS, ClusteringConfig, Logistic, Sign
+from slotlab.config.schema import LOSSES, NORMALISATIONS, Config
+from slotlab.models.build import MODELS
+from slotlab.models.clustering import tracking
+from slotlab.models.decoders import DECODERS
+from slotlab.models.initializers import INITIALIZERS
+from slotlab.models.normalise import RECIPES
+from slotlab.models.predictors import PREDICTORS
+from slotlab.scoring.collapse import COLLAPSES
+from slotlab.training import losses
 
 
 def test_command_line_over_file_over_preset(tmp_path: Path) -> None:
@@ -47,6 +56,7 @@ def test_presets_set_nothing_without_effect(preset: str) -> None:
         ("dinosaur-ar", ["model.decoder.patches=9"], "model.decoder.patches = 9 has no effect with"),
         ("dinosaur", ["data.center=position", "data.normalize=sample"], "data.center = position has no effect with"),
         ("default", ["model.tracking=false", "model.merge_distance=0.2"], "model.merge_distance = 0.2 has no effect"),
+        ("default", ["data.normalize=whiten=8", "data.shrinkage=0.2"], "data.shrinkage = 0.2 has no effect with"),
         ("default", ["optim.half_life=9"], "optim.half_life = 9 has no effect with optim.decay = cosine"),
         (
             "videosaur",
@@ -59,6 +69,64 @@ def test_presets_set_nothing_without_effect(preset: str) -> None:
 def test_what_has_no_effect_is_told(preset: str, overrides: list[str], told: str | None) -> None:
     unread = load_config(preset, None, overrides).unread()
     assert unread == [] if told is None else told in unread[0] and len(unread) == 1
+
+
+REGISTRIES: dict[str, Any] = {
+    "model.initializer": INITIALIZERS,
+    "model.predictor.kind": PREDICTORS,
+    "model.decoder.kind": DECODERS,
+}
+SWITCHES = {  # words that choose between a few lines, which stand together
+    *("data.center", "data.residence", "model.projection", "model.gradient", "model.decoder.masks"),
+    *("optim.scaling", "optim.decay", "optim.precision", "published_masks"),
+}
+
+
+def test_every_word_of_the_configuration_has_its_part() -> None:
+    """And every part its word."""
+    assert set(MODEL_KINDS) == set(MODELS)
+    assert set(LOSSES) == set(losses.LOSSES)
+    assert set(NORMALISATIONS) == set(RECIPES)
+    assert set(get_args(Sign)) == set(COLLAPSES)
+    found: dict[str, set[str]] = {}
+    for kind in MODEL_KINDS:
+        for key in walk(kind):
+            words = get_args(key.field.annotation)
+            if get_origin(key.field.annotation) is Literal and len(words) > 1:
+                found.setdefault(key.path, set()).update(words)  # a kind of model may allow fewer
+    assert set(found) == set(REGISTRIES) | SWITCHES
+    for path, registry in REGISTRIES.items():
+        assert found[path] == set(registry), path
+
+
+OLD = {  # what runs of the first version name beside the settings of today, and what they have
+    **{"seed_objectness": 0.6, "tracking_iterations": 2, "least_mass": 1.0, "flow_radius": 0.34},
+    **{"flow_temperature": 0.1, "prior_floor": 0.05, "lasting_frames": 8, "lasting_threshold": 0.8},
+}
+
+
+def test_settings_that_became_constants_are_read_where_they_say_the_same() -> None:
+    plain = load_config("default")
+    assert validate({**plain.model_dump(), "model": {**plain.model.model_dump(), **OLD}}, "old") == plain
+    assert load_config("image", None, ["model.lasting_threshold=0"]) == load_config("image")
+    for name, value in OLD.items():
+        constant = {"tracking_iterations": "iterations"}.get(name, name).upper()
+        assert getattr(tracking, constant, value) == value
+        assert hasattr(tracking, constant) or name.startswith("lasting")
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("flow_radius=0.5", r"^--set: model\.flow_radius: is fixed at 0\.34 now; leave it out$"),
+        ("lasting_threshold=0.88", r"^--set: model\.lasting_threshold: is gone: .*; leave it out$"),
+    ],
+)
+def test_settings_that_became_constants_cannot_be_changed(override: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        load_config("default", None, [f"model.{override}"])
+    with pytest.raises(UsageError, match="no such key"):
+        load_config("dinosaur", None, [f"model.{override}"])
 
 
 def test_one_number_of_a_pair_can_be_set_alone() -> None:

@@ -115,10 +115,10 @@ def test_an_object_that_turns_keeps_its_slot() -> None:
     assert len(stays) == len(turns) == 1 and stays != turns and 0 not in turns
 
 
-@pytest.mark.parametrize(("radius", "flows"), [(0.3, False), (3.0, True)])
-def test_nothing_flows_farther_than_the_radius(radius: float, flows: bool) -> None:
-    tokens, labels = video([(1, 1), (7, 7)])
-    clustering = model(flow_radius=radius)
+@pytest.mark.parametrize(("moves", "flows"), [(1, True), (3, False)])  # a patch is 0.22 wide
+def test_nothing_flows_farther_than_the_radius(moves: int, flows: bool) -> None:
+    tokens, labels = video([(1, 1), (1, 1 + moves)])
+    clustering = model()
     tracker = Tracker.start(clustering.config, clustering.attend, clustering.position, DIM)
     before, now = F.normalize(tokens, dim=-1)
     tracker.past.appendleft(Seen(before, F.one_hot(labels[0], tracker.config.slots - 1).float()))

@@ -83,20 +83,28 @@ def validate(values: Mapping[str, Any], where: str, places: Mapping[str, str] | 
         first = error.errors()[0]
         # The tag of the model's kind, which pydantic puts into the path, is not part of the key.
         key = ".".join(str(part) for part in first["loc"] if part not in MODEL_KINDS)
-        hint = ""
-        model = values.get("model")
-        kind = (model if isinstance(model, Mapping) else {}).get("kind", Config().model.kind)
+        message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
-            section, _, name = key.rpartition(".")
-            above = f"{section}." if section else ""
-            siblings = {k.path.removeprefix(above).partition(".")[0] for k in walk(kind) if k.path.startswith(above)}
-            close = get_close_matches(name, siblings, 1, cutoff=0.6)
-            hint = f"; did you mean {above}{close[0]}?" if close else ""
+            model = values.get("model")
+            message = _no_such(key, (model if isinstance(model, Mapping) else {}).get("kind", Config().model.kind))
         for given, place in (places or {}).items():
             if given == key or given.startswith(f"{key}."):
                 where = place
-        message = "no such key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
-        raise UsageError(": ".join(part for part in (where, key, message + hint) if part)) from error
+        raise UsageError(": ".join(part for part in (where, key, message) if part)) from error
+
+
+def _no_such(key: str, kind: str) -> str:
+    """What became of a key that a configuration of this kind of model does not have, or which one was meant."""
+    section, _, name = key.rpartition(".")
+    above = f"{section}." if section else ""
+    below = [other for other in walk(kind) if other.path.startswith(above)]
+    for other in below:
+        if name in other.section.gone and other.path == above + other.name:
+            return f"{other.section.gone[name].now}; leave it out"
+    close = get_close_matches(
+        name, {other.path.removeprefix(above).partition(".")[0] for other in below}, 1, cutoff=0.6
+    )
+    return "no such key" + (f"; did you mean {above}{close[0]}?" if close else "")
 
 
 class Key(NamedTuple):

@@ -1,17 +1,41 @@
-"""Parts and sizes of the models. No torch here: ``slotlab train --help`` reads it."""
+"""Parts and sizes of the models, and what helps each against collapse. No torch: a wrong key is told at once."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MOST_SLOTS = 256  # a label is a byte
 Masks = Literal["decoder", "attention"]  # the decoder's, or those of the attention that formed the slots
 MASKS: tuple[Masks, ...] = get_args(Masks)
+Gradient = Literal["full", "implicit", "bilevel"]
 Initializer = Literal["gaussian", "gaussian_per_slot", "learnt", "kmeans++", "kmeans"]
 ReadBy = Mapping[str, tuple[str, tuple[str, ...]]]
+Sign = Literal["one_slot", "same_masks", "flat_attention", "same_slots", "lost_slots"]  # of a collapse
+
+
+class Remedy(NamedTuple):
+    """A setting that may help: a dotted key and its value, or the factor that its value is multiplied by."""
+
+    key: str
+    value: Any = None
+    factor: float = 1.0
+
+
+Remedies = Mapping[Sign, tuple[Remedy, ...]]
+
+
+class Gone(NamedTuple):
+    """A setting of earlier versions: the values that still mean what this version does, and what became of it."""
+
+    values: tuple[Any, ...]
+    now: str
+
+    @classmethod
+    def fixed(cls, value: Any) -> Gone:
+        return cls((value,), f"is fixed at {value} now")
 
 
 class Section(BaseModel):
@@ -20,6 +44,15 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     # Key -> another key of the section, and the values of that one with which the first is read.
     read_by: ClassVar[ReadBy] = {}
+    gone: ClassVar[Mapping[str, Gone]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_is_gone(cls, values: Any) -> Any:
+        """Runs of earlier versions name settings that are fixed now. Other values stay, and are refused as unknown."""
+        if not isinstance(values, Mapping):
+            return values
+        return {key: value for key, value in values.items() if key not in cls.gone or value not in cls.gone[key].values}
 
     def chosen(self, key: str) -> str:
         """A key's value as :attr:`read_by` names it."""
@@ -110,7 +143,7 @@ class RecurrentConfig(Section):
     slot_dim: int = Field(128, ge=1, description="Width of a slot")
     initializer: Initializer = Field("gaussian", description="Where slots start")
     iterations: int = Field(3, ge=1, description="Rounds of slot attention")
-    gradient: Literal["full", "implicit", "bilevel"] = Field(
+    gradient: Gradient = Field(
         "full", description="Rounds that the gradient passes: all; the last; the last, then straight to the first slots"
     )
     temperature: float = Field(
@@ -120,6 +153,18 @@ class RecurrentConfig(Section):
     predictor: PredictorConfig | None = Field(
         None, description="Recurrence over the frames of a clip; unset: frames apart"
     )
+
+    # What helps slot attention, whatever it attends to.
+    remedies: ClassVar[Remedies] = {
+        "same_masks": (Remedy("model.temperature", factor=0.5),),
+        "flat_attention": (Remedy("model.temperature", factor=0.5),),
+        "same_slots": (Remedy("model.initializer", "gaussian_per_slot"),),
+        "lost_slots": (
+            Remedy("model.predictor.stop_gradient", True),
+            Remedy("model.predictor.output_norm", True),
+            Remedy("loss.slot_contrast", 0.5),
+        ),
+    }
 
     @property
     def carries(self) -> bool:
@@ -164,6 +209,21 @@ class SlotAttentionConfig(RecurrentConfig):
     read_by: ClassVar[ReadBy] = {
         "kmeans_rounds": ("initializer", ("kmeans",)),
         "projection_hidden": ("projection", ("mlp",)),
+    }
+    remedies: ClassVar[Remedies] = {
+        "one_slot": (
+            Remedy("model.initializer", "kmeans"),
+            Remedy("model.projection", "mlp"),
+            Remedy("data.normalize", "whiten"),
+        ),
+        "same_masks": (
+            Remedy("model.decoder.mask_temperature", factor=0.5),
+            Remedy("model.temperature", factor=0.5),
+            Remedy("model.decoder.kind", "mix"),
+        ),
+        "flat_attention": (Remedy("model.temperature", factor=0.5), Remedy("data.normalize", "whiten")),
+        "same_slots": (Remedy("model.initializer", "kmeans"), Remedy("model.initializer", "gaussian_per_slot")),
+        "lost_slots": RecurrentConfig.remedies["lost_slots"],
     }
 
     @model_validator(mode="after")
@@ -219,44 +279,36 @@ class ClusteringConfig(Section):
     )
     tracking: bool = Field(True, description="Slots carried from frame to frame of a video; false: frames apart")
     merge_distance: float = Field(0.15, ge=0, description="Squared distance of two carried slots that have become one")
-    tracking_iterations: int = Field(2, ge=1, description="Rounds that refine a carried slot, each time")
-    least_mass: float = Field(1.0, ge=0, description="Patches that a carried slot must hold to be kept")
-    flow_radius: float = Field(
-        0.34,
-        gt=0,
-        description="Distance that attention flows in a frame of sides 2; half as much more for each frame back",
-    )
     flow_frames: int = Field(5, ge=1, description="Past frames that attention flows from")
-    flow_temperature: float = Field(
-        0.1, gt=0, description="Divisor of the likeness (cosine) that attention flows along"
-    )
     prior_weight: float = Field(2.0, ge=0, description="Power of what flows from the past; 0: no prior")
-    prior_floor: float = Field(0.05, gt=0, description="Claim of a slot on patches that nothing flows to")
-    lasting_frames: int = Field(8, ge=1, description="Frames before and after, where the like of a token is looked for")
-    lasting_threshold: float = Field(
-        0.8, ge=0, description="Lasting, as a share of the mean, below which a slot is background; 0: none is"
-    )
     objectness: Logistic = Field(
         Logistic(threshold=1.0, width=0.25), description="Objectness that the model starts from"
     )
     target_objectness: Logistic = Field(
         Logistic(threshold=1.1, width=0.125), description="Objectness in the target; tighter, or the masks swell"
     )
-    seed_objectness: float = Field(0.6, gt=0, lt=1, description="Objectness from which a token may start a slot")
 
     read_by: ClassVar[ReadBy] = dict.fromkeys(
-        (
-            "merge_distance",
-            "tracking_iterations",
-            "least_mass",
-            "flow_radius",
-            "flow_frames",
-            "flow_temperature",
-            "prior_weight",
-            "prior_floor",
-        ),
-        ("tracking", ("True",)),
+        ("merge_distance", "flow_frames", "prior_weight"), ("tracking", ("True",))
     )
+    gone: ClassVar[Mapping[str, Gone]] = {
+        # Constants of slotlab.models.clustering.
+        "seed_objectness": Gone.fixed(0.6),
+        "tracking_iterations": Gone.fixed(2),
+        "least_mass": Gone.fixed(1.0),
+        "flow_radius": Gone.fixed(0.34),
+        "flow_temperature": Gone.fixed(0.1),
+        "prior_floor": Gone.fixed(0.05),
+        # Slots of what soon had nothing like it were given to the background, in use and not in training.
+        "lasting_frames": Gone((8,), "is gone"),
+        "lasting_threshold": Gone((0.8, 0), "is gone: a slot stays an object however soon it passes"),
+    }
+    remedies: ClassVar[Remedies] = {
+        "one_slot": (Remedy("model.objectness.threshold", 0.8),),
+        "same_masks": (Remedy("model.temperature", factor=0.5),),
+        "flat_attention": (Remedy("model.temperature", factor=0.5),),
+        "lost_slots": (Remedy("model.merge_distance", 0.05),),
+    }
 
     @property
     def carries(self) -> bool:
@@ -274,4 +326,4 @@ class ClusteringConfig(Section):
 
 
 ModelConfig = SlotAttentionConfig | ClusteringConfig | PixelConfig
-MODEL_KINDS = ("slot_attention", "clustering", "pixel")
+MODEL_KINDS: tuple[str, ...] = tuple(part.model_fields["kind"].default for part in get_args(ModelConfig))

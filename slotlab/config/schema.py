@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import tomli_w
 from pydantic import Field, field_validator, model_validator
 
 from featcache.errors import UsageError
+from featcache.words import Residence
 from slotlab.config.model import Masks, ModelConfig, ReadBy, Section, SlotAttentionConfig
+
+Center = Literal["channel", "position"]
 
 # Form of data.normalize -> the other settings of data that it reads. What each does: slotlab.models.normalise.
 NORMALISATIONS: dict[str, tuple[str, ...]] = {
@@ -54,13 +57,11 @@ class DataConfig(Section):
         examples=list(NORMALISATIONS),
         description="Normalisation by the store's statistics; K is a number of channels",
     )
-    center: Literal["channel", "position"] = Field(
+    center: Center = Field(
         "channel", description="Mean to subtract: of each channel, or of each at each patch position"
     )
     shrinkage: float = Field(0.1, ge=0, le=1, description="Shrinkage of the covariance towards equal variances")
-    residence: Literal["auto", "disk", "host", "device"] = Field(
-        "auto", description="Place of the features while they stream; auto: by what fits"
-    )
+    residence: Residence = Field("auto", description="Place of the features while they stream; auto: by what fits")
     clip: int = Field(1, ge=1, description="Consecutive frames a sample; more than 1 needs a model of video")
 
     read_by: ClassVar[ReadBy] = {
@@ -81,17 +82,22 @@ class DataConfig(Section):
         return kind
 
 
+def _weight(default: float, title: str, of: str) -> Any:
+    """The weight of a loss: its name on charts, and what it weighs."""
+    return Field(default, ge=0, title=title, description=f"Weight of {of}")
+
+
 class LossConfig(Section):
     """Weights of the losses (slotlab.training.losses); one at 0 is not computed. Each is logged apart."""
 
-    feature_mse: float = Field(
-        1.0, ge=0, description="Weight of the squared error; of standardised features, 1 is the mean predictor"
+    feature_mse: float = _weight(
+        1.0, "Feature MSE", "the squared error; of standardised features, 1 is the mean predictor"
     )
-    cosine: float = Field(0.0, ge=0, description="Weight of one minus the cosine")
-    temporal_similarity: float = Field(0.0, ge=0, description="Weight of the temporal similarity (VideoSAUR)")
-    slot_contrast: float = Field(0.0, ge=0, description="Weight of the slot contrast (SlotContrast)")
-    diversity: float = Field(0.0, ge=0, description="Weight of the mean cosine between masks")
-    sharpness: float = Field(0.0, ge=0, description="Weight of the masks' entropy")
+    cosine: float = _weight(0.0, "Cosine", "one minus the cosine")
+    temporal_similarity: float = _weight(0.0, "Temporal similarity", "the temporal similarity (VideoSAUR)")
+    slot_contrast: float = _weight(0.0, "Slot contrast", "the slot contrast (SlotContrast)")
+    diversity: float = _weight(0.0, "Diversity", "the mean cosine between masks")
+    sharpness: float = _weight(0.0, "Sharpness", "the masks' entropy")
     similarity_shift: int = Field(1, ge=1, description="Frames ahead that the temporal similarity looks")
     similarity_temperature: float = Field(0.075, gt=0, description="Divisor of its cosines")
     contrast_temperature: float = Field(0.1, gt=0, description="Divisor of the slot contrast's cosines")
@@ -103,8 +109,15 @@ class LossConfig(Section):
 
     def weights(self) -> dict[str, float]:
         """Name -> weight of the losses that are on."""
-        names = ("feature_mse", "cosine", "temporal_similarity", "slot_contrast", "diversity", "sharpness")
-        return {name: weight for name in names if (weight := getattr(self, name)) > 0}
+        return {name: weight for name in LOSSES if (weight := getattr(self, name)) > 0}
+
+
+# Of each loss its name on charts and what it is. How it is computed: slotlab.training.losses.
+LOSSES: dict[str, tuple[str, str]] = {
+    name: (field.title, str(field.description).removeprefix("Weight of "))
+    for name, field in LossConfig.model_fields.items()
+    if field.title
+}
 
 
 class OptimConfig(Section):

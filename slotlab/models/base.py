@@ -79,6 +79,11 @@ class Model(nn.Module):
         Most models have no such thing.
         """
 
+    @classmethod
+    def of_earlier_version(cls, tensors: dict[str, Tensor]) -> list[str]:
+        """Take out of a checkpoint what this version has no use for; a sentence for each thing that differs by that."""
+        return []
+
     def forward(self, features: Tensor, draws: Draws) -> Output:
         """As trained: stored frames (B, ...) or clips (B, T, ...) of any float type, or uint8 pixels."""
         raise NotImplementedError

@@ -17,8 +17,6 @@ MODELS: dict[str, type[Model]] = {  # by model.kind
     "pixel": PixelModel,
 }
 
-LASTING_VIDEOS = 64
-
 
 def build_model(config: Config, store: FeatureStore) -> Model:
     """A fresh model, normalised by the statistics of this store's training split and calibrated on a sample of it."""
@@ -26,8 +24,6 @@ def build_model(config: Config, store: FeatureStore) -> Model:
     normaliser = Normaliser.from_moments(data.normalize, inputs.moments(split), data.shrinkage, data.center)
     model = MODELS[config.model.kind].of(config, normaliser, inputs.grid)
     model.calibrate(inputs.sample(split))
-    if isinstance(model, ClusteringModel) and model.config.lasting_threshold > 0:
-        model.learn_lasting(inputs.read(split, video) for video in split.spread(LASTING_VIDEOS))
     return model
 
 

@@ -27,16 +27,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from featcache.errors import DataError, UsageError
 from featcache.moments import Moments
-from slotlab.config.schema import parse_normalisation
-
-Center = Literal["channel", "position"]
+from slotlab.config.schema import Center, parse_normalisation
 
 _DEAD = 1e-12  # variance, relative to the largest, below which a direction is rounding noise and is set to 0
 _EPSILON = 1e-6  # standard deviation below which ``sample`` does not amplify

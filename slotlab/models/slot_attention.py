@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-Gradient = Literal["full", "implicit", "bilevel"]
+from slotlab.config.model import Gradient
 
 EPSILON = 1e-8  # keeps a slot that lost every patch finite
 NEVER = -1e9  # a logit that no softmax notices, and finite: a frame without any active slot gives no NaN

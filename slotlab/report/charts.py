@@ -10,6 +10,7 @@ import numpy as np
 
 from featcache.moments import Float
 from featcache.scale.report import StoreReport
+from slotlab.config.schema import LOSSES
 from slotlab.report.gather import Gathered, Logged, RunData
 from slotlab.scoring.over_frames import QUANTITIES
 
@@ -21,15 +22,7 @@ OPTIMISATION = {
     "wait_share": ("Waiting for data", "share of the time"),
 }
 UNDRAWN = ("step", "seconds", "warnings")
-LOSS_NAMES = {
-    "loss": ("Loss, total", "the weighted sum of its components"),
-    "feature_mse": ("Feature MSE", "1 is the mean predictor, where features are standardised"),
-    "cosine": ("Cosine", ""),
-    "temporal_similarity": ("Temporal similarity", "VideoSAUR"),
-    "slot_contrast": ("Slot contrast", "SlotContrast"),
-    "diversity": ("Diversity", ""),
-    "sharpness": ("Sharpness", ""),
-}
+LOSS_NAMES = {"loss": ("Loss, total", "the weighted sum of its components"), **LOSSES}
 MOST_POINTS = 400  # of a line
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from featcache.errors import DataError, IncompatibleError, UsageError
 from slotlab.config.load import read_toml, validate
 from slotlab.config.schema import Config
+from slotlab.models.base import Model
 
 FOLDER = "checkpoint"
 MODEL, AVERAGE = "model.safetensors", "average.safetensors"
@@ -88,16 +89,19 @@ def state(run: Path) -> dict[str, Any]:
         raise DataError(f"{path}: damaged ({error}); train again") from error
 
 
-def load_model(run: Path, model: nn.Module, name: str | None = None) -> None:
+def load_model(run: Path, model: Model, name: str | None = None) -> list[str]:
     """Fill ``model`` with the weights to use: averaged ones if the run has them, unless ``name`` says which.
 
-    ``IncompatibleError`` when the weights are of another model.
+    Returns what differs from the version that made the run. ``IncompatibleError`` for weights of another model.
     """
     path = folder(run) / (name or _to_use(run))
+    tensors = _tensors(path)
+    differs = model.of_earlier_version(tensors)
     try:
-        model.load_state_dict(_tensors(path))
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         raise IncompatibleError(f"{path}: weights of another model; {str(error).splitlines()[-1].strip()}") from error
+    return differs
 
 
 def load_parameters(run: Path, model: nn.Module) -> None:

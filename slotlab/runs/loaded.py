@@ -27,6 +27,7 @@ class LoadedRun:
     store: FeatureStore
     inputs: ModelInput
     model: Model
+    differs: tuple[str, ...] = ()  # from the version that made the run
 
     @property
     def tap(self) -> str:
@@ -54,5 +55,5 @@ def load_run(run: Path, cache: Path | None = None, device: torch.device | str = 
     check_store(run, store)
     inputs = ModelInput.of(config, store)
     model = empty_model(config, inputs)
-    checkpoint.load_model(run, model)
-    return LoadedRun(run, config, store, inputs, model.to(device).eval())
+    differs = checkpoint.load_model(run, model)
+    return LoadedRun(run, config, store, inputs, model.to(device).eval(), tuple(differs))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from featcache.errors import UsageError
 from slotlab.config.load import changed_by
+from slotlab.config.model import Remedy, Sign
 from slotlab.config.schema import Config
 from slotlab.models.base import Output
 
@@ -76,87 +78,75 @@ def kept_slots(effective: Sequence[Tensor]) -> float:
     return float(sum(frames[-1] for frames in effective) / sum(frames[0] for frames in effective))
 
 
-def warnings(found: Mapping[str, float], config: Config) -> list[str]:
+Means = Mapping[str, float]  # Diagnostics.means
+
+
+class Collapse(NamedTuple):
+    """One way to collapse: when it shows, how it is said, and what helps any model."""
+
+    shows: Callable[[Means, Config], bool]
+    says: str
+    helps: str
+
+
+# Small objects before a wide background have few effective slots, too: in a third of the embedded videos less than 1.5
+# for the truth. Objects leave: of the truth's slots 0.86 are kept there.
+COLLAPSES: dict[Sign, Collapse] = {
+    "one_slot": Collapse(
+        lambda found, config: found["effective_slots"] < 1.15,
+        "one slot takes nearly everything ({effective_slots:.2f} of {slots} in use)",
+        "a lower optim.learning_rate",
+    ),
+    "same_masks": Collapse(
+        lambda found, config: found["mask_similarity"] > 0.9,
+        "all slots have the same mask (mean cosine {mask_similarity:.2f})",
+        "more training",
+    ),
+    "flat_attention": Collapse(
+        lambda found, config: found["logit_std"] < 0.1 and found["mask_similarity"] <= 0.9,
+        "the attention over slots is flat (logit std {logit_std:.2f})",
+        "more training",
+    ),
+    "same_slots": Collapse(
+        lambda found, config: found["slot_similarity"] > 0.95,
+        "all slots hold the same vector (mean cosine {slot_similarity:.2f})",
+        "more training",
+    ),
+    "lost_slots": Collapse(
+        lambda found, config: config.model.carries and found["kept_slots"] < 0.6,
+        "slots are lost over the frames ({kept_slots:.0%} left at the last one)",
+        "longer clips (data.clip)",
+    ),
+}
+
+
+def warnings(found: Means, config: Config) -> list[str]:
     """One sentence for each way in which the slots of a run have collapsed, with the options that help such a model.
 
-    ``found`` are :meth:`Diagnostics.means`. Small objects before a wide background have few
-    effective slots, too: in a third of the embedded videos less than 1.5 for the truth.
+    ``found`` are :meth:`Diagnostics.means`. Which options those are, the model's configuration says (``remedies``).
     """
     said = []
-    scale = ("data.normalize=whiten",) if config.model.kind == "slot_attention" else ()
-    if found["effective_slots"] < 1.15:
-        said.append(
-            f"one slot takes nearly everything ({found['effective_slots']:.2f} of {config.model.slots} in use)"
-            + helpful(
-                config,
-                "model.initializer=kmeans",
-                "model.projection=mlp",
-                *scale,
-                "model.objectness.threshold=0.8",
-                "a lower optim.learning_rate",
-            )
-        )
-    if found["mask_similarity"] > 0.9:
-        said.append(
-            f"all slots have the same mask (mean cosine {found['mask_similarity']:.2f})"
-            + helpful(
-                config,
-                half(config, "model.decoder.mask_temperature"),
-                half(config, "model.temperature"),
-                "model.decoder.kind=mix",
-                "more training",
-            )
-        )
-    elif found["logit_std"] < 0.1:
-        said.append(
-            f"the attention over slots is flat (logit std {found['logit_std']:.2f})"
-            + helpful(config, half(config, "model.temperature"), *scale, "more training")
-        )
-    if found["slot_similarity"] > 0.95:
-        said.append(
-            f"all slots hold the same vector (mean cosine {found['slot_similarity']:.2f})"
-            + helpful(
-                config,
-                "model.initializer=kmeans",
-                "model.initializer=gaussian_per_slot",
-                "more training",
-            )
-        )
-    if config.model.carries and found["kept_slots"] < 0.6:  # objects leave, too: 0.86 in the embedded videos
-        said.append(
-            f"slots are lost over the frames ({found['kept_slots']:.0%} left at the last one)"
-            + helpful(
-                config,
-                "model.predictor.stop_gradient=true",
-                "model.predictor.output_norm=true",
-                "loss.slot_contrast=0.5",
-                "model.merge_distance=0.05",
-                "longer clips (data.clip)",
-            )
-        )
+    for sign, collapse in COLLAPSES.items():
+        if collapse.shows(found, config):
+            advice = [_advice(remedy, config) for remedy in config.model.remedies.get(sign, ())]
+            *others, last = [*filter(None, advice), collapse.helps]
+            text = collapse.says.format(**found, slots=config.model.slots)
+            said.append(f"{text}: try {', or '.join(filter(None, (', '.join(others), last)))}")
     return said
 
 
-def helpful(config: Config, *advice: str) -> str:
-    """Those of ``key=value`` that change something in this configuration, as the end of a sentence; words are kept."""
-    kept = [item for item in advice if "=" not in item or _changes(config, *item.split("="))]
-    return ": try " + ", or ".join(filter(None, (", ".join(kept[:-1]), kept[-1])))
-
-
-def half(config: Config, key: str) -> str:
-    """``key=value`` with half of the present value; of a model that has no such key, nothing that would be kept."""
-    value: Any = config
-    for name in key.split("."):
-        value = getattr(value, name, None)
-    return f"{key}={value / 2:g}" if isinstance(value, float) else f"{key}=none"
-
-
-def _changes(config: Config, key: str, value: str) -> bool:
+def _advice(remedy: Remedy, config: Config) -> str:
+    """``key=value``; nothing where that is so already, is not read, or does not go with the rest."""
+    key, value = remedy.key, remedy.value
+    if value is None:
+        value = float(attrgetter(key)(config)) * remedy.factor
+    text = str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else value
     try:
-        changed = changed_by(config, key, value)
+        changed = changed_by(config, key, text)
     except UsageError:
-        return False  # this kind of model has no such part, or does not go with it
-    return changed != config and not any(idle.startswith(f"{key} =") for idle in changed.unread())
+        return ""
+    idle = any(note.startswith(f"{key} =") for note in changed.unread())
+    return "" if changed == config or idle else f"{key}={text}"
 
 
 _LEAST_ACTIVATION = 0.01  # of a slot that holds anything

@@ -63,7 +63,7 @@ def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References
         **means,
         "diagnostics_by_frame": found.at_each_frame(),
         "largest_activation_by_slot": found.largest_by_slot(),
-        "warnings": _unfinished(step, loaded.config) + warnings(means, loaded.config),
+        "warnings": [*loaded.differs, *_unfinished(step, loaded.config), *warnings(means, loaded.config)],
         **subgroup_scores(published, split, labels),
     }
 

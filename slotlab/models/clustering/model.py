@@ -11,8 +11,6 @@ object, and its *direction* says which. The model is built on that:
 - **slots**: started from the tokens farthest from each other (Gonzalez 1985), as many as the frame needs, and refined
   as slot attention (Locatello et al., 2020, arXiv:2006.15055) in its k-means form: attention is the softmax over
   slots of the negative squared distance, a slot is the weighted mean of what it holds;
-- **lasting**: slots of what soon has nothing like it, such as a passing shadow, are given to the background when a
-  video is segmented (:mod:`slotlab.models.clustering.lasting`);
 - **decoding** by mixing (see :class:`slotlab.models.decoders.MixDecoder`): the slots of one frame attend to and
   reconstruct another frame of the clip, so that only what lasts is worth keeping in a slot. A single image is
   reconstructed by its own.
@@ -31,8 +29,7 @@ from featcache.machine import limited
 from slotlab.config.model import ClusteringConfig, Logistic
 from slotlab.config.schema import Config
 from slotlab.models.base import Model, Output
-from slotlab.models.clustering.lasting import Lasting
-from slotlab.models.clustering.tracking import Tracker, slot_means
+from slotlab.models.clustering.tracking import SEED_OBJECTNESS, Tracker, slot_means
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 
@@ -63,7 +60,6 @@ class ClusteringModel(Model):
         self.register_buffer("position", torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1))
         self.register_buffer("otsu", torch.tensor(float(normaliser.dim) ** 0.5))
         self.register_buffer("target_scale", torch.ones(()))
-        self.lasting = Lasting(normaliser.dim)
         hidden = config.hidden
         self.embed = nn.Linear(normaliser.dim + 3, hidden)
         self.context = nn.Conv2d(hidden, hidden, 3, groups=hidden)
@@ -93,14 +89,13 @@ class ClusteringModel(Model):
         tokens = self.tokens(features)
         self.target_scale.copy_(self.target(tokens).square().mean().rsqrt())
 
-    @torch.no_grad()
-    def learn_lasting(self, videos: Iterable[Float[Tensor, "_ N D"]]) -> None:
-        """Fit :class:`Lasting` on stored features of some videos; after :meth:`calibrate`."""
-        tokens = map(self.tokens, videos)
-        self.lasting.fit(
-            ((video, self.objectness_logit(video, self.config.target_objectness) > 0) for video in tokens),
-            self.config.lasting_frames,
-        )
+    @classmethod
+    def of_earlier_version(cls, tensors: dict[str, Tensor]) -> list[str]:
+        weight = tensors.pop("lasting.weight", None)
+        tensors.pop("lasting.bias", None)
+        if weight is None or not bool(weight.any()):
+            return []
+        return ["made by a version that gave slots of what soon passes to the background; they stay slots in this one"]
 
     def forward(self, features: Float[Tensor, "B N D"] | Float[Tensor, "B T N D"], draws: Draws) -> Output:
         """Stored features of frames, or of clips: slots of one drawn frame, reconstruction of another."""
@@ -119,17 +114,14 @@ class ClusteringModel(Model):
         """All frames of a video in order, each slot staying with its object (:mod:`.tracking`)."""
         tokens = self.tokens(features)
         keys, objectness = self.encode(tokens)
-        lasting = self.lasting(tokens)
         if not self.config.tracking:
             slots, active = self.find_slots(keys, objectness)
             attention = self.attend(keys, objectness, slots, active)  # (T, N, K)
-            lasts = slot_means(attention, lasting.unsqueeze(-1)) >= self.config.lasting_threshold  # (T, K, 1)
-            attention = attention * lasts.transpose(1, 2)
             return self.output(tokens, slots, attention, 1 - attention.sum(-1))
         tracker = Tracker.start(self.config, self.attend, self.position.cpu(), keys.shape[-1])
         carried, held = [], []
         with limited():  # hundreds of operations a frame, on 256 tokens by 10 slots
-            for frame in zip(tokens.cpu(), keys.cpu(), objectness.cpu(), lasting.cpu(), strict=True):
+            for frame in zip(tokens.cpu(), keys.cpu(), objectness.cpu(), strict=True):
                 held.append(tracker.step(*frame))
                 carried.append(tracker.slots)
         slots, attention = (torch.stack(frames).to(tokens.device) for frames in (carried, held))
@@ -214,7 +206,7 @@ class ClusteringModel(Model):
     ) -> tuple[Float[Tensor, "B K S"], Bool[Tensor, "B K"]]:
         """Farthest-first traversal over object tokens, until all are within ``new_slot_distance`` of a slot."""
         batch = torch.arange(len(keys), device=keys.device)
-        candidate = objectness > self.config.seed_objectness  # (B, N)
+        candidate = objectness > SEED_OBJECTNESS  # (B, N)
         chosen = objectness.argmax(1)
         slots, active = [keys[batch, chosen]], [candidate.any(1)]
         distance = (keys - slots[0].unsqueeze(1)).square().sum(-1)  # (B, N) to the nearest slot

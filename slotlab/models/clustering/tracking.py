@@ -27,7 +27,13 @@ from torch import Tensor
 
 from slotlab.config.model import ClusteringConfig
 
-SAME_OBJECT = 0.1  # of what a slot holds: more than flows to it from a neighbour or from nowhere
+# No shipped configuration has had other values of these. They were chosen on the sample's training videos.
+SEED_OBJECTNESS = 0.6  # a token below it starts no slot: it is hardly more likely to be of an object than not
+ITERATIONS = 2  # that refine a carried slot, each time: it starts where it ended, so few are enough
+LEAST_MASS = 1.0  # patches that a slot must hold to be kept: masks cannot show less
+FLOW_RADIUS = 0.34  # that attention flows, sides being 2: 2.5 patches of 16. Half as much more for each frame back
+FLOW_TEMPERATURE = 0.1  # of the likeness of tokens, a cosine: of two that are 0.3 apart one gets a twentieth
+PRIOR_FLOOR = 0.05  # claim of a slot on patches that nothing flows to, without which no object would come into sight
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # keys, objectness, slots, active -> (B, N, K)
 
@@ -54,7 +60,6 @@ class Tracker:
     position: Float[Tensor, "N 2"]
     slots: Float[Tensor, "K S"]
     active: Bool[Tensor, " K"]
-    lasting: Float[Tensor, " K"]  # the most that the tokens of its object were found to last
     past: deque[Seen]  # newest first, at most flow_frames
 
     @classmethod
@@ -62,39 +67,28 @@ class Tracker:
         count = config.slots - 1
         none = torch.zeros(count, dtype=torch.bool)
         past: deque[Seen] = deque(maxlen=config.flow_frames)
-        return cls(config, attend, position, torch.zeros(count, width), none, torch.zeros(count), past)
+        return cls(config, attend, position, torch.zeros(count, width), none, past)
 
     def step(
-        self,
-        tokens: Float[Tensor, "N D"],
-        keys: Float[Tensor, "N S"],
-        objectness: Float[Tensor, " N"],
-        lasting: Float[Tensor, " N"],
+        self, tokens: Float[Tensor, "N D"], keys: Float[Tensor, "N S"], objectness: Float[Tensor, " N"]
     ) -> Float[Tensor, "N K"]:
-        """Take the next frame; its attention, which sums to the objectness over slots but for those that do not last.
-
-        Such a slot is carried on like any other, or its neighbours would take what it holds; and once it has been
-        found to last it is an object.
-        """
+        """Take the next frame; its attention, which sums to the objectness over slots."""
         carried = self.active
         # New slots first: a carried slot, refined alone, would take a new object for its own.
         self._give_birth(keys, objectness)
         self._refine(keys, objectness)
         self._merge(self._attention(keys, objectness).sum(0), carried)
         mass = self._refine(keys, objectness).sum(0)  # (K,) patches
-        self.active = self.active & (mass >= self.config.least_mass)
+        self.active = self.active & (mass >= LEAST_MASS)
         attention = self._attention(keys, objectness)
         directions = F.normalize(tokens, dim=-1)
         if self.past:
             prior = self._propagate(directions)  # (N, K)
-            attention, carried = self._rename(prior, attention, carried)
+            attention = self._rename(prior, attention)
             attention = self._filter(prior, attention, objectness)
             self.slots = torch.where(self.active.unsqueeze(-1), slot_means(attention, keys), self.slots)
         self.past.appendleft(Seen(directions, attention))
-        found = slot_means(attention, lasting.unsqueeze(-1)).squeeze(-1)
-        found = torch.where(carried, torch.maximum(self.lasting, found), found)
-        self.lasting = torch.where(self.active, found, self.lasting)  # a hidden object may come back to its name
-        return attention * (self.lasting >= self.config.lasting_threshold)
+        return attention
 
     def _propagate(self, directions: Float[Tensor, "N D"]) -> Float[Tensor, "N K"]:
         """The past's attention, as it flows to the tokens of this frame that lie near and look alike."""
@@ -102,34 +96,26 @@ class Tracker:
         likeness = torch.cat(
             [
                 # The further back, the further an object may have come from.
-                (directions @ seen.directions.T).masked_fill(
-                    squared > (self.config.flow_radius * (1 + lag / 2)) ** 2, -torch.inf
-                )
+                (directions @ seen.directions.T).masked_fill(squared > (FLOW_RADIUS * (1 + lag / 2)) ** 2, -torch.inf)
                 for lag, seen in enumerate(self.past)
             ],
             -1,
         )  # (N, frames * N): from which token each comes
-        share = (likeness / self.config.flow_temperature).softmax(-1)
+        share = (likeness / FLOW_TEMPERATURE).softmax(-1)
         return share @ torch.cat([seen.attention for seen in self.past])
 
-    def _rename(
-        self, prior: Float[Tensor, "N K"], attention: Float[Tensor, "N K"], carried: Bool[Tensor, " K"]
-    ) -> tuple[Float[Tensor, "N K"], Bool[Tensor, " K"]]:
-        """Give every slot the name of the one it takes most from; a slot that takes from none keeps its own.
-
-        The attention by names, and which names still mean the object that they meant.
-        """
+    def _rename(self, prior: Float[Tensor, "N K"], attention: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
+        """The attention, every slot named after the one that it takes most from; one that takes from none stays."""
         taken = prior.T @ attention  # (K before, K now): patches
         own = torch.eye(len(self.slots), dtype=torch.bool)
         order = linear_sum_assignment((taken + 1e-4 * own).numpy(), maximize=True)[1]
-        same = (taken > SAME_OBJECT * attention.sum(0)) | (own & carried)
         self.slots, self.active = self.slots[order], self.active[order]
-        return attention[:, order], same[:, order].diagonal()
+        return attention[:, order]
 
     def _filter(self, prior: Tensor, attention: Tensor, objectness: Tensor) -> Float[Tensor, "N K"]:
         """Posterior of prior and attention, over the slots that are there, as much as there is of an object."""
         prior = prior * self.active
-        prior = prior / (prior.sum(-1, keepdim=True) + 1e-3) + self.config.prior_floor
+        prior = prior / (prior.sum(-1, keepdim=True) + 1e-3) + PRIOR_FLOOR
         posterior = attention * prior**self.config.prior_weight
         whole = posterior.sum(-1, keepdim=True).clamp_min(torch.finfo(posterior.dtype).tiny)
         return posterior / whole * objectness.unsqueeze(-1)
@@ -139,14 +125,14 @@ class Tracker:
 
     def _refine(self, keys: Tensor, objectness: Tensor) -> Tensor:
         """Move the slots to the means of what they hold; the attention that they then have."""
-        for _ in range(self.config.tracking_iterations):
+        for _ in range(ITERATIONS):
             attention = self._attention(keys, objectness)  # (N, K)
             self.slots = torch.where(self.active.unsqueeze(-1), slot_means(attention, keys), self.slots)
         return self._attention(keys, objectness)
 
     def _give_birth(self, keys: Tensor, objectness: Tensor) -> None:
         """Farthest first, until every token of an object is within ``new_slot_distance`` of a slot."""
-        candidate = objectness > self.config.seed_objectness  # (N,)
+        candidate = objectness > SEED_OBJECTNESS  # (N,)
         distance = _squared_distance(keys, self.slots).masked_fill(~self.active, torch.inf).amin(-1)  # (N,)
         # Without any slot all tokens are infinitely far: the likeliest object comes first.
         distance = distance.where(distance.isfinite(), 1e3 * objectness)
