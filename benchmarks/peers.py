@@ -133,8 +133,8 @@ def one(
         summary = json.loads((run / "summary.json").read_text())
         seen = config.optim.steps * config.optim.batch_size * config.data.clip
         row = {"preset": preset, "seed": seed, "seconds": summary["seconds"], "frames": seen}
-        row |= {"steps": config.optim.steps, "warnings": result["warnings"]}
-        row |= {kind: {key: result[kind][key] for key in SCORES} for kind in MASKS}
+        row |= {"steps": config.optim.steps, "warnings": result.warnings}
+        row |= {kind: {key: result.masks[kind].values[key] for key in SCORES} for kind in MASKS}
         row["training"] = on_training_videos(loaded)
         row["error"] = held_out_error(loaded)
         done.write_text(json.dumps(row))
@@ -149,7 +149,7 @@ def on_training_videos(loaded: LoadedRun) -> dict[str, float]:
 
     split = loaded.store[loaded.config.data.train_split]
     scores, _ = score_masks(loaded, split, split.spread(TRAINING_VIDEOS), count_labels(split))
-    summaries = {kind: of.summary() for kind, of in scores.items()}
+    summaries = {kind: of.summary().values for kind, of in scores.items()}
     return {kind: (found["fg_ari"] or 0.0) + (found["mbo"] or 0.0) for kind, found in summaries.items()}
 
 

@@ -77,7 +77,7 @@ def scored(size: int, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     kept = run / "scores.json"
     if not kept.exists():
         loaded = load_run(run, store.path, pick_device(args.device))
-        kept.write_text(json.dumps(evaluate(loaded) | outline_scores(loaded, None, args.refine)))
+        kept.write_text(json.dumps(evaluate(loaded).as_dict() | outline_scores(loaded, None, args.refine)))
     return dict(json.loads(kept.read_text())) | {"seconds": json.loads((run / "summary.json").read_text())["seconds"]}
 
 

@@ -43,7 +43,7 @@ def test_a_run_is_the_cpu_s(tmp_path: Path, store: FeatureStore, preset: str) ->
     config = load_config(preset, None, [*fitted(preset), "log_every=1"], optim__steps=4)
     here, there = (train(config, store, tmp_path / device, device=device) for device in ("cpu", "cuda"))
     np.testing.assert_allclose(losses(here), losses(there), rtol=2e-2)
-    assert evaluate(load_run(there, device="cuda"))["frames"] == 8
+    assert evaluate(load_run(there, device="cuda")).summary.frames == 8
 
 
 @pytest.mark.parametrize("preset", ["default", "dinosaur", "log-2026"])

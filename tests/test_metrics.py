@@ -152,13 +152,9 @@ def test_matching_maximises_the_total_not_each_in_turn() -> None:
 def test_scores_do_not_depend_on_slot_order(labels: tuple[np.ndarray, np.ndarray], order: list[int]) -> None:
     table = _table(*labels)
     shuffled = table[:, :, torch.tensor(order)]
-    for score in (
-        lambda t: metrics.adjusted_rand_index(t, foreground=True),
-        lambda t: metrics.adjusted_rand_index(t, foreground=False),
-        metrics.mean_best_overlap,
-        metrics.mean_iou,
-    ):
-        assert float(score(table)) == pytest.approx(float(score(shuffled)), abs=1e-12, nan_ok=True)
+    for score in metrics.SCORES:
+        values = [float(score.of_tables(of)) for of in (table, shuffled)]
+        assert values[0] == pytest.approx(values[1], abs=1e-12, nan_ok=True), score.key
 
 
 def test_masks_to_labels_upsamples_before_it_decides() -> None:
@@ -229,11 +225,11 @@ def test_scores_gather_frames_and_videos() -> None:
     assert ids.tolist() == [3, 7]
     assert torch.equal(by_video, torch.stack([tables[videos == 3].sum(0), tables[videos == 7].sum(0)]))
     summary = scores.summary()
-    assert (summary["frames"], summary["videos"], summary["skipped_frames"]) == (6, 2, 1)
+    assert (summary.frames, summary.videos, summary.skipped_frames) == (6, 2, 1)
     per_frame = metrics.adjusted_rand_index(tables[1:], foreground=True)
-    assert summary["fg_ari"] == pytest.approx(float(per_frame.mean()))
+    assert summary.values["fg_ari"] == pytest.approx(float(per_frame.mean()))
     per_video = metrics.mean_best_overlap(by_video)
-    assert summary["mbo_video"] == pytest.approx(float(per_video.mean()))
+    assert summary.values["mbo_video"] == pytest.approx(float(per_video.mean()))
 
 
 def test_a_video_scores_as_its_pixels_together() -> None:
@@ -242,7 +238,7 @@ def test_a_video_scores_as_its_pixels_together() -> None:
     scores = Scores()
     scores.add(contingency(pred, true, SLOTS, OBJECTS), torch.zeros(5, dtype=torch.int64))
     whole = adjusted_rand_score(true.flatten().numpy(), pred.flatten().numpy())
-    assert scores.summary()["ari_video"] == pytest.approx(whole, abs=1e-12)
+    assert scores.summary().values["ari_video"] == pytest.approx(whole, abs=1e-12)
 
 
 def test_scores_of_some_objects() -> None:
@@ -251,14 +247,14 @@ def test_scores_of_some_objects() -> None:
     scores.add(tables, torch.tensor([0, 0, 1]))
     every = scores.of_objects(torch.ones(2, OBJECTS - 1, dtype=torch.bool))
     summary = scores.summary()
-    assert {key: every[key] for key in ("fg_ari", "mbo", "miou")} == pytest.approx(
-        {key: summary[key] for key in ("fg_ari", "mbo", "miou")}
+    assert {key: every.values[key] for key in ("fg_ari", "mbo", "miou")} == pytest.approx(
+        {key: summary.values[key] for key in ("fg_ari", "mbo", "miou")}
     )
-    assert every["frames"] == 2
+    assert every.frames == 2 and "ari" not in every.values
     # One object of video 1 alone: an IoU, but no Rand index, which needs two.
     one = scores.of_objects(torch.tensor([[False] * 3, [False, True, False]]))
-    assert one["mbo"] == pytest.approx(float(metrics.best_overlap(tables)[2, 1]))
-    assert (one["frames"], one["frames_ari"], one["fg_ari"]) == (1, 0, None)
+    assert one.values["mbo"] == pytest.approx(float(metrics.best_overlap(tables)[2, 1]))
+    assert (one.frames, one.frames_ari, one.values["fg_ari"]) == (1, 0, None)
 
 
 def test_a_split_without_frames_or_foreground() -> None:
@@ -267,5 +263,6 @@ def test_a_split_without_frames_or_foreground() -> None:
     scores = Scores()
     scores.add(_random_tables(1), torch.tensor([0]))
     summary = scores.summary()
-    assert summary["skipped_frames"] == 1
-    assert summary["fg_ari"] is None and summary["mbo"] is None and summary["ari"] is not None
+    values = summary.values
+    assert summary.skipped_frames == 1
+    assert values["fg_ari"] is None and values["mbo"] is None and values["ari"] is not None

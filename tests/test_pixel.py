@@ -120,11 +120,13 @@ def test_a_run_is_trained_and_evaluated_like_any_other(tmp_path: Path, store: Fe
     config = load_config("pixel", None, [*SMALL, "checkpoint_every=2"], optim__steps=4, optim__batch_size=3)
     run = train(config, store, tmp_path / "run")
     result = evaluate(load_run(run))
-    assert result["tap"] == "video" and result["frames"] == 8
-    assert {"fg_ari", "mbo", "attention", "by_material", "mask_similarity"} <= result.keys()
-    assert result["reference"]["mbo"] > 0.8, "the ceiling is that of the model's own grid, much finer than the patches"
-    assert result["floor"]["kmeans_raw"]["fg_ari"] is not None
-    json.dumps(result)
+    assert result.tap == "video" and result.summary.frames == 8
+    assert {"fg_ari", "mbo", "attention", "by_material", "mask_similarity"} <= result.as_dict().keys()
+    assert result.references.ceiling["mbo"] > 0.8, (
+        "the ceiling is that of the model's own grid, much finer than the patches"
+    )
+    assert result.references.floors["kmeans_raw"]["fg_ari"] is not None
+    json.dumps(result.as_dict())
     first, again = (load_run(run).segment(store["validation"], 1) for _ in range(2))
     assert torch.equal(first.masks, again.masks)
     assert slot_similarity(first.slots).shape == (4,)
@@ -134,7 +136,7 @@ def test_a_run_on_frames_goes_with_any_store_of_them(tmp_path: Path, store: Feat
     config = load_config("pixel", None, SMALL, optim__steps=2, optim__batch_size=3)
     run = train(config, store, tmp_path / "run")
     other = make_store(tmp_path / "other.zarr", backbone="another")
-    assert evaluate(load_run(run, other.path))["mbo"] == evaluate(load_run(run))["mbo"]
+    assert evaluate(load_run(run, other.path)).values == evaluate(load_run(run)).values
 
 
 def test_loss_falls_below_the_mean_predictor(tmp_path: Path, store: FeatureStore) -> None:
@@ -151,7 +153,7 @@ CLIPS = ["data.clip=2", "model.predictor.kind=mlp", "model.predictor.hidden=16"]
 def test_a_video_model_of_pixels_carries_its_slots(tmp_path: Path, store: FeatureStore) -> None:
     config = load_config("pixel", None, [*SMALL, *CLIPS], optim__steps=2, optim__batch_size=2)
     loaded = load_run(train(config, store, tmp_path / "run"))
-    assert evaluate(loaded)["frames"] == 8
+    assert evaluate(loaded).summary.frames == 8
     pixels = loaded.inputs.read(store["validation"], 0)
     whole, cut = loaded.segment_input(pixels, 0), loaded.segment_input(pixels[1:], 0)
     assert whole.masks.shape == (4, 4, SIDE * SIDE)

@@ -111,7 +111,7 @@ def run(tmp_path: Path, store: FeatureStore) -> Path:
 
 def test_outline_scores_agree_with_eval(run: Path) -> None:
     loaded = load_run(run)
-    plain = evaluate(loaded)
+    plain = evaluate(loaded).values
     found = outline_scores(loaded, None, "guided", ["argmax", "gumbel=1"])
     refined = found["refined"]
     for key in ("fg_ari", "mbo", "miou"):

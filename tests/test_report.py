@@ -43,6 +43,7 @@ from slotlab.report.write import Extras, write_report
 from slotlab.runs import checkpoint
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.evaluate import evaluate
+from slotlab.scoring.evaluation import Evaluation
 from slotlab.scoring.over_frames import identity_switches, over_videos, slot_persistence, trace
 from tests.reporting import NoMasks, disc_store, make_run
 from tests.synthetic import DiscSource, make_store
@@ -98,7 +99,7 @@ def test_the_page_shows_the_numbers_of_eval(home: Path, tmp_path: Path) -> None:
     page = Page((tmp_path / "report.html").read_text())
     keys = ("fg_ari", "mbo", "miou", "ari", "fg_ari_video", "mbo_video", "effective_slots", "mask_similarity")
     for row, name, found in zip(page.numbers["table-summary"], ("features", "pixels"), summary["runs"], strict=False):
-        expected = json.loads(json.dumps(evaluate(load_run(home / name))))
+        expected = json.loads(json.dumps(evaluate(load_run(home / name)).as_dict()))
         assert row == [expected[key] for key in keys]
         assert found["evaluation"] == expected == json.loads((home / name / "eval-validation.json").read_text())
     materials = page.numbers["table-by_material"]
@@ -108,26 +109,32 @@ def test_the_page_shows_the_numbers_of_eval(home: Path, tmp_path: Path) -> None:
     assert page.loads == ["data:,"]
 
 
+def kept_scores(run: Path) -> Evaluation:
+    """What a report shows of a run."""
+    found = gather([run]).runs[0].evaluation
+    assert found
+    return found
+
+
 def test_scores_are_taken_from_the_file_only_while_they_are_the_checkpoints(home: Path) -> None:
     file = home / "features" / "eval-validation.json"
     gather([home / "features"])
     marked = json.loads(file.read_text()) | {"mbo": 0.125}
     file.write_text(json.dumps(marked))
-    assert gather([home / "features"]).runs[0].evaluation == marked
+    assert kept_scores(home / "features").as_dict() == marked
 
     file.write_text(json.dumps(marked | {"step": 3}))
-    again = gather([home / "features"]).runs[0].evaluation
-    assert again and again["mbo"] != 0.125 and again["step"] == 6
+    again = kept_scores(home / "features")
+    assert again.values["mbo"] != 0.125 and again.step == 6
 
     file.write_text(json.dumps(marked | {"code": "0" * 12}))
-    again = gather([home / "features"]).runs[0].evaluation
-    assert again and again["mbo"] != 0.125, "other sources made these scores"
+    again = kept_scores(home / "features")
+    assert again.values["mbo"] != 0.125, "other sources made these scores"
 
     file.write_text(json.dumps(marked))
     state = checkpoint.folder(home / "features") / "state.json"
     os.utime(file, (0, state.stat().st_mtime - 60))
-    again = gather([home / "features"]).runs[0].evaluation
-    assert again and again["mbo"] != 0.125
+    assert kept_scores(home / "features").values["mbo"] != 0.125
 
 
 def test_curves_over_frames_average_to_the_score(home: Path) -> None:
@@ -137,7 +144,7 @@ def test_curves_over_frames_average_to_the_score(home: Path) -> None:
         curve = run.curves[key]
         assert len(curve.mean) == 6 and list(curve.videos) == [4, 4, 4, 4, 2, 1]
         mean = np.average(curve.mean, weights=curve.videos)
-        assert mean == pytest.approx(run.evaluation[key], abs=1e-12)
+        assert mean == pytest.approx(run.evaluation.values[key], abs=1e-12)
         assert (curve.low <= curve.high).all()
 
 
@@ -200,6 +207,11 @@ def test_the_worst_videos_come_first(home: Path, tmp_path: Path) -> None:
     assert scores == [ranked[0], ranked[1], ranked[-1]]
 
 
+def test_an_unknown_score_to_rank_by_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"--rank mbq: no such score; choose one of fg_ari, mbo, miou, ari"):
+        PageOptions(rank="mbq")
+
+
 @given(st.integers(1, 500), st.integers(1, 60))
 def test_frames_are_thinned_evenly(frames: int, most: int) -> None:
     kept = frame_indices(frames, most)
@@ -253,7 +265,7 @@ def test_single_images_have_no_scores_of_videos(tmp_path: Path, lengths: tuple[i
     write_report([run], tmp_path / "r.html")
     shown = "FG-ARI video" in (tmp_path / "r.html").read_text()
     console = Console(width=120, file=StringIO())
-    console.print(scores_table(json.loads((run / "eval-validation.json").read_text())))
+    console.print(scores_table(Evaluation.from_dict(json.loads((run / "eval-validation.json").read_text()))))
     text = console.file.getvalue()
     assert shown == ("per video" in text) == (sum(lengths) > len(lengths))
     assert ("5 frames of 4 videos" if shown else "4 images") in text

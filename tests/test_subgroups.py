@@ -16,8 +16,10 @@ from scipy.stats import wilcoxon
 from featcache.errors import IncompatibleError
 from featcache.sources.video import Instance, Video
 from featcache.store.reading import FeatureStore, Split
-from slotlab.scoring.groups import objects_by, paired, paired_scores, subgroup_scores
+from slotlab.scoring.evaluation import Evaluation
+from slotlab.scoring.groups import objects_by, subgroup_scores
 from slotlab.scoring.intervals import Bootstrap
+from slotlab.scoring.paired import paired, paired_scores
 from slotlab.scoring.scores import Scores
 from tests.synthetic import DiscSource, make_store
 
@@ -118,7 +120,7 @@ def test_many_videos_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_groups_are_the_objects_with_that_label(split: Split) -> None:
     scores = scores_of(split)
-    found = subgroup_scores(scores, split, OBJECTS, Bootstrap(resamples=200))
+    found = subgroup_scores(scores, split, OBJECTS, Bootstrap(resamples=200)).summaries
     assert set(found["by_material"]) == {"metal", "rubber"} and set(found["by_size"]) == {"large", "small"}
     tables, videos = scores.frame_tables()
     for attribute in ("material", "size"):
@@ -132,46 +134,46 @@ def test_groups_are_the_objects_with_that_label(split: Split) -> None:
                     if getattr(instance, attribute) == name and table[k + 1].sum() > 0
                 ]
                 ious += [np.mean(frame)] if frame else []
-            assert of["frames"] == len(ious)
-            assert of["mbo"] == pytest.approx(np.mean(ious))
+            assert of.frames == len(ious)
+            assert of.values["mbo"] == pytest.approx(np.mean(ious))
 
 
 def test_frames_by_objects_in_sight_are_all_frames(split: Split) -> None:
     scores = scores_of(split)
     found, total = subgroup_scores(scores, split, OBJECTS, Bootstrap(resamples=200)), scores.summary()
-    groups = found["by_objects"]
+    groups = found.summaries["by_objects"]
     assert {"1", "2"} <= set(groups)
-    assert sum(of["frames"] for of in groups.values()) == total["frames"]
+    assert sum(of.frames for of in groups.values()) == total.frames
     for name in ("mbo", "miou", "ari"):
-        shown = [of for of in groups.values() if of[name] is not None]
-        mean = sum(of[name] * of["frames"] for of in shown) / sum(of["frames"] for of in shown)
-        assert mean == pytest.approx(total[name])
+        shown = [of for of in groups.values() if of.values[name] is not None]
+        mean = sum(of.values[name] * of.frames for of in shown) / sum(of.frames for of in shown)
+        assert mean == pytest.approx(total.values[name])
 
 
 def test_confidence_has_every_score_and_contains_it(split: Split) -> None:
     scores = scores_of(split)
     found = subgroup_scores(scores, split, OBJECTS)
-    sure = found["confidence"]
-    assert sure["level"] == 0.95 and sure["resamples"] == 10_000
-    for name, value in scores.summary().items():
-        if name not in ("frames", "videos", "skipped_frames"):
-            low, high = sure[name]
-            assert low <= value <= high
-    for key in ("by_material", "by_size", "by_objects"):
-        assert sure[key].keys() == found[key].keys()
-        for group, of in found[key].items():
-            for name, interval in sure[key][group].items():
-                assert interval is None or interval[0] <= of[name] <= interval[1]
+    sure = found.confidence
+    assert sure.level == 0.95 and sure.resamples == 10_000
+    for name, value in scores.summary().values.items():
+        low, high = sure.total[name]
+        assert low <= value <= high
+    assert sure.groups.keys() == found.summaries.keys() == {"by_material", "by_size", "by_objects"}
+    for key, groups in found.summaries.items():
+        assert sure.groups[key].keys() == groups.keys()
+        for group, of in groups.items():
+            for name, interval in sure.groups[key][group].items():
+                assert interval is None or interval[0] <= of.values[name] <= interval[1]
     assert subgroup_scores(scores_of(split), split, OBJECTS) == found, "the same for the same scores"
 
 
 def test_videos_average_to_the_totals_when_equally_long(tmp_path: Any) -> None:
     split = make_store(tmp_path / "even.zarr", SizedSource({"train": (4,), "validation": (4, 4, 4)}))["validation"]
     scores = scores_of(split)
-    videos = subgroup_scores(scores, split, OBJECTS, Bootstrap(resamples=10))["by_video"]
+    videos = subgroup_scores(scores, split, OBJECTS, Bootstrap(resamples=10)).by_video
     assert list(videos) == [split.manifest[v].id for v in split.videos]
     for name in ("mbo", "fg_ari_video", "miou_video"):
-        assert np.mean([of[name] for of in videos.values()]) == pytest.approx(scores.summary()[name])
+        assert np.mean([of[name] for of in videos.values()]) == pytest.approx(scores.summary().values[name])
     assert {"fg_ari", "mbo", "miou", "mbo_metal", "miou_small"} <= next(iter(videos.values())).keys()
 
 
@@ -179,16 +181,21 @@ def test_without_instances_there_are_no_groups(split: Split) -> None:
     for video, row in list(split.manifest.items()):
         split.manifest[video] = type(row)(row.video, row.id, row.frames, row.crc32c, ())
     assert objects_by(split, OBJECTS, "material") == {}
-    found = subgroup_scores(scores_of(split), split, OBJECTS, Bootstrap(resamples=10))
+    found = subgroup_scores(scores_of(split), split, OBJECTS, Bootstrap(resamples=10)).summaries
     assert found["by_material"] == {} and found["by_objects"]
 
 
 # -- two runs ----------------------------------------------------------------------------------------------
 
 
-def evaluation(values: np.ndarray, **more: Any) -> dict[str, Any]:
+def evaluation(values: np.ndarray, **more: Any) -> Evaluation:
     videos = {f"v{i}": {"mbo": float(v) if np.isfinite(v) else None} for i, v in enumerate(values)}
-    return {"run": "runs/x", "split": "validation", "resolution": [32, 32], "by_video": videos} | more
+    return evaluation_of(by_video=videos, **more)
+
+
+def evaluation_of(**more: Any) -> Evaluation:
+    known = {"run": "runs/x", "cache": "x", "split": "validation", "tap": "block1", "step": 1, "resolution": [32, 32]}
+    return Evaluation.from_dict(known | {"frames": 1, "videos": 1, "skipped_frames": 0} | more)
 
 
 @settings(max_examples=25, deadline=None)
@@ -246,9 +253,6 @@ class NamelessSource(DiscSource):
 
 def test_videos_of_one_name_are_told_apart(tmp_path: Any) -> None:
     split = make_store(tmp_path / "s.zarr", NamelessSource({"train": (4,), "validation": (4, 4, 4)}))["validation"]
-    one, other = (
-        {"split": "v", "resolution": [32, 32], "run": str(s)} | subgroup_scores(scores_of(split, s), split, OBJECTS)
-        for s in (0, 1)
-    )
-    assert list(one["by_video"]) == ["clip#0", "clip#1", "clip#2"]
+    one, other = (evaluation_of(by_video=subgroup_scores(scores_of(split, s), split, OBJECTS).by_video) for s in (0, 1))
+    assert list(one.by_video) == ["clip#0", "clip#1", "clip#2"]
     assert paired(one, other)["scores"]["mbo"]["videos"] == 3

@@ -43,10 +43,10 @@ def demo(
         result = demo_job.train_and_score(settings, store, out, chosen, show)
     say("[bold]4/4[/] scores on videos that training never saw")
     if as_json:
-        print_json(result.scores)
+        print_json(result.scores.as_dict())
     else:
         terminal.out.print(scores_table(result.scores))
-        terminal.warn(result.scores["warnings"])
+        terminal.warn(result.scores.warnings)
         terminal.out.print(f"picture of the masks  {result.sheet}")
         terminal.out.print(f"run folder            {result.run}")
         terminal.out.print(f"feature store         {cache}")

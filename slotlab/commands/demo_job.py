@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,8 +14,10 @@ from featcache.sources import open_source
 from featcache.store.reading import FeatureStore
 from slotlab.config.schema import Config
 from slotlab.pictures.sheet import draw_sheet
+from slotlab.runs.folder import write_result
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.evaluate import evaluate
+from slotlab.scoring.evaluation import Evaluation
 from slotlab.training.train import Report, train
 
 
@@ -25,7 +25,7 @@ from slotlab.training.train import Report, train
 class DemoResult:
     store: FeatureStore
     run: Path
-    scores: dict[str, Any]
+    scores: Evaluation
     sheet: Path
 
 
@@ -42,6 +42,6 @@ def train_and_score(config: Config, store: FeatureStore, out: Path, device: torc
     train(config, store, run, resume=(run / "config.toml").exists(), device=device, report=report)
     loaded = load_run(run, store.path, device)
     scores = evaluate(loaded)
-    (run / f"eval-{scores['split']}.json").write_text(json.dumps(scores, indent=1))
-    sheet = draw_sheet(loaded, store[scores["split"]], out / "masks.png")
+    write_result(run, scores.as_dict())
+    sheet = draw_sheet(loaded, store[scores.split], out / "masks.png")
     return DemoResult(store, run, scores, sheet)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -40,23 +41,24 @@ def evaluate(
         from slotlab.scoring.fine import outline_scores
 
         fine = outline_scores(loaded, split, refine, binarise or ())  # first, as it may lack a package
-    result = run_evaluate(loaded, split) | fine
+    found = replace(run_evaluate(loaded, split), fine=fine)
+    result = found.as_dict()
     terminal.warn(keep_result(run, loaded.store, result))
     if sheet:
         from slotlab.pictures.sheet import draw_sheet
 
-        draw_sheet(loaded, loaded.store[result["split"]], sheet)
+        draw_sheet(loaded, loaded.store[found.split], sheet)
     compared = None
     if against is not None:
-        from slotlab.scoring.groups import paired
+        from slotlab.scoring.paired import paired
 
-        compared = paired(result, run_evaluate(load_run(against, None, pick_device(device)), result["split"]))
+        compared = paired(found, run_evaluate(load_run(against, None, pick_device(device)), found.split))
     if as_json:
         print_json(result | ({"against": compared} if compared else {}))
     else:
-        terminal.out.print(scores_table(result))
-        terminal.warn(result["warnings"])
+        terminal.out.print(scores_table(found))
+        terminal.warn(found.warnings)
         if fine:
-            terminal.out.print(outlines_table(result), gains_table(result))
+            terminal.out.print(outlines_table(found), gains_table(found))
         if compared:
             terminal.out.print(paired_table(compared))

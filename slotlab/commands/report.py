@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -13,7 +13,7 @@ Runs = Annotated[list[Path], typer.Argument(help="Run folders, the first to comp
 Split = Annotated[str | None, typer.Option(help="Default: the configuration's, validation.")]
 Store = Annotated[Path | None, typer.Option("--cache", help="Another store of the same features.")]
 Videos = Annotated[int, typer.Option(min=0, help="In the gallery: half the worst, half the best.")]
-Rank = Annotated[Literal["mbo", "fg_ari"], typer.Option(help="The score that says which are worst and best.")]
+Rank = Annotated[str, typer.Option(help="Score that says which are worst and best, by its key in eval --json.")]
 Frames = Annotated[int, typer.Option(min=1, help="Of a video, at most; evenly spaced.")]
 Title = Annotated[str | None, typer.Option(help="Default: the run's name.")]
 

@@ -15,9 +15,7 @@ COLUMNS = {
     "mask_correlation": "corr.",
     "slot_similarity": "slots",
     "slot_diversity": "diversity",
-    "fg_ari": "FG-ARI",
-    "mbo": "mBO",
-}
+}  # and the scores
 
 
 def robustness(
@@ -40,6 +38,7 @@ def robustness(
     from slotlab.commands.tables import plain_table
     from slotlab.runs.folder import keep_result
     from slotlab.runs.loaded import load_run
+    from slotlab.scoring.metrics import shown
     from slotlab.scoring.robustness import robustness as measure
 
     loaded = load_run(run, cache, pick_device(device))
@@ -49,15 +48,21 @@ def robustness(
     if as_json:
         print_json(result)
         return
-    mean = result["mean"]
-    rows = [("before", *_cells(result["before"])), *((n, *_cells(v)) for n, v in result["transformations"].items())]
-    rows += [("mean", *_cells(mean)), ("  95 % from", *_cells(mean, "low")), ("  to", *_cells(mean, "high"))]
+    mean, scores = result["mean"], shown("headline")
+    columns = COLUMNS | scores
+
+    def cells(values: Mapping[str, Any], which: str = "mean") -> list[float | None]:
+        return [values.get(key, {}).get(which) for key in columns]
+
+    rows = [("before", *cells(result["before"])), *((n, *cells(v)) for n, v in result["transformations"].items())]
+    rows += [("mean", *cells(mean)), ("  95 % from", *cells(mean, "low")), ("  to", *cells(mean, "high"))]
     terminal.out.print(
-        plain_table(("colours", *COLUMNS.values()), rows, f"{result['run']} on {result['split']} under other colours")
+        plain_table(("colours", *columns.values()), rows, f"{result['run']} on {result['split']} under other colours")
     )
-    for key, name in (("fg_ari_change", "FG-ARI"), ("mbo_change", "mBO")):
-        if key in mean and mean[key]["mean"] is not None:
-            bounds = (f"{value:+.3f}" for value in mean[key].values() if value is not None)
+    for key, name in scores.items():
+        change = mean.get(f"{key}_change", {"mean": None})
+        if change["mean"] is not None:
+            bounds = (f"{value:+.3f}" for value in change.values() if value is not None)
             terminal.out.print(f"{name} changes by {' / '.join(bounds)} (mean / interval)")
     terminal.out.print(
         f"first {result['frames_a_video']} frames of {result['videos']} of {result['videos_in_split']} videos",
@@ -66,7 +71,3 @@ def robustness(
         sep="\n",
         style="dim",
     )
-
-
-def _cells(values: Mapping[str, Any], which: str = "mean") -> list[float | None]:
-    return [values.get(key, {}).get(which) for key in COLUMNS]

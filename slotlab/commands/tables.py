@@ -11,7 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from featcache.scale.report import ROWS, StoreReport
+from slotlab.scoring.evaluation import Evaluation
 from slotlab.scoring.fine import GAINS
+from slotlab.scoring.metrics import shown, title_of
+from slotlab.scoring.references import FLOORS
+from slotlab.scoring.scores import Values
 
 # More columns than this are hard to read in a terminal; further stores go to a second table.
 STORES_A_TABLE = 4
@@ -67,40 +71,42 @@ def interval(bounds: Sequence[float] | None) -> str:
     return "–" if bounds is None else f"{bounds[0]:.3f}–{bounds[1]:.3f}"
 
 
-def scores_table(result: Mapping[str, Any]) -> Table:
+def scores_table(found: Evaluation) -> Table:
     """The evaluation of one run, with its ceiling and floors as rows beside it."""
-    keys = ("fg_ari", "mbo", "miou", "ari")
-    table = Table(title=f"{result['run']} on {result['split']}", title_justify="left")
+    columns = shown("summary")
+    table = Table(title=f"{found.run} on {found.split}", title_justify="left")
     table.add_column("masks")
-    for key in keys:
-        table.add_column({"fg_ari": "FG-ARI", "mbo": "mBO", "miou": "mIoU", "ari": "ARI"}[key], justify="right")
+    for title in columns.values():
+        table.add_column(title, justify="right")
 
-    def add(name: str, values: Mapping[str, Any], style: str | None = None) -> None:
-        table.add_row(name, *(number(values.get(key)) for key in keys), style=style)
+    def add(name: str, values: Values, style: str | None = None, suffix: str = "") -> None:
+        table.add_row(name, *(number(values.get(f"{key}{suffix}")) for key in columns), style=style)
 
-    add("this run, per frame", result, "bold")
-    sure = result["confidence"]
-    table.add_row(f"  {sure['level']:.0%} interval", *(interval(sure.get(key)) for key in keys))
-    films = result["frames"] > result["videos"]  # else single images, whose scores are those of their frames
-    if films:
-        add("this run, per video", {key: result.get(f"{key}_video") for key in keys})
-    other = "attention" if result["published_masks"] == "decoder" else "decoder"
-    if any(result[other][key] != result[key] for key in keys):
-        add(f"  of the {other}", result[other])
-    for name, values in (result["by_material"] | result["by_size"]).items():
-        add(f"  {name} objects", values)
-    for count, values in result["by_objects"].items():
-        if count != "0":
-            add(f"  {count} in sight", values)
-    add("ceiling of the patch grid", result["reference"], "dim")
-    if films:
-        add("  per video", {key: result["reference"].get(f"{key}_video") for key in keys}, "dim")
-    add("floor: k-means, raw tokens", result["floor"]["kmeans_raw"], "dim")
-    add("floor: k-means, whitened", result["floor"]["kmeans_whitened"], "dim")
-    seen = f"{result['frames']} frames of {result['videos']} videos" if films else f"{result['frames']} images"
+    add("this run, per frame", found.values, "bold")
+    sure = found.groups.confidence
+    table.add_row(f"  {sure.level:.0%} interval", *(interval(sure.total.get(key)) for key in columns))
+    if found.films:
+        add("this run, per video", found.values, suffix="_video")
+    for kind, of in found.masks.items():
+        if kind != found.published_masks and any(of.values[key] != found.values[key] for key in columns):
+            add(f"  of the {kind}", of.values)
+    for key, parts in found.groups.summaries.items():
+        for name, part in parts.items():
+            if key != "by_objects":
+                add(f"  {name} objects", part.values)
+            elif name != "0":
+                add(f"  {name} in sight", part.values)
+    add("ceiling of the patch grid", found.references.ceiling, "dim")
+    if found.films:
+        add("  per video", found.references.ceiling, "dim", "_video")
+    for name, values in found.references.floors.items():
+        add(FLOORS.get(name, f"floor: {name}"), values, "dim")
+    counts = found.summary
+    seen = f"{counts.frames} frames of {counts.videos} videos" if found.films else f"{counts.frames} images"
     table.caption = (
-        f"{seen}, {result['skipped_frames']} without objects skipped; "
-        f"{result['effective_slots']:.1f} effective slots, mask similarity {result['mask_similarity']:.2f}"
+        f"{seen}, {counts.skipped_frames} without objects skipped; "
+        f"{found.diagnostics['effective_slots']:.1f} effective slots, "
+        f"mask similarity {found.diagnostics['mask_similarity']:.2f}"
     )
     return table
 
@@ -114,7 +120,7 @@ def paired_table(compared: Mapping[str, Any]) -> Table:
         bounds = "–" if of["low"] is None else f"{of['low']:+.3f} to {of['high']:+.3f}"
         ahead = f"{of['ahead']} of {of['videos']}"
         means = (number(of["run"]), number(of["against"]), f"{of['difference']:+.3f}")
-        table.add_row(name.replace("_", " "), *means, bounds, f"{of['p']:.2g}", ahead)
+        table.add_row(title_of(name), *means, bounds, f"{of['p']:.2g}", ahead)
     table.caption, table.caption_justify = f"{compared['test']}; {compared['interval']}", "left"
     return table
 
@@ -128,34 +134,35 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
     return table
 
 
-def outlines_table(result: Mapping[str, Any]) -> Table:
+def outlines_table(found: Evaluation) -> Table:
     """What :func:`outline_scores` found, a column a kind of mask."""
-    boundaries, refined = result["boundaries"], result.get("refined")
+    boundaries, refined = found.fine["boundaries"], found.fine.get("refined")
     kinds = {"this run": boundaries}
     if refined:
         kinds["refined"] = refined["boundaries"]
     kinds["grid's reference"] = boundaries["reference"]
     rows = []
     for key, title in (("boundary_f", "boundary F"), ("bleeding", "bleeding")):
-        rows.append((title, *(found[key] for found in kinds.values())))
-        for size, of in boundaries["by_area"].items():
-            low, high = of["area_px"]
-            values = (found["by_area"].get(size, {}).get(key) for found in kinds.values())
+        rows.append((title, *(of[key] for of in kinds.values())))
+        for size, part in boundaries["by_area"].items():
+            low, high = part["area_px"]
+            values = (of["by_area"].get(size, {}).get(key) for of in kinds.values())
             rows.append((f"  {size}, {low}–{high} px", *values))
     return plain_table(("outlines", *kinds), rows, f"within {boundaries['tolerance_px']} px")
 
 
-def gains_table(result: Mapping[str, Any]) -> Table:
+def gains_table(found: Evaluation) -> Table:
     """Scores of refined and of otherwise binarised masks beside the plain ones."""
-    plain = {**result, "boundary_f": result["boundaries"]["boundary_f"]}
+    plain = {**found.values, "boundary_f": found.fine["boundaries"]["boundary_f"]}
     rows: list[tuple[Any, ...]] = [("this run", *(plain[key] for key in GAINS), None)]
-    if refined := result.get("refined"):
+    if refined := found.fine.get("refined"):
         name = f"refined, {refined['method']}, {refined['ms_per_frame']:.0f} ms a frame"
         rows.append((name, *(refined[key] for key in GAINS), None))
-        rows.append(("  gain", *(None if g is None else f"{g:+.3f}" for g in refined["gain"].values()), None))
-    for name, scores in result.get("binarised", {}).items():
-        rows.append((name, scores["fg_ari"], scores["mbo"], None, None, scores["unassigned"]))
-    return plain_table(("masks", "FG-ARI", "mBO", "mIoU", "boundary F", "unassigned"), rows)
+        gains = (refined["gain"][key] for key in GAINS)
+        rows.append(("  gain", *(None if gain is None else f"{gain:+.3f}" for gain in gains), None))
+    for name, scores in found.fine.get("binarised", {}).items():
+        rows.append((name, *(scores.get(key) for key in GAINS), scores["unassigned"]))
+    return plain_table(("masks", *GAINS.values(), "unassigned"), rows)
 
 
 def experiment_table(table: Mapping[str, Any]) -> Table:

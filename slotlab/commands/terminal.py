@@ -18,7 +18,7 @@ out = Console()
 
 err = Console(stderr=True)
 
-LOOKED_AT = ("fg_ari", "mbo", "fg_ari_video", "effective_slots", "mask_similarity", "kept_slots")
+LOOKED_AT = ("effective_slots", "mask_similarity", "kept_slots")  # beside the scores
 
 QUIET_SECONDS = 10.0  # between two lines of progress where nothing may animate
 
@@ -64,6 +64,9 @@ def training_display(steps: int) -> Iterator[Any]:
 
     A look at the masks is told whenever there is one, with its warnings.
     """
+    from slotlab.scoring.metrics import shown, shown_of_videos  # not before a command that trains
+
+    looked_at = (*shown("headline"), *shown_of_videos("headline"), *LOOKED_AT)
     began = said = time.monotonic()
     history: list[Mapping[str, Any]] = []
 
@@ -90,7 +93,7 @@ def training_display(steps: int) -> Iterator[Any]:
                 soft_wrap=True,
             )
         if "warnings" in row:
-            scores = (f"{name} {row[f'eval_{name}']:.3f}" for name in LOOKED_AT if row.get(f"eval_{name}") is not None)
+            scores = (f"{name} {row[f'eval_{name}']:.3f}" for name in looked_at if row.get(f"eval_{name}") is not None)
             err.print(f"step {row['step']}/{steps}  masks: {'  '.join(scores)}", soft_wrap=True)
             warn(row["warnings"])
 

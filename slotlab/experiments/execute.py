@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from slotlab.experiments.plan import Plan, Run, opened
 from slotlab.experiments.pool import Watcher, carry_out, places
 from slotlab.experiments.table import build_table, write_table
 from slotlab.models.inputs import ModelInput
+from slotlab.runs.folder import read_result
 from slotlab.scoring.evaluate import scoring_code
 
 
@@ -43,8 +43,8 @@ def _stands(run: Run) -> bool:
     if not run.finished:
         return False
     try:
-        return bool(json.loads(run.evaluation.read_text()).get("code") == scoring_code())
-    except ValueError:  # damaged: the table says what to do
+        return (read_result(run.path, run.split) or {}).get("code") == scoring_code()
+    except DataError:  # damaged: the table says what to do
         return True
 
 

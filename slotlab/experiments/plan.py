@@ -18,6 +18,7 @@ from featcache.store.durable import make_directory, write_durably
 from featcache.store.spec import flatten
 from slotlab.config.load import validate
 from slotlab.config.schema import Config
+from slotlab.runs.folder import read_result, result_path
 
 Kind = Literal["compare", "ablate"]
 
@@ -57,17 +58,18 @@ class Run:
     @property
     def evaluation(self) -> Path:
         """Written last and at once."""
-        return self.path / f"eval-{self.split}.json"
+        return result_path(self.path, self.split)
 
     @property
     def finished(self) -> bool:
-        """Whether its last step was scored, and no later attempt failed. Damaged scores count: they are told of."""
-        if not self.evaluation.exists() or (self.path / ERROR).exists():
+        """Whether its last step was scored, and no later attempt failed; damaged scores count, and the table tells."""
+        if (self.path / ERROR).exists():
             return False
         try:
-            return bool(json.loads(self.evaluation.read_text()).get("step") == self.config.optim.steps)
-        except (ValueError, AttributeError):
+            found = read_result(self.path, self.split)
+        except DataError:
             return True
+        return found is not None and bool(found.get("step") == self.config.optim.steps)
 
     @property
     def error(self) -> str | None:

@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from featcache.errors import DataError
 from featcache.store.durable import write_durably
 from slotlab.experiments.plan import Cell, Run, read_plan
-from slotlab.runs.folder import read_rows
-from slotlab.scoring.groups import paired_scores
+from slotlab.runs.folder import read_result, read_rows
+from slotlab.scoring.evaluation import Evaluation
+from slotlab.scoring.metrics import shown, shown_of_videos
+from slotlab.scoring.paired import paired_scores
+from slotlab.scoring.scores import Values
 
-COLUMNS = {
-    "fg_ari": "FG-ARI",
-    "mbo": "mBO",
-    "miou": "mIoU",
-    "fg_ari_video": "video FG-ARI",
-    "effective_slots": "slots used",
-    "loss": "loss",
-    "seconds": "seconds",
-}
-SCORES = ("fg_ari", "mbo", "miou", "fg_ari_video", "effective_slots")  # of an evaluation
+SHOWN = {**shown("comparison"), **shown_of_videos("comparison")}  # key -> title of scores
+COLUMNS = {**SHOWN, "effective_slots": "slots used", "loss": "loss", "seconds": "seconds"}
 SPREAD = "mean (minimum–maximum) over seeds"
-TESTED = ("fg_ari", "mbo")
+TESTED = shown("headline")  # against the first cell
 
 
 def build_table(out: Path) -> dict[str, Any]:
@@ -36,7 +29,7 @@ def build_table(out: Path) -> dict[str, Any]:
     Scores have mean, minimum, maximum, standard deviation (n - 1; None for one seed) and the value of each
     finished seed. ``loss`` is the mean of the last tenth of the logged rows, ``seconds`` those spent in
     training. ``against_first`` tests the difference to the first cell over the videos, each averaged over
-    seeds (:func:`slotlab.scoring.groups.paired_scores`).
+    seeds (:func:`slotlab.scoring.paired.paired_scores`).
     """
     plan = read_plan(out)
     runs: dict[str, list[Run]] = {cell.name: [] for cell in plan.cells}
@@ -59,18 +52,21 @@ def build_table(out: Path) -> dict[str, Any]:
     }
 
 
-def _cell(cell: Cell, runs: Sequence[Run], evaluations: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+def _cell(cell: Cell, runs: Sequence[Run], evaluations: Mapping[int, Evaluation]) -> dict[str, Any]:
     values: dict[str, list[float]] = {key: [] for key in COLUMNS}
     listed = []
     for run in runs:
         state = "finished" if run.finished else "failed" if run.error else "unfinished"
         listed.append({"path": str(run.path), "seed": run.seed, "state": state, "error": run.error})
         if run.finished:
-            found = {key: evaluations[run.seed][key] for key in SCORES} | _training(run)
+            of = evaluations[run.seed]
+            found = {key: of.values.get(key) for key in SHOWN}
+            found |= {"effective_slots": of.diagnostics.get("effective_slots")} | _training(run)
             for key, value in found.items():
                 if value is not None:
                     values[key].append(value)
-    any_one: Mapping[str, Any] = next(iter(evaluations.values()), {})
+    any_one = next(iter(evaluations.values()), None)
+    references = {"reference": None, "floor": None} if any_one is None else any_one.references.as_dict()
     return {
         "name": cell.name,
         "settings": dict(cell.settings),
@@ -78,16 +74,14 @@ def _cell(cell: Cell, runs: Sequence[Run], evaluations: Mapping[int, dict[str, A
         "finished": len(evaluations),
         "runs": listed,
         **{key: _spread(of) for key, of in values.items()},
-        "reference": any_one.get("reference"),
-        "floor": any_one.get("floor"),
+        **references,
     }
 
 
-def _evaluation(run: Run) -> dict[str, Any]:
-    try:
-        return dict(json.loads(run.evaluation.read_text()))
-    except ValueError as error:
-        raise DataError(f"{run.evaluation}: damaged ({error}); delete it and run the same command again") from error
+def _evaluation(run: Run) -> Evaluation:
+    raw = read_result(run.path, run.split)
+    assert raw is not None, "the run is finished"
+    return Evaluation.from_dict(raw, str(run.evaluation))
 
 
 def _training(run: Run) -> dict[str, float | None]:
@@ -111,24 +105,22 @@ def _spread(values: Sequence[float]) -> dict[str, Any] | None:
     }
 
 
-def _mean_by_video(evaluations: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+def _mean_by_video(evaluations: Iterable[Evaluation]) -> dict[str, Values]:
     """Video -> score -> mean over the seeds where it is defined."""
     gathered: dict[str, dict[str, list[float]]] = {}
     for evaluation in evaluations:
-        for video, scores in evaluation["by_video"].items():
+        for video, scores in evaluation.by_video.items():
             of = gathered.setdefault(video, {name: [] for name in TESTED})
-            for name in TESTED:
-                if scores[name] is not None:
-                    of[name].append(scores[name])
+            for name, values in of.items():
+                if (value := scores.get(name)) is not None:
+                    values.append(value)
     return {
         video: {name: statistics.fmean(values) if values else None for name, values in of.items()}
         for video, of in gathered.items()
     }
 
 
-def _tested(
-    videos: Mapping[str, Mapping[str, float | None]], first: Mapping[str, Mapping[str, float | None]] | None
-) -> dict[str, Any] | None:
+def _tested(videos: Mapping[str, Values], first: Mapping[str, Values] | None) -> dict[str, Any] | None:
     if not first or not videos or videos.keys() != first.keys():
         return None
     return paired_scores(videos, first)
@@ -155,7 +147,7 @@ def to_markdown(table: Mapping[str, Any]) -> str:
             "",
         ]
         lines += _pipe(
-            ("cell", *(COLUMNS[name] for name in TESTED)),
+            ("cell", *TESTED.values()),
             ((cell["name"], *(_difference(cell["against_first"].get(name)) for name in TESTED)) for cell in tested),
         )
     if failed := failures(table):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import shutil
 import sys
@@ -17,10 +16,10 @@ from typing import Any
 import torch
 
 from featcache.errors import FeatcacheError
-from featcache.store.durable import write_durably
 from featcache.store.reading import FeatureStore
 from slotlab.experiments.plan import ERROR, Run
 from slotlab.runs import checkpoint
+from slotlab.runs.folder import write_result
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.evaluate import evaluate
 from slotlab.scoring.references import references
@@ -84,8 +83,7 @@ def carry_out(run: Run, device: str, link: Connection, known: dict[Any, Any]) ->
     key = (store.path, run.split, loaded.tap, loaded.config.data.train_split, loaded.model.grid, loaded.model.slots)
     if key not in known:
         known[key] = references(split, loaded)
-    result: dict[str, Any] = evaluate(loaded, run.split, known[key])
-    write_durably(run.evaluation, json.dumps(result, indent=1).encode())
+    write_result(run.path, evaluate(loaded, run.split, known[key]).as_dict())
 
 
 def _send(link: Connection, message: tuple[str, Any]) -> None:

@@ -12,6 +12,7 @@ from featcache.moments import Float
 from featcache.scale.report import StoreReport
 from slotlab.config.schema import LOSSES
 from slotlab.report.gather import Gathered, Logged, RunData
+from slotlab.scoring.metrics import score_of, title_of
 from slotlab.scoring.over_frames import QUANTITIES
 
 # Not losses, though they are logged with them.
@@ -96,7 +97,7 @@ def look_name(key: str) -> tuple[str, str]:
     """Titles of the values that a look at the masks adds."""
     known = {q.name: q.title for q in QUANTITIES}
     name = key.removeprefix("eval_")
-    title = known.get(name, name.replace("_", " ").capitalize().replace("Fg ari", "FG-ARI"))
+    title = title_of(name) if score_of(name) else known.get(name, name.replace("_", " ").capitalize())
     return title, "while training, on a few videos of the evaluation split" if name != key else ""
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from featcache.store.reading import Split
 from slotlab.report.gather import RunData
+from slotlab.scoring.metrics import score_of, shown
 
 LARGEST_SIDE = 320  # pixels of an embedded frame; larger ones are shrunk
 FINE_GRID = 48  # from here on masks have 8 bits, as their number makes up for it; below 16
@@ -49,8 +50,8 @@ class Footage:
 def footages(runs: Sequence[RunData], count: int, by: str) -> list[Footage]:
     """Group the runs by what they look at, and choose ``count`` videos for each group.
 
-    Half of them are those with the lowest score ``by`` (fg_ari or mbo) of the group's first run, worst first,
-    and half those with the highest. Without scores they are spread evenly over the split.
+    Half of them are the worst by the score ``by`` of the group's first run, worst first, and half the best. Without
+    scores they are spread evenly over the split.
     """
     groups: dict[str, list[int]] = {}
     for position, run in enumerate(runs):
@@ -67,9 +68,9 @@ def footages(runs: Sequence[RunData], count: int, by: str) -> list[Footage]:
 def choose(run: RunData, count: int, by: str) -> tuple[Choice, ...]:
     """Videos of one run; see :func:`footages`."""
     videos = list(run.split.videos)
-    scores = (run.evaluation or {}).get("by_video", {})
+    scores, score = run.evaluation.by_video if run.evaluation else {}, score_of(by)
     scored = [(scores.get(run.split.names[v], {}).get(by), v) for v in videos]
-    ranked = [v for _, v in sorted((s, v) for s, v in scored if s is not None)]
+    ranked = [v for _, v in sorted((score.order(s) if score else s, v) for s, v in scored if s is not None)]
     if not ranked:
         spread = np.linspace(0, len(videos) - 1, min(count, len(videos))).round().astype(int)
         return tuple(Choice(videos[i], "") for i in spread)
@@ -116,7 +117,7 @@ def pack_run(run: RunData, position: int, video: int, kept: npt.NDArray[np.int64
     grid = run.loaded.model.grid
     masks = run.loaded.segment(run.split, video).masks[torch.from_numpy(kept)].float().cpu()  # (T, K, N)
     found = run.traces[video]
-    scores = (run.evaluation or {}).get("by_video", {}).get(run.split.names[video], {})
+    scores = run.evaluation.by_video.get(run.split.names[video], {}) if run.evaluation else {}
     bits = 8 if max(grid) >= FINE_GRID else 16
     codes, ranges = quantised(masks, bits)
     return {
@@ -128,8 +129,8 @@ def pack_run(run: RunData, position: int, video: int, kept: npt.NDArray[np.int64
         "ranges": ranges,
         "matches": found.matches[kept].tolist(),
         "mass": [[round(float(v), 4) for v in frame] for frame in masks.mean(-1)],
-        "scores": {key: scores.get(key) for key in ("fg_ari", "mbo")},
-        "by_frame": {key: rounded(found.values[key][kept]) for key in ("fg_ari", "mbo") if key in found.values},
+        "scores": {key: scores.get(key) for key in shown("headline")},
+        "by_frame": {key: rounded(found.values[key][kept]) for key in shown("headline") if key in found.values},
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +9,15 @@ from typing import Any
 
 import torch
 
+from featcache.errors import DataError
 from featcache.scale.report import StoreReport, store_reports
 from featcache.store.reading import FeatureStore, Split
 from slotlab.config.schema import Config
 from slotlab.runs import checkpoint
-from slotlab.runs.folder import keep_result, read_rows, store_path
+from slotlab.runs.folder import keep_result, read_result, read_rows, result_path, store_path
 from slotlab.runs.loaded import LoadedRun, load_run
 from slotlab.scoring.evaluate import evaluate, scoring_code
+from slotlab.scoring.evaluation import Evaluation
 from slotlab.scoring.over_frames import Curve, VideoTrace, over_videos, trace
 from slotlab.scoring.references import References
 from slotlab.scoring.tables import count_labels
@@ -49,7 +50,7 @@ class RunData(Logged):
     split: Split
     step: int | None = None  # of the checkpoint
     loaded: LoadedRun | None = None
-    evaluation: dict[str, Any] | None = None  # what slotlab eval --json prints; None without ground truth
+    evaluation: Evaluation | None = None  # None without ground truth
     traces: dict[int, VideoTrace] = field(default_factory=dict)  # by video
     curves: dict[str, Curve] = field(default_factory=dict)  # by quantity, over the frames
 
@@ -134,39 +135,39 @@ def choose_split(config: Config, store: FeatureStore, name: str | None) -> Split
     return store[name or fallback]
 
 
-def evaluation_of(
-    loaded: LoadedRun, split: Split, step: int, say: Say, known: KnownReferences
-) -> dict[str, Any] | None:
-    """What ``slotlab eval`` says of a run: from its file where that is current, else computed and written there."""
+def evaluation_of(loaded: LoadedRun, split: Split, step: int, say: Say, known: KnownReferences) -> Evaluation | None:
+    """The scores of a run: from its folder where they are current, else computed and written there."""
     if not split.spec.masks:
         return None
     key = (loaded.store.path.resolve(), split.name, loaded.tap, loaded.model.grid, loaded.model.slots)
-    path = loaded.path / f"eval-{split.name}.json"
-    found = current_evaluation(path, loaded, step)
+    found = current_evaluation(loaded, split, step)
     if found is None:
         say(f"{loaded.path}: scoring {len(split.videos)} videos of {split.name}")
-        found = json.loads(json.dumps(evaluate(loaded, split.name, known.get(key))))
-        for warning in keep_result(loaded.path, loaded.store, found):
+        found = evaluate(loaded, split.name, known.get(key))
+        for warning in keep_result(loaded.path, loaded.store, found.as_dict()):
             say(warning)
-    known[key] = found["reference"], found["floor"]
+    known[key] = found.references
     return found
 
 
-def current_evaluation(path: Path, loaded: LoadedRun, step: int) -> dict[str, Any] | None:
-    """The scores in a file, or None if they are of an earlier checkpoint, another store, or made by other sources."""
+def current_evaluation(loaded: LoadedRun, split: Split, step: int) -> Evaluation | None:
+    """The scores in a run's folder, or None if they are of an earlier checkpoint, another store, or other sources."""
     try:
-        found = json.loads(path.read_text())
-        written = path.stat().st_mtime
-    except (OSError, ValueError):
+        raw = read_result(loaded.path, split.name)
+        if raw is None:
+            return None
+        found = Evaluation.from_dict(raw)
+        written = result_path(loaded.path, split.name).stat().st_mtime
+    except (DataError, OSError):
         return None
     same = (
-        found.get("step") == step
-        and found.get("code") == scoring_code()
-        and found.get("published_masks") == loaded.config.published_masks
-        and Path(found.get("cache", "")).resolve() == loaded.store.path.resolve()
+        found.step == step
+        and found.code == scoring_code()
+        and found.published_masks == loaded.config.published_masks
+        and Path(found.cache).resolve() == loaded.store.path.resolve()
     )
     trained = (checkpoint.folder(loaded.path) / "state.json").stat().st_mtime
-    return dict(found) if same and written >= trained else None
+    return found if same and written >= trained else None
 
 
 def scales_of(runs: Sequence[RunData]) -> list[StoreReport]:

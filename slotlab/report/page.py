@@ -10,11 +10,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from featcache.errors import UsageError
 from slotlab.pictures import palette
 from slotlab.report import charts, gallery, tables
 from slotlab.report.gather import Gathered, Logged, RunData
 from slotlab.report.provenance import environment, provenance
 from slotlab.report.svg import draw
+from slotlab.scoring.metrics import SCORES, Score, scores_in, shown, title_of
+from slotlab.scoring.references import FLOORS
 
 NAMED_RUNS = 3  # that a title of its own names
 
@@ -30,6 +33,10 @@ class PageOptions:
     command: str = ""  # that makes this page again
     live: bool = False  # served, and refreshed while a run trains
 
+    def __post_init__(self) -> None:
+        if self.rank not in (known := [score.key for score in SCORES]):
+            raise UsageError(f"--rank {self.rank}: no such score; choose one of {', '.join(known)}")
+
 
 @dataclass(frozen=True)
 class Rung:
@@ -40,28 +47,32 @@ class Rung:
     value: float
     ceiling: float | None
     floors: tuple[tuple[str, float], ...]
+    score: Score
 
     @property
     def floor(self) -> float:
-        return max(value for _, value in self.floors)
+        """The best of them."""
+        return max((value for _, value in self.floors), key=self.score.order)
 
     @property
     def share(self) -> float | None:
         """How much of the way from the best floor to the ceiling the run has come."""
-        if self.ceiling is None or not self.floors or self.ceiling <= self.floor:
+        if self.ceiling is None or not self.floors:
             return None
-        return (self.value - self.floor) / (self.ceiling - self.floor)
+        order = self.score.order
+        whole = order(self.ceiling) - order(self.floor)
+        return (order(self.value) - order(self.floor)) / whole if whole > 0 else None
 
 
-def ladder(runs: Sequence[RunData], key: str) -> list[Rung]:
+def ladder(runs: Sequence[RunData], score: Score) -> list[Rung]:
     """Every scored run in one score."""
     rungs = []
     for n, run in enumerate(runs):
-        found = run.evaluation
-        if found and found.get(key) is not None:
-            floors = [(tables.FLOORS.get(name, name), values.get(key)) for name, values in found["floor"].items()]
+        if run.evaluation and (found := run.evaluation.values.get(score.key)) is not None:
+            references = run.evaluation.references
+            floors = [(FLOORS.get(name, name), values.get(score.key)) for name, values in references.floors.items()]
             known = tuple((name, value) for name, value in floors if value is not None)
-            rungs.append(Rung(run.name, n, found[key], found["reference"].get(key), known))
+            rungs.append(Rung(run.name, n, found, references.ceiling.get(score.key), known, score))
     return rungs
 
 
@@ -95,7 +106,14 @@ def render(gathered: Gathered, options: PageOptions) -> str:
         "runs": runs,
         "coverage": coverage(runs),
         "cards": cards,
-        "data": {"cards": cards, "palette": colours(), "runs": [run.name for run in runs]},
+        "ranked_by": title_of(options.rank),
+        "scores": shown("headline"),
+        "data": {
+            "cards": cards,
+            "palette": colours(),
+            "runs": [run.name for run in runs],
+            "scores": list(shown("headline").items()),
+        },
         "provenance": [provenance(run) for run in runs],
         "environment": environment(),
         "lines": list(zip(palette.LINES, palette.LINES_ON_DARK, strict=True)),
@@ -118,9 +136,7 @@ def sections(gathered: Gathered) -> Mapping[str, Any]:
         "state": tables.state,
         "describe": tables.description,
         "summary": tables.summary(runs),
-        "ladders": {
-            name: rungs for key, name in (("fg_ari", "FG-ARI"), ("mbo", "mBO")) if (rungs := ladder(runs, key))
-        },
+        "ladders": {score.title: rungs for score in scores_in("headline") if (rungs := ladder(runs, score))},
         "groups": tables.groups(runs),
         "paired_table": tables.paired_runs(runs),
         "masks_table": tables.masks_of(runs),

@@ -15,6 +15,7 @@ from typing import Any
 
 from slotlab.report.gather import RunData
 from slotlab.runs import checkpoint
+from slotlab.runs.folder import result_path
 
 PACKAGES = ("slotlab", "torch", "numpy", "zarr", "scipy", "pillow", "matplotlib")
 
@@ -68,7 +69,7 @@ def sources(run: RunData) -> list[Source]:
     train = ("train", "--cache", run.store.path, "--config", run.path / "config.toml", "--out", f"{run.path}-again")
     found = [Source("training curves", str(run.path / "metrics.jsonl"), command(*train))]
     if run.evaluation is not None:
-        path = run.path / f"eval-{run.split.name}.json"
+        path = result_path(run.path, run.split.name)
         scored = ("eval", run.path, "--cache", run.store.path, "--split", run.split.name, "--json")
         found.append(Source("scores, ceiling, floors, groups", f"{path}, written {when(path)}", command(*scored)))
     stats = ("stats", run.store.path, "--split", run.config.data.train_split, "--json")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,18 +12,14 @@ from featcache.scale.report import ROWS, StoreReport
 from featcache.store.spec import flatten
 from slotlab.report.charts import store_label
 from slotlab.report.gather import RunData
-from slotlab.scoring.groups import paired
+from slotlab.scoring.groups import Intervals
+from slotlab.scoring.metrics import score_of, shown, shown_of_videos
 from slotlab.scoring.over_frames import QUANTITIES
+from slotlab.scoring.paired import paired
+from slotlab.scoring.references import FLOORS
+from slotlab.scoring.scores import Values
 
-SCORES = {"fg_ari": "FG-ARI", "mbo": "mBO", "miou": "mIoU", "ari": "ARI"}
-PART_SCORES = ("fg_ari", "mbo", "miou")
-FLOORS = {"kmeans_raw": "floor: k-means, raw tokens", "kmeans_whitened": "floor: k-means, whitened tokens"}
-GROUPS = {
-    "by_material": "By material",
-    "by_size": "By size",
-    "by_objects": "By number of objects",
-    "by_visibility": "By visibility",
-}
+GROUPS = {"by_objects": "By number of objects"}  # others are called after their key
 
 
 @dataclass(frozen=True)
@@ -63,9 +59,9 @@ def number(value: Any, digits: int = 3) -> Cell:
     return Cell(f"{value:.{digits}f}".replace("-", "−") if isinstance(value, float) else f"{value}", float(value))
 
 
-def scored(values: Mapping[str, Any], key: str, confidence: Mapping[str, Any] | None) -> Cell:
+def scored(values: Values, key: str, confidence: Intervals) -> Cell:
     """A score with its confidence interval, where there is one."""
-    interval = (confidence or {}).get(key)
+    interval = confidence.get(key)
     detail = f"{interval[0]:.3f}–{interval[1]:.3f}".replace("-", "−") if interval else ""
     return replace(number(values.get(key)), detail=detail)
 
@@ -90,27 +86,26 @@ def description(run: RunData) -> str:
 
 def summary(runs: Sequence[RunData]) -> Table:
     """Every run, its ceiling and its floors."""
-    films = any(found["frames"] > found["videos"] for run in runs if (found := run.evaluation))
-    of_videos = {"fg_ari_video": "FG-ARI video", "mbo_video": "mBO video"} if films else {}  # not of single images
-    columns = (*SCORES.values(), *of_videos.values(), "Effective slots", "Mask similarity")
-    keys = (*SCORES, *of_videos)
+    films = any(run.evaluation.films for run in runs if run.evaluation)
+    shown_scores = shown("summary") | (shown_of_videos("summary") if films else {})  # not of single images
+    columns = (*shown_scores.values(), "Effective slots", "Mask similarity")
     rows = []
     for n, run in enumerate(runs):
-        found = run.evaluation or {}
-        cells = [scored(found, key, found.get("confidence")) for key in keys]
+        values, sure = (run.evaluation.values, run.evaluation.groups.confidence.total) if run.evaluation else ({}, {})
+        cells = [scored(values, key, sure) for key in shown_scores]
         cells += [number(diagnostic(run, "effective_slots"), 1), number(diagnostic(run, "mask_similarity"))]
         rows.append(Row(run.name, tuple(cells), colour=n, note=f"{description(run)} · {state(run)}"))
-    rows = mark_best(rows, len(keys))
+    rows = mark_best(rows, shown_scores)
     rows += [Row(label, cells_of(values, len(columns)), "reference") for label, values in references(runs)]
-    level = [r.evaluation["confidence"]["level"] for r in runs if r.evaluation and r.evaluation.get("confidence")]
+    levels = [run.evaluation.groups.confidence.level for run in runs if run.evaluation]
     note = (
         f"Means over frames, of the {published_masks(runs)} masks at the resolution of the ground truth"
         + ("; “video”: slots must keep their objects through a video." if films else ".")
         if any(run.evaluation for run in runs)
         else "Without ground-truth masks there is nothing to score against; diagnostics need none."
     )
-    if level:
-        note += f" Small: {level[0]:.0%} intervals, by a bootstrap over videos."
+    if levels:
+        note += f" Small: {levels[0]:.0%} intervals, by a bootstrap over videos."
     return Table("summary", "Scores", columns, tuple(rows), "run", note)
 
 
@@ -123,19 +118,19 @@ def published_masks(runs: Sequence[RunData]) -> str:
 def diagnostic(run: RunData, key: str) -> float | None:
     """Of the evaluation, or of the frames followed where there is no ground truth."""
     if run.evaluation is not None:
-        return run.evaluation.get(key)
+        return run.evaluation.diagnostics.get(key)
     values = [float(v) for item in run.traces.values() for v in item.values[key] if v == v]
     return sum(values) / len(values) if values else None
 
 
-def references(runs: Sequence[RunData]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def references(runs: Sequence[RunData]) -> Iterator[tuple[str, Values]]:
     """Ceiling and floors of the runs, equal ones once."""
     seen: set[str] = set()
     for run in runs:
         if run.evaluation is None:
             continue
         for label, values in references_of(run):
-            text = label + json.dumps(values, sort_keys=True)
+            text = label + json.dumps(dict(values), sort_keys=True)
             if text not in seen:
                 seen.add(text)
                 several = any(label == other for r in runs if r is not run and r.evaluation
@@ -143,58 +138,52 @@ def references(runs: Sequence[RunData]) -> Iterator[tuple[str, Mapping[str, Any]
                 yield (f"{label} ({run.name})" if several else label), values
 
 
-def references_of(run: RunData) -> list[tuple[str, Mapping[str, Any]]]:
+def references_of(run: RunData) -> list[tuple[str, Values]]:
     """Of one run: name and scores."""
     assert run.evaluation is not None
-    floors = [
-        (FLOORS.get(name, f"floor: {name.replace('_', ' ')}"), values)
-        for name, values in (run.evaluation.get("floor") or {}).items()
-    ]
-    ceiling = run.evaluation.get("reference")
-    return ([("ceiling of the mask grid", ceiling)] if ceiling else []) + floors
+    found = run.evaluation.references
+    floors = [(FLOORS.get(name, f"floor: {name.replace('_', ' ')}"), values) for name, values in found.floors.items()]
+    return ([("ceiling of the mask grid", found.ceiling)] if found.ceiling else []) + floors
 
 
-def cells_of(values: Mapping[str, Any], width: int) -> tuple[Cell, ...]:
+def cells_of(values: Values, width: int) -> tuple[Cell, ...]:
     """Scores of a reference, padded to a table's width."""
-    cells = [number(values.get(key)) for key in SCORES]
+    cells = [number(values.get(key)) for key in shown("summary")]
     return tuple(cells + [Cell("")] * (width - len(cells)))
 
 
-def mark_best(rows: Sequence[Row], columns: int) -> list[Row]:
-    """The largest value of each of the first ``columns`` columns, where several rows have one."""
+def mark_best(rows: Sequence[Row], keys: Iterable[str]) -> list[Row]:
+    """The best value of each of the first columns, which hold the scores ``keys``, where several rows have one."""
     marked = [list(row.cells) for row in rows]
-    for column in range(columns):
+    for column, key in enumerate(keys):
+        score = score_of(key)
         values = [cells[column].value for cells in marked]
         known = [v for v in values if v is not None]
-        if len(known) > 1 and max(known) > min(known):
+        if score is not None and len(known) > 1 and max(known) > min(known):
+            best = max(known, key=score.order)
             for cells in marked:
-                cells[column] = replace(cells[column], best=cells[column].value == max(known))
+                cells[column] = replace(cells[column], best=cells[column].value == best)
     return [replace(row, cells=tuple(cells)) for row, cells in zip(rows, marked, strict=True)]
 
 
 def groups(runs: Sequence[RunData]) -> list[Table]:
-    """The scores of parts of the objects or frames: whatever ``by_...`` the evaluation has, videos apart."""
-    keys: list[str] = []
-    for run in runs:
-        keys += [k for k, v in (run.evaluation or {}).items() if k.startswith("by_") and k not in keys and v]
+    """The scores of parts of the objects or frames, a table a kind of part."""
+    found = [(n, run.evaluation.groups) for n, run in enumerate(runs) if run.evaluation]
+    columns = shown("parts")
     tables = []
-    for key in keys:
-        if key == "by_video":
-            continue
+    for key in dict.fromkeys(key for _, of in found for key, parts in of.summaries.items() if parts):
         rows = []
-        names = list(dict.fromkeys(n for r in runs for n in (r.evaluation or {}).get(key) or {}))
-        for name in names:
+        for name in dict.fromkeys(name for _, of in found for name in of.summaries.get(key, {})):
             part = []
-            for n, run in enumerate(runs):
-                values = ((run.evaluation or {}).get(key) or {}).get(name)
-                if isinstance(values, Mapping):
-                    sure = (((run.evaluation or {}).get("confidence") or {}).get(key) or {}).get(name)
-                    cells = (*(scored(values, s, sure) for s in PART_SCORES), number(values.get("frames")))
+            for n, of in found:
+                if (summary := of.summaries.get(key, {}).get(name)) is not None:
+                    sure = of.confidence.groups.get(key, {}).get(name, {})
+                    cells = (*(scored(summary.values, score, sure) for score in columns), number(summary.frames))
                     part.append(run_row(name, runs, n, cells))
-            rows += mark_best(part, 3)
+            rows += mark_best(part, columns)
         title = GROUPS.get(key, key.replace("_", " ").capitalize())
-        columns = (*(SCORES[s] for s in PART_SCORES), "frames")
-        tables.append(Table(key, title, columns, tuple(rows), "in sight" if key == "by_objects" else "objects"))
+        label = "in sight" if key == "by_objects" else "objects"
+        tables.append(Table(key, title, (*columns.values(), "frames"), tuple(rows), label))
     return tables
 
 
@@ -207,15 +196,14 @@ def run_row(label: str, runs: Sequence[RunData], position: int, cells: tuple[Cel
 
 def masks_of(runs: Sequence[RunData]) -> Table | None:
     """Decoder's masks and slot attention's side by side, where they differ."""
-    rows = []
+    rows, columns = [], shown("summary")
     for n, run in enumerate(runs):
-        found = run.evaluation or {}
-        if found and any(found["decoder"][key] != found["attention"][key] for key in SCORES):
-            for label in ("decoder", "attention"):
-                cells = tuple(number(found[label][key]) for key in SCORES)
-                rows.append(run_row(label, runs, n, cells))
+        masks = run.evaluation.masks if run.evaluation else {}
+        values = {label: tuple(of.values.get(key) for key in columns) for label, of in masks.items()}
+        if len(set(values.values())) > 1:
+            rows += [run_row(label, runs, n, tuple(map(number, of))) for label, of in values.items()]
     note = "The same slots, by how they were formed (attention) and by how they are decoded."
-    return Table("masks", "Two kinds of masks", tuple(SCORES.values()), tuple(rows), "masks", note) if rows else None
+    return Table("masks", "Two kinds of masks", tuple(columns.values()), tuple(rows), "masks", note) if rows else None
 
 
 def paired_runs(runs: Sequence[RunData]) -> Table | None:
@@ -228,7 +216,7 @@ def paired_runs(runs: Sequence[RunData]) -> Table | None:
             found = paired(run.evaluation, first.evaluation)["scores"]
         except IncompatibleError:
             continue  # other videos: nothing to pair
-        for key in ("fg_ari", "mbo"):
+        for key, title in shown("headline").items():
             if key in found:
                 item = found[key]
                 low, high = item["low"], item["high"]
@@ -238,7 +226,7 @@ def paired_runs(runs: Sequence[RunData]) -> Table | None:
                     Cell(f"{item['p']:.3f}" if item["p"] >= 0.001 else "< 0.001", item["p"]),
                     Cell(f"{item['ahead']} of {item['videos']}", item["ahead"]),
                 )
-                rows.append(Row(f"{SCORES[key]} · {run.name}", cells, colour=n))
+                rows.append(Row(f"{title} · {run.name}", cells, colour=n))
     note = (
         f"Means over videos of the difference from {first.name}, with 95% bootstrap intervals over videos; p of "
         "Wilcoxon’s signed-rank test, two-sided. The sample are the videos: what another seed would give is not in it."
@@ -253,17 +241,16 @@ def signed(value: float) -> str:
 
 
 def videos(runs: Sequence[RunData]) -> Table | None:
-    """FG-ARI and mBO of every video."""
-    scored_runs = [(n, run) for n, run in enumerate(runs) if run.evaluation and run.evaluation.get("by_video")]
-    if not scored_runs:
+    """The scores of every video."""
+    found = [(run.name, run.evaluation.by_video) for run in runs if run.evaluation and run.evaluation.by_video]
+    if not found:
         return None
-    ids = list(dict.fromkeys(i for _, run in scored_runs for i in run.evaluation["by_video"]))  # type: ignore[index]
-    columns = tuple(f"{SCORES[key]} {run.name}" if len(scored_runs) > 1 else SCORES[key]
-                    for _, run in scored_runs for key in ("fg_ari", "mbo"))  # fmt: skip
-    rows = []
-    for name in sorted(ids):
-        values = [run.evaluation["by_video"].get(name, {}) for _, run in scored_runs]  # type: ignore[index]
-        rows.append(Row(name, tuple(number(v.get(key)) for v in values for key in ("fg_ari", "mbo"))))
+    scores = shown("headline")
+    columns = tuple(f"{title} {run}" if len(found) > 1 else title for run, _ in found for title in scores.values())
+    rows = [
+        Row(name, tuple(number(of.get(name, {}).get(key)) for _, of in found for key in scores))
+        for name in sorted({name for _, of in found for name in of})
+    ]
     return Table("videos", "Every video", columns, tuple(rows), "video")
 
 
@@ -297,12 +284,12 @@ def configuration(runs: Sequence[RunData]) -> Table:
     keys = list(dict.fromkeys(key for flat in flats for key in flat))
     rows = []
     for key in keys:
-        texts = [shown(flat[key]) if key in flat else "" for flat in flats]
+        texts = [as_toml(flat[key]) if key in flat else "" for flat in flats]
         rows.append(Row(key, tuple(Cell(t) for t in texts), "differs" if len(set(texts)) > 1 else "run"))
     rows.sort(key=lambda row: row.kind != "differs")
     return Table("config", "Configuration", tuple(r.name for r in runs), tuple(rows), "key", numeric=False)
 
 
-def shown(value: Any) -> str:
+def as_toml(value: Any) -> str:
     """A configuration's value as TOML has it."""
     return "–" if value is None else json.dumps(value) if isinstance(value, list | bool) else str(value)

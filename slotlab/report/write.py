@@ -89,7 +89,7 @@ def summary_of(run: RunData) -> dict[str, Any]:
         "finished": run.finished,
         "seed": run.config.seed,
         "warnings": list(run.warnings),
-        "evaluation": run.evaluation,
+        "evaluation": run.evaluation and run.evaluation.as_dict(),
         "by_frame": {
             name: {
                 "mean": [None if value != value else value for value in curve.mean.tolist()],

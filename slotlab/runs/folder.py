@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from featcache.errors import DataError, IncompatibleError, UsageError, compare_settings
+from featcache.store.durable import write_durably
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import SCHEMA, StoreSpec, flatten
 from featcache.stream.stream import VIDEO
@@ -139,22 +140,46 @@ def check_store(run: Path, store: FeatureStore) -> None:
         )
 
 
-def keep_result(run: Path, store: FeatureStore, result: Mapping[str, Any], name: str = "eval") -> list[str]:
-    """Leave a result as ``NAME-SPLIT.json`` in the run's folder, where reports and tables look for it.
+def result_path(run: Path, split: str, name: str = "eval") -> Path:
+    """Where a run folder keeps what was found on a split; ``name`` is ``eval`` or ``robustness``."""
+    return run / f"{name}-{split}.json"
 
-    One from another store is not left if the run's own is there. Returns a warning where the folder cannot be written.
+
+def write_result(run: Path, result: Mapping[str, Any], name: str = "eval") -> None:
+    """Write a result, which names its ``split``, whole or not at all. ``DataError`` where that cannot be."""
+    write_durably(result_path(run, result["split"], name), json.dumps(result, indent=1).encode())
+
+
+def read_result(run: Path, split: str, name: str = "eval") -> dict[str, Any] | None:
+    """A result that was kept; None where there is none. ``DataError`` if it is damaged."""
+    path = result_path(run, split, name)
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise TypeError("not an object")
+        return found
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path}: damaged ({error}); delete it and run the same command again") from error
+
+
+def keep_result(run: Path, store: FeatureStore, result: Mapping[str, Any], name: str = "eval") -> list[str]:
+    """:func:`write_result`, where reports and tables look for it; gives a warning where the folder cannot be written.
+
+    A result on another store than the run's own is not kept, if its own is there.
     """
     try:
         own = store_path(run).resolve() == store.path.resolve()
     except DataError:
         own = True  # this store stands for the one that is gone
-    path = run / f"{name}-{result['split']}.json"
     try:
         if own:
-            path.write_text(json.dumps(result, indent=1))
-    except OSError as error:
-        return [f"{path}: cannot be written ({error.strerror}), so the result is not kept"]
-    return []
+            write_result(run, result, name)
+        return []
+    except DataError as error:  # the result itself is sound
+        reason = getattr(error.__cause__, "strerror", error)
+        return [f"{result_path(run, result['split'], name)}: cannot be written ({reason}), so the result is not kept"]
 
 
 def keep_rows(path: Path, step: int) -> float:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from slotlab.scoring.metrics import matched_slots
+from slotlab.scoring.scores import mean
 from slotlab.scoring.tables import contingency
 
 TOLERANCE = 0.008  # of the frame's diagonal
@@ -130,7 +131,7 @@ class BoundaryScores:
 
     def mean_f(self) -> float | None:
         """Mean over each frame's objects, then over frames."""
-        return _mean(torch.cat(self._f).nanmean(-1))
+        return mean(torch.cat(self._f).nanmean(-1))
 
     def summary(self) -> dict[str, Any]:
         """Scores of all objects and by area; None where there is nothing to score.
@@ -150,18 +151,13 @@ class BoundaryScores:
                     classes[name] = {
                         "area_px": [int(areas[chosen].min()), int(areas[chosen].max())],
                         "objects": int(chosen.sum()),
-                        "boundary_f": _mean(f[chosen]),
-                        "bleeding": _mean(bleeds[chosen]),
+                        "boundary_f": mean(f[chosen]),
+                        "bleeding": mean(bleeds[chosen]),
                     }
         return {
             "boundary_f": self.mean_f(),
-            "bleeding": _mean(bleeds),
+            "bleeding": mean(bleeds),
             "objects": int(visible.sum()),
             "without_slot": int((visible & bleeds.isnan()).sum()),
             "by_area": classes,
         }
-
-
-def _mean(values: Tensor) -> float | None:
-    mean = float(values.nanmean())
-    return None if math.isnan(mean) else mean

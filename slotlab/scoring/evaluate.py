@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from slotlab.models.base import on_grid
 from slotlab.runs import checkpoint
 from slotlab.runs.loaded import LoadedRun
 from slotlab.scoring.collapse import Diagnostics, warnings
+from slotlab.scoring.evaluation import Evaluation
 from slotlab.scoring.groups import subgroup_scores
 from slotlab.scoring.references import References, references
 from slotlab.scoring.scores import Scores
@@ -35,37 +35,35 @@ def scoring_code() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
-def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References | None = None) -> dict[str, Any]:
-    """Scores of every frame and video of a split; JSON-able.
+def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References | None = None) -> Evaluation:
+    """Scores of every frame and video of a split.
 
     ``known`` are the :func:`references` of an earlier run on the same tap and split with as many slots, which
     take longer than the scores. ``DataError`` when the split has no masks. Scores and diagnostics are those of the
-    masks that the run publishes; ``decoder`` and ``attention`` hold the scores of both kinds.
+    masks that the run publishes, beside them the scores of both kinds.
     """
     split = split_to_score(loaded, split_name)
     labels, step = count_labels(split), checkpoint.state(loaded.path)["step"]
     scores, found = score_masks(loaded, split, split.videos, labels)
-    reference, floor = known or references(split, loaded)
     published, means = scores[loaded.config.published_masks], found.means()
-    return {
-        "run": str(loaded.path),
-        "cache": str(loaded.store.path),
-        "split": split.name,
-        "tap": loaded.tap,
-        "step": step,
-        "code": scoring_code(),
-        "resolution": list(split.spec.frame_size),
-        "published_masks": loaded.config.published_masks,
-        **published.summary(),
-        **{name: of.summary() for name, of in scores.items()},
-        "reference": reference,
-        "floor": floor,
-        **means,
-        "diagnostics_by_frame": found.at_each_frame(),
-        "largest_activation_by_slot": found.largest_by_slot(),
-        "warnings": [*loaded.differs, *_unfinished(step, loaded.config), *warnings(means, loaded.config)],
-        **subgroup_scores(published, split, labels),
-    }
+    return Evaluation(
+        run=str(loaded.path),
+        cache=str(loaded.store.path),
+        split=split.name,
+        tap=loaded.tap,
+        step=step,
+        code=scoring_code(),
+        resolution=split.spec.frame_size,
+        published_masks=loaded.config.published_masks,
+        summary=published.summary(),
+        masks={name: of.summary() for name, of in scores.items()},
+        references=known or references(split, loaded),
+        diagnostics=means,
+        diagnostics_by_frame=found.at_each_frame(),
+        largest_activation_by_slot=found.largest_by_slot(),
+        warnings=[*loaded.differs, *_unfinished(step, loaded.config), *warnings(means, loaded.config)],
+        groups=subgroup_scores(published, split, labels),
+    )
 
 
 def split_to_score(loaded: LoadedRun, name: str | None) -> Split:
@@ -94,7 +92,7 @@ def score_masks(
         output = loaded.output(loaded.inputs.read(split, video), video)
         for name, of in scores.items():
             tables = mask_tables(on_grid(output.showing(name).masks, loaded.model.grid).cpu(), truth, labels)
-            of.add(tables, torch.full((len(truth),), video))
+            of.add_video(tables, video)
         found.add(output.showing(loaded.config.published_masks))
     return scores, found
 
@@ -102,9 +100,3 @@ def score_masks(
 def _unfinished(step: int, config: Config) -> list[str]:
     steps = config.optim.steps
     return [f"the run is not finished: its checkpoint is of step {step} of {steps}"] if step < steps else []
-
-
-def beats_floor(result: Mapping[str, Any]) -> bool:
-    """Whether a run is above clustering without training, in both headline scores."""
-    floors = result["floor"].values()
-    return all(result[key] > max(floor[key] for floor in floors) for key in ("fg_ari", "mbo"))

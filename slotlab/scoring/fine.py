@@ -16,14 +16,17 @@ from slotlab.models.base import on_grid
 from slotlab.models.randomness import Draws
 from slotlab.runs.loaded import LoadedRun
 from slotlab.scoring.boundaries import BoundaryScores
-from slotlab.scoring.metrics import adjusted_rand_index, object_iou
+from slotlab.scoring.metrics import adjusted_rand_index, object_iou, shown
 from slotlab.scoring.references import grid_masks
 from slotlab.scoring.scores import Scores, mean
 from slotlab.scoring.tables import contingency, count_labels
 
 
 class BinarisedScores:
-    """Collects frames under one binarisation. Pixels of none are no slot's, and in FG-ARI one group of their own."""
+    """Collects frames under one binarisation, which may give pixels to no slot.
+
+    Only two scores have a meaning then: in FG-ARI such pixels are one group more, in mBO no object's best slot.
+    """
 
     def __init__(self) -> None:
         self._tables: list[Tensor] = []  # (B, n_true, K + 1) each
@@ -44,7 +47,7 @@ class BinarisedScores:
         }
 
 
-GAINS = ("fg_ari", "mbo", "miou", "boundary_f")
+GAINS = {**shown("comparison"), "boundary_f": "boundary F"}  # key -> title of what refinement changes
 
 
 def outline_scores(
@@ -88,8 +91,8 @@ def outline_scores(
         "boundaries": {"tolerance_px": plain.tolerance, **plain.summary(), "reference": reference.summary()}
     }
     if method:
-        before = plain_scores.summary() | {"boundary_f": plain.mean_f()}
-        after = refined_scores.summary() | {"boundary_f": refined.mean_f()}
+        before = {**plain_scores.summary().values, "boundary_f": plain.mean_f()}
+        after = {**refined_scores.summary().values, "boundary_f": refined.mean_f()}
         result["refined"] = {
             "method": method,
             **{key: after[key] for key in GAINS},

@@ -18,7 +18,7 @@ SEED = 0
 
 _DRAWS_AT_ONCE = 2**24  # counts, in float64
 
-Values = npt.NDArray[np.float64]
+Float = npt.NDArray[np.float64]
 
 Interval = list[float]  # low, high
 
@@ -51,12 +51,12 @@ class Bootstrap:
             found[name] = self._interval(means[:, index]) if enough else None
         return found
 
-    def of_mean(self, values: Values) -> Interval | None:
+    def of_mean(self, values: Float) -> Interval | None:
         """Interval of the mean of one value a video, (V,) without NaN."""
         column = torch.from_numpy(values)
         return self.intervals({"mean": column}, torch.arange(len(column)))["mean"]
 
-    def _means(self, sums: Values, counts: Values) -> Values:
+    def _means(self, sums: Float, counts: Float) -> Float:
         """Mean over all frames of each resample: (V, scores) twice -> (resamples, scores)."""
         rng, videos = np.random.default_rng(self.seed), len(sums)
         parts = []
@@ -68,6 +68,6 @@ class Bootstrap:
                 parts.append(times @ sums / (times @ counts))
         return np.concatenate(parts)
 
-    def _interval(self, means: Values) -> Interval:
+    def _interval(self, means: Float) -> Interval:
         tail = (1 - self.level) / 2
         return [float(bound) for bound in np.nanquantile(means, [tail, 1 - tail])]

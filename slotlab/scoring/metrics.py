@@ -1,4 +1,4 @@
-"""Segmentation scores of contingency tables.
+"""Segmentation scores of contingency tables, and the list of those that every table and page shows: ``SCORES``.
 
 A video's table is the sum of its frames' tables, so frames and whole videos share one path. All functions work
 on a batch, on any device; counts are int64 and scores float64. NaN means "not defined here": the frame was
@@ -6,9 +6,14 @@ skipped, and means over a split leave it out."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+
+MATCHED_IOU = 0.1  # below it a slot only grazes the object that the matching gave it
 
 
 def adjusted_rand_index(table: Tensor, foreground: bool, objects: Tensor | None = None) -> Tensor:
@@ -44,6 +49,29 @@ def adjusted_rand_index(table: Tensor, foreground: bool, objects: Tensor | None 
     return torch.where(total > 0, score, torch.nan)
 
 
+def foreground_ari(table: Tensor, objects: Tensor | None = None) -> Tensor:
+    """FG-ARI, (B,) float64: :func:`adjusted_rand_index` without the background's pixels.
+
+    ``objects`` (B, n_true - 1) bool keeps the pixels of some objects only; then NaN where fewer than two of them are
+    visible, as for one object it is 1 or 0 by a single stray pixel.
+    """
+    score = adjusted_rand_index(table, foreground=True, objects=objects)
+    return score if objects is None else torch.where(visible(table, objects) > 1, score, torch.nan)
+
+
+def whole_ari(table: Tensor, objects: Tensor | None = None) -> Tensor:
+    """ARI of all pixels, the background's among them, (B,) float64. Not defined for some objects only."""
+    if objects is not None:
+        raise ValueError("the ARI of all pixels has no part for some objects; take FG-ARI")
+    return adjusted_rand_index(table, foreground=False)
+
+
+def visible(table: Tensor, objects: Tensor | None = None) -> Tensor:
+    """How many objects, or how many of some, have a pixel: table (B, n_true, K) to (B,) int64."""
+    seen = table[:, 1:].sum(-1) > 0
+    return (seen if objects is None else seen & objects).sum(-1)
+
+
 def object_iou(table: Tensor) -> Tensor:
     """Intersection over union of each object with each slot, (B, n_true - 1, n_pred) float64.
 
@@ -71,17 +99,17 @@ def mean_best_overlap(table: Tensor, objects: Tensor | None = None) -> Tensor:
     return _mean_over_objects(best_overlap(table), objects)
 
 
-def matched_slots(table: Tensor) -> Tensor:
+def matched_slots(table: Tensor, above: float = 0.0) -> Tensor:
     """The slot of each object, (B, n_true - 1) int64; -1 for an absent object and for one without a slot.
 
-    Objects and slots are matched one to one for the largest total IoU (Hungarian algorithm); a slot that does not
-    touch its object is none.
+    Objects and slots are matched one to one for the largest total IoU (Hungarian algorithm); a slot whose IoU with its
+    object is not ``above`` this one is none.
     """
     matched = table.new_full((len(table), table.shape[1] - 1), -1, dtype=torch.int64, device="cpu")
     for frame, overlaps in enumerate(object_iou(table).nan_to_num(0.0).cpu().numpy()):
         # Rows of absent objects are all 0, so they take no slot that a present one could use.
         rows, columns = linear_sum_assignment(overlaps, maximize=True)
-        touching = overlaps[rows, columns] > 0
+        touching = overlaps[rows, columns] > above
         matched[frame, rows[touching]] = torch.from_numpy(columns[touching])
     return matched.to(table.device)
 
@@ -109,3 +137,69 @@ def _mean_over_objects(values: Tensor, objects: Tensor | None) -> Tensor:
     if objects is not None:
         values = torch.where(objects, values, torch.nan)
     return values.nanmean(-1)
+
+
+# -- the scores that are shown -----------------------------------------------------------------------------
+
+# summary: tables of whole runs. parts: tables of some objects or frames, and so taken of some objects, too.
+# comparison: tables of experiments, and of refined masks beside plain ones. headline: where there is room for few:
+# ladders, gallery, curves over the frames, looks while training, colour changes, tests between runs.
+Place = Literal["summary", "parts", "comparison", "headline"]
+EVERYWHERE: tuple[Place, ...] = ("summary", "parts", "comparison", "headline")
+
+
+class OfTables(Protocol):
+    """A score: tables (B, n_true, K) int64, and which objects count (B, n_true - 1) bool, to (B,) float64."""
+
+    def __call__(self, table: Tensor, objects: Tensor | None = None, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric. An evaluation holds it for every frame, video and group; the places say where people see it."""
+
+    key: str  # in JSON; with _video behind it, of whole videos
+    title: str
+    of_tables: OfTables
+    frames: tuple[Place, ...]  # that show its mean over frames
+    videos: tuple[Place, ...] = ()  # that show its mean over whole videos
+    higher_is_better: bool = True
+
+    def order(self, value: float) -> float:
+        """What grows with how good a value is."""
+        return value if self.higher_is_better else -value
+
+
+SCORES: tuple[Score, ...] = (
+    Score("fg_ari", "FG-ARI", foreground_ari, EVERYWHERE, ("summary", "comparison", "headline")),
+    Score("mbo", "mBO", mean_best_overlap, EVERYWHERE, ("summary",)),
+    Score("miou", "mIoU", mean_iou, ("summary", "parts", "comparison")),
+    Score("ari", "ARI", whole_ari, ("summary",)),
+)
+
+
+def scores_in(place: Place) -> tuple[Score, ...]:
+    """The scores whose means over frames a place shows."""
+    return tuple(score for score in SCORES if place in score.frames)
+
+
+def shown(place: Place) -> dict[str, str]:
+    """Key -> title of these."""
+    return {score.key: score.title for score in scores_in(place)}
+
+
+def shown_of_videos(place: Place) -> dict[str, str]:
+    """Key -> title of the scores whose means over whole videos a place shows, beside those over frames."""
+    return {f"{score.key}_video": f"{score.title} video" for score in SCORES if place in score.videos}
+
+
+def score_of(name: str) -> Score | None:
+    """The score that a name in JSON is of: ``fg_ari``, ``fg_ari_video``, ``fg_ari_metal``."""
+    known = [score for score in SCORES if name == score.key or name.startswith(f"{score.key}_")]
+    return max(known, key=lambda score: len(score.key), default=None)
+
+
+def title_of(name: str) -> str:
+    """The title of such a name: ``FG-ARI``, ``FG-ARI video``, ``FG-ARI metal``."""
+    score = score_of(name)
+    return name.replace("_", " ") if score is None else f"{score.title} {name[len(score.key) + 1 :]}".strip()

@@ -19,6 +19,7 @@ from torch import Tensor
 from slotlab.models.base import Output
 from slotlab.scoring import metrics
 from slotlab.scoring.collapse import by_frame
+from slotlab.scoring.metrics import scores_in
 from slotlab.scoring.tables import mask_tables
 
 MATCHED_IOU = 0.1  # below it a slot only grazes the object that the matching gave it
@@ -37,8 +38,7 @@ class Quantity:
 
 # Those that need ground truth come first.
 SCORED = (
-    Quantity("fg_ari", "FG-ARI", "of each frame alone"),
-    Quantity("mbo", "mBO", "of each frame alone"),
+    *(Quantity(score.key, score.title, "of each frame alone") for score in scores_in("headline")),
     Quantity("switches", "Identity switches", "share of objects whose slot is not the one of the frame before"),
 )
 UNSCORED = (
@@ -90,8 +90,7 @@ def trace(output: Output, grid: tuple[int, int], truth: Tensor | None = None, n_
     if truth is not None:
         tables = mask_tables(masks.reshape(frames, slots, *grid), truth, n_true)
         matches = match_slots(tables)
-        values["fg_ari"] = metrics.adjusted_rand_index(tables, foreground=True).numpy()
-        values["mbo"] = metrics.mean_best_overlap(tables).numpy()
+        values |= {score.key: score.of_tables(tables).numpy() for score in scores_in("headline")}
         values["switches"] = identity_switches(matches, n_true - 1)
     return VideoTrace(values, matches, tables)
 

@@ -5,7 +5,9 @@ Both give contingency tables through :func:`slotlab.scoring.tables.mask_tables`,
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +19,33 @@ from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 from slotlab.runs.loaded import LoadedRun
 from slotlab.scoring.collapse import effective_slots, kept_slots
-from slotlab.scoring.scores import Scores
+from slotlab.scoring.metrics import SCORES
+from slotlab.scoring.scores import Scores, Values, in_order
 from slotlab.scoring.tables import count_labels, mask_tables
 
-References = tuple[dict[str, Any], dict[str, Any]]  # the grid's ceiling, and k-means' floor
+FLOORS = {"kmeans_raw": "floor: k-means, raw tokens", "kmeans_whitened": "floor: k-means, whitened tokens"}
+
+
+@dataclass(frozen=True)
+class References:
+    """What scores lie between."""
+
+    ceiling: Values  # of the ground truth brought to the grid
+    kept_slots: float | None  # of the same; None: made by a version that did not tell
+    floors: Mapping[str, Values]  # of k-means, by what it clusters; over frames alone, as it does not track
+
+    def as_dict(self) -> dict[str, Any]:
+        kept = {} if self.kept_slots is None else {"kept_slots": self.kept_slots}
+        floors = {name: dict(values) for name, values in self.floors.items()}
+        return {"reference": dict(self.ceiling) | kept, "floor": floors}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """Of :meth:`as_dict`, by this version or one before."""
+        ceiling, floors = raw.get("reference", {}), raw.get("floor", {})
+        return cls(
+            in_order(ceiling), ceiling.get("kept_slots"), {name: in_order(values) for name, values in floors.items()}
+        )
 
 
 def references(split: Split, loaded: LoadedRun) -> References:
@@ -34,16 +59,15 @@ def references(split: Split, loaded: LoadedRun) -> References:
     for video in split.videos:
         truth = torch.from_numpy(split.segmentations(video))
         tokens = loaded.inputs.tokens(split, video)
-        ids = torch.full((len(truth),), video)
-        ceiling.add(grid_reference(truth, grid, labels), ids)
+        ceiling.add_video(grid_reference(truth, grid, labels), video)
         effective.append(effective_slots(grid_masks(truth, grid, labels)))
-        raw.add(kmeans_floor(tokens, grid, clusters, truth, labels, seed=video), ids)
-        whitened.add(kmeans_floor(whiten(tokens), grid, clusters, truth, labels, seed=video), ids)
-    keys = ("fg_ari", "ari", "mbo", "miou")
-    found = [{key: item.summary()[key] for key in keys} for item in (ceiling, raw, whitened)]
-    tracked = {f"{key}_video": ceiling.summary()[f"{key}_video"] for key in keys}  # k-means does not track
-    return found[0] | tracked | {"kept_slots": kept_slots(effective)}, dict(
-        zip(("kmeans_raw", "kmeans_whitened"), found[1:], strict=True)
+        raw.add_video(kmeans_floor(tokens, grid, clusters, truth, labels, seed=video), video)
+        whitened.add_video(kmeans_floor(whiten(tokens), grid, clusters, truth, labels, seed=video), video)
+    floors = {"kmeans_raw": raw, "kmeans_whitened": whitened}
+    return References(
+        ceiling.summary().values,
+        kept_slots(effective),
+        {name: {score.key: scores.summary().values[score.key] for score in SCORES} for name, scores in floors.items()},
     )
 
 

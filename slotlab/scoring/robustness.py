@@ -35,10 +35,10 @@ from featcache.stream.stream import VIDEO
 from slotlab.masks.labels import masks_to_labels
 from slotlab.models.base import Output, on_grid
 from slotlab.runs.loaded import LoadedRun
-from slotlab.scoring import metrics
 from slotlab.scoring.collapse import live_slots, slot_similarity
 from slotlab.scoring.colour_changes import IDENTITY, transformations
 from slotlab.scoring.intervals import LEVEL, Bootstrap
+from slotlab.scoring.metrics import scores_in
 from slotlab.scoring.tables import contingency, count_labels
 
 MAX_VIDEOS = 8
@@ -134,8 +134,7 @@ class View:
         found = {"slot_diversity": float(1 - alike.mean())}
         if truth is not None:
             tables = contingency(self.labels, truth.flatten(1), self.masks.shape[1], n_true)
-            found["fg_ari"] = float(metrics.adjusted_rand_index(tables, foreground=True).nanmean())
-            found["mbo"] = float(metrics.mean_best_overlap(tables).nanmean())
+            found |= {score.key: float(score.of_tables(tables).nanmean()) for score in scores_in("headline")}
         return found
 
 

@@ -3,12 +3,49 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from slotlab.scoring.metrics import adjusted_rand_index, mean_best_overlap, mean_iou
+from slotlab.scoring.metrics import SCORES, scores_in, visible
+
+Values = Mapping[str, float | None]  # by a score's key, with _video behind it for whole videos; None: not defined
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Means over a split, or over some of its objects or frames."""
+
+    frames: int
+    videos: int
+    values: Values
+    skipped_frames: int | None = None  # of a split: those without a visible object, which ARI alone takes
+    frames_ari: int | None = None  # of some objects: those that show two of them or more, which FG-ARI takes
+
+    def as_dict(self) -> dict[str, Any]:
+        counts = {name: getattr(self, name) for name in _COUNTS}
+        return {name: count for name, count in counts.items() if count is not None} | dict(self.values)
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """Of :meth:`as_dict`, by this version or one before."""
+        counts = {name: raw.get(name) for name in _COUNTS}
+        return cls(values=in_order(raw), **counts)  # type: ignore[arg-type]  # frames and videos are always there
+
+
+_COUNTS = ("frames", "frames_ari", "videos", "skipped_frames")
+
+
+T = TypeVar("T")
+
+
+def in_order(raw: Mapping[str, T]) -> dict[str, T]:
+    """What a part of an evaluation's JSON holds by the keys of ``SCORES``: over frames first, then of whole videos."""
+    names = [f"{score.key}{suffix}" for suffix in ("", "_video") for score in SCORES]
+    return {name: raw[name] for name in names if name in raw}
 
 
 @dataclass
@@ -30,6 +67,10 @@ class Scores:
         self._tables.append(tables.detach().cpu())
         self._videos.append(videos.detach().cpu().long())
 
+    def add_video(self, tables: Tensor, video: int) -> None:
+        """Tables (T, n_true, n_pred) of frames of one video."""
+        self.add(tables, torch.full((len(tables),), video))
+
     def frame_tables(self) -> tuple[Tensor, Tensor]:
         """All frames' tables (F, n_true, n_pred) and their video ids (F,), in the order they were added."""
         if not self._tables:
@@ -43,9 +84,10 @@ class Scores:
         return tables.new_zeros((len(ids), *tables.shape[1:])).index_add_(0, position, tables), ids
 
     def frame_values(self, objects: Tensor | None = None) -> dict[str, Tensor]:
-        """Scores of each frame by name, (F,) float64; NaN where one is not defined.
+        """Scores of each frame by key, (F,) float64; NaN where one is not defined.
 
-        objects (V, n_true - 1) bool keeps some objects only, as in :meth:`of_objects`, and leaves out ``ari``.
+        objects (V, n_true - 1) bool keeps some objects only, as in :meth:`of_objects`, and leaves out the scores that
+        have no place for parts.
         """
         return _values(*self.frame_tables(), objects)
 
@@ -53,54 +95,42 @@ class Scores:
         """The same of the summed table of each video's frames, (V,), videos in rising order of their ids."""
         return _values(*self.video_tables(), objects)
 
-    def summary(self) -> dict[str, float | int | None]:
-        """Means over the split; None where no frame has a defined score.
+    def summary(self) -> Summary:
+        """Means over the split; None where no frame has a defined score."""
+        (tables, _), (_, ids) = self.frame_tables(), self.video_tables()
+        skipped = int((visible(tables) == 0).sum())
+        return Summary(len(tables), len(ids), self._means(None), skipped_frames=skipped)
 
-        ``skipped_frames`` have no visible object, and no part in any score but ``ari``.
-        """
-        frames, videos = self.frame_values(), self.video_values()
-        return {
-            "frames": len(frames["ari"]),
-            "videos": len(videos["ari"]),
-            "skipped_frames": int(frames["fg_ari"].isnan().sum()),
-            **{name: mean(values) for name, values in frames.items()},
-            **{f"{name}_video": mean(values) for name, values in videos.items()},
-        }
-
-    def of_objects(self, objects: Tensor) -> dict[str, float | int | None]:
+    def of_objects(self, objects: Tensor) -> Summary:
         """Means for some objects only, for example the metal ones; None where nothing was scored.
 
         objects (V, n_true - 1) bool; row v says which objects of the video with id v count, column k being
         ground-truth label k + 1. FG-ARI is taken over their pixels alone, in the ``frames_ari`` frames that
-        show two of them or more: for one object it is 1 or 0 by a single stray pixel. mBO and mIoU are means
-        over the ``frames`` that show any; mIoU's matching stays among all objects. So too for ``videos``.
+        show two of them or more. mBO and mIoU are means over the ``frames`` that show any; mIoU's matching stays among
+        all objects. So too for ``videos``.
         """
+        seen, seen_in_videos = (
+            visible(tables, objects.cpu()[videos]) for tables, videos in (self.frame_tables(), self.video_tables())
+        )
+        return Summary(
+            int((seen > 0).sum()),
+            int((seen_in_videos > 0).sum()),
+            self._means(objects),
+            frames_ari=int((seen > 1).sum()),
+        )
+
+    def _means(self, objects: Tensor | None) -> Values:
         frames, videos = self.frame_values(objects), self.video_values(objects)
-        return {
-            "frames": int((~frames["mbo"].isnan()).sum()),
-            "frames_ari": int((~frames["fg_ari"].isnan()).sum()),
-            "videos": int((~videos["mbo"].isnan()).sum()),
-            **{name: mean(values) for name, values in frames.items()},
-            **{f"{name}_video": mean(values) for name, values in videos.items()},
+        return {key: mean(values) for key, values in frames.items()} | {
+            f"{key}_video": mean(values) for key, values in videos.items()
         }
 
 
 def _values(tables: Tensor, videos: Tensor, objects: Tensor | None) -> dict[str, Tensor]:
     if objects is None:
-        return {
-            "fg_ari": adjusted_rand_index(tables, foreground=True),
-            "ari": adjusted_rand_index(tables, foreground=False),
-            "mbo": mean_best_overlap(tables),
-            "miou": mean_iou(tables),
-        }
+        return {score.key: score.of_tables(tables) for score in SCORES}
     chosen = objects.cpu()[videos]  # (F, n_true - 1)
-    visible = ((tables[:, 1:].sum(-1) > 0) & chosen).sum(-1)  # (F,)
-    fg_ari = adjusted_rand_index(tables, foreground=True, objects=chosen)
-    return {
-        "fg_ari": torch.where(visible > 1, fg_ari, torch.nan),
-        "mbo": mean_best_overlap(tables, chosen),
-        "miou": mean_iou(tables, chosen),
-    }
+    return {score.key: score.of_tables(tables, chosen) for score in scores_in("parts")}
 
 
 def mean(values: Tensor) -> float | None:

@@ -12,6 +12,7 @@ from slotlab.models.base import Model, on_grid
 from slotlab.models.inputs import ModelInput
 from slotlab.models.randomness import Draws
 from slotlab.scoring.collapse import Diagnostics, warnings
+from slotlab.scoring.metrics import shown, shown_of_videos
 from slotlab.scoring.scores import Scores
 from slotlab.scoring.tables import count_labels, mask_tables
 
@@ -41,8 +42,8 @@ def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
     row["eval_diagnostics_by_frame"] = found.at_each_frame()
     row["eval_largest_activation_by_slot"] = found.largest_by_slot()
     if split.spec.masks:
-        summary = scores.summary()
-        row |= {f"eval_{key}": summary[key] for key in ("fg_ari", "mbo", "fg_ari_video")}
+        values = scores.summary().values
+        row |= {f"eval_{key}": values[key] for key in (*shown("headline"), *shown_of_videos("headline"))}
     row["warnings"] = warnings(means, config)
     return row
 

@@ -1,6 +1,6 @@
 "use strict";
 /* The gallery. Soft masks are upsampled bilinearly (align_corners = false) and decided by the largest, the lowest
-   slot winning a tie: what slotlab.metrics.masks_to_labels does, on the same masks. */
+   slot winning a tie: what slotlab.masks.labels does, on the same masks. */
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const view = { mode: "slots", colours: DATA.cards.some((card) => card.truth) ? "object" : "slot", boundaries: false, together: false };
 const cards = [];
@@ -169,7 +169,7 @@ class Card {
 
   describe(run, place, t) {
     const score = this.element.querySelector(`.frame-score[data-run="${place}"]`);
-    const parts = [["FG-ARI", run.by_frame.fg_ari], ["mBO", run.by_frame.mbo]].filter(([, v]) => v && v[t] !== null);
+    const parts = DATA.scores.map(([key, title]) => [title, run.by_frame[key]]).filter(([, v]) => v && v[t] !== null);
     score.value = parts.map(([name, v]) => `${name} ${v[t].toFixed(2)}`).join("  ");
     for (const input of this.element.querySelectorAll(`.chip input[data-run="${place}"]`)) {
       const slot = Number(input.value), chip = input.parentElement;
@@ -204,13 +204,13 @@ class Card {
     return picture;
   }
 
-  /* FG-ARI (or mBO) of every frame, above the slider. */
+  /* The first score of every frame, above the slider. */
   spark() {
-    const svg = this.element.querySelector(".spark"), last = this.frames.length - 1;
+    const svg = this.element.querySelector(".spark"), [[key]] = DATA.scores, last = this.frames.length - 1;
     if (!svg || last < 1) return;
     let marks = '<line x1="0" x2="100" y1="23" y2="23"/>';
     for (const run of this.runs) {
-      const values = run.by_frame.fg_ari ?? [];
+      const values = run.by_frame[key] ?? [];
       let pen = "M", path = "";
       values.forEach((v, t) => {
         if (v === null) { pen = "M"; return; }
@@ -219,7 +219,7 @@ class Card {
       });
       if (path) marks += `<path d="${path}" style="--c:var(--line-${run.run % 7})"/>`;
     }
-    svg.innerHTML = this.runs.some((run) => run.by_frame.fg_ari) ? marks : "";
+    svg.innerHTML = this.runs.some((run) => run.by_frame[key]) ? marks : "";
   }
 }
 

@@ -1,0 +1,73 @@
+"""Whether two runs differ: the same videos, paired."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from scipy.stats import wilcoxon
+
+from featcache.errors import IncompatibleError
+from slotlab.scoring.evaluation import Evaluation
+from slotlab.scoring.intervals import LEVEL, Bootstrap, Float
+from slotlab.scoring.metrics import score_of
+from slotlab.scoring.scores import Values
+
+
+def paired(one: Evaluation, other: Evaluation) -> dict[str, Any]:
+    """Does ``one`` score otherwise than ``other`` on the same videos? Takes two evaluations of one split; JSON-able.
+
+    For each score of ``by_video``: the mean over videos of the difference (one - other), its bootstrap interval,
+    the two-sided p-value of Wilcoxon's signed-rank test (scipy, over the videos' differences), and in how many
+    of the videos where both are defined ``one`` is ahead. The sample are the videos: what another seed would
+    give is not in it. Raises ``IncompatibleError`` when the evaluations are of other videos.
+    """
+    for key, ours, theirs in (
+        ("split", one.split, other.split),
+        ("resolution", one.resolution, other.resolution),
+    ):
+        if ours != theirs:
+            raise IncompatibleError(f"{other.run}: its evaluation has {key} {theirs}, {one.run}'s {ours}")
+    if one.by_video.keys() != other.by_video.keys():
+        raise IncompatibleError(
+            f"{other.run}: was evaluated on other videos than {one.run}; compare runs on stores of one source"
+        )
+    return {
+        "run": one.run,
+        "against": other.run,
+        "split": one.split,
+        "test": "Wilcoxon signed-rank over videos, two-sided",
+        "interval": f"{LEVEL:.0%} percentile bootstrap over videos",
+        "scores": paired_scores(one.by_video, other.by_video),
+    }
+
+
+def paired_scores(one: Mapping[str, Values], other: Mapping[str, Values]) -> dict[str, dict[str, Any]]:
+    """The differences that :func:`paired` reports, by score; video id -> score -> value on both sides."""
+    names = dict.fromkeys(name for scores in one.values() for name in scores)
+    found = {}
+    for name in names:
+        pairs = [(one[video].get(name), other[video].get(name)) for video in one]
+        both = np.array([(a, b) for a, b in pairs if a is not None and b is not None], np.float64).reshape(-1, 2)
+        if len(both):
+            found[name] = _difference(name, both[:, 0], both[:, 1])
+    return found
+
+
+def _difference(name: str, one: Float, other: Float) -> dict[str, Any]:
+    differences, score = one - other, score_of(name)
+    better = differences < 0 if score is not None and not score.higher_is_better else differences > 0
+    # scipy warns, and answers NaN, when nothing differs
+    p = 1.0 if not differences.any() else float(wilcoxon(differences).pvalue)
+    interval = Bootstrap().of_mean(differences)
+    return {
+        "run": float(one.mean()),
+        "against": float(other.mean()),
+        "difference": float(differences.mean()),
+        "low": interval and interval[0],
+        "high": interval and interval[1],
+        "p": p,
+        "videos": len(differences),
+        "ahead": int(better.sum()),
+    }
