@@ -45,7 +45,7 @@ def test_cut_anywhere_it_is_refused(tmp_path: Path, container: str, codec: str) 
 
 @needs_ffmpeg
 @pytest.mark.parametrize(("container", "codec"), CONTAINER_AND_CODEC)
-def test_rotten_frames_are_refused_or_what_ffmpeg_reads_without_a_word(tmp_path: Path, container: str, codec: str) -> None:
+def test_rotten_frames_are_refused_or_read_as_ffmpeg_reads_them(tmp_path: Path, container: str, codec: str) -> None:
     clip = save_clip(tmp_path, container, codec, _moving())
     with av.open(str(clip)) as opened:
         where = [(packet.size, packet.pos) for packet in opened.demux() if packet.size]
