@@ -110,7 +110,7 @@ def test_folder_errors(tmp_path: Path) -> None:
     (tmp_path / "readme.txt").touch()
     with pytest.raises(DataError, match=r"no video and no image in it"):
         open_source(tmp_path)
-    with pytest.raises(DataError, match=r"readme.txt: not a video"):
+    with pytest.raises(DataError, match=r"readme.txt: no video and no image"):
         open_source(tmp_path / "readme.txt")
 
     frames, masks = scene(0)

@@ -15,6 +15,8 @@ from PIL import ExifTags, Image, ImageOps
 
 from featcache.errors import DataError
 
+SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".apng"))
+PAGED = frozenset(("TIFF", "PNG", "WEBP"))  # formats whose further images are frames, and no previews
 LYING = frozenset((5, 6, 7, 8))  # EXIF orientations that swap height and width
 # Where EXIF may hide in PNG files besides its own chunk: keywords of text chunks.
 PNG_TEXTS_OF_EXIF = (b"Raw profile type exif", b"Raw profile type APP1", b"XML:com.adobe.xmp")
@@ -26,6 +28,7 @@ class Header:
 
     size: tuple[int, int]  # height, width as stored
     orientation: int  # EXIF's: 1 is upright, 2 to 8 are turned or mirrored
+    pages: int = 1  # images in the file: more are a video
 
     def turned(self, orientation: int | None = None) -> tuple[int, int]:
         """Height and width after turning by an orientation; None is the file's own."""
@@ -36,7 +39,9 @@ class Header:
 def read_header(path: Path) -> Header:
     """Size and orientation of an image file. ``DataError`` where it is none."""
     with _errors_named(str(path)), path.open("rb") as file, Image.open(file) as image:
+        pages = len(_pages(image))
         if image.format == "TIFF":  # Pillow turns these by itself, and says the size that they then have
+            image.seek(0)
             tags = image.tag_v2  # type: ignore[attr-defined]
             size, orientation = (int(tags[257]), int(tags[256])), tags.get(ExifTags.Base.Orientation, 1)
         else:
@@ -44,7 +49,23 @@ def read_header(path: Path) -> Header:
             # Looking for EXIF behind the pixels of a PNG, Pillow would decode them.
             may_turn = image.format != "PNG" or _png_has_exif(file)
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if may_turn else 1
-        return Header(size, orientation if orientation in range(1, 9) else 1)
+        return Header(size, orientation if orientation in range(1, 9) else 1, pages)
+
+
+def _pages(image: Image.Image) -> list[int]:
+    """Numbers of the images in a file that are frames: previews, masks and poster images are not."""
+    pages = list(range(getattr(image, "n_frames", 1) if image.format in PAGED else 1))
+    if len(pages) == 1:
+        return pages
+    if image.format == "TIFF":
+        return [page for page in pages if not _is_lesser(image, page)] or [0]
+    return pages[bool(getattr(image, "default_image", False)) :]  # of an APNG, for programs that show no animation
+
+
+def _is_lesser(image: Image.Image, page: int) -> bool:
+    """Whether a page of a TIFF is a smaller copy or a transparency mask of another (NewSubfileType)."""
+    image.seek(page)
+    return bool(image.tag_v2.get(254, 0) & 0b101)  # type: ignore[attr-defined]
 
 
 def _png_has_exif(file: BinaryIO) -> bool:
@@ -63,6 +84,11 @@ def decode_image(data: bytes, where: str) -> npt.NDArray[np.uint8]:
     return as_rgb(open_image(data, where), where)
 
 
+def decode_pages(data: bytes, where: str) -> list[npt.NDArray[np.uint8]]:
+    """Every image of a TIFF, an APNG or an animated WebP -> (H, W, 3) each, upright; of other files the one."""
+    return [as_rgb(page, name) for page, name in open_pages(data, where)]
+
+
 def as_rgb(image: Image.Image, where: str) -> npt.NDArray[np.uint8]:
     """(H, W, 3) of an image of any mode, upright by its EXIF orientation.
 
@@ -72,6 +98,7 @@ def as_rgb(image: Image.Image, where: str) -> npt.NDArray[np.uint8]:
         kind = "floating-point" if image.mode == "F" else "32-bit"
         raise DataError(f"{where}: holds {kind} values, whose range is unknown; save it with 8 or 16 bits")
     with _errors_named(where):
+        image.load()
         upright = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
             return np.repeat((np.asarray(upright) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
@@ -84,6 +111,18 @@ def open_image(data: bytes, where: str) -> Image.Image:
         image = Image.open(io.BytesIO(data))
         image.load()
         return image
+
+
+def open_pages(data: bytes, where: str) -> Iterator[tuple[Image.Image, str]]:
+    """Each page of a file, decoded but not turned, and its name in errors. A page is gone when the next one comes."""
+    image = open_image(data, where)
+    with _errors_named(where):
+        pages = _pages(image)
+    for page in pages:
+        with _errors_named(where):
+            image.seek(page)
+            image.load()
+        yield image, f"{where}: page {page}" if pages[1:] else where
 
 
 @contextmanager

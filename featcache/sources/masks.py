@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ImageOps
+from PIL import Image, ImageOps
 
 from featcache.errors import DataError
-from featcache.sources.images import open_image, size_text
+from featcache.sources.images import open_image, open_pages, size_text
 from featcache.sources.video import Instance
 
 
 def decode_mask(data: bytes, where: str) -> npt.NDArray[np.uint8]:
     """A single-channel image (grey, palette, 1 or 16 bit) of object numbers -> (H, W), upright by its own EXIF tag."""
-    image = ImageOps.exif_transpose(open_image(data, where))
+    return _numbers(open_image(data, where), where)
+
+
+def decode_mask_pages(data: bytes, where: str) -> list[npt.NDArray[np.uint8]]:
+    """As `decode_mask`, of every image in the file."""
+    return [_numbers(page, name) for page, name in open_pages(data, where)]
+
+
+def _numbers(image: Image.Image, where: str) -> npt.NDArray[np.uint8]:
+    image = ImageOps.exif_transpose(image)
     if len(image.getbands()) != 1:
         raise DataError(
             f"{where}: mask has {len(image.getbands())} channels; save object numbers 0..255 in one channel "

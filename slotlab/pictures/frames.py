@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ import torch
 from PIL import Image
 
 from featcache.errors import DataError, UsageError
-from featcache.sources import video_file
-from featcache.sources.folder import IMAGES
-from featcache.sources.images import as_rgb, decode_image, stack
+from featcache.sources import clips
+from featcache.sources.images import as_rgb, stack
+from featcache.sources.scan import natural
 
 Frames = Any  # an array or tensor, a PIL image, a path, or a sequence of these
 
@@ -57,23 +56,13 @@ def _checked(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
 
 
 def read_path(path: Path) -> npt.NDArray[np.uint8]:
-    """A picture (one frame), a video file, or a folder of pictures (a video, in natural order): (T, H, W, 3)."""
-    if path.is_dir():
-        files = sorted((file for file in path.iterdir() if file.suffix.lower() in IMAGES), key=_natural)
-        if not files:
-            raise DataError(f"{path}: no picture in it; known are {' '.join(sorted(IMAGES))}")
-        return stack([_picture(file) for file in files], [str(file) for file in files])
-    return video_file.read_frames(path) if path.suffix.lower() in video_file.SUFFIXES else _checked(_picture(path))
-
-
-def _picture(path: Path) -> npt.NDArray[np.uint8]:
-    try:
-        return decode_image(path.read_bytes(), str(path))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); name a picture or a video") from error
-
-
-def _natural(path: Path) -> list[str | int]:
-    """Sort key in which frame2 comes before frame10: text and numbers take turns, text first."""
-    parts = re.split(r"(\d+)", path.name)
-    return [int(part) if index % 2 else part for index, part in enumerate(parts)]
+    """A picture (one frame), a clip, or a folder of pictures (a video, in natural order): (T, H, W, 3)."""
+    if not path.is_dir():
+        return np.require(clips.read_frames(path), requirements=["C", "W"])
+    shown = (file for file in path.iterdir() if not file.name.startswith("."))
+    files = sorted(filter(clips.is_image, shown), key=natural)
+    if not files:
+        raise DataError(f"{path}: no picture in it; known are {clips.KNOWN}")
+    if clip := next((file for file in files if clips.has_pages(file)), None):
+        raise DataError(f"{clip}: holds several pages, which is a video by itself; name the file, not its folder")
+    return clips.read_images(files)

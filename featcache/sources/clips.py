@@ -1,0 +1,61 @@
+"""One file of pictures, whatever its kind: a photo, an image of several pages, or a video."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from featcache.errors import DataError
+from featcache.sources import images, video_file
+
+KNOWN = " ".join(sorted(video_file.SUFFIXES | images.SUFFIXES))
+
+
+def is_video(path: Path) -> bool:
+    return path.suffix.lower() in video_file.SUFFIXES
+
+
+def is_image(path: Path) -> bool:
+    return path.suffix.lower() in images.SUFFIXES
+
+
+def has_pages(path: Path) -> bool:
+    """Whether an image file holds several frames. One that cannot be read is left for its reader to refuse."""
+    try:
+        return images.read_header(path).pages > 1
+    except DataError:
+        return False
+
+
+def count_frames(path: Path) -> int:
+    """Frames that ``read_frames`` gives."""
+    return video_file.count_frames(path) if is_video(path) else images.read_header(path).pages
+
+
+def read_frames(path: Path) -> npt.NDArray[np.uint8]:
+    """All frames of a file, upright -> (T, H, W, 3). ``DataError`` where it is damaged or too large."""
+    if is_video(path):
+        return video_file.read_frames(path)
+    header = images.read_header(path)
+    if 3 * header.pages * header.size[0] * header.size[1] > video_file.MAX_BYTES:
+        raise DataError(
+            f"{path}: {header.pages} pages of {header.size[1]}x{header.size[0]} are over {video_file.MAX_BYTES >> 30} "
+            "GiB; save them as a folder of images"
+        )
+    frames = images.decode_pages(read_bytes(path), str(path))
+    return images.stack(frames, [f"{path}: page {i}" for i in range(len(frames))])
+
+
+def read_images(paths: Sequence[Path]) -> npt.NDArray[np.uint8]:
+    """One frame of each image file, upright -> (T, H, W, 3)."""
+    return images.stack([images.decode_image(read_bytes(p), str(p)) for p in paths], [str(p) for p in paths])
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); look at the file and its permissions") from error
