@@ -18,24 +18,27 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness import alternate, paired_ratio, report
+from benchmarks.harness import alternate, paired_ratio, report, timed
 from featcache.machine import pick_device
 from slotlab.config.load import load_config
 from slotlab.config.model import SlotAttentionConfig
-from slotlab.config.schema import Config, LossConfig
+from slotlab.config.schema import Config
 from slotlab.models.decoders.base import Decoded, Decoder
 from slotlab.models.decoders.broadcast import MLPDecoder
 from slotlab.models.normalise import Normaliser
-from slotlab.models.randomness import Draws, Share
+from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import Attended
 from slotlab.models.slot_model import SlotModel
-from slotlab.training.losses import losses, total
+from slotlab.training.losses import total
+from slotlab.training.processes import Ranks
+from slotlab.training.step import TrainStep
 
 REFERENCE = "published"
 LIMIT = "limit"
@@ -86,45 +89,33 @@ VARIANTS = {
 }
 
 
-class Stepper:
-    """A model and all that a step of it takes."""
+def make_step(config: Config, variant: Variant, side: int, dim: int, device: torch.device) -> TrainStep:
+    """The step of one variant, its weights those of all others."""
+    assert isinstance(config.model, SlotAttentionConfig)
+    parts = config.model.model_copy(update={"decoder": config.model.decoder.model_copy(update=variant.decoder)})
+    torch.manual_seed(0)
+    model = SlotModel(parts, Normaliser("none", dim), (side, side)).to(device)
+    if variant.published:
+        assert isinstance(model.decode, MLPDecoder)
+        model.decode = PublishedDecoder(copy.deepcopy(model.decode)).to(device)
+    optim = config.optim.model_copy(
+        update={
+            "precision": "bfloat16" if variant.bfloat16 else "float32",
+            "compile": variant.compiled,
+            "accumulate": variant.accumulate,
+        }
+    )
+    return TrainStep(config.model_copy(update={"model": parts, "optim": optim}), model, Ranks(device))
 
-    def __init__(self, config: Config, variant: Variant, side: int, dim: int, device: torch.device) -> None:
-        assert isinstance(config.model, SlotAttentionConfig)
-        decoder = config.model.decoder.model_copy(update=variant.decoder)
-        torch.manual_seed(0)
-        model = SlotModel(
-            config.model.model_copy(update={"decoder": decoder}), Normaliser("none", dim), (side, side)
-        ).to(device)
-        if variant.published:
-            assert isinstance(model.decode, MLPDecoder)
-            model.decode = PublishedDecoder(copy.deepcopy(model.decode)).to(device)
-        self.model, self.variant, self.clip_norm = model, variant, config.optim.clip_norm
-        self.forward: Callable[..., Any] = torch.compile(model) if variant.compiled else model
-        self.optimizer = torch.optim.Adam(model.parameters(), config.optim.learning_rate, fused=True)
 
-    def gradients(self, features: Tensor) -> Tensor:
-        """The loss, detached; its gradients are at the parameters."""
-        self.optimizer.zero_grad(set_to_none=True)
-        parts = self.variant.accumulate
-        mean = torch.zeros((), device=features.device)
-        for part, some in enumerate(features.chunk(parts)):
-            draws = Draws(0, Share(part, parts))
-            with torch.autocast(features.device.type, torch.bfloat16, enabled=self.variant.bfloat16):
-                found = losses(self.forward(some, draws), LossConfig())
-            loss = total(found, LossConfig()) / parts
-            loss.backward()  # type: ignore[no-untyped-call]
-            mean += loss.detach()
-        return mean
+def step_rate(step: TrainStep, features: Tensor) -> float:
+    """Steps a second, of one."""
 
-    def steps_per_second(self, features: Tensor) -> float:
-        began = time.perf_counter()
-        self.gradients(features)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-        self.optimizer.step()
-        if features.is_cuda:
-            torch.cuda.synchronize()
-        return 1 / (time.perf_counter() - began)
+    def work() -> int:
+        step(features)
+        return 1
+
+    return timed(work, features.device)
 
 
 class HiddenProducts:
@@ -180,16 +171,15 @@ def main() -> None:
     device, config = pick_device(args.device), load_config(args.preset)
     features = torch.randn(args.batch_size, args.side**2, args.dim, generator=torch.Generator().manual_seed(1))
     features = features.to(device)
-    steppers = {
-        name: Stepper(config, VARIANTS[name], args.side, args.dim, device) for name in (REFERENCE, *args.variants)
+    steps = {
+        name: make_step(config, VARIANTS[name], args.side, args.dim, device) for name in (REFERENCE, *args.variants)
     }
-    first = {name: float(stepper.gradients(features)) for name, stepper in steppers.items()}  # warms up, compiles
-    peaks = {name: peak_bytes(lambda s=stepper: s.gradients(features), device) for name, stepper in steppers.items()}  # type: ignore[misc]
-    rivals: dict[str, Callable[[], float]] = {
-        name: lambda s=stepper: s.steps_per_second(features)  # type: ignore[misc]
-        for name, stepper in steppers.items()
-    }
-    decoder = steppers[REFERENCE].model.decode
+    # Warms up, compiles.
+    first = {name: total(step.gradients(features), config.loss).item() for name, step in steps.items()}
+    peaks = {name: peak_bytes(partial(step.gradients, features), device) for name, step in steps.items()}
+    rivals: dict[str, Callable[[], float]] = {name: partial(step_rate, step, features) for name, step in steps.items()}
+    decoder = steps[REFERENCE].model.decode
+    assert isinstance(decoder, Decoder)
     if decoder.config.layers > 1:
         rivals[LIMIT] = HiddenProducts(decoder, args.batch_size, config.model.slots, device).per_second
     rates = alternate(rivals, args.rounds)
@@ -207,7 +197,7 @@ def main() -> None:
                     "peak_mb": round(peaks[name] / 1e6, 1),
                     "memory": round(peaks[name] / peaks[REFERENCE], 3),
                 }
-                for name in steppers
+                for name in steps
             },
         },
     )

@@ -24,7 +24,8 @@ from featcache.machine import pick_device
 from featcache.store.reading import FeatureStore, Split
 from featcache.stream.stream import FeatureStream
 from slotlab.config.load import load_config
-from slotlab.training.speed import Trainee
+from slotlab.training.processes import Ranks
+from slotlab.training.step import TrainStep
 
 
 def in_the_loop(stream: FeatureStream, split: Split, backbone: Backbone, tap: str) -> Iterator[torch.Tensor]:
@@ -58,11 +59,11 @@ def main() -> None:
     backbone = load_backbone(store.spec.backbone, None, (tap,), size, device)
     cached = (batch.features for batch in stream)
     computed = in_the_loop(stream, split, backbone, tap)
-    trainee = Trainee(config, store, device)
+    step = TrainStep.fresh(config, store, Ranks(device))
 
     def train(batches: Iterator[torch.Tensor], steps: int) -> int:
         for features in itertools.islice(batches, steps):
-            trainee.step(features.to(device))
+            step(features.to(device))
         return steps * batch_size
 
     train(cached, 2)  # warm up

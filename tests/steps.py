@@ -1,13 +1,14 @@
-"""Training steps looked at from inside, in a process of their own.
+"""The training loop looked at from inside, in a process of its own.
 
     python -m tests.steps STORE < CASES
 
-A case is a list of a preset and its overrides. Prints lists of one entry a case, as JSON:
+A case is a list of a preset and its overrides. Prints, as JSON, for each case:
 
-- ``waits``: what its second step on a GPU would wait for, values that the host asks for and copies that block; or the
-  error, where devices are mixed. A device that is absent stands in: torch's fake tensors carry shapes, types and
-  devices through forward, backward, clipping and optimiser, without any arithmetic.
-- ``careless``: the same where random draws are sent as anyone would send them.
+- ``waits``: what the host would wait for on a GPU in each of three steps of the loop, from one batch to the next, the
+  first and the last of them logged: values that it asks for and copies that block; or the error, where devices are
+  mixed. A device that is absent stands in: torch's fake tensors carry shapes, types and devices through forward,
+  backward, clipping and optimiser, without any arithmetic.
+- ``careless``: the same of two steps where random draws are sent as anyone would send them.
 - ``recompiled``: the error where torch.compile compiles anything again after the second step; else empty.
 """
 
@@ -16,11 +17,14 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import tempfile
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
@@ -29,11 +33,14 @@ from torch.utils.backend_registration import _DummyBackendModule, _setup_private
 
 from featcache.store.reading import FeatureStore
 from featcache.stream.rows import TORCH_DTYPES
-from featcache.stream.stream import FeatureStream
+from featcache.stream.stream import Batch
 from slotlab.config.load import load_config
+from slotlab.config.schema import Config
 from slotlab.models.build import build_model
 from slotlab.models.inputs import ModelInput
-from slotlab.training.speed import Trainee
+from slotlab.training.processes import Ranks
+from slotlab.training.step import TrainStep
+from slotlab.training.train import train, training_stream
 
 GPU = "absent:0"
 aten = torch.ops.aten
@@ -63,7 +70,7 @@ def add_missing_kernels() -> torch.library.Library:
 
 
 class Waits(TorchDispatchMode):
-    """Notes every operation for which the host waits until the device has done its work."""
+    """Notes every operation for which the host waits until the device has done its work, and lets it go on."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,8 +80,10 @@ class Waits(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is aten.exponential_.default:  # fake tensors know it without a generator only
             return args[0]
-        if func is aten._local_scalar_dense.default and args[0].device.type == "cpu":
-            return 0
+        if func is aten._local_scalar_dense.default:  # a value that is asked for: of a run that goes well
+            if args[0].device.type != "cpu":
+                self.note(func)
+            return torch.iinfo(torch.int64).max if args[0].dtype == torch.int64 else 1
         try:
             result = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
@@ -92,28 +101,51 @@ class Waits(TorchDispatchMode):
         self.found.append(f"{func} at {' < '.join(reversed(ours))}")
 
 
-def waits(store: FeatureStore, preset: str, *overrides: str) -> list[str]:
-    """What a preset's second step waits for; the error, where it does not get that far."""
-    config = load_config(preset, None, overrides)
+class AbsentStream:
+    """In place of a :class:`FeatureStream`: the trainer's batches on the absent device."""
+
+    wait_seconds = 0.0
+
+    def __init__(self, config: Config, store: FeatureStore, watch: Waits, steps: int) -> None:
+        data, split = config.data, store[config.data.train_split]
+        stored = split.array("video" if data.tap == "video" else f"features/{ModelInput.of(config, store).tap}")
+        clip = (data.clip,) if data.clip > 1 else ()
+        self.shape = (config.optim.batch_size, *clip, *stored.shape[1:])
+        self.dtype, self.watch = TORCH_DTYPES[str(stored.dtype)], watch
+        self.found: list[list[str]] = [[] for _ in range(steps)]  # what each step has waited for
+
+    def __iter__(self) -> Iterator[Batch]:
+        features = torch.empty(self.shape, dtype=self.dtype, device=GPU)
+        for found in self.found:
+            self.watch.found = found
+            yield Batch(features, np.zeros(len(features), np.int64), 0)
+        raise Enough
+
+
+class Enough(Exception):
+    """The steps that are looked at have been taken."""
+
+
+def waits(store: FeatureStore, steps: int, preset: str, *overrides: str) -> list[list[str]]:
+    """What each of the first steps of a preset's loop waits for; and the error, where it ends."""
+    config = load_config(preset, None, [*overrides, "log_every=3"])
     model, watch = build_model(config, store), Waits()  # a model needs the store's values: built where there are any
-    split = store[config.data.train_split]
-    sample = split.array("video" if config.data.tap == "video" else f"features/{ModelInput.of(config, store).tap}")
-    shape = (config.optim.batch_size, config.data.clip, *sample.shape[1:])
+    stream = AbsentStream(config, store, watch, steps)
     with (
+        tempfile.TemporaryDirectory() as folder,
         FakeTensorMode(allow_non_fake_inputs=True),
         watch,
-        patch("slotlab.training.speed.build_model", lambda *_: model),
+        patch("slotlab.training.step.build_model", lambda *_: model),
+        patch("slotlab.training.train.FeatureStream", lambda *_, **__: stream),
         patch.object(nn.Module, "to", absent),
     ):
-        features = torch.empty(shape, dtype=TORCH_DTYPES[str(sample.dtype)], device=GPU)
-        trainee = Trainee(config, store, torch.device(GPU))
-        trainee.step(features if config.data.clip > 1 else features[:, 0])
-        watch.found.clear()
         try:
-            trainee.step(features if config.data.clip > 1 else features[:, 0])
+            train(config, store, Path(folder) / "run", device=GPU)
+        except Enough:
+            pass
         except Exception as error:
             watch.found.append(f"{type(error).__name__}: {error}")
-    return watch.found
+    return stream.found
 
 
 def absent(model: nn.Module, device: torch.device) -> nn.Module:
@@ -126,14 +158,13 @@ def recompiled(store: FeatureStore, preset: str, *overrides: str) -> str:
     """Why the compiler starts again in the third to the eighth step, if it does."""
     torch.compiler.reset()
     config = load_config(preset, None, overrides)
-    trainee = Trainee(config, store, torch.device("cpu"))
-    trainee.forward = torch.compile(trainee.model, backend="eager")  # traces and guards as any other, in less time
-    tap, data = ModelInput.of(config, store).tap, config.data
-    stream = FeatureStream(store[data.train_split], tap, batch_size=config.optim.batch_size, clip=data.clip)
+    step = TrainStep.fresh(config, store, Ranks(torch.device("cpu")))
+    step.forward = torch.compile(step.model, backend="eager")  # traces and guards as any other, in less time
+    stream = training_stream(config, store, step.ranks)
     try:
         for index, batch in enumerate(itertools.islice(stream, 8)):
             torch.compiler.set_stance("default" if index < 2 else "fail_on_recompile")
-            trainee.step(batch.features)
+            step(batch.features)
     except RuntimeError as error:
         return str(error)
     finally:
@@ -147,9 +178,9 @@ def main() -> None:
     found: dict[str, list[Any]] = {"recompiled": [recompiled(store, *case) for case in cases]}
     kernels = add_missing_kernels()
     _setup_privateuseone_for_python_backend(GPU.partition(":")[0], backend_module=Backend())
-    found["waits"] = [waits(store, *case) for case in cases]
+    found["waits"] = [waits(store, 3, *case) for case in cases]
     with patch("slotlab.models.randomness.send", lambda values, device: values.to(device)):
-        found["careless"] = [waits(store, *case) for case in cases]
+        found["careless"] = [waits(store, 2, *case) for case in cases]
     del kernels
     print(json.dumps(found))
 

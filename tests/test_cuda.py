@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from featcache.store.reading import FeatureStore
+from featcache.stream.stream import Batch, FeatureStream
 from slotlab.config.load import load_config, presets
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.evaluate import evaluate
-from slotlab.training.speed import Trainee
 from slotlab.training.train import train
 from tests.synthetic import fitted, make_store
 
@@ -57,13 +57,18 @@ def test_graphs_change_nothing(tmp_path: Path, store: FeatureStore, preset: str)
 
 
 @pytest.mark.parametrize("preset", presets())
-def test_a_step_does_not_wait(store: FeatureStore, preset: str, strict: None) -> None:
-    """What :mod:`tests.test_step` shows of an absent GPU."""
-    config = load_config(preset, None, fitted(preset))
-    trainee = Trainee(config, store, torch.device("cuda"))
-    tokens = store["train"].video(0) if config.data.tap == "video" else store["train"].tokens("block1", 0)
-    clip = torch.as_tensor(tokens)[: config.data.clip].cuda()
-    batch = torch.stack([clip, clip]) if config.data.clip > 1 else torch.cat([clip, clip])
-    trainee.step(batch)  # allocates, and makes libraries ready
-    torch.cuda.set_sync_debug_mode("error")
-    trainee.step(batch)
+def test_the_loop_waits_at_logged_steps_alone(
+    tmp_path: Path, store: FeatureStore, preset: str, strict: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What :mod:`tests.test_step` shows of an absent GPU, of the second to the fifth step."""
+    batches = FeatureStream.__iter__
+
+    def watched(stream: FeatureStream) -> Iterator[Batch]:
+        for index, batch in enumerate(batches(stream), 1):
+            torch.cuda.set_sync_debug_mode("error" if 1 < index < 6 else "default")
+            yield batch
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(FeatureStream, "__iter__", watched)
+    config = load_config(preset, None, [*fitted(preset), "log_every=6", "data.residence=disk"], optim__steps=6)
+    assert len(losses(train(config, store, tmp_path / "run", device="cuda"))) == 2

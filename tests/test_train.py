@@ -32,8 +32,9 @@ from slotlab.runs.loaded import load_run
 from slotlab.scoring.collapse import NAMES
 from slotlab.scoring.evaluate import evaluate
 from slotlab.training.schedule import learning_rate, make_schedule, update_average, warmup_steps
+from slotlab.training.step import freeze_unreached
 from slotlab.training.tensorboard import events
-from slotlab.training.train import freeze_unreached, train
+from slotlab.training.train import train
 from tests.synthetic import DiscSource, fitted, make_store
 
 # What makes each kind of model small enough for the synthetic store (12 channels, a 4x4 grid).

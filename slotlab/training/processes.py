@@ -17,9 +17,9 @@ from torch import Tensor
 class Ranks:
     """This process among all that train together; ``rank`` 0 alone writes the run folder and speaks."""
 
-    rank: int
-    count: int
     device: torch.device
+    rank: int = 0
+    count: int = 1
 
     @property
     def leads(self) -> bool:
@@ -76,13 +76,13 @@ def join(device: torch.device | str) -> Iterator[Ranks]:
     device = torch.device(device)
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
-        yield Ranks(0, 1, device)
+        yield Ranks(device)
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Ranks(dist.get_rank(), count, device)
+        yield Ranks(device, dist.get_rank(), count)
     finally:
         dist.destroy_process_group()

@@ -9,25 +9,23 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
+from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from featcache.errors import UsageError
 from featcache.machine import alternate, paired_ratio, timed
 from featcache.store.reading import FeatureStore
-from featcache.stream.stream import RING, FeatureStream
+from featcache.stream.stream import RING
 from slotlab.config.schema import Config
-from slotlab.models.build import build_model
-from slotlab.models.inputs import ModelInput
-from slotlab.models.randomness import Draws, Share
-from slotlab.training.losses import losses, total
-from slotlab.training.schedule import learning_rate, update_average
+from slotlab.training.processes import Ranks
+from slotlab.training.step import TrainStep
+from slotlab.training.train import training_stream
 
 Shape = Sequence[int]
 
@@ -82,44 +80,14 @@ class TrainingRate:
         return asdict(self)
 
 
-class Trainee:
-    """A fresh model and the trainer's step on it: losses, backward, clipping, Adam, averaged weights."""
-
-    def __init__(self, config: Config, store: FeatureStore, device: torch.device) -> None:
-        torch.manual_seed(config.seed)
-        optim = config.optim
-        self.config, self.device, self.steps = config, device, 0
-        self.model = build_model(config, store).to(device)
-        mode = "reduce-overhead" if optim.cuda_graphs else "default"
-        self.forward: Any = torch.compile(self.model, mode=mode) if optim.compile else self.model
-        self._average = deepcopy(self.model) if optim.ema else None
-        self._optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=learning_rate(optim), weight_decay=optim.weight_decay, fused=True
-        )
-
-    def step(self, features: Tensor, forward: Any = None) -> None:
-        """One step on a batch (B, ...). Returns before the device has finished."""
-        optim, loss = self.config.optim, self.config.loss
-        self._optimizer.zero_grad(set_to_none=True)
-        if optim.cuda_graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        for part, share in enumerate(features.chunk(optim.accumulate)):
-            draws = Draws.of_step(self.config.seed, self.steps, Share(part, optim.accumulate))
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=optim.precision == "bfloat16"):
-                found = losses((forward or self.forward)(share, draws), loss)
-            (total(found, loss) / optim.accumulate).backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip_norm)
-        self._optimizer.step()
-        self.steps += 1
-        if self._average is not None:
-            update_average(self._average, self.model, optim, self.steps)
-
-    def flops(self, features: Tensor) -> int:
-        """Of one step, by the products that torch calls in it."""
-        corrected = {torch.ops.aten.convolution_backward: convolution_backward_flops}
-        with FlopCounterMode(display=False, custom_mapping=corrected) as counter:
-            self.step(features, self.model)  # as written: what is compiled counts nothing
-        return int(counter.get_total_flops())
+def flops_of(step: TrainStep, features: Tensor) -> int:
+    """FLOPs of one step on a batch (B, ...), which it takes, by the products that torch calls in it."""
+    corrected = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    as_written = copy(step)
+    as_written.forward = step.model  # what is compiled counts nothing
+    with FlopCounterMode(display=False, custom_mapping=corrected) as counter:
+        as_written(features)
+    return int(counter.get_total_flops())
 
 
 def convolution_backward_flops(
@@ -158,25 +126,17 @@ def _measure(config: Config, store: FeatureStore, device: torch.device, steps: i
     data, optim = config.data, config.optim
     if optim.batch_size % optim.accumulate:
         raise UsageError(f"--batch-size {optim.batch_size}: must be a multiple of optim.accumulate, {optim.accumulate}")
-    trainee = Trainee(config, store, device)
-    stream = FeatureStream(
-        store[data.train_split].require_complete(),
-        ModelInput.of(config, store).tap,
-        batch_size=optim.batch_size,
-        clip=data.clip,
-        seed=config.seed,
-        device=device,
-        residence=data.residence,
-    )
+    step = TrainStep.fresh(config, store, Ranks(device))
+    stream = training_stream(config, store, Ranks(device))
     part = stream.batch_seconds(2 * RING)
     batches = iter(stream)
     resident = next(batches).features.clone()
-    flops = trainee.flops(resident)
+    flops = flops_of(step, resident)
     waits: list[float] = []
 
     def train(features: Iterator[Tensor]) -> int:
         for batch in features:
-            trainee.step(batch)
+            step(batch)
         return steps * optim.batch_size
 
     def from_store(count: int) -> Iterator[Tensor]:

@@ -6,31 +6,24 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from featcache.errors import DataError, UsageError
 from featcache.store.reading import FeatureStore
 from featcache.stream.stream import FeatureStream
 from slotlab.config.schema import Config
-from slotlab.models.base import Model
-from slotlab.models.build import build_model
 from slotlab.models.inputs import ModelInput
-from slotlab.models.randomness import Draws, Share
 from slotlab.runs import checkpoint
 from slotlab.runs.folder import begun_from, check_run, create_run, keep_rows, write_summary
 from slotlab.training.look import look, look_split
-from slotlab.training.losses import losses, total
+from slotlab.training.losses import total
 from slotlab.training.processes import Ranks, join
-from slotlab.training.schedule import learning_rate, make_schedule, plain_state, update_average
+from slotlab.training.step import Taken, TrainStep
 
 Report = Callable[[dict[str, Any]], None]  # one row of metrics.jsonl
-NEVER = torch.iinfo(torch.int64).max
 
 
 def train(
@@ -75,144 +68,105 @@ def _train(
     ranks: Ranks,
     report: Report,
 ) -> None:
-    optim, device = config.optim, ranks.device
+    optim = config.optim
+    continues = resume and checkpoint.exists(run)  # a run that was stopped before its first checkpoint starts again
+    step = TrainStep.fresh(config, store, ranks, None if continues else init_from)
+    stream = training_stream(config, store, ranks)
+    if ranks.leads and not resume:  # only now: what cannot be trained leaves no folder behind
+        create_run(config, store, run, init_from)
+    ranks.wait()
+    if continues:
+        stream.load_state_dict(step.load(run))
+    spent = keep_rows(run / "metrics.jsonl", step.count) if ranks.leads else 0.0  # seconds
+    pace = Pace(config, step, stream, spent)
+
+    with (run / "metrics.jsonl").open("a") if ranks.leads else nullcontext() as log:
+        for batch in stream:
+            if step.count >= optim.steps:
+                break
+            taken = step(batch.features)
+            saves = step.count % config.checkpoint_every == 0 or step.count == optim.steps
+            looks = config.evaluate_every > 0 and step.count % config.evaluate_every == 0
+            if not (saves or looks or step.count % config.log_every == 0 or step.count == 1):
+                continue  # nothing is read from the device, so that nothing waits for it
+
+            if (first := step.first_bad()) is not None:  # a gradient is averaged over the ranks, so all see it
+                rows = stream.rows_at((first - 1) * optim.batch_size).tolist()
+                raise DataError(
+                    f"{run}: the loss or its gradient is not finite at step {first} (samples "
+                    f"that begin at store rows {rows}); lower --set optim.learning_rate, or "
+                    "check the store with slotlab verify"
+                )
+            row = _row(taken, step) | pace.row()
+            if log is not None:
+                if looks:
+                    row |= look(step.best, config, store)
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                report(row)
+            pace.restart()  # a look takes none of the steps' time
+
+            if saves:
+                if not bool(ranks.mean(step.loss(batch.features)).isfinite()):  # no loss has seen the update yet
+                    raise DataError(f"{run}: step {step.count} broke the model; lower --set optim.learning_rate")
+                if ranks.leads:
+                    step.save(run, stream.state_dict())
+    if ranks.leads:
+        write_summary(run, ranks.device, ranks.count)
+
+
+def training_stream(config: Config, store: FeatureStore, ranks: Ranks) -> FeatureStream:
+    """This rank's share of every batch. ``UsageError`` where a batch cannot be shared, ``DataError`` for a split that
+    is not whole."""
+    data, optim = config.data, config.optim
     if optim.batch_size % (ranks.count * optim.accumulate):
         raise UsageError(
             f"optim.batch_size {optim.batch_size} cannot be shared by {ranks.count} processes in {optim.accumulate} "
             "parts each; choose a multiple, or another optim.accumulate"
         )
-    torch.manual_seed(config.seed)
-    model = build_model(config, store).to(device)
-    continues = resume and checkpoint.exists(run)  # a run that was stopped before its first checkpoint starts again
-    if init_from is not None and not continues:
-        checkpoint.load_parameters(init_from, model)
-    average = deepcopy(model) if optim.ema else None
-    optimizer = torch.optim.Adam(
-        model.parameters(), lr=learning_rate(optim), weight_decay=optim.weight_decay, fused=True
-    )
-    schedule = make_schedule(optimizer, optim)
-    stream = FeatureStream(
-        store[config.data.train_split].require_complete(),
+    return FeatureStream(
+        store[data.train_split].require_complete(),
         ModelInput.of(config, store).tap,
         batch_size=optim.batch_size // ranks.count,
-        clip=config.data.clip,
+        clip=data.clip,
         seed=config.seed,
-        device=device,
-        residence=config.data.residence,
+        device=ranks.device,
+        residence=data.residence,
         rank=ranks.rank,
         world_size=ranks.count,
     )
-    if ranks.leads and not resume:  # only now: what cannot be trained leaves no folder behind
-        create_run(config, store, run, init_from)
-    ranks.wait()
-    step = 0
-    if continues:
-        checkpoint.load_model(run, model, checkpoint.MODEL)
-        if average is not None:
-            checkpoint.load_model(run, average, checkpoint.AVERAGE)
-        checkpoint.load_optimizer(run, optimizer)
-        state = checkpoint.state(run)
-        step = state["step"]
-        schedule.load_state_dict(state["schedule"])
-        stream.load_state_dict(state["stream"])
-        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
-            group["lr"] = rate
-    if not config.loss.reconstructs:
-        freeze_unreached(model, config, store)
-    forward: Any = DistributedDataParallel(model) if ranks.count > 1 else model
-    if optim.compile:
-        forward = torch.compile(forward, mode="reduce-overhead" if optim.cuda_graphs else "default")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=optim.precision == "bfloat16")
-    spent = keep_rows(run / "metrics.jsonl", step) if ranks.leads else 0.0  # seconds
-    bad_since = torch.full((), NEVER, device=device)  # the first step whose loss or gradient was not finite
-    began = logged_at = time.perf_counter()
-    waited, logged = stream.wait_seconds, step
-
-    with (run / "metrics.jsonl").open("a") if ranks.leads else nullcontext() as log:
-        for batch in stream:
-            if step >= optim.steps:
-                break
-            optimizer.zero_grad(set_to_none=True)
-            if optim.cuda_graphs:
-                torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-            components: dict[str, torch.Tensor] = {}
-            for part, features in enumerate(batch.features.chunk(optim.accumulate)):
-                draws = Draws.of_step(
-                    config.seed,
-                    step,
-                    Share(ranks.rank * optim.accumulate + part, ranks.count * optim.accumulate),
-                )
-                last = part == optim.accumulate - 1
-                with nullcontext() if last or ranks.count == 1 else forward.no_sync():
-                    with autocast:
-                        found = losses(forward(features, draws), config.loss)
-                    (total(found, config.loss) / optim.accumulate).backward()  # type: ignore[no-untyped-call]
-                for name, value in found.items():
-                    components[name] = components.get(name, 0.0) + value.detach() / optim.accumulate
-            norm = nn.utils.clip_grad_norm_(model.parameters(), optim.clip_norm)
-            rate = schedule.get_last_lr()[0]
-            step += 1
-            # Kept on the device: reading a value waits for it, and nothing is read between two logged steps.
-            finite = torch.isfinite(norm) & torch.isfinite(total(components, config.loss))
-            bad_since = torch.where(finite, bad_since, bad_since.clamp(max=step))
-
-            saves = step % config.checkpoint_every == 0 or step == optim.steps
-            looks = config.evaluate_every > 0 and step % config.evaluate_every == 0
-            if saves or looks or step % config.log_every == 0 or step == 1:
-                components = {name: ranks.mean(value) for name, value in components.items()}
-                # Nothing is saved that was not found finite. A gradient is averaged over the ranks, so all see it.
-                if (first := int(bad_since)) != NEVER:
-                    rows = stream.rows_at((first - 1) * optim.batch_size).tolist()
-                    raise DataError(
-                        f"{run}: the loss or its gradient is not finite at step {first} (samples "
-                        f"that begin at store rows {rows}); lower --set optim.learning_rate, or "
-                        "check the store with slotlab verify"
-                    )
-                now = time.perf_counter()
-                row: dict[str, Any] = {"step": step, "loss": total(components, config.loss).item()}
-                row |= {name: value.item() for name, value in components.items()}
-                row |= {
-                    "grad_norm": norm.item(),
-                    "learning_rate": rate,
-                    "samples_per_second": (step - logged) * optim.batch_size / (now - logged_at),
-                    "wait_share": (stream.wait_seconds - waited) / (now - logged_at),
-                    "seconds": spent + now - began,
-                }
-            else:
-                row = {}
-
-            optimizer.step()
-            schedule.step()
-            if average is not None:
-                update_average(average, model, optim, step)
-            if row and ranks.leads:
-                if looks:
-                    row |= look(average if average is not None else model, config, store)
-                assert log is not None
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                report(row)
-            if row:
-                waited, logged, logged_at = stream.wait_seconds, step, time.perf_counter()
-            if saves:  # what the update made is seen by no loss yet
-                with torch.no_grad(), autocast:
-                    after = total(losses(model(features, draws), config.loss), config.loss)
-                if not bool(ranks.mean(after).isfinite()):
-                    raise DataError(f"{run}: step {step} broke the model; lower --set optim.learning_rate")
-            if saves and ranks.leads:
-                state = {"step": step, "schedule": plain_state(schedule), "stream": stream.state_dict()}
-                checkpoint.save(run, model, average, optimizer, state)
-    if ranks.leads:
-        write_summary(run, device, ranks.count)
 
 
-def freeze_unreached(model: Model, config: Config, store: FeatureStore) -> None:
-    """Take the parameters that no loss reaches out of training, such as a decoder's last layers: DDP waits for all."""
-    split = store[config.data.train_split]
-    clip = next(video for video in split.videos if split.spec.lengths[video] >= config.data.clip)
-    frames = ModelInput.of(config, store).read(split, clip)[: config.data.clip]
-    sample = (frames if config.data.clip > 1 else frames[0]).unsqueeze(0).to(next(model.parameters()).device)
-    total(losses(model(sample, Draws(0)), config.loss), config.loss).backward()  # type: ignore[no-untyped-call]
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-        parameter.grad = None
+def _row(taken: Taken, step: TrainStep) -> dict[str, Any]:
+    """What a step has left, read from the device: the start of its row in the log."""
+    components = {name: step.ranks.mean(value) for name, value in taken.components.items()}
+    return {
+        "step": step.count,
+        "loss": total(components, step.config.loss).item(),
+        **{name: value.item() for name, value in components.items()},
+        "grad_norm": taken.norm.item(),
+        "learning_rate": taken.learning_rate,
+    }
+
+
+class Pace:
+    """How fast the run goes, from one logged step to the next."""
+
+    def __init__(self, config: Config, step: TrainStep, stream: FeatureStream, spent: float) -> None:
+        self._batch_size, self._step, self._stream = config.optim.batch_size, step, stream
+        self._began = time.perf_counter() - spent  # seconds trained before this process count
+        self.restart()
+
+    def restart(self) -> None:
+        """A new stretch begins."""
+        self._from, self._waited, self._since = self._step.count, self._stream.wait_seconds, time.perf_counter()
+
+    def row(self) -> dict[str, float]:
+        """Of the stretch: its rate, and the share of it spent waiting for data; and the seconds of the whole run."""
+        now = time.perf_counter()
+        taken = now - self._since
+        return {
+            "samples_per_second": (self._step.count - self._from) * self._batch_size / taken,
+            "wait_share": (self._stream.wait_seconds - self._waited) / taken,
+            "seconds": now - self._began,
+        }

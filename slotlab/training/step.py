@@ -1,0 +1,167 @@
+"""One step of training. The loop, the benchmarks and the tests call this one."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from featcache.store.reading import FeatureStore
+from slotlab.config.schema import Config
+from slotlab.models.base import Model
+from slotlab.models.build import build_model
+from slotlab.models.inputs import ModelInput
+from slotlab.models.randomness import Draws, Share
+from slotlab.runs import checkpoint
+from slotlab.training.losses import losses, total
+from slotlab.training.processes import Ranks
+from slotlab.training.schedule import learning_rate, make_schedule, plain_state, update_average
+
+NEVER = torch.iinfo(torch.int64).max
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What one step leaves to be read; tensors are scalars on the device, of this rank's share of the batch."""
+
+    components: dict[str, Tensor]  # the losses, without their weights
+    norm: Tensor  # of the gradient, before it was clipped
+    learning_rate: float
+
+
+class TrainStep:
+    """The step, and all that it changes: weights, their average, optimiser, schedule, the number of steps taken.
+
+    Nothing in it waits for the device: whether losses and gradients were finite is noted there, and is read by
+    :meth:`first_bad`. Random draws belong to the step's number, so that a resumed run makes those of an unbroken one.
+
+    Args:
+        model: on the device of ``ranks``; trained in place.
+        ranks: each takes the step on its share of the batch, and all have the gradient of the whole.
+    """
+
+    def __init__(self, config: Config, model: Model, ranks: Ranks) -> None:
+        optim = config.optim
+        self.config, self.model, self.ranks = config, model, ranks
+        self.count = 0  # steps taken
+        self.average = deepcopy(model) if optim.ema else None
+        self.optimizer = torch.optim.Adam(
+            model.parameters(), lr=learning_rate(optim), weight_decay=optim.weight_decay, fused=True
+        )
+        self.schedule = make_schedule(self.optimizer, optim)
+        self.forward: Any = DistributedDataParallel(model) if ranks.count > 1 else model
+        if optim.compile:
+            self.forward = torch.compile(self.forward, mode="reduce-overhead" if optim.cuda_graphs else "default")
+        self._bad_since = torch.full((), NEVER, device=ranks.device)
+
+    @classmethod
+    def fresh(cls, config: Config, store: FeatureStore, ranks: Ranks, init_from: Path | None = None) -> TrainStep:
+        """Of a new model of this seed, or with the parameters of the run ``init_from``.
+
+        ``IncompatibleError`` when that run has another model.
+        """
+        torch.manual_seed(config.seed)
+        model = build_model(config, store).to(ranks.device)
+        if init_from is not None:
+            checkpoint.load_parameters(init_from, model)
+        if not config.loss.reconstructs:
+            freeze_unreached(model, config, store)
+        return cls(config, model, ranks)
+
+    @property
+    def best(self) -> Model:
+        """The weights to evaluate: averaged ones, if there are any."""
+        return self.model if self.average is None else self.average
+
+    def __call__(self, features: Tensor) -> Taken:
+        """Train on this rank's share of a batch, (B, ...) as stored. Returns before the device has finished."""
+        components = self.gradients(features)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
+        taken = Taken(components, norm, float(self.schedule.get_last_lr()[0]))
+        self.count += 1
+        finite = torch.isfinite(norm) & torch.isfinite(total(components, self.config.loss))
+        self._bad_since = torch.where(finite, self._bad_since, self._bad_since.clamp(max=self.count))
+        self.optimizer.step()
+        self.schedule.step()
+        if self.average is not None:
+            update_average(self.average, self.model, self.config.optim, self.count)
+        return taken
+
+    def gradients(self, features: Tensor) -> dict[str, Tensor]:
+        """Losses of a batch, part by part; the gradient of their weighted sum is left at the parameters."""
+        optim, loss = self.config.optim, self.config.loss
+        if len(features) % optim.accumulate:  # whose parts would count as equal, and would not be
+            raise ValueError(f"a batch of {len(features)} has no {optim.accumulate} equal parts")
+        self.optimizer.zero_grad(set_to_none=True)
+        if optim.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        components: dict[str, Tensor] = {}
+        for part, some in enumerate(features.chunk(optim.accumulate)):
+            last = part == optim.accumulate - 1  # the ranks' gradients meet once
+            with nullcontext() if last or self.ranks.count == 1 else self.forward.no_sync():
+                with self._autocast():
+                    found = losses(self.forward(some, self._draws(part)), loss)
+                (total(found, loss) / optim.accumulate).backward()  # type: ignore[no-untyped-call]
+            for name, value in found.items():
+                components[name] = components.get(name, 0.0) + value.detach() / optim.accumulate
+        return components
+
+    @torch.no_grad()
+    def loss(self, features: Tensor) -> Tensor:
+        """The weighted sum of the losses, scalar, of the first part of a batch by the weights as they are now."""
+        some = features.chunk(self.config.optim.accumulate)[0]
+        with self._autocast():
+            return total(losses(self.model(some, self._draws(0)), self.config.loss), self.config.loss)
+
+    def first_bad(self) -> int | None:
+        """The first step whose loss or gradient was not finite, counted from 1. Waits for the device."""
+        first = int(self._bad_since)
+        return None if first == NEVER else first
+
+    def _autocast(self) -> torch.autocast:
+        bfloat16 = self.config.optim.precision == "bfloat16"
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=bfloat16)
+
+    def _draws(self, part: int) -> Draws:
+        parts = self.config.optim.accumulate
+        share = Share(self.ranks.rank * parts + part, self.ranks.count * parts)
+        return Draws.of_step(self.config.seed, self.count, share)
+
+    # -- checkpoints -----------------------------------------------------------------------------------
+
+    def save(self, run: Path, stream: dict[str, int]) -> None:
+        """Leave a checkpoint of all that a step changes, and of the stream's state, in the run folder."""
+        state = {"step": self.count, "schedule": plain_state(self.schedule), "stream": stream}
+        checkpoint.save(run, self.model, self.average, self.optimizer, state)
+
+    def load(self, run: Path) -> dict[str, int]:
+        """Take over the run's checkpoint; the stream's state."""
+        checkpoint.load_model(run, self.model, checkpoint.MODEL)
+        if self.average is not None:
+            checkpoint.load_model(run, self.average, checkpoint.AVERAGE)
+        checkpoint.load_optimizer(run, self.optimizer)
+        state = checkpoint.state(run)
+        self.count = state["step"]
+        self.schedule.load_state_dict(state["schedule"])
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+        stream: dict[str, int] = state["stream"]
+        return stream
+
+
+def freeze_unreached(model: Model, config: Config, store: FeatureStore) -> None:
+    """Take the parameters that no loss reaches out of training, such as a decoder's last layers: DDP waits for all."""
+    split = store[config.data.train_split]
+    clip = next(video for video in split.videos if split.spec.lengths[video] >= config.data.clip)
+    frames = ModelInput.of(config, store).read(split, clip)[: config.data.clip]
+    sample = (frames if config.data.clip > 1 else frames[0]).unsqueeze(0).to(next(model.parameters()).device)
+    total(losses(model(sample, Draws(0)), config.loss), config.loss).backward()  # type: ignore[no-untyped-call]
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
