@@ -15,7 +15,6 @@ from torch import Tensor
 from featcache.backbones.inference import forward
 from featcache.extraction.store_backbone import recorded_weights, store_backbone
 from featcache.machine import pick_device
-from featcache.store.encoding import as_stored
 from featcache.store.reading import FeatureStore
 from featcache.stream.stream import VIDEO
 from slotlab.config.schema import Config
@@ -112,6 +111,6 @@ def _features(store: FeatureStore, tap: str, weights: str | None, device: torch.
 
     def read(pictures: npt.NDArray[np.uint8]) -> Tensor:
         tokens = forward(backbone, [pictures], max(spec.batch_size, 1), precision)[0][tap]
-        return as_stored(tokens, spec.dtype)
+        return store.encoding.rounded(tokens)
 
     return read

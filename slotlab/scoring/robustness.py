@@ -32,7 +32,6 @@ from torch import Tensor
 
 from featcache.backbones.inference import forward
 from featcache.extraction.store_backbone import store_backbone
-from featcache.store.encoding import as_stored
 from featcache.store.reading import Split
 from featcache.stream.stream import VIDEO
 from slotlab.masks.labels import masks_to_labels
@@ -129,7 +128,7 @@ def reader(loaded: LoadedRun, weights: str | None = None) -> Read:
 
     def read(frames: Tensor) -> Tensor:
         tokens = forward(backbone, [frames.numpy()], spec.batch_size, spec.precision)[0][tap]
-        return as_stored(tokens, spec.dtype).cpu()
+        return loaded.store.encoding.rounded(tokens).cpu()
 
     return read
 
