@@ -10,7 +10,7 @@ import torch
 
 from featcache.sources.video import Video
 from featcache.store import manifest
-from featcache.store.layout import array_layouts, chunk_path
+from featcache.store.layout import COMPRESSED, array_layouts, chunk_path
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import SplitSpec, StoreSpec, TapSpec
 from featcache.store.writing import StoreWriter
@@ -54,7 +54,7 @@ def sparse_store(path: Path, videos: int, dtype: Dtype = "float16") -> FeatureSt
         part = writer.split("train", split)
         for layout in array_layouts(store, split):
             size = FRAMES * int(np.prod(layout.shape)) * np.dtype(layout.dtype).itemsize
-            if layout.name.startswith(("features/", "scales/")):
+            if layout.name not in COMPRESSED:
                 for video in range(videos):
                     file = chunk_path(part.path / layout.name, video, layout.ndim)
                     file.touch()

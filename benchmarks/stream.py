@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.harness import alternate, paired_ratio, report, timed
 from benchmarks.stores import TAP, random_store
 from featcache.bench.stream import ACCESSES, Access, Starts, Window, bare_read, measure_cold, memory_limit, whole_stream
+from featcache.store.encoding import FEATURES
 from featcache.store.reading import Split
 
 BATCHES = 4  # in one turn
@@ -116,7 +117,7 @@ def dataloader(window: Window, access: Access) -> tuple[Callable[[], float], Ite
 
 def peer(window: Window, access: Access, reader: Reader) -> Callable[[], float]:
     """A job that fills reused buffers with random samples."""
-    ring = [buffers[0].numpy() for buffers in (window.buffers(access) for _ in range(3))]
+    ring = [window.buffers(access)[FEATURES].numpy() for _ in range(3)]
 
     def read(draws: list[Starts]) -> int:
         for batch, starts in enumerate(draws):
@@ -126,7 +127,7 @@ def peer(window: Window, access: Access, reader: Reader) -> Callable[[], float]:
     expected, (starts,) = window.buffers(access), window.draws(access, 1)
     window.read(starts, expected)
     reader(starts, ring[0])
-    assert np.array_equal(ring[0], expected[0].numpy()), "the peers must read the same values"
+    assert np.array_equal(ring[0], expected[FEATURES].numpy()), "the peers must read the same values"
 
     def job() -> float:
         draws = window.draws(access, BATCHES)

@@ -11,7 +11,7 @@ import torch
 
 from featcache.moments import Moments
 from featcache.sources.video import Instance, Source, Video
-from featcache.store.encoding import as_stored
+from featcache.store.encoding import ENCODINGS
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import SplitSpec, StoreSpec, TapSpec
 from featcache.store.writing import StoreWriter
@@ -99,13 +99,14 @@ def make_store(
                 name,
                 SplitSpec(source.fingerprint(name), lengths, chunk_frames or max(lengths), (SIZE, SIZE), source.masks),
             )
+            rounded = ENCODINGS[spec.dtype].rounded
             moments = {tap: Moments.empty(GRID[0] * GRID[1], DIM) for tap in taps}
             for index in range(len(lengths)):
                 video = source.read(name, index)
                 tokens = {tap: tokens_of(video, scale=scale) * (1 if tap == "block1" else -1) for tap in taps}
                 split.write(index, video, tokens)
                 for tap, values in tokens.items():
-                    moments[tap] = moments[tap] + Moments.from_tokens(as_stored(values, dtype))
+                    moments[tap] = moments[tap] + Moments.from_tokens(rounded(values))
             split.finish(moments)
             split.close()
     return FeatureStore.open(path)

@@ -66,13 +66,13 @@ def test_each_pattern_stands_beside_its_limit(tmp_path: Path, layout: str) -> No
 
 def test_the_parts_of_a_batch_are_timed_apart(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = FeatureStream(store["train"], "block1", batch_size=4)
-    gather = stream._readers[0].gather
+    gather = stream._readers["features"].gather
 
     def slow(*arguments: Any) -> None:
         time.sleep(0.02)
         gather(*arguments)
 
-    monkeypatch.setattr(stream._readers[0], "gather", slow)
+    monkeypatch.setattr(stream._readers["features"], "gather", slow)
     part = stream.batch_seconds(3)
     assert part.read >= 0.02 and part.copy == 0
     assert stream.samples_seen == 0, "measuring takes nothing from the stream"

@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 from featcache.memory import kernels
 from featcache.memory.copying import CHECK, Copier
 from featcache.memory.pages import host_empty
-from featcache.store.encoding import dequantise_into
+from featcache.store.encoding import ENCODINGS
+
+
+def scaled(codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    return ENCODINGS["int8"].decode_into({"features": codes, "scales": scale}, out)
 
 
 @given(
@@ -60,7 +64,7 @@ def test_scaling_is_the_product(shape: tuple[int, ...], past_caches: int, monkey
     scale = torch.rand(shape[:-1]).half()
     held = torch.full((codes.numel() + 64,), 7.0)
     out = held[16 : 16 + codes.numel()].view(shape)
-    assert torch.equal(dequantise_into(codes, scale, out), codes.float() * scale.float().unsqueeze(-1))
+    assert torch.equal(scaled(codes, scale, out), codes.float() * scale.float().unsqueeze(-1))
     assert (held[:16] == 7).all() and (held[16 + codes.numel() :] == 7).all()
 
 
@@ -74,7 +78,7 @@ def test_only_aligned_values_are_scaled_past_the_caches(
     out = host_empty((8 * dim + 1,), torch.float32)[offset : offset + 8 * dim].view(8, dim)
     for past_caches in (out.nbytes, out.nbytes + 1):
         monkeypatch.setattr(kernels, "PAST_CACHES", past_caches)
-        dequantise_into(codes, scale, out)
+        scaled(codes, scale, out)
     assert used == [dim] * compiles
 
 
@@ -83,6 +87,6 @@ def test_parts_of_a_tensor_are_scaled_too(monkeypatch: pytest.MonkeyPatch) -> No
     codes = torch.randint(-127, 128, (4, 32, 8), dtype=torch.int8).transpose(1, 2)
     scale = torch.rand(8, 4).half().T
     expected = codes.float() * scale.float().unsqueeze(-1)
-    assert torch.equal(dequantise_into(codes, scale, torch.zeros(4, 8, 32)), expected)
+    assert torch.equal(scaled(codes, scale, torch.zeros(4, 8, 32)), expected)
     wide = torch.zeros(4, 8, 64)[..., :32]
-    assert torch.equal(dequantise_into(codes.contiguous(), scale, wide), expected)
+    assert torch.equal(scaled(codes.contiguous(), scale, wide), expected)

@@ -21,7 +21,7 @@ from featcache.moments import BUCKETS, RELATIVE_ACCURACY, Moments, NonFiniteToke
 from featcache.scale.quantities import effective_rank, scale_report
 from featcache.scale.recompute import reduce_moments
 from featcache.scale.report import StoreReport, plot_scale
-from featcache.store.encoding import dequantise, quantise
+from featcache.store.encoding import ENCODINGS
 from slotlab.commands.tables import render
 
 DIM = 6
@@ -340,15 +340,15 @@ def test_blockwise_equals_streamed_from_zarr_path_array_and_dask(tmp_path: Path)
 def test_blockwise_dequantises(tmp_path: Path) -> None:
     rows, valid = padded(torch.float32)
     rows = rows.nan_to_num()
-    codes, scale = quantise(rows)
-    features = zarr.create_array(str(tmp_path / "f"), data=codes.numpy(), chunks=(4, 5, DIM))
-    scales = zarr.create_array(str(tmp_path / "s"), data=scale.numpy(), chunks=(6, 5))
-    expected = streamed(dequantise(codes, scale), valid)
-    assert_same(reduce_moments(features, valid=valid, scales=scales), expected)
-    with pytest.raises(ValueError, match="need scales"):
-        reduce_moments(features, valid=valid)
+    stored = ENCODINGS["int8"].encode(rows)
+    features = zarr.create_array(str(tmp_path / "f"), data=stored["features"].numpy(), chunks=(4, 5, DIM))
+    scales = zarr.create_array(str(tmp_path / "s"), data=stored["scales"].numpy(), chunks=(6, 5))
+    expected = streamed(ENCODINGS["int8"].decode(stored), valid)
+    assert_same(reduce_moments({"features": features, "scales": scales}, dtype="int8", valid=valid), expected)
+    with pytest.raises(ValueError, match="int8 has the arrays features, scales; given are features"):
+        reduce_moments(features, dtype="int8", valid=valid)
     with pytest.raises(ValueError, match="do not fit"):
-        reduce_moments(features, scales=da.from_array(scale.numpy()[:-1]))
+        reduce_moments({"features": features, "scales": da.from_array(stored["scales"].numpy()[:-1])}, dtype="int8")
 
 
 def test_blockwise_names_the_row_of_a_non_finite_value(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from zarr.codecs import BytesCodec, ShardingCodec
 from featcache.errors import DataError, UsageError
 from featcache.memory import copying, pages
 from featcache.store import shards
-from featcache.store.encoding import dequantise
+from featcache.store.encoding import ENCODINGS
 from featcache.store.reading import FeatureStore
 from featcache.stream.rows import TORCH_DTYPES, FileRows, ZarrRows, open_rows
 from featcache.stream.stream import VIDEO, FeatureStream, choose_residence, clip_starts, reader_threads
@@ -336,7 +336,9 @@ def test_features_live_on_the_device_if_they_fit(
 def test_dequantising_by_blocks_is_the_product(shape: tuple[int, ...]) -> None:
     codes = torch.randint(-127, 128, shape, dtype=torch.int8)
     scale = torch.rand(shape[:-1]).half()
-    assert torch.equal(dequantise(codes, scale), codes.float() * scale.float().unsqueeze(-1))
+    assert torch.equal(
+        ENCODINGS["int8"].decode({"features": codes, "scales": scale}), codes.float() * scale.float().unsqueeze(-1)
+    )
 
 
 def running() -> list[threading.Thread]:
@@ -359,7 +361,7 @@ def test_its_errors_arrive(stores: dict[str, FeatureStore]) -> None:
             raise OSError("the disk went away")
 
     stream = FeatureStream(stores["float16"]["train"], "block1", batch_size=2)
-    stream._readers = [Broken()]
+    stream._readers = {"features": Broken()}
     with pytest.raises(OSError, match="the disk went away"):
         take(stream, 1)
     assert not running()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +21,6 @@ from featcache.store.reading import Split
 from featcache.stream.rows import TORCH_DTYPES, FileRows
 from featcache.stream.stream import RING, FeatureStream, clip_starts, feature_arrays, open_readers
 from featcache.words import Residence
-
-if TYPE_CHECKING:
-    pass
-
 
 WINDOW = 2 << 30  # bytes of features that a measurement draws from: far more than caches, far less than memory
 
@@ -84,7 +80,8 @@ class Window:
         self.split, self.tap = split, tap
         self.arrays = feature_arrays(split, tap)
         self.readers = open_readers(split, tap, None, threads)
-        self.frame_bytes = int(np.prod(self.arrays[0].shape[1:])) * 2  # as float16
+        self.tokens = next(iter(self.arrays.values()))  # of what a stream reads, most
+        self.frame_bytes = int(np.prod(self.tokens.shape[1:])) * 2  # as float16
         self.stop = min(split.spec.rows, max(1, WINDOW // self.frame_bytes))  # rows before this one
         self._rng = np.random.default_rng(0)
 
@@ -99,18 +96,21 @@ class Window:
         few = len(starts) < access.samples
         return [np.sort(self._rng.choice(starts, access.samples, replace=few)) for _ in range(batches)]
 
-    def buffers(self, access: Access) -> list[Tensor]:
+    def buffers(self, access: Access) -> dict[str, Tensor]:
         """What a batch is read into: memory as the stream's, touched before."""
         shape = (access.samples, access.frames)
-        return [host_empty((*shape, *array.shape[1:]), TORCH_DTYPES[str(array.dtype)]).zero_() for array in self.arrays]
+        return {
+            name: host_empty((*shape, *array.shape[1:]), TORCH_DTYPES[str(array.dtype)]).zero_()
+            for name, array in self.arrays.items()
+        }
 
-    def read(self, starts: Starts, buffers: list[Tensor]) -> None:
-        for reader, buffer in zip(self.readers, buffers, strict=True):
-            reader.gather(starts, buffer)
+    def read(self, starts: Starts, buffers: Mapping[str, Tensor]) -> None:
+        for name, reader in self.readers.items():
+            reader.gather(starts, buffers[name])
 
     def files(self) -> list[str]:
         """Raw chunk files of the tokens, in the order of their rows; empty for stores that must be decoded."""
-        reader, chunk_rows = self.readers[0], self.arrays[0].chunks[0]
+        reader, chunk_rows = next(iter(self.readers.values())), self.tokens.chunks[0]
         if not isinstance(reader, FileRows):
             return []
         chunks = np.unique(self.starts(1) // chunk_rows).tolist()
@@ -124,7 +124,7 @@ def epoch_batches(window: Window, access: Access) -> int:
 
 def memory_limit(window: Window, access: Access, batches: int) -> Callable[[], float]:
     """A job: random float16 rows by one ``torch.index_select`` into reused buffers, as many as the window's."""
-    rows = torch.ones((window.stop, *window.arrays[0].shape[1:]), dtype=torch.float16)  # ones: zeros stay unmapped
+    rows = torch.ones((window.stop, *window.tokens.shape[1:]), dtype=torch.float16)  # ones: zeros stay unmapped
     count = access.samples * access.frames
     ring = [torch.zeros((count, *rows.shape[1:]), dtype=torch.float16) for _ in range(RING)]
     chosen = [
@@ -279,7 +279,7 @@ def measure_cold(split: Split, tap: str, rounds: int) -> list[Rate]:
     drop_cache(files)
     if not files or still_cached(files):
         return []
-    frame_bytes = window.arrays[0].nbytes // split.spec.rows  # as stored
+    frame_bytes = window.tokens.nbytes // split.spec.rows  # as stored
     whole = np.array([split.rows(video).start for video in split.videos], np.int64)
     longest = max(split.spec.lengths)
     patterns = {
@@ -295,8 +295,13 @@ def measure_cold(split: Split, tap: str, rounds: int) -> list[Rate]:
             drop_cache(files)
             return timed(lambda: sequential_read(files))
 
-        def read(starts: Starts = starts, buffers: list[Tensor] = buffers, frames: int = access.frames) -> float:
-            chosen = np.sort(np.random.default_rng().choice(starts, len(buffers[0]), replace=False))
+        def read(
+            starts: Starts = starts,
+            buffers: dict[str, Tensor] = buffers,
+            count: int = count,
+            frames: int = access.frames,
+        ) -> float:
+            chosen = np.sort(np.random.default_rng().choice(starts, count, replace=False))
             drop_cache(files)
             fresh = Window(split, tap)  # maps keep their pages in the cache
 

@@ -18,13 +18,13 @@ from featcache.extraction.plan import ExtractPlan, strided
 from featcache.moments import Moments, NonFiniteTokensError
 from featcache.sources.masks import visibility
 from featcache.sources.video import Source, Video
-from featcache.store.encoding import as_stored
+from featcache.store.encoding import ENCODINGS, FEATURES, Stored
 from featcache.store.manifest import Row
 from featcache.store.reading import FeatureStore, Split
 from featcache.store.spec import SplitSpec, StoreSpec
 from featcache.store.writing import SplitWriter, write_chunks
 
-Tokens = Mapping[str, torch.Tensor]  # tap -> (T, N, D)
+Tokens = Mapping[str, Stored]  # tap -> one video's, in the store's form
 
 TapMoments = Mapping[str, Moments]
 
@@ -54,8 +54,11 @@ class SplitJob:
     def read(self, source: Source, index: int) -> Video:
         return strided(source.read(self.name, index), self.store.frame_stride)
 
-    def forward(self, backbone: Backbone, videos: Sequence[Video]) -> list[dict[str, torch.Tensor]]:
-        return forward(backbone, [v.frames for v in videos], self.store.batch_size, self.store.precision)
+    def forward(self, backbone: Backbone, videos: Sequence[Video]) -> list[Tokens]:
+        """Each video's tokens as they are stored, where the backbone runs."""
+        encode = ENCODINGS[self.store.dtype].encode
+        found = forward(backbone, [v.frames for v in videos], self.store.batch_size, self.store.precision)
+        return [{tap: encode(tokens) for tap, tokens in taps.items()} for taps in found]
 
     def measure(self, group: range, done: Container[int], tokens: Sequence[Tokens]) -> TapMoments:
         """Moments of the group's videos together, of the tokens as stored; old videos are read back."""
@@ -87,11 +90,12 @@ class SplitJob:
         return Split(FeatureStore.open(self.path.parent), self.name)
 
     def _moments(self, group: range, tap: str, done: Container[int], tokens: Sequence[Tokens]) -> Moments:
+        decode = ENCODINGS[self.store.dtype].decode
         stored = [
-            self._stored.tokens(tap, index) if index in done else as_stored(tokens[position][tap], self.store.dtype)
+            self._stored.tokens(tap, index) if index in done else decode(tokens[position][tap])
             for position, index in enumerate(group)
         ]
-        device = tokens[0][tap].device if tokens else "cpu"
+        device = tokens[0][tap][FEATURES].device if tokens else "cpu"
         lengths = [self.spec.lengths[index] for index in group]
         try:
             return Moments.from_tokens(torch.cat([video.to(device) for video in stored]), lengths)

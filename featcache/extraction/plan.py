@@ -17,6 +17,7 @@ from featcache.backbones.backbone import Backbone
 from featcache.backbones.inference import choose_precision, measure_batch_size
 from featcache.errors import DataError, UsageError
 from featcache.sources.video import Source, Video
+from featcache.store.encoding import ENCODINGS
 from featcache.store.layout import COMPRESSED, array_layouts
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import MAX_CHUNK_FRAMES, SplitSpec, StoreSpec, TapSpec
@@ -140,9 +141,12 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
 def require_space(plan: ExtractPlan) -> None:
     """``DataError`` if what is left to do cannot fit on the disk."""
     if plan.bytes_left > plan.bytes_free:
+        dim = next(iter(plan.spec.taps.values())).dim
+        smallest = min(ENCODINGS.values(), key=lambda encoding: encoding.token_bytes(dim)).name
+        smaller = "" if smallest == plan.spec.dtype else f"--dtype {smallest}, "
         raise DataError(
             f"{plan.path}: needs up to {plan.bytes_left / 1e9:.1f} GB and {plan.bytes_free / 1e9:.1f} GB are free; "
-            "free space, or use --dtype int8, --frame-stride or --max-videos"
+            f"free space, or use {smaller}--frame-stride or --max-videos"
         )
 
 

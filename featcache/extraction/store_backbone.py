@@ -14,7 +14,6 @@ import torch
 from featcache.backbones.backbone import Backbone, load_backbone
 from featcache.backbones.inference import forward
 from featcache.errors import DataError, IncompatibleError, compare_settings
-from featcache.store.encoding import as_stored
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import StoreSpec, TapSpec
 
@@ -52,7 +51,7 @@ def token_maker(
     precision = "float32" if device.type == "cpu" and spec.precision == "float16" else spec.precision
 
     def tokens(frames: npt.NDArray[np.uint8]) -> torch.Tensor:
-        return as_stored(forward(backbone, [frames], max(spec.batch_size, 1), precision)[0][tap], spec.dtype)
+        return store.encoding.rounded(forward(backbone, [frames], max(spec.batch_size, 1), precision)[0][tap])
 
     return tokens
 

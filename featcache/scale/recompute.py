@@ -6,7 +6,7 @@ in bounded memory, here or on dask workers, equal to what the extraction gathere
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,8 +19,9 @@ from dask.delayed import Delayed, delayed
 
 from featcache.errors import DataError
 from featcache.moments import Moments, NonFiniteTokensError
-from featcache.store.encoding import dequantise
+from featcache.store.encoding import ENCODINGS, FEATURES
 from featcache.store.reading import Split
+from featcache.words import Dtype
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -35,47 +36,48 @@ Source: TypeAlias = da.Array | zarr.Array[Any] | str | Path
 
 
 def reduce_moments(
-    features: Source,
+    features: Source | Mapping[str, Source],
     *,
+    dtype: Dtype = "float16",
     valid: npt.NDArray[np.bool_] | None = None,
-    scales: Source | None = None,
     blocks: Sequence[int] | None = None,
     workers: int = WORKERS,
     client: Client | None = None,
 ) -> Moments:
-    """Moments of features (F, N, D), an array of dask or zarr or the path of a zarr one.
+    """Moments of features (F, N, D), an array of dask or zarr or the path of a zarr one; or of all the arrays of the
+    stored form ``dtype``, by their folders.
 
-    ``valid`` (F,) selects the real frames; blocks without any are never read. int8 features need their
-    ``scales`` (F, N). ``blocks`` gives the rows of each block, else those are the array's chunks: motion is
-    counted within a block. Holds about ``workers`` blocks in float64, or runs on a dask client's workers, with
-    the same result. Raises ``DataError`` where no array can be
-    read and for non-finite values, whose row and patch it names; ``ValueError`` for shapes and types that do
-    not fit each other.
+    ``valid`` (F,) selects the real frames; blocks without any are never read. ``blocks`` gives the rows of each block,
+    else those are the array's chunks: motion is counted within a block. Holds about ``workers`` blocks in float64, or
+    runs on a dask client's workers, with the same result. Raises ``DataError`` where no array can be read and for
+    non-finite values, whose row and patch it names; ``ValueError`` for shapes and types that do not fit each other.
     """
-    name = _name(features)
-    rows = _lazy(features).rechunk({1: -1, 2: -1} if blocks is None else (tuple(blocks), -1, -1))
+    arrays = dict(features) if isinstance(features, Mapping) else {FEATURES: features}
+    wanted = {array.folder: array for array in ENCODINGS[dtype].arrays}
+    if arrays.keys() != wanted.keys():
+        raise ValueError(f"{dtype} has the arrays {', '.join(wanted)}; given are {', '.join(arrays)}")
+    name = _name(arrays[FEATURES])
+    rows = _lazy(arrays[FEATURES]).rechunk({1: -1, 2: -1} if blocks is None else (tuple(blocks), -1, -1))
     frames = rows.shape[0]
     if valid is not None and (valid.dtype != np.bool_ or valid.shape != (frames,)):
         raise ValueError(f"valid must be bool ({frames},), got {valid.dtype} {valid.shape}")
-    if (rows.dtype == np.int8) != (scales is not None):
-        raise ValueError(f"{name}: int8 features need scales, floats take none (features are {rows.dtype})")
+
+    parts = {FEATURES: rows.to_delayed().ravel()}
+    for folder in [folder for folder in arrays if folder != FEATURES]:
+        lazy = _lazy(arrays[folder])
+        if lazy.shape != (frames, *wanted[folder].shape(*rows.shape[1:])):
+            raise ValueError(f"{name}: {folder} {lazy.shape} do not fit features {rows.shape}")
+        parts[folder] = lazy.rechunk((rows.chunks[0], *[-1] * (lazy.ndim - 1))).to_delayed().ravel()
 
     starts = np.cumsum([0, *rows.chunks[0]])
-    parts = rows.to_delayed().ravel()
-    scale_parts: Sequence[Delayed | None] = [None] * len(parts)
-    if scales is not None:
-        lazy_scales = _lazy(scales)
-        if lazy_scales.shape != rows.shape[:2]:
-            raise ValueError(f"{name}: scales {lazy_scales.shape} do not fit features {rows.shape}")
-        scale_parts = lazy_scales.rechunk((rows.chunks[0], -1)).to_delayed().ravel()
-
     reduce_block, merge = delayed(_reduce_block), delayed(_merge)
     level: list[Delayed] = []
-    for i, (part, scale) in enumerate(zip(parts, scale_parts, strict=True)):
+    for i in range(len(rows.chunks[0])):
         start, stop = int(starts[i]), int(starts[i + 1])
         chosen = np.arange(start, stop) if valid is None else start + np.flatnonzero(valid[start:stop])
         if len(chosen):
-            level.append(reduce_block(part, scale, chosen, start, name))
+            block = {folder: blocks_of[i] for folder, blocks_of in parts.items()}
+            level.append(reduce_block(block, dtype, chosen, start, name))
     if not level:
         return Moments.empty(*rows.shape[1:])
     while len(level) > 1:
@@ -93,24 +95,22 @@ def recomputed_statistics(split: Split, tap: str, client: Client | None = None) 
     """
     valid = np.zeros(split.spec.rows, np.bool_)
     valid[split.valid_rows()] = True
-    folder = split.path.absolute()
-    scales = folder / "scales" / tap if split.store.spec.dtype == "int8" else None
+    arrays = {array.folder: split.path.absolute() / array.path(tap) for array in split.store.encoding.arrays}
     videos = np.diff(split.spec.starts).tolist()
-    return reduce_moments(folder / "features" / tap, valid=valid, scales=scales, blocks=videos, client=client)
+    return reduce_moments(arrays, dtype=split.store.spec.dtype, valid=valid, blocks=videos, client=client)
 
 
 def _reduce_block(
-    block: npt.NDArray[Any],
-    scale: npt.NDArray[np.float16] | None,
+    block: Mapping[str, npt.NDArray[Any]],
+    dtype: Dtype,
     chosen: npt.NDArray[np.int64],
     start: int,
     name: str,
 ) -> Moments:
-    """Moments of the ``chosen`` rows of the array, of which ``block`` holds those from ``start``."""
+    """Moments of the ``chosen`` rows of the arrays, of which ``block`` holds those from ``start``."""
     local = torch.from_numpy(chosen - start)
-    tokens = torch.from_numpy(np.ascontiguousarray(block))[local]  # (F', N, D)
-    if scale is not None:
-        tokens = dequantise(tokens, torch.from_numpy(np.ascontiguousarray(scale))[local])
+    stored = {folder: torch.from_numpy(np.ascontiguousarray(values))[local] for folder, values in block.items()}
+    tokens = ENCODINGS[dtype].decode(stored)  # (F', N, D)
     try:
         return Moments.from_tokens(tokens)
     except NonFiniteTokensError as error:

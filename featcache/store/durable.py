@@ -12,6 +12,7 @@ import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from featcache.errors import DataError
 
@@ -82,24 +83,31 @@ def write_tree(root: Path, files: Mapping[str, bytes]) -> None:
 LOCK = ".lock"
 
 
-def _lock(path: Path) -> int:
-    """Exclusive lock for as long as the process lives; the system drops it even after ``kill -9``."""
+def lock(folder: Path) -> BinaryIO:
+    """Exclusive lock of a folder until what is returned is closed; the system drops it even after ``kill -9``.
+
+    ``DataError`` where another process holds it, the folder cannot be written, or its file system has no locks.
+    """
     try:
-        fd = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
     except OSError as error:
-        raise cannot_write(path / LOCK, error) from error
+        raise cannot_write(folder / LOCK, error) from error
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
-        os.close(fd)
+        holder = file.read(32).decode(errors="replace").strip() or "unknown"
+        file.close()
         if not isinstance(error, BlockingIOError):
             raise DataError(
-                f"{path}: its file system has no locks ({error.strerror}); choose --out on another"
+                f"{folder}: its file system has no locks ({error.strerror}); choose --out on another"
             ) from error
         raise DataError(
-            f"{path}: another process (pid {holder}) is writing to this store; wait for it or choose another --out"
+            f"{folder}: another process (pid {holder}) is writing there; wait for it, or choose another --out"
         ) from error
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, str(os.getpid()).encode(), 0)
-    return fd
+    try:
+        file.truncate(0)
+        file.write(str(os.getpid()).encode())
+    except OSError as error:
+        file.close()
+        raise cannot_write(folder / LOCK, error) from error
+    return file

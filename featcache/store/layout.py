@@ -21,6 +21,7 @@ from zarr.storage import MemoryStore
 
 from featcache.moments import Moments
 from featcache.store import manifest
+from featcache.store.encoding import ENCODINGS
 from featcache.store.spec import SplitSpec, StoreSpec
 
 COMPRESSED = ("video", "segmentations")  # features are raw, so that they can be mapped
@@ -71,15 +72,10 @@ def array_layouts(store: StoreSpec, split: SplitSpec) -> list[ArrayLayout]:
     layouts = [ArrayLayout("video", (height, width, 3), ("y", "x", "rgb"), "uint8", 0)]
     if split.masks:
         layouts.append(ArrayLayout("segmentations", (height, width), ("y", "x"), "uint8", 0))
-    # A chunk that is missing reads as the fill value: NaN cannot be mistaken for a feature.
-    nan = float("nan")
     for tap, spec in store.taps.items():
-        shape, dimensions = (spec.patches, spec.dim), ("patch", "feature")
-        if store.dtype == "int8":
-            layouts.append(ArrayLayout(f"features/{tap}", shape, dimensions, "int8", 0))
-            layouts.append(ArrayLayout(f"scales/{tap}", shape[:1], dimensions[:1], "float16", nan))
-        else:
-            layouts.append(ArrayLayout(f"features/{tap}", shape, dimensions, "float16", nan))
+        for array in ENCODINGS[store.dtype].arrays:
+            shape = array.shape(spec.patches, spec.dim)
+            layouts.append(ArrayLayout(array.path(tap), shape, array.dimensions, array.dtype, array.fill))
     return layouts
 
 

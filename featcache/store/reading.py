@@ -1,4 +1,4 @@
-"""TODO featcache.store.reading"""
+"""A store opened for reading: what its features are, and the videos, tokens, tables and statistics of each split."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from featcache.errors import DataError, IncompatibleError, UsageError
 from featcache.moments import Moments
 from featcache.sources.video import Instance
 from featcache.store import manifest
-from featcache.store.encoding import dequantise
+from featcache.store.encoding import ENCODINGS, Encoding
 from featcache.store.spec import SCHEMA, SplitSpec, StoreSpec
 
 
@@ -43,7 +43,17 @@ class FeatureStore:
             raise IncompatibleError(
                 f"{path}: store schema {raw.get('schema')}, this version reads {SCHEMA}; extract it again"
             )
+        if raw.get("dtype", "float16") not in ENCODINGS:
+            raise IncompatibleError(
+                f"{path}: stored as {raw['dtype']}, this version reads {', '.join(ENCODINGS)}; "
+                "use the version that made it"
+            )
         return cls(path, StoreSpec.from_json(raw))
+
+    @property
+    def encoding(self) -> Encoding:
+        """The form that its tokens are stored in."""
+        return ENCODINGS[self.spec.dtype]
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -143,11 +153,13 @@ class Split:
         return self.read_tokens(tap, self.rows(video))
 
     def read_tokens(self, tap: str, rows: slice) -> torch.Tensor:
-        """Patch tokens of consecutive rows (F, N, D), through zarr; dequantised where stored as int8."""
-        codes = torch.from_numpy(np.asarray(self.array(f"features/{tap}")[rows]))
-        if self.store.spec.dtype == "float16":
-            return codes
-        return dequantise(codes, torch.from_numpy(np.asarray(self.array(f"scales/{tap}")[rows])))
+        """Patch tokens of consecutive rows (F, N, D), through zarr, decoded."""
+        arrays = self.token_arrays(tap)
+        return self.store.encoding.decode({k: torch.from_numpy(np.asarray(a[rows])) for k, a in arrays.items()})
+
+    def token_arrays(self, tap: str) -> dict[str, zarr.Array[Any]]:
+        """The arrays that hold a tap's tokens, by their folders."""
+        return {stored.folder: self.array(stored.path(tap)) for stored in self.store.encoding.arrays}
 
     def video(self, video: int) -> npt.NDArray[np.uint8]:
         """Frames (T, H, W, 3)."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +53,7 @@ class StoreSpec:
     versions: Mapping[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
     exported_from: str = ""  # the store or file that the values were copied from; "" for an extraction
-    dtype_through: str = ""  # int8 where float16 values were int8 on their way, which extraction cannot repeat
+    dtype_through: Dtype | Literal[""] = ""  # a coarser form that the values had before, which extraction cannot repeat
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

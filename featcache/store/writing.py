@@ -9,7 +9,6 @@ the bytes that are checked are then the bytes that are written.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
@@ -27,13 +26,13 @@ from featcache.sources.video import Video
 from featcache.store import manifest, shards
 from featcache.store.durable import (
     TEMPORARY,
-    _lock,
+    lock,
     make_directory,
     sync_directory,
     write_durably,
     write_tree,
 )
-from featcache.store.encoding import encode_tokens
+from featcache.store.encoding import ENCODINGS, Stored
 from featcache.store.layout import (
     METADATA,
     ArrayLayout,
@@ -65,7 +64,7 @@ class StoreWriter:
         refuse_foreign(path)
         make_directory(path.absolute())
         self.path = path
-        self._lock: int | None = _lock(path)
+        self._lock = lock(path)
         try:
             if (path / METADATA).exists():
                 self.spec = FeatureStore.open(path).spec
@@ -89,9 +88,7 @@ class StoreWriter:
         self.close()
 
     def close(self) -> None:
-        if self._lock is not None:  # a second close might close somebody else's file
-            os.close(self._lock)
-            self._lock = None
+        self._lock.close()
 
     def split(self, name: str, spec: SplitSpec) -> SplitWriter:
         """Create the split, or open it where an earlier run stopped; a longer one grows in place."""
@@ -158,8 +155,10 @@ class SplitWriter:
         return len(self.done) == len(self.spec.lengths) == self.spec.statistics_videos
 
     def write(self, index: int, video: Video, tokens: Mapping[str, torch.Tensor]) -> None:
-        """Store one video durably; see `write_chunks`."""
-        self.append(write_chunks(self.path, self.store_spec, self.spec, index, video, tokens))
+        """Store one video durably, with float tokens (T, N, D) of each tap; see `write_chunks`."""
+        encode = ENCODINGS[self.store_spec.dtype].encode
+        stored = {tap: encode(values) for tap, values in tokens.items()}
+        self.append(write_chunks(self.path, self.store_spec, self.spec, index, video, stored))
 
     def write_arrays(self, row: manifest.Row, arrays: Arrays) -> None:
         """Store one video whose rows are encoded as they shall lie; ``row`` lacks only the checksums.
@@ -206,20 +205,20 @@ def write_chunks(
     split: SplitSpec,
     index: int,
     video: Video,
-    tokens: Mapping[str, torch.Tensor],
+    tokens: Mapping[str, Stored],
 ) -> manifest.Row:
     """Make one video's chunks durable in the split at ``path``; needs no lock, in whichever process it runs.
 
-    ``tokens`` holds (T, N, D) floats for each tap. Gives the row that the process with the store's lock
-    appends. Raises ``DataError`` when the disk is full; the videos finished before stay.
+    ``tokens`` holds those of each tap in the store's form (`featcache.store.encoding`). Gives the row that the process
+    with the store's lock appends. Raises ``DataError`` when the disk is full; the videos finished before stay.
     """
     assert not split.shard_chunks, "several videos share a shard: only `SplitWriter.write_arrays` fills them"
     arrays: dict[str, npt.NDArray[Any]] = {"video": video.frames}
     if split.masks:
         assert video.segmentations is not None
         arrays["segmentations"] = video.segmentations
-    for tap, values in tokens.items():
-        arrays |= {name: part.numpy() for name, part in encode_tokens(tap, values, store).items()}
+    for array in ENCODINGS[store.dtype].arrays:
+        arrays |= {array.path(tap): stored[array.folder].cpu().numpy() for tap, stored in tokens.items()}
     row = manifest.Row(index, video.id, len(video.frames), {}, video.instances)
     return _write_arrays(path, store, split, row, arrays)
 

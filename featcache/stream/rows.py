@@ -28,7 +28,10 @@ from featcache.memory.copying import Copier, Piece
 from featcache.store import shards
 from featcache.store.reading import Split
 
-TORCH_DTYPES = {"float16": torch.float16, "int8": torch.int8, "uint8": torch.uint8}
+# What torch can hold of what an array may be of, by the array's name for it.
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in ("uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
+}
 MAPS = 1 << 14  # files mapped at a time: a quarter of what Linux gives a process (vm.max_map_count)
 STAY_COLD = 16  # batches that are still asked for ahead after the last one that came from the disk
 

@@ -2,14 +2,14 @@
 
 On a CPU a batch is used where it was read. For a CUDA device it is read into pinned memory and copied on a
 stream of its own, so that the copy of the next batch runs under the computation on this one. Two events for
-each slot keep the order without making the host wait: ``filled`` (the trainer's stream waits for it) and
+each batch keep the order without making the host wait: ``filled`` (the trainer's stream waits for it) and
 ``released`` (the copying stream waits for it before it writes again).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,90 +19,101 @@ import torch
 from torch import Tensor
 
 from featcache.memory.pages import host_empty
-from featcache.store.encoding import dequantise_into
+from featcache.store.encoding import Encoding
 from featcache.stream.rows import Rows
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Buffers of one batch."""
+class Format:
+    """Shape and type of a tensor."""
 
-    read: list[Tensor]  # where rows are gathered: [tokens] or [codes, scales]; (B, T, ...)
-    moved: list[Tensor]  # the same on the device; the same tensors when gathered there
-    features: Tensor  # (B, T, N, D) on the device; moved[0], or what its codes are dequantised into
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Memory of one batch."""
+
+    read: Mapping[str, Tensor]  # where rows of each stored array are gathered; (B, T, ...)
+    moved: Mapping[str, Tensor]  # the same on the device; the same tensors when gathered there
+    features: Tensor  # (B, T, N, D) on the device: what a trainer gets
     filled: torch.cuda.Event | None
     released: torch.cuda.Event | None
 
 
 class Staging:
-    """Fills slots in the reader's thread and hands them over in the trainer's."""
+    """Fills buffers in the reader's thread and hands them over in the trainer's.
 
-    def __init__(self, device: torch.device, *, on_device: bool) -> None:
-        self._device = device
+    ``encoding`` decodes what was read; None where a single array is used as it is.
+    """
+
+    def __init__(self, device: torch.device, *, on_device: bool, encoding: Encoding | None = None) -> None:
+        self._device, self._encoding = device, encoding
         self._home = device if on_device else torch.device("cpu")
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def slot(self, shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> Slot:
-        def buffers(device: torch.device) -> list[Tensor]:
-            return [self._empty(shape, dtype, device) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    def buffers(self, arrays: Mapping[str, Format], batch: Format) -> Buffers:
+        """Memory for a batch of that format, read from arrays of those."""
 
-        read = buffers(self._home)
-        moved = read if self._home.type == self._device.type else buffers(self._device)
-        codes = len(moved) == 2
-        features = self._empty(shapes[0], torch.float32, self._device) if codes else moved[0]
+        def empty(device: torch.device) -> dict[str, Tensor]:
+            return {name: self._empty(array, device) for name, array in arrays.items()}
+
+        read = empty(self._home)
+        moved = read if self._home.type == self._device.type else empty(self._device)
+        features = next(iter(moved.values())) if self._encoding is None else self._empty(batch, self._device)
         if self._stream is None:
-            return Slot(read, moved, features, None, None)
-        slot = Slot(read, moved, features, torch.cuda.Event(), torch.cuda.Event())  # type: ignore[no-untyped-call]
-        self.release(slot)  # what used this memory before comes first
-        return slot
+            return Buffers(read, moved, features, None, None)
+        buffers = Buffers(read, moved, features, torch.cuda.Event(), torch.cuda.Event())  # type: ignore[no-untyped-call]
+        self.release(buffers)  # what used this memory before comes first
+        return buffers
 
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def _empty(self, of: Format, device: torch.device) -> Tensor:
         if device.type == "cpu" and self._stream is None:
-            return host_empty(shape, dtype)
-        return torch.empty(shape, dtype=dtype, device=device, pin_memory=device.type == "cpu")
+            return host_empty(of.shape, of.dtype)
+        return torch.empty(of.shape, dtype=of.dtype, device=device, pin_memory=device.type == "cpu")
 
-    def fill(self, slot: Slot, readers: Sequence[Rows], rows: npt.NDArray[np.int64]) -> None:
+    def fill(self, buffers: Buffers, readers: Mapping[str, Rows], rows: npt.NDArray[np.int64]) -> None:
         """:meth:`read`, then :meth:`move`. Returns before the device has finished."""
-        self.read(slot, readers, rows)
-        self.move(slot)
+        self.read(buffers, readers, rows)
+        self.move(buffers)
 
-    def read(self, slot: Slot, readers: Sequence[Rows], rows: npt.NDArray[np.int64]) -> None:
+    def read(self, buffers: Buffers, readers: Mapping[str, Rows], rows: npt.NDArray[np.int64]) -> None:
         """Gather the rows where they are read to."""
-        if slot.filled is not None:
-            slot.filled.synchronize()  # the pinned buffers have left for the device
+        if buffers.filled is not None:
+            buffers.filled.synchronize()  # the pinned buffers have left for the device
         with self._queue():
-            if self._stream is not None and slot.released is not None:
-                self._stream.wait_event(slot.released)
-            for reader, buffer in zip(readers, slot.read, strict=True):
-                reader.gather(rows, buffer)
+            if self._stream is not None and buffers.released is not None:
+                self._stream.wait_event(buffers.released)
+            for name, reader in readers.items():
+                reader.gather(rows, buffers.read[name])
 
-    def move(self, slot: Slot) -> None:
-        """Bring what was read to the device, and dequantise it."""
+    def move(self, buffers: Buffers) -> None:
+        """Bring what was read to the device, and decode it."""
         with self._queue():
-            if slot.moved is not slot.read:
-                for moved, buffer in zip(slot.moved, slot.read, strict=True):
-                    moved.copy_(buffer, non_blocking=slot.filled is not None)
-            if len(slot.moved) == 2:
-                codes, scales = slot.moved
-                dequantise_into(codes, scales, slot.features)
-            if slot.filled is not None:
-                slot.filled.record(self._stream)
+            if buffers.moved is not buffers.read:
+                for name, moved in buffers.moved.items():
+                    moved.copy_(buffers.read[name], non_blocking=buffers.filled is not None)
+            if self._encoding is not None:
+                self._encoding.decode_into(buffers.moved, buffers.features)
+            if buffers.filled is not None:
+                buffers.filled.record(self._stream)
 
     def _queue(self) -> contextlib.AbstractContextManager[Any]:
         return torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext()
 
-    def receive(self, slot: Slot) -> Tensor:
+    def receive(self, buffers: Buffers) -> Tensor:
         """The batch, for work queued from now on by the calling thread."""
-        if slot.filled is not None:
-            torch.cuda.current_stream(self._device).wait_event(slot.filled)
-        return slot.features
+        if buffers.filled is not None:
+            torch.cuda.current_stream(self._device).wait_event(buffers.filled)
+        return buffers.features
 
-    def release(self, slot: Slot) -> None:
+    def release(self, buffers: Buffers) -> None:
         """Work queued by the calling thread until now was the last to read the batch."""
-        if slot.released is not None:
-            slot.released.record(torch.cuda.current_stream(self._device))
+        if buffers.released is not None:
+            buffers.released.record(torch.cuda.current_stream(self._device))
 
     def close(self) -> None:
         """Wait for copies under way, before the memory they write to is given back."""

@@ -12,7 +12,7 @@ import os
 import queue
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +24,10 @@ from torch import Tensor
 
 from featcache.errors import UsageError
 from featcache.machine import free_memory, start_limited
+from featcache.store.encoding import Encoding
 from featcache.store.reading import Split
 from featcache.stream.rows import TORCH_DTYPES, FileRows, ResidentRows, Rows, open_rows
-from featcache.stream.staging import Slot, Staging
+from featcache.stream.staging import Buffers, Format, Staging
 from featcache.words import Residence
 
 RING = 3  # one with the trainer, one ready, one being filled
@@ -52,8 +53,7 @@ class Batch:
 class BatchSeconds:
     """Seconds to read a batch where it is read to, and to bring it from there to the device.
 
-    Dequantising int8 counts where it is done: with the read on a CPU, where there is nothing to copy, else with the
-    copy.
+    Decoding counts where it is done: with the read on a CPU, where there is nothing to copy, else with the copy.
     """
 
     read: float
@@ -99,12 +99,19 @@ class FeatureStream:
         self.wait_seconds = 0.0  # that the trainer spent waiting for batches
         self.starts = clip_starts(split, clip)  # (samples,)
         arrays = feature_arrays(split, tap)
-        self.residence = choose_residence(self.device, arrays) if residence == "auto" else residence
+        self.residence = choose_residence(self.device, arrays.values()) if residence == "auto" else residence
         homes = {"disk": None, "host": torch.device("cpu"), "device": self.device}
         self.threads = threads or reader_threads(self.device, world_size)
         self._readers = open_readers(split, tap, homes[self.residence], self.threads)
-        self._shapes = [(batch_size, clip, *array.shape[1:]) for array in arrays]
-        self._dtypes = [TORCH_DTYPES[str(array.dtype)] for array in arrays]
+        samples = (batch_size, clip)
+        self._arrays = {
+            name: Format((*samples, *array.shape[1:]), TORCH_DTYPES[str(array.dtype)]) for name, array in arrays.items()
+        }
+        self._encoding = decoder(split, tap)
+        self._batch = next(iter(self._arrays.values()))
+        if self._encoding is not None:
+            spec = split.store.spec.taps[tap]
+            self._batch = Format((*samples, spec.patches, spec.dim), self._encoding.decoded)
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
 
     # -- the order -------------------------------------------------------------------------------------
@@ -139,20 +146,20 @@ class FeatureStream:
     # -- the batches -----------------------------------------------------------------------------------
 
     def _staging(self) -> Staging:
-        return Staging(self.device, on_device=self.residence == "device")
+        return Staging(self.device, on_device=self.residence == "device", encoding=self._encoding)
 
     def batch_seconds(self, batches: int) -> BatchSeconds:
         """What the thread's two parts of a batch take, by their medians over the stream's next ``batches``."""
         staging = self._staging()
-        slot = staging.slot(self._shapes, self._dtypes)
+        buffers = staging.buffers(self._arrays, self._batch)
         reads, copies = [], []
         for batch in range(batches + 1):
             rows = self.rows_at(self.samples_seen + batch * self.batch_size * self.world_size)
             began = time.perf_counter()
-            staging.read(slot, self._readers, rows)
+            staging.read(buffers, self._readers, rows)
             staging.close()
             read = time.perf_counter()
-            staging.move(slot)
+            staging.move(buffers)
             staging.close()
             reads.append(read - began)
             copies.append(time.perf_counter() - read)
@@ -163,20 +170,20 @@ class FeatureStream:
 
     def __iter__(self) -> Iterator[Batch]:
         staging = self._staging()
-        free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
-        ready: queue.SimpleQueue[tuple[Slot, npt.NDArray[np.int64], int] | BaseException] = queue.SimpleQueue()
+        free: queue.SimpleQueue[Buffers | None] = queue.SimpleQueue()
+        ready: queue.SimpleQueue[tuple[Buffers, npt.NDArray[np.int64], int] | BaseException] = queue.SimpleQueue()
         for _ in range(RING):
-            free.put(staging.slot(self._shapes, self._dtypes))
+            free.put(staging.buffers(self._arrays, self._batch))
         step = self.batch_size * self.world_size
         begin = self.samples_seen
 
         def fill() -> None:
             samples = begin
             try:
-                while (slot := free.get()) is not None:
+                while (buffers := free.get()) is not None:
                     rows = self.rows_at(samples)
-                    staging.fill(slot, self._readers, rows)
-                    ready.put((slot, rows, samples))
+                    staging.fill(buffers, self._readers, rows)
+                    ready.put((buffers, rows, samples))
                     samples += step
             except BaseException as error:  # handed to the trainer, which raises it
                 ready.put(error)
@@ -195,38 +202,40 @@ class FeatureStream:
                 self.wait_seconds += time.perf_counter() - waited
                 if isinstance(item, BaseException):
                     raise item
-                slot, rows, samples = item
-                features = staging.receive(slot)
+                buffers, rows, samples = item
+                features = staging.receive(buffers)
                 self.samples_seen = samples + step
                 yield Batch(features[:, 0] if self.clip == 1 else features, rows, samples)
-                staging.release(slot)
-                free.put(slot)
+                staging.release(buffers)
+                free.put(buffers)
         finally:  # also when the iterator is dropped
             atexit.unregister(stop)
             stop()
             staging.close()
 
 
-def feature_arrays(split: Split, tap: str) -> list[zarr.Array[Any]]:
-    """Tokens (F, N, D), and the scales (F, N) of int8 ones; or the frames (F, H, W, 3)."""
-    if tap == VIDEO:
-        return [split.array(VIDEO)]
-    scales = [f"scales/{tap}"] if split.store.spec.dtype == "int8" else []
-    return [split.array(path) for path in (f"features/{tap}", *scales)]
+def feature_arrays(split: Split, tap: str) -> dict[str, zarr.Array[Any]]:
+    """The arrays that hold a tap's tokens, by their folders; or the frames (F, H, W, 3)."""
+    return {VIDEO: split.array(VIDEO)} if tap == VIDEO else split.token_arrays(tap)
 
 
-def open_readers(split: Split, tap: str, home: torch.device | None, threads: int = 1) -> list[Rows]:
+def decoder(split: Split, tap: str) -> Encoding | None:
+    """What makes a batch of what is read; None where that is the batch."""
+    return None if tap == VIDEO or split.store.encoding.plain else split.store.encoding
+
+
+def open_readers(split: Split, tap: str, home: torch.device | None, threads: int = 1) -> dict[str, Rows]:
     """Readers of :func:`feature_arrays`, which are held on ``home`` unless it is None.
 
-    Scales are held in memory in any case: half a kilobyte a frame, while a copy that small would cost as much
-    time again as the frame's codes.
+    All arrays but the first are held in memory in any case: int8's scales are half a kilobyte a frame, and copies
+    that small would cost as much time again as the frame's codes.
     """
     spans = [split.rows(video) for video in split.videos]
-    readers: list[Rows] = []
-    for array in feature_arrays(split, tap):
+    readers: dict[str, Rows] = {}
+    for name, array in feature_arrays(split, tap).items():
         reader = open_rows(split, array.path, threads)
         keep = torch.device("cpu") if home is None and readers else home
-        readers.append(reader if keep is None else ResidentRows.load(reader, array, spans, keep, threads))
+        readers[name] = reader if keep is None else ResidentRows.load(reader, array, spans, keep, threads)
     return readers
 
 
@@ -235,8 +244,9 @@ def reader_threads(device: torch.device, world_size: int) -> int:
     return 1 if device.type == "cpu" else max(1, min(4, (os.cpu_count() or 1) // (2 * world_size)))
 
 
-def choose_residence(device: torch.device, arrays: list[zarr.Array[Any]]) -> Residence:
+def choose_residence(device: torch.device, arrays: Iterable[zarr.Array[Any]]) -> Residence:
     """Where features of this size are best kept for this device; see :class:`FeatureStream`."""
+    arrays = list(arrays)
     size = sum(array.nbytes for array in arrays)
     if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 2:
         return "device"

@@ -21,7 +21,7 @@ import torch
 
 from featcache.errors import DataError, UsageError
 from featcache.moments import Moments
-from featcache.store.encoding import dequantise, encode_tokens
+from featcache.store.encoding import ENCODINGS
 from featcache.store.layout import array_layouts
 from featcache.store.manifest import Row
 from featcache.store.reading import FeatureStore, Split
@@ -183,16 +183,15 @@ def _copy_split(origin: Origin, name: str, target: _Target, spec: StoreSpec, pro
 
 def _recode(arrays: Arrays, tap: str, present: Dtype, spec: StoreSpec) -> torch.Tensor:
     """Replace a tap's arrays by those of another dtype; gives its tokens (T, N, D) as a reader will see them."""
-    features, scales = f"features/{tap}", f"scales/{tap}"
-    stored = torch.from_numpy(arrays[features])
-    int8 = present == "int8"
-    tokens = dequantise(stored, torch.from_numpy(arrays[scales])) if int8 else stored
-    if present == spec.dtype and (int8 or stored.dtype == torch.float16):
-        return tokens  # bit for bit
-    arrays.pop(scales, None)
-    parts = encode_tokens(tap, tokens, spec)
-    arrays |= {name: part.numpy() for name, part in parts.items()}
-    return dequantise(parts[features], parts[scales]) if spec.dtype == "int8" else parts[features]
+    origin, target = ENCODINGS[present], ENCODINGS[spec.dtype]
+    stored = {array: arrays.pop(array.path(tap)) for array in origin.arrays}
+    tokens = origin.decode({array.folder: torch.from_numpy(values) for array, values in stored.items()})
+    if origin is target and all(values.dtype == array.dtype for array, values in stored.items()):
+        arrays |= {array.path(tap): values for array, values in stored.items()}
+        return tokens  # bit for bit; a file by other code may hold other floats
+    encoded = target.encode(tokens)
+    arrays |= {array.path(tap): encoded[array.folder].numpy() for array in target.arrays}
+    return target.decode(encoded)
 
 
 def copied_spec(origin: Origin, options: ConvertOptions) -> StoreSpec:
@@ -200,12 +199,13 @@ def copied_spec(origin: Origin, options: ConvertOptions) -> StoreSpec:
     present = origin.spec
     taps = _chosen("tap", options.taps, present.taps, origin.path)
     dtype = options.dtype or present.dtype
-    lossy = "int8" in (present.dtype, present.dtype_through) and dtype == "float16"
+    ways = [ENCODINGS[word] for word in (present.dtype, present.dtype_through) if word]
+    coarsest = max(ways, key=lambda encoding: encoding.error)
     return replace(
         present,
         taps={tap: present.taps[tap] for tap in taps},
         dtype=dtype,
-        dtype_through="int8" if lossy else "",
+        dtype_through=coarsest.name if coarsest.error > ENCODINGS[dtype].error else "",
         versions={**present.versions, "exported_by_slotlab": version("slotlab"), "exported_by_h5py": h5py.__version__},
         exported_from=str(origin.path.absolute()),
     )

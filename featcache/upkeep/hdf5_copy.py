@@ -2,8 +2,8 @@
 
 Layout, one group a split (a file without such groups is one split, called train)::
 
-    features/<tap>     (frame, patch, feature) float16, or int8 with
-    scales/<tap>       (frame, patch) float16
+    features/<tap>     (frame, patch, feature) float16; of other stored forms, all their arrays, such as
+    scales/<tap>       (frame, patch) float16 beside int8 features
     video              (frame, y, x, rgb) uint8
     segmentations      (frame, y, x) uint8, where the source had masks
     video_offsets      (video + 1,) int64: the frames of video v are rows [offset v, offset v + 1)
@@ -38,10 +38,10 @@ from featcache.moments import Moments
 from featcache.sources.masks import as_mask
 from featcache.sources.video import Instance
 from featcache.store.durable import TEMPORARY, cannot_write, make_directory, sync_directory
+from featcache.store.encoding import ENCODINGS, recognised
 from featcache.store.layout import COMPRESSED, array_layouts
 from featcache.store.manifest import Row
 from featcache.store.spec import MAX_CHUNK_FRAMES, SplitSpec, StoreSpec, TapSpec
-from featcache.words import Dtype
 
 ATTRIBUTE = "featcache"
 Arrays = dict[str, npt.NDArray[Any]]
@@ -150,7 +150,7 @@ class Hdf5Origin:
         for tap, shape in first.taps.items():
             side = math.isqrt(shape[1])
             taps[tap] = TapSpec((side, side) if side * side == shape[1] else (1, shape[1]), shape[2])
-        dtype: Dtype = "int8" if "scales" in first.group else "float16"
+        dtype = recognised(first.token_dtypes())
         return StoreSpec("unknown", {"library": "unknown"}, {}, taps, dtype, source=str(self.path))
 
 
@@ -182,6 +182,12 @@ class _Hdf5Split:
             **kept,
         }
         self.spec = SplitSpec.from_json({**known, "lengths": lengths.tolist()})
+
+    def token_dtypes(self) -> dict[str, str]:
+        """Types of the arrays that hold the first tap's tokens, by their folders."""
+        tap = next(iter(self.taps))
+        folders = {array.folder for encoding in ENCODINGS.values() for array in encoding.arrays}
+        return {folder: str(self.group[folder][tap].dtype) for folder in folders if f"{folder}/{tap}" in self.group}
 
     def _check_pictures(self, frames: int) -> None:
         """``DataError`` for frames and masks that are not as docs/store.md has them; masks may be of any integers."""

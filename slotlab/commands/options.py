@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from featcache.words import Dtype as Dtype
+
 CACHE_FOLDER = Path("cache")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
-Dtype = Literal["float16", "int8"]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Residence = Literal["auto", "disk", "host", "device"]
 Refine = Literal["guided", "crf"]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from featcache.errors import DataError, IncompatibleError, UsageError
-from featcache.store.durable import make_directory, write_durably
+from featcache.store.durable import LOCK, lock, make_directory, write_durably
 from featcache.store.spec import flatten
 from slotlab.config.load import validate
 from slotlab.config.schema import Config
@@ -23,7 +21,7 @@ from slotlab.runs.folder import read_result, result_path
 Kind = Literal["compare", "ablate"]
 
 SCHEMA = 1
-PLAN, ERROR, LOCK = "plan.json", "error.json", ".lock"
+PLAN, ERROR = "plan.json", "error.json"
 _LONGEST_NAME = 120  # characters; a folder's name may have 255 bytes
 _SHOWN_DIFFERENCES = 6
 
@@ -156,12 +154,9 @@ def opened(plan: Plan, out: Path) -> Iterator[None]:
     """
     require_free(plan, out)
     make_directory(out)
-    lock = _lock(out)
-    try:
+    with lock(out):
         write_durably(out / PLAN, json.dumps(plan.to_json(), indent=1).encode())
         yield
-    finally:
-        os.close(lock)
 
 
 def require_free(plan: Plan, out: Path) -> None:
@@ -209,14 +204,3 @@ def cell_name(parts: Iterable[str]) -> str:
     if len(name) > _LONGEST_NAME:
         name = f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return name
-
-
-def _lock(out: Path) -> int:
-    """Exclusive for as long as this process lives."""
-    fd = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise DataError(f"{out}: another process is at work there; wait for it, or choose another --out") from error
-    return fd
