@@ -33,12 +33,11 @@ from slotlab.commands import report
 from slotlab.commands.tables import scores_table
 from slotlab.masks.labels import masks_to_labels
 from slotlab.models.base import on_grid
-from slotlab.report.charts import Chart, Series, thinned
+from slotlab.report.charts import thinned
 from slotlab.report.gallery import frame_indices, packed, quantised
 from slotlab.report.gather import gather, names
 from slotlab.report.page import PageOptions
 from slotlab.report.server import LiveReport, serve
-from slotlab.report.svg import draw, labels, ticks
 from slotlab.report.write import Extras, write_report
 from slotlab.runs import checkpoint
 from slotlab.runs.loaded import load_run
@@ -305,30 +304,6 @@ def test_runs_have_the_shortest_names_that_differ() -> None:
 
 
 # --- charts -------------------------------------------------------------------------------------------------
-
-
-@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.integers(2, 8))
-def test_ticks_are_round_and_inside(low: float, width: float, count: int) -> None:
-    found = ticks(low, low + width, count, log=False)
-    slack = 1e-6 * (abs(low) + width)
-    assert 1 <= len(found) <= count + 1
-    assert all(low - slack <= value <= low + width + slack for value in found) and found == sorted(found)
-    assert len(set(labels(found))) == len(found)
-
-
-def test_tick_labels_are_short() -> None:
-    assert labels([0.0, 0.00025, 0.0005]) == ["0", "2.5e-4", "5e-4"]
-    assert labels([0.0, 0.25, 0.5, 1.0]) == ["0", "0.25", "0.5", "1"]
-    assert labels([0.999926, 0.9999262]) == ["0.999926", "0.9999262"]
-    assert labels([0, 50_000, 100_000, 2_500_000]) == ["0", "50k", "100k", "2.5M"]
-
-
-def test_a_chart_breaks_at_what_is_not_defined() -> None:
-    line = Series(0, "a", [0, 1, 2, 3], [1.0, float("nan"), 2.0, 3.0])
-    path = re.search(r'class="line" d="([^"]*)"', draw(Chart("k", "T", "", "x", (line,))))
-    assert path and path[1].count("M") == 2
-    nothing = Series(0, "a", [0], [float("nan")])
-    assert "No values" in draw(Chart("k", "T", "", "x", (nothing,)))
 
 
 def test_long_curves_are_thinned_and_keep_their_ends() -> None:

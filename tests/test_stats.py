@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from featcache.errors import DataError, UsageError
+from featcache.errors import DataError
 from featcache.moments import BUCKETS, RELATIVE_ACCURACY, Moments, NonFiniteTokensError
 from featcache.scale.quantities import effective_rank, scale_report
 from featcache.scale.recompute import reduce_moments
-from featcache.scale.report import StoreReport, plot_scale
+from featcache.scale.report import StoreReport
 from featcache.store.encoding import ENCODINGS
 from slotlab.commands.tables import render
 
@@ -299,15 +299,6 @@ def test_table_shows_every_store_and_warns_of_their_spread() -> None:
         assert Path(report.path).name in text
         assert f"{report.scale.std:.3g}" in text
     assert "std differs 50.0-fold" in text
-
-
-def test_figure_is_written_and_a_bad_name_is_refused(tmp_path: Path) -> None:
-    reports = [store_report(1), store_report(20, dim=12)]
-    plot_scale(reports, tmp_path / "scale.png")
-    assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
-    for wrong in ("scale.xyz", "absent/scale.png"):
-        with pytest.raises(UsageError, match="cannot draw there"):
-            plot_scale(reports, tmp_path / wrong)
 
 
 # -- dask ----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def stats(
     if elsewhere and not recompute:
         raise UsageError("--scheduler and --workers: only with --recompute, else the stored statistics are read")
 
-    from featcache.scale.report import plot_scale, store_reports
+    from featcache.scale.report import store_reports
     from slotlab.commands import terminal
     from slotlab.commands.tables import render
 
@@ -40,7 +40,10 @@ def stats(
         client = context.with_resource(connect(scheduler, workers))
     reports = [report for path in paths for report in store_reports(path, split, recompute, client)]
     if plot:
-        plot_scale(reports, plot)
+        from slotlab.pictures.chart import save
+        from slotlab.report.charts import scale_charts
+
+        save(scale_charts(reports), plot)
     if as_json:
         print_json({"stores": [report.as_dict() for report in reports]})
     else:

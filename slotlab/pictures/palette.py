@@ -1,4 +1,4 @@
-"""The colours of pictures, figures and pages, in one place, told apart by colour-blind readers too."""
+"""The colours of pictures, charts and pages: here and nowhere else, and told apart by colour-blind readers too."""
 
 from __future__ import annotations
 
@@ -16,6 +16,21 @@ OTHERS = (
 # Lines on white and on near-black: the same hues, each at least 3:1 against its ground.
 LINES = ("#0072B2", "#C65200", "#008660", "#B0578D", "#2F7FB0", "#946600", "#5B5B5B")
 LINES_ON_DARK = ("#56B4E9", "#F0883E", "#2FC79A", "#E0A0C4", "#8FCBF0", "#E6B450", "#B5B5B5")
+# Pages, and charts in files, which are light: names of the page's custom properties.
+LIGHT = {
+    "ground": "#fbfbfa", "surface": "#ffffff", "raised": "#ffffff", "sunken": "#f3f3f1",
+    "ink": "#16181d", "ink-2": "#4d525b", "ink-3": "#6b717b", "rule": "#e6e6e3", "rule-2": "#d2d2ce",
+    "accent": "#1f5fd0", "accent-ground": "#e9f0fd",
+    "warn": "#7a5200", "warn-ground": "#fdf5e2", "good": "#0f6b45", "bad": "#a8401f",
+    **{f"line-{n}": colour for n, colour in enumerate(LINES)},
+}  # fmt: skip
+DARK = {
+    "ground": "#101113", "surface": "#17191c", "raised": "#1e2125", "sunken": "#0b0c0d",
+    "ink": "#eceef1", "ink-2": "#b3b8c0", "ink-3": "#8b919b", "rule": "#2a2d32", "rule-2": "#3a3e45",
+    "accent": "#8fb8ff", "accent-ground": "#1c2a42",
+    "warn": "#f0c674", "warn-ground": "#2b2415", "good": "#7fd6a8", "bad": "#f2a08a",
+    **{f"line-{n}": colour for n, colour in enumerate(LINES_ON_DARK)},
+}  # fmt: skip
 # From low to high, even in lightness: stops of matplotlib's cividis.
 CONFIDENCE = (
     "#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838",

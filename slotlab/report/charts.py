@@ -1,19 +1,21 @@
-"""The report's charts as data; the page draws them as SVG, papers get them through matplotlib."""
+"""The charts of a report, and of `slotlab stats --plot`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from featcache.moments import Float
 from featcache.scale.report import StoreReport
 from slotlab.config.schema import LOSSES
-from slotlab.report.gather import Gathered, Logged, RunData
+from slotlab.pictures.chart import Chart, Series
 from slotlab.scoring.metrics import score_of, title_of
 from slotlab.scoring.over_frames import QUANTITIES
+
+if TYPE_CHECKING:
+    from slotlab.report.gather import Gathered, Logged, RunData
 
 # Not losses, though they are logged with them.
 OPTIMISATION = {
@@ -25,44 +27,6 @@ OPTIMISATION = {
 UNDRAWN = ("step", "seconds", "warnings")
 LOSS_NAMES = {"loss": ("Loss, total", "the weighted sum of its components"), **LOSSES}
 MOST_POINTS = 400  # of a line
-
-
-@dataclass(frozen=True)
-class Series:
-    """One line, with a band around it where there is one."""
-
-    colour: int  # position in the palette of lines
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]  # NaN breaks the line
-    low: Sequence[float] = ()
-    high: Sequence[float] = ()
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Lines over one axis."""
-
-    key: str
-    title: str
-    why: str
-    x_label: str
-    series: tuple[Series, ...]
-    log_x: bool = False
-    log_y: bool = False
-    y_min: float | None = None
-    y_max: float | None = None
-
-    @property
-    def summary(self) -> str:
-        """What a reader who cannot see the chart is told."""
-        parts = []
-        for line in self.series:
-            known = [(x, y) for x, y in zip(line.x, line.y, strict=True) if math.isfinite(y)]
-            if known:
-                (x0, y0), (x1, y1) = known[0], known[-1]
-                parts.append(f"{line.label}: from {y0:.3g} at {x0:g} to {y1:.3g} at {x1:g}")
-        return f"{self.title} by {self.x_label}. " + "; ".join(parts)
 
 
 def training_charts(runs: Sequence[Logged]) -> list[Chart]:
@@ -127,35 +91,41 @@ def time_charts(runs: Sequence[RunData]) -> list[Chart]:
 
 
 def scale_charts(reports: Sequence[StoreReport]) -> list[Chart]:
-    """The three panels of ``slotlab stats --plot``, of the stores that the runs were trained on."""
+    """Standard deviations of channels, token norms and spectra of stores, side by side."""
     channels, norms, spectrum = [], [], []
     for n, report in enumerate(reports):
         curves, label = report.scale.curves, store_label(report)
         std = np.sort(curves.channel_std)
         rank = 100 * (np.arange(len(std)) + 0.5) / len(std)
-        channels.append(Series(n, label, *sampled(rank, std)))
-        norms.append(Series(n, label, *sampled(100 * curves.norm_levels, curves.norm_quantiles)))
+        channels.append(Series(n, label, *sampled(rank, std), dot=50))
+        norms.append(Series(n, label, *sampled(100 * curves.norm_levels, curves.norm_quantiles), dot=50))
         share = 100 * curves.eigenvalues / max(curves.eigenvalues.sum(), np.finfo(float).tiny)
         share = np.where(share > share[0] * 1e-6, share, np.nan)  # what rounding alone fills
-        spectrum.append(Series(n, label, *sampled(np.arange(1.0, len(share) + 1), share)))
+        points = sampled(np.arange(1.0, len(share) + 1), share, log=True)
+        spectrum.append(Series(n, label, *points, dot=report.scale.effective_rank))
     if not reports:
         return []
     return [
         Chart(
             "scale-channels",
             "Standard deviation of channels",
-            "which ones carry the scale",
+            "which ones carry the scale; the dot is the median",
             "channels (%) below",
             tuple(channels),
             log_y=True,
         ),
         Chart(
-            "scale-norms", "Token norms", "a final step means outliers", "tokens (%) below", tuple(norms), log_y=True
+            "scale-norms",
+            "Token norms",
+            "a final step means outliers; the dot is the median",
+            "tokens (%) below",
+            tuple(norms),
+            log_y=True,
         ),
         Chart(
             "scale-spectrum",
             "Spectrum, % of the variance",
-            "steep: few directions rule the loss, so whiten",
+            "steep: few directions rule the loss, so whiten; the dot is the effective rank",
             "principal direction",
             tuple(spectrum),
             log_x=True,
@@ -169,9 +139,11 @@ def store_label(report: StoreReport) -> str:
     return f"{report.path.rsplit('/', 1)[-1]} · {report.tap}"
 
 
-def sampled(x: Float, y: Float) -> tuple[list[float], list[float]]:
-    """At most 120 of the points, both ends included."""
-    kept = np.unique(np.linspace(0, len(x) - 1, min(120, len(x))).round().astype(int))
+def sampled(x: Float, y: Float, log: bool = False) -> tuple[list[float], list[float]]:
+    """At most 120 of the points, evenly spaced on the axis that they are for, both ends included."""
+    count, most = len(x), min(120, len(x))
+    places = np.geomspace(1, count, most) - 1 if log else np.linspace(0, count - 1, most)
+    kept = np.unique(places.round().astype(int))
     return x[kept].tolist(), y[kept].tolist()
 
 

@@ -12,10 +12,10 @@ from markupsafe import Markup
 
 from featcache.errors import UsageError
 from slotlab.pictures import palette
+from slotlab.pictures.chart import page_svg
 from slotlab.report import charts, gallery, tables
 from slotlab.report.gather import Gathered, Logged, RunData
 from slotlab.report.provenance import environment, provenance
-from slotlab.report.svg import draw
 from slotlab.scoring.metrics import SCORES, Score, scores_in, shown, title_of
 from slotlab.scoring.references import FLOORS
 
@@ -85,7 +85,8 @@ def environment_of_templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    env.filters["svg"] = lambda chart: Markup(draw(chart))
+    env.globals["line_colours"] = len(palette.LINES)
+    env.filters["svg"] = lambda chart: Markup(page_svg(chart))
     env.filters["script_json"] = script_json
     env.filters["percent"] = lambda value: f"{100 * value:.2f}%"
     return env
@@ -116,7 +117,8 @@ def render(gathered: Gathered, options: PageOptions) -> str:
         },
         "provenance": [provenance(run) for run in runs],
         "environment": environment(),
-        "lines": list(zip(palette.LINES, palette.LINES_ON_DARK, strict=True)),
+        "light": palette.LIGHT,
+        "dark": palette.DARK,
         **sections(gathered),
     }
     return environment_of_templates().get_template("page.html.j2").render(context)
