@@ -88,7 +88,7 @@ def test_a_run_scores_the_same(made: Path, name: str) -> None:
 
 
 def assert_same(found: Any, kept: Any, where: str = "") -> None:
-    """Every key and every number of ``kept``, but for places, words and the digest of the code; ``found`` may have more."""
+    """Every key and number of ``kept``, but for places, words and the digest of the code. ``found`` may have more."""
     if isinstance(kept, dict):
         for key, value in kept.items():
             if key not in ("run", "cache", "code", "warnings"):

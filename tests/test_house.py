@@ -40,10 +40,6 @@ RUN_FILES = re.compile(
 # Contract -> module -> why it may.
 ALLOWED: dict[str, dict[str, str]] = {
     "runs_alone_name_their_files": {
-        "slotlab.commands.demo_job": "writes its evaluation by hand; to go",
-        "slotlab.experiments.plan": "looks for an evaluation by name; to go",
-        "slotlab.report.gather": "looks for an evaluation by name; to go",
-        "slotlab.report.provenance": "looks for an evaluation by name; to go",
         "slotlab.training.train": "opens the log by name; to go",
     },
     "models_open_no_store": {
