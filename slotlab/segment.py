@@ -23,7 +23,7 @@ from slotlab.models.inputs import FromFrames, ModelInput
 from slotlab.models.randomness import Draws
 from slotlab.pictures.frames import Frames, as_frames
 from slotlab.runs import checkpoint
-from slotlab.runs.folder import trained_spec
+from slotlab.runs.folder import STORE, trained_spec
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def load(run: str | Path, *, device: str | torch.device = "auto", weights: str |
     run = Path(run)
     chosen = pick_device(str(device))
     config = checkpoint.load_run_config(run)
-    store = FeatureStore(run / "store.json", trained_spec(run))  # a description alone: nothing is read from it
+    store = FeatureStore(run / STORE, trained_spec(run))  # a description alone: nothing is read from it
     inputs = ModelInput.of(config, store)
     model = empty_model(config, inputs)
     checkpoint.load_model(run, model)

@@ -62,14 +62,6 @@ print([m for m in ("torch", "timm", "zarr", "h5py", "tensorflow_datasets", "matp
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_featcache_does_not_know_slotlab() -> None:
-    for file in (ROOT / "featcache").rglob("*.py"):
-        assert "slotlab." not in file.read_text().replace("slotlab.zarr", ""), file
-    for package in ("featcache", "slotlab"):
-        for file in (ROOT / package).rglob("*.py"):
-            assert "import cli" not in file.read_text(), file
-
-
 def test_help_lists_the_commands() -> None:
     done = slotlab("--help")
     assert done.returncode == 0

@@ -26,7 +26,7 @@ from slotlab.scoring.evaluate import evaluate
 from slotlab.scoring.robustness import View, compare, matched_correlation, matched_iou, robustness
 from slotlab.training.train import train
 from tests.synthetic import DiscSource
-from tests.test_pixel import SMALL
+from tests.test_pixel_model import SMALL
 
 SLOTS = ["model.slots=4", "model.slot_dim=16", "model.decoder.hidden=16", "model.slot_mlp_hidden=16"]
 

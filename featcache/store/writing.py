@@ -46,8 +46,6 @@ from featcache.store.layout import (
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import SplitSpec, StoreSpec, refuse_if_different
 
-__all__ = ["SplitWriter", "StoreWriter", "array_layouts", "chunk_path", "write_chunks"]
-
 SUMMARIES = ("instances", "statistics")  # folders that `SplitWriter.finish` makes
 
 Arrays = Mapping[str, npt.NDArray[Any]]  # one video's rows as stored, by array

@@ -14,6 +14,7 @@ from featcache.sources import open_source
 from featcache.store.reading import FeatureStore
 from slotlab.config.schema import Config
 from slotlab.pictures.sheet import draw_sheet
+from slotlab.runs import checkpoint
 from slotlab.runs.folder import write_result
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.evaluate import evaluate
@@ -39,7 +40,7 @@ def extract_sample(cache: Path, device: torch.device, progress: Progress) -> Fea
 def train_and_score(config: Config, store: FeatureStore, out: Path, device: torch.device, report: Report) -> DemoResult:
     """Train anew (or resume what was interrupted), evaluate, draw."""
     run = out / f"seed{config.seed}-steps{config.optim.steps}"
-    train(config, store, run, resume=(run / "config.toml").exists(), device=device, report=report)
+    train(config, store, run, resume=(run / checkpoint.CONFIG).exists(), device=device, report=report)
     loaded = load_run(run, store.path, device)
     scores = evaluate(loaded)
     write_result(run, scores.as_dict())

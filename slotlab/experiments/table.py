@@ -11,7 +11,7 @@ from typing import Any
 
 from featcache.store.durable import write_durably
 from slotlab.experiments.plan import Cell, Run, read_plan
-from slotlab.runs.folder import read_result, read_rows
+from slotlab.runs.folder import LOG, read_result, read_rows
 from slotlab.scoring.evaluation import Evaluation
 from slotlab.scoring.metrics import shown, shown_of_videos
 from slotlab.scoring.paired import paired_scores
@@ -85,7 +85,7 @@ def _evaluation(run: Run) -> Evaluation:
 
 
 def _training(run: Run) -> dict[str, float | None]:
-    rows = read_rows(run.path / "metrics.jsonl")
+    rows = read_rows(run.path / LOG)
     last = rows[-max(1, len(rows) // 10) :]
     return {
         "loss": statistics.fmean(row["loss"] for row in last) if last else None,

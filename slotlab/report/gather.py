@@ -14,7 +14,7 @@ from featcache.scale.report import StoreReport, store_reports
 from featcache.store.reading import FeatureStore, Split
 from slotlab.config.schema import Config
 from slotlab.runs import checkpoint
-from slotlab.runs.folder import keep_result, read_result, read_rows, result_path, store_path
+from slotlab.runs.folder import LOG, keep_result, read_result, read_rows, result_path, store_path
 from slotlab.runs.loaded import LoadedRun, load_run
 from slotlab.scoring.evaluate import evaluate, scoring_code
 from slotlab.scoring.evaluation import Evaluation
@@ -95,9 +95,7 @@ def gather(
 
 def logged(paths: Sequence[Path]) -> list[Logged]:
     """The logs of some runs alone; quick enough to ask while they train."""
-    return [
-        Logged(name, tuple(read_rows(path / "metrics.jsonl"))) for path, name in zip(paths, names(paths), strict=True)
-    ]
+    return [Logged(name, tuple(read_rows(path / LOG))) for path, name in zip(paths, names(paths), strict=True)]
 
 
 def gather_run(
@@ -111,7 +109,7 @@ def gather_run(
 ) -> RunData:
     """One run; see :func:`gather`."""
     config = checkpoint.load_run_config(path)
-    rows = tuple(read_rows(path / "metrics.jsonl"))
+    rows = tuple(read_rows(path / LOG))
     if not checkpoint.exists(path):
         store = FeatureStore.open(cache or store_path(path))
         return RunData(name, rows, path, config, store, choose_split(config, store, split_name))
@@ -166,7 +164,7 @@ def current_evaluation(loaded: LoadedRun, split: Split, step: int) -> Evaluation
         and found.published_masks == loaded.config.published_masks
         and Path(found.cache).resolve() == loaded.store.path.resolve()
     )
-    trained = (checkpoint.folder(loaded.path) / "state.json").stat().st_mtime
+    trained = (checkpoint.folder(loaded.path) / checkpoint.STATE).stat().st_mtime
     return found if same and written >= trained else None
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from slotlab.report.gather import RunData
 from slotlab.runs import checkpoint
-from slotlab.runs.folder import result_path
+from slotlab.runs.folder import LOG, SUMMARY, result_path
 
 PACKAGES = ("slotlab", "torch", "numpy", "zarr", "scipy", "pillow", "matplotlib")
 
@@ -56,7 +56,7 @@ def provenance(run: RunData) -> Provenance:
         ("backbone weights", backbone_weights(run.store.spec.model)),
         ("videos scored", f"split {run.split.name}, source fingerprint {run.split.spec.source_fingerprint}"),
     ]
-    made = run.path / "summary.json"
+    made = run.path / SUMMARY
     if made.exists():
         found = json.loads(made.read_text())
         versions = ", ".join(f"{name} {value}" for name, value in found.get("versions", {}).items())
@@ -66,8 +66,8 @@ def provenance(run: RunData) -> Provenance:
 
 def sources(run: RunData) -> list[Source]:
     """The files that a run's numbers were read from, and commands."""
-    train = ("train", "--cache", run.store.path, "--config", run.path / "config.toml", "--out", f"{run.path}-again")
-    found = [Source("training curves", str(run.path / "metrics.jsonl"), command(*train))]
+    train = ("train", "--cache", run.store.path, "--config", run.path / checkpoint.CONFIG, "--out", f"{run.path}-again")
+    found = [Source("training curves", str(run.path / LOG), command(*train))]
     if run.evaluation is not None:
         path = result_path(run.path, run.split.name)
         scored = ("eval", run.path, "--cache", run.store.path, "--split", run.split.name, "--json")

@@ -21,7 +21,8 @@ import torch
 from featcache.errors import FeatcacheError, UsageError
 from slotlab.report.gather import KnownReferences, Say, gather, logged
 from slotlab.report.page import PageOptions, render, render_training
-from slotlab.runs.folder import read_rows
+from slotlab.runs import checkpoint
+from slotlab.runs.folder import LOG, SUMMARY, read_rows
 
 HOST = "127.0.0.1"
 LOOK_SECONDS = 1.0  # between two looks at the run folders
@@ -48,7 +49,7 @@ class LiveReport:
 
     def refresh(self) -> None:
         """Make the page, if the runs have new checkpoints; raises what :func:`gather` does."""
-        seen = stamp(self.runs, "checkpoint/state.json")
+        seen = stamp(self.runs, f"{checkpoint.FOLDER}/{checkpoint.STATE}")
         if seen != self._made_of:
             gathered = gather(self.runs, self.split, self.cache, self.device, self.say, self._known)
             self._page, self._made_of = render(gathered, self.options), seen
@@ -77,7 +78,7 @@ class LiveReport:
         """What has changed, for the page to compare, and one line for its reader."""
         return {
             "page": self._made_of,
-            "training": stamp(self.runs, "metrics.jsonl"),
+            "training": stamp(self.runs, LOG),
             "message": message(self.runs),
         }
 
@@ -96,8 +97,8 @@ def stamp(runs: Sequence[Path], file: str) -> str:
 
 def message(runs: Sequence[Path]) -> str:
     """How far the runs are."""
-    steps = [rows[-1]["step"] if (rows := read_rows(run / "metrics.jsonl")) else 0 for run in runs]
-    done = sum((run / "summary.json").exists() for run in runs)
+    steps = [rows[-1]["step"] if (rows := read_rows(run / LOG)) else 0 for run in runs]
+    done = sum((run / SUMMARY).exists() for run in runs)
     if len(runs) == 1:
         return "finished" if done else f"step {steps[0]}"
     return f"{done} of {len(runs)} finished"

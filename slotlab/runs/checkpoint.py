@@ -30,8 +30,9 @@ from slotlab.config.load import read_toml, validate
 from slotlab.config.schema import Config
 from slotlab.models.base import Model
 
-FOLDER = "checkpoint"
-MODEL, AVERAGE = "model.safetensors", "average.safetensors"
+CONFIG = "config.toml"
+FOLDER, STATE = "checkpoint", "state.json"
+MODEL, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimizer.safetensors"
 
 
 def save(
@@ -49,8 +50,8 @@ def save(
         for index, values in optimizer.state_dict()["state"].items()
         for name, value in values.items()
     }
-    save_file(tensors, fresh / "optimizer.safetensors")
-    (fresh / "state.json").write_text(json.dumps(state, indent=1))
+    save_file(tensors, fresh / OPTIMIZER)
+    (fresh / STATE).write_text(json.dumps(state, indent=1))
     for path in fresh.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -75,13 +76,13 @@ def folder(run: Path) -> Path:
 
 def _whole(run: Path) -> Path | None:
     for suffix in ("", ".old"):  # a crash between the two renames leaves the old one aside
-        if (run / f"{FOLDER}{suffix}" / "state.json").exists():
+        if (run / f"{FOLDER}{suffix}" / STATE).exists():
             return run / f"{FOLDER}{suffix}"
     return None
 
 
 def state(run: Path) -> dict[str, Any]:
-    path = folder(run) / "state.json"
+    path = folder(run) / STATE
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         return {key: found[key] for key in ("step", "schedule", "stream")}
@@ -126,7 +127,7 @@ def _to_use(run: Path) -> str:
 def load_optimizer(run: Path, optimizer: torch.optim.Optimizer) -> None:
     raw = optimizer.state_dict()
     raw["state"] = {}
-    for key, value in _tensors(folder(run) / "optimizer.safetensors").items():
+    for key, value in _tensors(folder(run) / OPTIMIZER).items():
         index, _, name = key.partition(".")
         raw["state"].setdefault(int(index), {})[name] = value
     optimizer.load_state_dict(raw)
@@ -134,7 +135,7 @@ def load_optimizer(run: Path, optimizer: torch.optim.Optimizer) -> None:
 
 def load_run_config(run: Path) -> Config:
     """The configuration a run was made with. ``DataError`` for a folder that is no run, or a damaged one."""
-    path = run / "config.toml"
+    path = run / CONFIG
     if not path.is_file():
         raise DataError(f"{run}: not a run; name a folder that slotlab train made (for example runs/demo)")
     try:

@@ -20,10 +20,12 @@ from featcache.stream.stream import VIDEO
 from slotlab.config.schema import Config
 from slotlab.runs import checkpoint
 
+STORE, LOG, SUMMARY = "store.json", "metrics.jsonl", "summary.json"
+
 
 def trained_spec(run: Path) -> StoreSpec:
     """What the features were that a run was trained on, from its folder."""
-    path, raw = run / "store.json", trained_on(run)["spec"]
+    path, raw = run / STORE, trained_on(run)["spec"]
     if raw.get("schema") != SCHEMA:
         raise IncompatibleError(f"{path}: store schema {raw.get('schema')}, this version reads {SCHEMA}; train again")
     return StoreSpec.from_json(raw)
@@ -31,7 +33,7 @@ def trained_spec(run: Path) -> StoreSpec:
 
 def check_run(config: Config, store: FeatureStore, run: Path, resume: bool) -> None:
     """``UsageError`` if there is a run already, or none to resume; ``IncompatibleError`` if it is another one."""
-    exists = (run / "config.toml").exists()
+    exists = (run / checkpoint.CONFIG).exists()
     anew = "" if checkpoint.exists(run) else "; it has no checkpoint yet: delete it to start anew"
     if (run / "zarr.json").exists():
         raise UsageError(f"{run}: is a store; choose another --out")
@@ -78,13 +80,13 @@ def create_run(config: Config, store: FeatureStore, run: Path, init_from: Path |
     if init_from is not None:
         note["init_from"] = str(init_from.resolve())
     run.mkdir(parents=True, exist_ok=True)
-    (run / "store.json").write_text(json.dumps(note, indent=1))
-    (run / "config.toml").write_text(config.to_toml())
+    (run / STORE).write_text(json.dumps(note, indent=1))
+    (run / checkpoint.CONFIG).write_text(config.to_toml())
 
 
 def trained_on(run: Path) -> dict[str, Any]:
     """The run's ``store.json``. ``DataError`` if it is missing or damaged."""
-    path = run / "store.json"
+    path = run / STORE
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         kinds = {"path": str, "identity": dict, "spec": dict}
@@ -207,7 +209,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def write_summary(run: Path, device: torch.device, processes: int) -> None:
     """``summary.json``: how the run ended, and where it was made."""
-    rows = read_rows(run / "metrics.jsonl")
+    rows = read_rows(run / LOG)
     summary = {
         "finished": True,
         **(rows[-1] if rows else {}),
@@ -217,4 +219,4 @@ def write_summary(run: Path, device: torch.device, processes: int) -> None:
         "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "slotlab": version("slotlab")},
     }
-    (run / "summary.json").write_text(json.dumps(summary, indent=1))
+    (run / SUMMARY).write_text(json.dumps(summary, indent=1))
