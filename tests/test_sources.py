@@ -176,7 +176,7 @@ GREY = png(np.zeros((24, 24), np.uint8))
         (_set("video", [GREY, GREY, png(np.zeros((20, 24), np.uint8))]), "frame 2: image is 24x20, but .* 24x24"),
         (_set("segmentations", [GREY] * 2), "2 masks of 24x24 do not match 3 frames of 24x24"),
         (_set("segmentations", [png(np.zeros((12, 12), np.uint8))] * 3), "3 masks of 12x12 do not match"),
-        (_set("segmentations", [png(np.zeros((24, 24, 3), np.uint8))] * 3), "mask 0: mask has 3 channels"),
+        (_set("segmentations", [png(np.full((24, 24, 3), (0, 1, 2), np.uint8))] * 3), "mask 0: mask shows colours"),
         (_set("segmentations", [png(np.full((24, 24), 300, np.uint16))] * 3), "mask 0: masks hold 300..300"),
         (_set("segmentations", [png(np.full((24, 24), 7, np.uint8))] * 3), "masks with 7 objects"),
         (_set("instances/shape_label", [0, 5]), "shape_label holds 5, but its label file has 3 names"),

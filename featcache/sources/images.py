@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +39,7 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Size and orientation of an image file. ``DataError`` where it is none."""
-    with _errors_named(str(path)), path.open("rb") as file, Image.open(file) as image:
+    with errors_named(str(path)), path.open("rb") as file, Image.open(file) as image:
         pages = len(_pages(image))
         if image.format == "TIFF":  # Pillow turns these by itself, and says the size that they then have
             image.seek(0)
@@ -79,14 +80,47 @@ def _png_has_exif(file: BinaryIO) -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class Page:
+    """One image of a file, decoded but not turned."""
+
+    image: Image.Image
+    name: str  # in errors
+    packing: str  # of a pixel in the file, in Pillow's words: "L;4" is grey of four bits
+    levels: int  # largest number of its grey pixels in the file, which Pillow stretches to the range of its own
+
+
 def decode_image(data: bytes, where: str) -> npt.NDArray[np.uint8]:
-    """PNG, JPEG or whatever Pillow reads -> (H, W, 3), upright by its EXIF orientation."""
-    return as_rgb(open_image(data, where), where)
+    """PNG, JPEG or whatever Pillow reads -> (H, W, 3), upright by its EXIF orientation; of several pages the first."""
+    page = next(open_pages(data, where))
+    return as_rgb(page.image, where)
 
 
 def decode_pages(data: bytes, where: str) -> list[npt.NDArray[np.uint8]]:
     """Every image of a TIFF, an APNG or an animated WebP -> (H, W, 3) each, upright; of other files the one."""
-    return [as_rgb(page, name) for page, name in open_pages(data, where)]
+    return [as_rgb(page.image, page.name) for page in open_pages(data, where)]
+
+
+def open_pages(data: bytes, where: str) -> Iterator[Page]:
+    """Each image of a file. One is gone when the next one comes. ``DataError`` where a file is damaged."""
+    with errors_named(where):
+        image = Image.open(io.BytesIO(data))
+        pages = _pages(image)
+    for page in pages:
+        name = f"{where}: page {page}" if pages[1:] else where
+        with errors_named(name):
+            image.seek(page)
+            args = image.tile[0].args if image.tile else None
+            packing, *more = (args,) if isinstance(args, str) else args or ("",)
+            image.load()
+        yield Page(image, name, packing, _levels(image, packing, more))
+
+
+def _levels(image: Image.Image, packing: str, more: Sequence[object]) -> int:
+    if image.format == "PPM" and more and isinstance(more[-1], int):
+        return more[-1]
+    bits = re.search(r";(\d+)", packing)
+    return (1 << int(bits[1])) - 1 if bits and image.mode == "L" else 65535 if image.mode.startswith("I") else 255
 
 
 def as_rgb(image: Image.Image, where: str) -> npt.NDArray[np.uint8]:
@@ -97,7 +131,7 @@ def as_rgb(image: Image.Image, where: str) -> npt.NDArray[np.uint8]:
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PPM", "PNG")):  # whose 16 bits come as 32
         kind = "floating-point" if image.mode == "F" else "32-bit"
         raise DataError(f"{where}: holds {kind} values, whose range is unknown; save it with 8 or 16 bits")
-    with _errors_named(where):
+    with errors_named(where):
         image.load()
         upright = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
@@ -105,28 +139,8 @@ def as_rgb(image: Image.Image, where: str) -> npt.NDArray[np.uint8]:
         return np.asarray(upright.convert("RGB"))
 
 
-def open_image(data: bytes, where: str) -> Image.Image:
-    """An image, decoded but not turned. ``DataError`` where it cannot be."""
-    with _errors_named(where):
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        return image
-
-
-def open_pages(data: bytes, where: str) -> Iterator[tuple[Image.Image, str]]:
-    """Each page of a file, decoded but not turned, and its name in errors. A page is gone when the next one comes."""
-    image = open_image(data, where)
-    with _errors_named(where):
-        pages = _pages(image)
-    for page in pages:
-        with _errors_named(where):
-            image.seek(page)
-            image.load()
-        yield image, f"{where}: page {page}" if pages[1:] else where
-
-
 @contextmanager
-def _errors_named(where: str) -> Iterator[None]:
+def errors_named(where: str) -> Iterator[None]:
     """Whatever Pillow raises over a damaged file, and its kinds are many, becomes ``DataError``."""
     try:
         yield
@@ -150,5 +164,5 @@ def stack(images: Sequence[npt.NDArray[np.uint8]], names: Sequence[str], what: s
     return np.stack(images)
 
 
-def size_text(image: npt.NDArray[np.uint8]) -> str:
+def size_text(image: npt.NDArray[Any]) -> str:
     return f"{image.shape[1]}x{image.shape[0]}"

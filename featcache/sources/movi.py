@@ -19,7 +19,8 @@ import numpy.typing as npt
 from featcache.errors import DataError
 from featcache.sources.fingerprint import digest
 from featcache.sources.images import decode_image, stack
-from featcache.sources.masks import check_fit, decode_mask, visibility
+from featcache.sources.masks import as_mask, check_fit, decode_mask, visibility, without_void
+from featcache.sources.reading import Reading
 from featcache.sources.splits import check_index, check_split
 from featcache.sources.tfrecord import TFRecordFile
 from featcache.sources.video import Instance, Source, Video
@@ -93,8 +94,11 @@ def _label_names(path: Path) -> tuple[str, ...]:
 class MoviSource(Source):
     """MOVi videos in TFRecord shards. The index of the shards is made on first use and travels when pickled."""
 
-    def __init__(self, directory: Path, location: str | None = None, partial: bool = False) -> None:
+    def __init__(
+        self, directory: Path, location: str | None = None, partial: bool = False, reading: Reading | None = None
+    ) -> None:
         """``partial`` takes the shards that are there, and does not ask for the others."""
+        self.reading = reading or Reading()
         self.directory = directory
         self.location = location or str(directory)
         self.partial = partial
@@ -122,6 +126,8 @@ class MoviSource(Source):
 
     def _fingerprint_parts(self, split: str) -> Iterator[bytes | str]:
         """The records' own checksums stand for their data: nothing is read but the index."""
+        if self.reading != Reading():
+            yield repr(self.reading)
         yield split
         for file in self._open(split):
             yield file.path.name
@@ -137,16 +143,18 @@ class MoviSource(Source):
                 "the two files do not belong together"
             )
         frames = _decode_all(encoded, decode_image, f"{where}, frame")
-        masks = None
+        masks = ignore = None
         if self._layout.masks:
-            masks = _decode_all(_bytes(features, "segmentations"), decode_mask, f"{where}, mask")
+            masks = _decode_all(_bytes(features, "segmentations"), _decode_mask, f"{where}, mask")
             check_fit(frames, masks, where)
+            masks, ignore = without_void(masks, self.reading.ignore_label)
         name = _bytes(features, "metadata/video_name")
         return Video(
             id=name[0].decode("utf-8", "replace") if name else f"{split}_{index:05d}",
             frames=frames,
             segmentations=masks,
             instances=self._instances(features, masks, len(frames), where),
+            ignore=ignore,
         )
 
     def _instances(
@@ -265,6 +273,10 @@ def _expected_records(directory: Path, split: str) -> dict[str, int]:
         return {f"{stem}-{i:05d}-of-{len(lengths):05d}": int(length) for i, length in enumerate(lengths)}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not as TFDS writes it ({error!r}); copy it again, or remove it") from error
+
+
+def _decode_mask(data: bytes, where: str) -> npt.NDArray[np.uint8]:
+    return as_mask(decode_mask(data, where)[0].values, where)
 
 
 def _decode_all(encoded: Sequence[bytes], decode: Any, where: str) -> npt.NDArray[np.uint8]:

@@ -27,19 +27,22 @@ class Video:
     """Consecutive frames with their ground truth.
 
     ``segmentations`` holds 0 for the background and ``k`` for ``instances[k - 1]``; it is ``None`` where the
-    source has no masks.
+    source has no masks. ``ignore`` marks pixels whose truth is not known: 0 in ``segmentations``, and no background.
     """
 
     id: str
     frames: npt.NDArray[np.uint8]  # (T, H, W, 3)
     segmentations: npt.NDArray[np.uint8] | None = None  # (T, H, W)
     instances: tuple[Instance, ...] = field(default=())
+    ignore: npt.NDArray[np.bool_] | None = None  # (T, H, W)
 
     def __post_init__(self) -> None:
         if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
             raise ValueError(f"frames must be uint8 (T, H, W, 3), not {self.frames.dtype} {self.frames.shape}")
         if self.segmentations is not None and self.segmentations.shape != self.frames.shape[:3]:
             raise ValueError(f"segmentations {self.segmentations.shape} do not match frames {self.frames.shape}")
+        if self.ignore is not None and (self.segmentations is None or self.ignore.shape != self.segmentations.shape):
+            raise ValueError(f"ignored pixels {self.ignore.shape} do not match masks")
 
 
 class Source(Protocol):
