@@ -16,7 +16,7 @@ from PIL import Image
 from featcache.errors import DataError, UsageError
 from featcache.sources import Reading, open_source
 from featcache.sources.video import Video
-from tests.media import oblong, save_images
+from tests.media import oblong, save_images, save_movie
 from tests.movi_files import write_movi
 
 NUMBERS = np.repeat(np.repeat(np.arange(12, dtype=np.uint8).reshape(3, 4), 16, 0), 16, 1) % 4  # (48, 64), 0 to 3
@@ -226,3 +226,73 @@ def test_hdf5_and_movi_know_void_too(tmp_path: Path, caplog: pytest.LogCaptureFi
     video = open_source(folder, Reading.of(ignore_label="2")).read("train", 0)
     np.testing.assert_array_equal(video.ignore, plain.segmentations == 2)
     assert set(np.unique(video.segmentations)) == {0, 1} and len(video.instances) == 2
+
+
+# Frames without masks
+
+
+def test_frames_without_a_mask_are_read_and_marked(tmp_path: Path) -> None:
+    save_images(tmp_path / "walk", oblong(6))
+    save_images(tmp_path / "other", oblong(2))
+    save_images(tmp_path, oblong(2), ["x.png", "y.png"])
+    save_images(tmp_path / "masks" / "walk", np.stack([NUMBERS, NUMBERS.T.reshape(48, 64)]), ["0.png", "5.png"])
+    save_images(tmp_path / "masks", NUMBERS[None], ["y.png"])
+    source = open_source(tmp_path)
+    videos = {video.id: video for video in (source.read("train", index) for index in range(4))}
+    np.testing.assert_array_equal(videos["walk"].labelled, [True, False, False, False, False, True])
+    np.testing.assert_array_equal(videos["walk"].segmentations[5], NUMBERS.T.reshape(48, 64))
+    assert not videos["walk"].segmentations[1:5].any()
+    for name in ("other", "x.png"):
+        assert not videos[name].labelled.any() and not videos[name].segmentations.any()
+    assert videos["y.png"].labelled is None
+    (remark,) = source.remarks("train")
+    assert remark.endswith(": no mask, as for 7 of 10 images and clips; these are not scored")
+
+
+def _sparse(folder: Path, names: list[str]) -> Video:
+    """A clip of 12 frames with a mask in each of the named files, of its own number."""
+    save_movie(folder / "clip.mp4", "libx264", oblong(12))
+    masks = np.stack([np.full((48, 64), number + 1, np.uint8) for number in range(len(names))])
+    save_images(folder / "masks" / "clip", masks, names)
+    return open_source(folder).read("train", 0)
+
+
+@pytest.mark.parametrize(
+    ("names", "places"),
+    [
+        (["00000.png", "00005.png", "00010.png"], [0, 5, 10]),
+        (["frame_1.png", "frame_6.png", "frame_12.png"], [0, 5, 11]),  # ffmpeg and many tools count from 1
+        (["clip2_000.png", "clip2_011.png"], [0, 11]),
+    ],
+)
+def test_a_clips_masks_are_put_to_their_frames(tmp_path: Path, names: list[str], places: list[int]) -> None:
+    video = _sparse(tmp_path, names)
+    np.testing.assert_array_equal(np.flatnonzero(video.labelled), places)
+    np.testing.assert_array_equal(video.segmentations[places][:, 0, 0], np.arange(len(places)) + 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["5.png", "10.png"], "none is numbered 0 or 12, so they may count from 0 or from 1"),
+        (["a.png", "b.png"], "give one mask a frame, or name each by the number"),
+        (["0a0.png", "1a0.png"], "give one mask a frame, or name each by the number"),
+        (["0.png", "12.png"], "the last of which is numbered 12"),
+        (["3.png", "30.png"], "the last of which is numbered 30"),
+        ([f"{i}.png" for i in range(14)], "the last of which is numbered 13"),
+    ],
+)
+def test_where_masks_cannot_be_put_they_are_refused(tmp_path: Path, names: list[str], message: str) -> None:
+    with pytest.raises(DataError, match=rf"masks/clip: {len(names)} masks of 12 frames of clip.mp4.*{message}"):
+        _sparse(tmp_path, names)
+
+
+def test_void_of_a_partly_labelled_video(tmp_path: Path) -> None:
+    voc = NUMBERS.copy()
+    voc[:5] = 255
+    save_images(tmp_path / "walk", oblong(3))
+    (tmp_path / "masks" / "walk").mkdir(parents=True)
+    _palette(voc, VOC).save(tmp_path / "masks" / "walk" / "1.png")
+    video = open_source(tmp_path).read("train", 0)
+    np.testing.assert_array_equal(video.ignore[1], voc == 255)
+    assert not video.ignore[[0, 2]].any() and list(video.labelled) == [False, True, False]

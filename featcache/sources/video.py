@@ -28,6 +28,7 @@ class Video:
 
     ``segmentations`` holds 0 for the background and ``k`` for ``instances[k - 1]``; it is ``None`` where the
     source has no masks. ``ignore`` marks pixels whose truth is not known: 0 in ``segmentations``, and no background.
+    ``labelled`` marks the frames whose masks are known, where some are not.
     """
 
     id: str
@@ -35,6 +36,7 @@ class Video:
     segmentations: npt.NDArray[np.uint8] | None = None  # (T, H, W)
     instances: tuple[Instance, ...] = field(default=())
     ignore: npt.NDArray[np.bool_] | None = None  # (T, H, W)
+    labelled: npt.NDArray[np.bool_] | None = None  # (T,); None if all are, or if there are no masks
 
     def __post_init__(self) -> None:
         if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
@@ -43,6 +45,8 @@ class Video:
             raise ValueError(f"segmentations {self.segmentations.shape} do not match frames {self.frames.shape}")
         if self.ignore is not None and (self.segmentations is None or self.ignore.shape != self.segmentations.shape):
             raise ValueError(f"ignored pixels {self.ignore.shape} do not match masks")
+        if self.labelled is not None and self.labelled.shape != self.frames.shape[:1]:
+            raise ValueError(f"{self.labelled.shape} labelled frames do not match frames {self.frames.shape}")
 
 
 class Source(Protocol):
