@@ -173,7 +173,7 @@ GREY = png(np.zeros((24, 24), np.uint8))
         (_set("video", [b"no image"] * 3), "frame 0: image cannot be decoded"),
         (_set("video", [png(scene(0)[0][0])[:-300]] * 3), "frame 0: image cannot be decoded"),
         (_set("video", [GREY] * 2), "2 frames where features.json says 3"),
-        (_set("video", [GREY, GREY, png(np.zeros((20, 24), np.uint8))]), "frame 2: image is 24x20, but .* 24x24"),
+        (_set("video", [GREY, GREY, png(np.zeros((20, 24), np.uint8))]), "frame 2: frame is 24x20, but .* 24x24"),
         (_set("segmentations", [GREY] * 2), "2 masks of 24x24 do not match 3 frames of 24x24"),
         (_set("segmentations", [png(np.zeros((12, 12), np.uint8))] * 3), "3 masks of 12x12 do not match"),
         (_set("segmentations", [png(np.full((24, 24, 3), (0, 1, 2), np.uint8))] * 3), "mask 0: mask shows colours"),

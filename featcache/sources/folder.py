@@ -29,8 +29,8 @@ from featcache.sources.masks import decode_mask, settle, unlabelled_instances
 from featcache.sources.reading import Reading
 from featcache.sources.scan import Entry, scan, split_roots
 from featcache.sources.splits import check_index, check_split
-from featcache.sources.truth import read_truth, unclear_turns
-from featcache.sources.video import Source, Video
+from featcache.sources.truth import check_sizes, read_truth, unclear_turns
+from featcache.sources.video import Size, Source, Video
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +67,13 @@ class FolderSource(Source):
                 clips.count_frames(entry.clip) if entry.clip else len(entry.images) for entry in self._entries[split]
             )
         return self._lengths[split]
+
+    def size(self, split: str, index: int) -> Size:
+        return check_sizes(self._entries[split][index])
+
+    def where(self, split: str, index: int) -> str:
+        entry = self._entries[split][index]
+        return str(entry.clip or (entry.images[0] if entry.images[1:] == () else entry.images[0].parent))
 
     def fingerprint(self, split: str) -> str:
         check_split(self.location, split, self._entries)

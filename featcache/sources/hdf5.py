@@ -22,7 +22,7 @@ from featcache.sources.fingerprint import digest, file_digest
 from featcache.sources.masks import MaskPage, settle, unlabelled_instances
 from featcache.sources.reading import Reading
 from featcache.sources.splits import check_index, check_split, split_folders
-from featcache.sources.video import Source, Video
+from featcache.sources.video import Size, Source, Video
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class Hdf5Source(Source):
         self.reading = reading or Reading()
         self._groups: dict[str, tuple[str, str | None]] = {}  # split -> paths of frames and masks in the file
         self._lengths: dict[str, tuple[int, ...]] = {}
+        self._sizes: dict[str, Size] = {}
         self._remarked = False
         with self._file() as file:
             named = split_folders((k for k in file if isinstance(file[k], h5py.Group)), self.location)
@@ -56,6 +57,9 @@ class Hdf5Source(Source):
         check_split(self.location, split, self._groups)
         how = () if self.reading == Reading() else (repr(self.reading),)
         return digest((*how, split, *(name or "" for name in self._groups[split]), file_digest(self.path)))
+
+    def size(self, split: str, index: int) -> Size:
+        return self._sizes[split]
 
     def read(self, split: str, index: int) -> Video:
         check_split(self.location, split, self._groups)
@@ -94,6 +98,7 @@ class Hdf5Source(Source):
                 f"save it as {frames.shape[:-1]}"
             )
         self._groups[split] = (frames.name, masks.name if masks is not None else None)
+        self._sizes[split] = frames.shape[-3:-1]
         self._lengths[split] = (1 if frames.ndim == 4 else frames.shape[1],) * len(frames)
 
     @contextmanager

@@ -7,14 +7,16 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
 from featcache.errors import DataError
+from featcache.sources.video import Size
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".apng"))
 PAGED = frozenset(("TIFF", "PNG", "WEBP"))  # formats whose further images are frames, and no previews
@@ -27,19 +29,26 @@ PNG_TEXTS_OF_EXIF = (b"Raw profile type exif", b"Raw profile type APP1", b"XML:c
 class Header:
     """What an image file says of itself before any pixel is decoded."""
 
-    size: tuple[int, int]  # height, width as stored
+    size: Size  # as stored
     orientation: int  # EXIF's: 1 is upright, 2 to 8 are turned or mirrored
     pages: int = 1  # images in the file: more are a video
 
-    def turned(self, orientation: int | None = None) -> tuple[int, int]:
+    def turned(self, orientation: int | None = None) -> Size:
         """Height and width after turning by an orientation; None is the file's own."""
         lying = (self.orientation if orientation is None else orientation) in LYING
         return self.size[::-1] if lying else self.size
 
 
 def read_header(path: Path) -> Header:
-    """Size and orientation of an image file. ``DataError`` where it is none."""
-    with errors_named(str(path)), path.open("rb") as file, Image.open(file) as image:
+    """Size, orientation and pages of an image file. ``DataError`` where it is none."""
+    with errors_named(str(path)):
+        state = path.stat()
+        return _header(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(1 << 16)  # scanning, sizes and remarks each ask, for all images and masks of a data set
+def _header(path: Path, _changed: int, _size: int) -> Header:
+    with path.open("rb") as file, Image.open(file) as image:
         pages = len(_pages(image))
         if image.format == "TIFF":  # Pillow turns these by itself, and says the size that they then have
             image.seek(0)
@@ -155,14 +164,20 @@ def errors_named(where: str) -> Iterator[None]:
 
 def stack(images: Sequence[npt.NDArray[np.uint8]], names: Sequence[str], what: str = "frame") -> npt.NDArray[np.uint8]:
     """Equal images -> (T, ...). ``names`` say where each came from."""
-    for image, name in zip(images, names, strict=True):
-        if image.shape != images[0].shape:
-            raise DataError(
-                f"{name}: {what} is {size_text(image)}, but the video's first is {size_text(images[0])}; "
-                "bring all frames of a video to one size"
-            )
+    one_size([image.shape[:2] for image in images], names, what)
     return np.stack(images)
 
 
-def size_text(image: npt.NDArray[Any]) -> str:
-    return f"{image.shape[1]}x{image.shape[0]}"
+def one_size(sizes: Sequence[tuple[int, ...]], names: Sequence[str], what: str = "frame") -> None:
+    """``DataError`` where sizes (height, width) differ within a video."""
+    for size, name in zip(sizes, names, strict=True):
+        if size != sizes[0]:
+            raise DataError(
+                f"{name}: {what} is {size_text(size)}, but the video's first is {size_text(sizes[0])}; "
+                f"bring all {what}s of a video to one size"
+            )
+
+
+def size_text(shape: Sequence[int]) -> str:
+    """Width x height, as people say it, of (height, width, ...)."""
+    return f"{shape[1]}x{shape[0]}"

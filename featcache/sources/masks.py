@@ -10,7 +10,7 @@ import numpy.typing as npt
 from PIL import ImageOps
 
 from featcache.errors import DataError
-from featcache.sources.images import Page, errors_named, open_pages, size_text
+from featcache.sources.images import Page, errors_named, one_size, open_pages, size_text
 from featcache.sources.reading import Reading
 from featcache.sources.video import Instance
 
@@ -104,7 +104,9 @@ def _lossy_webp(data: bytes) -> bool:
 
 def settle(pages: Sequence[MaskPage], reading: Reading) -> Masks:
     """The masks of one video, frame by frame: which number is which object, and which pixels are void."""
-    shown, name = _stack(pages), pages[0].name
+    name = pages[0].name
+    one_size([page.values.shape for page in pages], [page.name for page in pages], "mask")
+    shown = np.stack([page.values for page in pages])
     if reading.mask_colours:
         ignore = None if reading.ignore_label is None else shown == reading.ignore_label
         return Masks(_numbered(shown, ignore, name), ignore)
@@ -128,16 +130,6 @@ def without_void(numbers: Numbers, label: int | None) -> tuple[Numbers, npt.NDAr
         return numbers, None
     ignore = numbers == label
     return np.where(ignore, np.uint8(0), numbers), ignore
-
-
-def _stack(pages: Sequence[MaskPage]) -> npt.NDArray[np.generic]:
-    for page in pages:
-        if page.values.shape != pages[0].values.shape:
-            raise DataError(
-                f"{page.name}: mask is {size_text(page.values)}, but the video's first is "
-                f"{size_text(pages[0].values)}; bring all masks of a video to one size"
-            )
-    return np.stack([page.values for page in pages])
 
 
 def _numbered(colours: npt.NDArray[np.generic], ignore: npt.NDArray[np.bool_] | None, where: str) -> Numbers:
@@ -176,12 +168,12 @@ def as_mask(values: npt.NDArray[np.generic], where: str) -> Numbers:
     return numbers.astype(np.uint8)
 
 
-def check_fit(frames: npt.NDArray[np.uint8], masks: npt.NDArray[np.uint8], where: str, remedy: str = "") -> None:
-    """``DataError`` unless masks (T, H, W) cover frames (T, H, W, 3)."""
-    if masks.shape != frames.shape[:3]:
+def check_fit(frames: Sequence[int], masks: Sequence[int], where: str, remedy: str = "") -> None:
+    """``DataError`` unless masks of a shape (T, H, W) cover frames of a shape (T, H, W, ...)."""
+    if tuple(masks) != tuple(frames[:3]):
         raise DataError(
-            f"{where}: {len(masks)} masks of {size_text(masks[0]) if len(masks) else 'no size'} do not match "
-            f"{len(frames)} frames of {size_text(frames[0])}; "
+            f"{where}: {masks[0]} masks of {size_text(masks[1:]) if masks[0] else 'no size'} do not match "
+            f"{frames[0]} frames of {size_text(frames[1:])}; "
             + (remedy or "give one mask a frame, of the frame's size")
         )
 

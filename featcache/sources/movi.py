@@ -23,7 +23,7 @@ from featcache.sources.masks import as_mask, check_fit, decode_mask, visibility,
 from featcache.sources.reading import Reading
 from featcache.sources.splits import check_index, check_split
 from featcache.sources.tfrecord import TFRecordFile
-from featcache.sources.video import Instance, Source, Video
+from featcache.sources.video import Instance, Size, Source, Video
 
 SHARD = re.compile(r"(?P<stem>.+-(?P<split>[^-]+)\.tfrecord)-(?P<shard>\d{5})-of-(?P<shards>\d{5})")
 SEARCH_DEPTH = 3  # data/ -> movi_a -> 256x256 -> 1.0.0
@@ -59,6 +59,7 @@ class Layout:
     """What ``features.json`` and its label files say."""
 
     frames: int | None  # frames of every video, if the same
+    size: Size | None  # of every frame, if the same
     masks: bool
     labels: Mapping[str, tuple[str, tuple[str, ...]]]  # Instance field -> feature key, names
 
@@ -80,8 +81,8 @@ class Layout:
                 if "classLabel" in instances.get(name, {}):
                     labels[field] = (f"instances/{name}", _label_names(directory / f"instances-{name}.labels.txt"))
                     break
-        frames = int(dimensions[0])
-        return cls(frames if frames > 0 else None, "segmentations" in features, labels)
+        frames, height, width = (max(int(dimension), 0) for dimension in dimensions[:3])
+        return cls(frames or None, (height, width) if height and width else None, "segmentations" in features, labels)
 
 
 def _label_names(path: Path) -> tuple[str, ...]:
@@ -134,6 +135,9 @@ class MoviSource(Source):
             yield file.lengths.tobytes()
             yield file.crcs.tobytes()
 
+    def size(self, split: str, index: int) -> Size | None:
+        return self._layout.size
+
     def read(self, split: str, index: int) -> Video:
         features, where = self._example(split, index)
         encoded = _bytes(features, "video")
@@ -142,11 +146,11 @@ class MoviSource(Source):
                 f"{where}: {len(encoded)} frames where features.json says {self._layout.frames or 'at least 1'}; "
                 "the two files do not belong together"
             )
-        frames = _decode_all(encoded, decode_image, f"{where}, frame")
+        frames = _decode_all(encoded, decode_image, where, "frame")
         masks = ignore = None
         if self._layout.masks:
-            masks = _decode_all(_bytes(features, "segmentations"), _decode_mask, f"{where}, mask")
-            check_fit(frames, masks, where)
+            masks = _decode_all(_bytes(features, "segmentations"), _decode_mask, where, "mask")
+            check_fit(frames.shape, masks.shape, where)
             masks, ignore = without_void(masks, self.reading.ignore_label)
         name = _bytes(features, "metadata/video_name")
         return Video(
@@ -279,10 +283,10 @@ def _decode_mask(data: bytes, where: str) -> npt.NDArray[np.uint8]:
     return as_mask(decode_mask(data, where)[0].values, where)
 
 
-def _decode_all(encoded: Sequence[bytes], decode: Any, where: str) -> npt.NDArray[np.uint8]:
-    names = [f"{where} {i}" for i in range(len(encoded))]
+def _decode_all(encoded: Sequence[bytes], decode: Any, where: str, what: str) -> npt.NDArray[np.uint8]:
+    names = [f"{where}, {what} {i}" for i in range(len(encoded))]
     images = [decode(data, name) for data, name in zip(encoded, names, strict=True)]
-    return stack(images, names, "image") if images else np.zeros((0, 0, 0), np.uint8)
+    return stack(images, names, what) if images else np.zeros((0, 0, 0), np.uint8)
 
 
 def _bytes(features: Any, key: str) -> Sequence[bytes]:

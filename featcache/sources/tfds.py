@@ -18,7 +18,7 @@ from featcache.sources.masks import as_mask, check_fit, without_void
 from featcache.sources.movi import LABELS, instance_table
 from featcache.sources.reading import Reading
 from featcache.sources.splits import check_index, check_split
-from featcache.sources.video import Source, Video
+from featcache.sources.video import Size, Source, Video
 
 DATA_DIR = "?data_dir="
 BUCKET = "gs://kubric-public/tfds"
@@ -69,6 +69,10 @@ class TfdsSource(Source):
         how = () if self.reading == Reading() else (self.reading,)
         return digest(map(str, (*how, self._builder.info.full_name, split, info.num_bytes, *info.shard_lengths)))
 
+    def size(self, split: str, index: int) -> Size | None:
+        _, height, width, _ = self._builder.info.features["video"].shape
+        return (height, width) if height and width else None
+
     def read(self, split: str, index: int) -> Video:
         check_split(self.location, split, self.splits())
         check_index(self.location, split, index, self._builder.info.splits[split].num_examples)
@@ -78,7 +82,7 @@ class TfdsSource(Source):
         masks = ignore = None
         if "segmentations" in example:
             masks = as_mask(example["segmentations"][..., 0], where)
-            check_fit(frames, masks, where)
+            check_fit(frames.shape, masks.shape, where)
             masks, ignore = without_void(masks, self.reading.ignore_label)
         instances = example.get("instances", {})
         features = _inside(self._builder.info.features, "instances")

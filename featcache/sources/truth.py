@@ -12,10 +12,11 @@ import numpy.typing as npt
 
 from featcache.errors import DataError
 from featcache.sources import clips
-from featcache.sources.images import LYING, Header, read_header
+from featcache.sources.images import LYING, Header, one_size, read_header
 from featcache.sources.masks import MaskPage, Masks, check_fit, decode_mask, settle
 from featcache.sources.reading import Reading
 from featcache.sources.scan import Entry
+from featcache.sources.video import Size
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ def read_truth(entry: Entry, frames: npt.NDArray[np.uint8], reading: Reading) ->
     masks = settle(pages, reading)
     where = str(files[0].parent)
     some = frames[places]
-    check_fit(some, masks.numbers, where, exif_remedy(entry) if masks.numbers.shape != some.shape[:3] else "")
+    remedy = exif_remedy(entry) if masks.numbers.shape != some.shape[:3] else ""
+    check_fit(some.shape, masks.numbers.shape, where, remedy)
     if len(places) == len(frames):
         return Truth(masks, None)
     numbers, labelled = np.zeros(shape, np.uint8), np.zeros(len(frames), bool)
@@ -48,6 +50,22 @@ def read_truth(entry: Entry, frames: npt.NDArray[np.uint8], reading: Reading) ->
         ignore = np.zeros(shape, bool)
         ignore[places] = masks.ignore
     return Truth(Masks(numbers, ignore, masks.remark), labelled)
+
+
+def check_sizes(entry: Entry) -> Size:
+    """Height and width of the entry's frames, by headers. ``DataError`` where frames or masks are of other sizes."""
+    files = [entry.clip] if entry.clip else list(entry.images)
+    sizes = [clips.frame_size(file) for file in files]
+    one_size(sizes, [str(file) for file in files])
+    masks = [path for path in entry.masks or () if path]
+    if masks:
+        sizes_of_masks = [read_header(path).turned() for path in masks]
+        one_size(sizes_of_masks, [str(path) for path in masks], "mask")
+        if sizes_of_masks[0] != sizes[0]:
+            count = len(masks)  # a mask each, whatever the frames in between
+            shapes = (count, *sizes[0]), (count, *sizes_of_masks[0])
+            check_fit(*shapes, str(masks[0].parent), exif_remedy(entry))
+    return sizes[0]
 
 
 def _places(entry: Entry, pages: Sequence[MaskPage], frames: int) -> list[int]:

@@ -10,6 +10,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+Size = tuple[int, int]  # height, width
+
 
 @dataclass(frozen=True)
 class Instance:
@@ -76,6 +78,17 @@ class Source(Protocol):
     def videos(self, split: str) -> int:
         """Number of videos, known even where one is damaged."""
         return len(self.lengths(split))
+
+    def size(self, split: str, index: int) -> Size | None:
+        """Height and width of a video's frames by headers alone; None where these do not tell.
+
+        Raises ``DataError`` where its frames or masks cannot be of one size.
+        """
+        return None
+
+    def where(self, split: str, index: int) -> str:
+        """What to call a video in errors."""
+        return f"{self.location}: {split} video {index}"
 
     def remarks(self, split: str) -> Sequence[str]:
         """Lines to read before a split's videos are trusted, each about something that may not be as it was meant.
