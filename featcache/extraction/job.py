@@ -137,4 +137,5 @@ def _fitted(video: Video, spec: SplitSpec, resize: bool, where: str) -> Video:
     masks = resized(video.segmentations, Image.Resampling.NEAREST)
     pixels = [tuple(row.tolist()) for row in visibility(masks, len(video.instances))]
     seen = tuple(replace(item, visibility=row) for item, row in zip(video.instances, pixels, strict=True))
-    return Video(video.id, frames, masks, seen)
+    ignore = None if video.ignore is None else resized(video.ignore, Image.Resampling.NEAREST)
+    return Video(video.id, frames, masks, seen, ignore, video.labelled)

@@ -155,4 +155,6 @@ def strided(video: Video, stride: int) -> Video:
         return video
     instances = tuple(replace(i, visibility=i.visibility[::stride]) for i in video.instances)
     masks = None if video.segmentations is None else video.segmentations[::stride]
-    return Video(video.id, video.frames[::stride], masks, instances)
+    ignore = None if video.ignore is None else video.ignore[::stride]
+    labelled = None if video.labelled is None else video.labelled[::stride]
+    return Video(video.id, video.frames[::stride], masks, instances, ignore, labelled)

@@ -5,17 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 
 from featcache.errors import DataError, UsageError
+from featcache.sources.reading import Reading
 from featcache.sources.video import Instance, Source, Video
 
-__all__ = ["Instance", "Source", "Video", "open_source", "sample_dir"]
+__all__ = ["Instance", "Reading", "Source", "Video", "open_source", "sample_dir"]
 
 SAMPLE = "sample:movi_a"
 HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
 PARTIAL = "?partial"
 
 
-def open_source(location: str | Path | None = None) -> Source:
-    """Open what ``location`` names; ``None`` is the embedded sample.
+def open_source(location: str | Path | None = None, reading: Reading | None = None) -> Source:
+    """Open what ``location`` names; ``None`` is the embedded sample. ``reading`` is how to take what is in it.
 
     ==========================================  ======================================================
     ``sample:movi_a``                           the embedded sample
@@ -28,15 +29,25 @@ def open_source(location: str | Path | None = None) -> Source:
 
     Raises ``DataError`` where nothing readable is there, ``UsageError`` where the location itself is wrong.
     """
+    from featcache.sources.folder import FolderSource
+
+    reading = reading or Reading()
+    source = _open(location, reading)
+    if reading.mask_colours and not isinstance(source, FolderSource):
+        raise UsageError(f"{source.location}: --mask-colours is for folders of mask images; here masks are numbers")
+    return source
+
+
+def _open(location: str | Path | None, reading: Reading) -> Source:
     if location is None or str(location) == SAMPLE:
         from featcache.sources.movi import MoviSource
 
-        return MoviSource(sample_dir(), location=SAMPLE)
+        return MoviSource(sample_dir(), location=SAMPLE, reading=reading)
     name = str(location)
     if name.startswith("tfds:"):
         from featcache.sources.tfds import TfdsSource
 
-        return TfdsSource(name)
+        return TfdsSource(name, reading)
     if "://" in name:
         raise UsageError(
             f"{name}: remote addresses are not read directly; download the files and give their folder, "
@@ -49,17 +60,17 @@ def open_source(location: str | Path | None = None) -> Source:
     if path.is_file() and path.suffix.lower() in HDF5_SUFFIXES:
         from featcache.sources.hdf5 import Hdf5Source
 
-        return Hdf5Source(path)
+        return Hdf5Source(path, reading)
     if ".tfrecord" in path.name and path.is_file():
         raise DataError(f"{path}: one shard alone is not readable; give its folder, which holds features.json")
     if path.is_dir():
         from featcache.sources.movi import MoviSource, find_features
 
         if (directory := find_features(path)) is not None:
-            return MoviSource(directory, location=name, partial=partial)
+            return MoviSource(directory, location=name, partial=partial, reading=reading)
     from featcache.sources.folder import FolderSource
 
-    return FolderSource(path)
+    return FolderSource(path, reading)
 
 
 def sample_dir() -> Path:

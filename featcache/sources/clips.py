@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from featcache.errors import DataError
 from featcache.sources import images, video_file
+from featcache.sources.video import Size
 
 KNOWN = " ".join(sorted(video_file.SUFFIXES | images.SUFFIXES))
 
@@ -33,6 +34,11 @@ def has_pages(path: Path) -> bool:
 def count_frames(path: Path) -> int:
     """Frames that ``read_frames`` gives."""
     return video_file.count_frames(path) if is_video(path) else images.read_header(path).pages
+
+
+def frame_size(path: Path) -> Size:
+    """Height and width of a file's frames, upright, of which at most the first is decoded."""
+    return video_file.frame_size(path) if is_video(path) else images.read_header(path).turned()
 
 
 def read_frames(path: Path) -> npt.NDArray[np.uint8]:

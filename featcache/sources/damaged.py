@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from featcache.errors import DataError
 from featcache.sources.splits import check_index
-from featcache.sources.video import Source, Video
+from featcache.sources.video import Size, Source, Video
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,12 @@ class SoundVideos(Source):
 
     def fingerprint(self, split: str) -> str:
         return self._source.fingerprint(split)
+
+    def size(self, split: str, index: int) -> Size | None:
+        return self._source.size(split, tuple(self._look(split))[index])
+
+    def where(self, split: str, index: int) -> str:
+        return self._source.where(split, tuple(self._look(split))[index])
 
     def remarks(self, split: str) -> Sequence[str]:
         return self._source.remarks(split)

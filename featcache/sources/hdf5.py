@@ -7,6 +7,7 @@ object-centric data sets keep them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +19,12 @@ import numpy.typing as npt
 
 from featcache.errors import DataError
 from featcache.sources.fingerprint import digest, file_digest
-from featcache.sources.masks import as_mask, unlabelled_instances
+from featcache.sources.masks import MaskPage, settle, unlabelled_instances
+from featcache.sources.reading import Reading
 from featcache.sources.splits import check_index, check_split, split_folders
-from featcache.sources.video import Source, Video
+from featcache.sources.video import Size, Source, Video
+
+logger = logging.getLogger(__name__)
 
 FRAMES = ("video", "videos", "image", "images")
 MASKS = ("mask", "masks", "segmentations")
@@ -29,11 +33,14 @@ MASKS = ("mask", "masks", "segmentations")
 class Hdf5Source(Source):
     """Random access by row. The file is opened at each call, so that threads and processes share no handle."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, reading: Reading | None = None) -> None:
         self.location = str(path)
         self.path = path
+        self.reading = reading or Reading()
         self._groups: dict[str, tuple[str, str | None]] = {}  # split -> paths of frames and masks in the file
         self._lengths: dict[str, tuple[int, ...]] = {}
+        self._sizes: dict[str, Size] = {}
+        self._remarked = False
         with self._file() as file:
             named = split_folders((k for k in file if isinstance(file[k], h5py.Group)), self.location)
             for split, group in named.items() or (("train", "/"),):
@@ -48,7 +55,11 @@ class Hdf5Source(Source):
 
     def fingerprint(self, split: str) -> str:
         check_split(self.location, split, self._groups)
-        return digest((split, *(name or "" for name in self._groups[split]), file_digest(self.path)))
+        how = () if self.reading == Reading() else (repr(self.reading),)
+        return digest((*how, split, *(name or "" for name in self._groups[split]), file_digest(self.path)))
+
+    def size(self, split: str, index: int) -> Size:
+        return self._sizes[split]
 
     def read(self, split: str, index: int) -> Video:
         check_split(self.location, split, self._groups)
@@ -61,8 +72,11 @@ class Hdf5Source(Source):
         name = f"{split}_{index:05d}"
         if masks is None:
             return Video(name, frames)
-        numbers = _numbers(masks, frames.shape, f"{self.path}: {masks_path} row {index}")
-        return Video(name, frames, numbers, unlabelled_instances(numbers))
+        found = settle(_mask_pages(masks, frames.shape, f"{self.path}: {masks_path} row {index}"), self.reading)
+        if found.remark and not self._remarked:
+            self._remarked = True
+            logger.warning("%s", found.remark)
+        return Video(name, frames, found.numbers, unlabelled_instances(found.numbers), found.ignore)
 
     def _add(self, split: str, group: h5py.Group) -> None:
         frames = next((group[k] for k in FRAMES if isinstance(group.get(k), h5py.Dataset)), None)
@@ -84,6 +98,7 @@ class Hdf5Source(Source):
                 f"save it as {frames.shape[:-1]}"
             )
         self._groups[split] = (frames.name, masks.name if masks is not None else None)
+        self._sizes[split] = frames.shape[-3:-1]
         self._lengths[split] = (1 if frames.ndim == 4 else frames.shape[1],) * len(frames)
 
     @contextmanager
@@ -104,12 +119,12 @@ def _layout(masks: tuple[int, ...], frames: tuple[int, ...]) -> str:
     return "one-hot" if shape == (*lead, *shape[len(lead) : len(lead) + 1], height, width) else ""
 
 
-def _numbers(masks: npt.NDArray[Any], frames: tuple[int, ...], where: str) -> npt.NDArray[np.uint8]:
-    """Masks of one row in either layout -> object numbers (T, H, W)."""
+def _mask_pages(masks: npt.NDArray[Any], frames: tuple[int, ...], where: str) -> list[MaskPage]:
+    """Masks of one row in either layout -> numbers (H, W) of each frame."""
     steps, height, width, _ = frames
     if masks.size == steps * height * width:
-        return as_mask(masks.reshape(steps, height, width), where)
+        return [MaskPage(mask, where) for mask in masks.reshape(steps, height, width)]
     onehot = masks.reshape(steps, -1, height, width)
     if not ((onehot != 0).sum(axis=1) == 1).all():
         raise DataError(f"{where}: one-hot masks must name exactly one object a pixel; save object numbers 0..255")
-    return as_mask(onehot.argmax(axis=1), where)
+    return [MaskPage(mask, where) for mask in onehot.argmax(axis=1)]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,6 +16,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageOps
 
 from featcache.errors import DataError
+from featcache.sources.video import Size
 
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".apng"))
 PAGED = frozenset(("TIFF", "PNG", "WEBP"))  # formats whose further images are frames, and no previews
@@ -26,19 +29,26 @@ PNG_TEXTS_OF_EXIF = (b"Raw profile type exif", b"Raw profile type APP1", b"XML:c
 class Header:
     """What an image file says of itself before any pixel is decoded."""
 
-    size: tuple[int, int]  # height, width as stored
+    size: Size  # as stored
     orientation: int  # EXIF's: 1 is upright, 2 to 8 are turned or mirrored
     pages: int = 1  # images in the file: more are a video
 
-    def turned(self, orientation: int | None = None) -> tuple[int, int]:
+    def turned(self, orientation: int | None = None) -> Size:
         """Height and width after turning by an orientation; None is the file's own."""
         lying = (self.orientation if orientation is None else orientation) in LYING
         return self.size[::-1] if lying else self.size
 
 
 def read_header(path: Path) -> Header:
-    """Size and orientation of an image file. ``DataError`` where it is none."""
-    with _errors_named(str(path)), path.open("rb") as file, Image.open(file) as image:
+    """Size, orientation and pages of an image file. ``DataError`` where it is none."""
+    with errors_named(str(path)):
+        state = path.stat()
+        return _header(path, state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(1 << 16)  # scanning, sizes and remarks each ask, for all images and masks of a data set
+def _header(path: Path, _changed: int, _size: int) -> Header:
+    with path.open("rb") as file, Image.open(file) as image:
         pages = len(_pages(image))
         if image.format == "TIFF":  # Pillow turns these by itself, and says the size that they then have
             image.seek(0)
@@ -79,14 +89,47 @@ def _png_has_exif(file: BinaryIO) -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class Page:
+    """One image of a file, decoded but not turned."""
+
+    image: Image.Image
+    name: str  # in errors
+    packing: str  # of a pixel in the file, in Pillow's words: "L;4" is grey of four bits
+    levels: int  # largest number of its grey pixels in the file, which Pillow stretches to the range of its own
+
+
 def decode_image(data: bytes, where: str) -> npt.NDArray[np.uint8]:
-    """PNG, JPEG or whatever Pillow reads -> (H, W, 3), upright by its EXIF orientation."""
-    return as_rgb(open_image(data, where), where)
+    """PNG, JPEG or whatever Pillow reads -> (H, W, 3), upright by its EXIF orientation; of several pages the first."""
+    page = next(open_pages(data, where))
+    return as_rgb(page.image, where)
 
 
 def decode_pages(data: bytes, where: str) -> list[npt.NDArray[np.uint8]]:
     """Every image of a TIFF, an APNG or an animated WebP -> (H, W, 3) each, upright; of other files the one."""
-    return [as_rgb(page, name) for page, name in open_pages(data, where)]
+    return [as_rgb(page.image, page.name) for page in open_pages(data, where)]
+
+
+def open_pages(data: bytes, where: str) -> Iterator[Page]:
+    """Each image of a file. One is gone when the next one comes. ``DataError`` where a file is damaged."""
+    with errors_named(where):
+        image = Image.open(io.BytesIO(data))
+        pages = _pages(image)
+    for page in pages:
+        name = f"{where}: page {page}" if pages[1:] else where
+        with errors_named(name):
+            image.seek(page)
+            args = image.tile[0].args if image.tile else None
+            packing, *more = (args,) if isinstance(args, str) else args or ("",)
+            image.load()
+        yield Page(image, name, packing, _levels(image, packing, more))
+
+
+def _levels(image: Image.Image, packing: str, more: Sequence[object]) -> int:
+    if image.format == "PPM" and more and isinstance(more[-1], int):
+        return more[-1]
+    bits = re.search(r";(\d+)", packing)
+    return (1 << int(bits[1])) - 1 if bits and image.mode == "L" else 65535 if image.mode.startswith("I") else 255
 
 
 def as_rgb(image: Image.Image, where: str) -> npt.NDArray[np.uint8]:
@@ -97,7 +140,7 @@ def as_rgb(image: Image.Image, where: str) -> npt.NDArray[np.uint8]:
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PPM", "PNG")):  # whose 16 bits come as 32
         kind = "floating-point" if image.mode == "F" else "32-bit"
         raise DataError(f"{where}: holds {kind} values, whose range is unknown; save it with 8 or 16 bits")
-    with _errors_named(where):
+    with errors_named(where):
         image.load()
         upright = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
@@ -105,28 +148,8 @@ def as_rgb(image: Image.Image, where: str) -> npt.NDArray[np.uint8]:
         return np.asarray(upright.convert("RGB"))
 
 
-def open_image(data: bytes, where: str) -> Image.Image:
-    """An image, decoded but not turned. ``DataError`` where it cannot be."""
-    with _errors_named(where):
-        image = Image.open(io.BytesIO(data))
-        image.load()
-        return image
-
-
-def open_pages(data: bytes, where: str) -> Iterator[tuple[Image.Image, str]]:
-    """Each page of a file, decoded but not turned, and its name in errors. A page is gone when the next one comes."""
-    image = open_image(data, where)
-    with _errors_named(where):
-        pages = _pages(image)
-    for page in pages:
-        with _errors_named(where):
-            image.seek(page)
-            image.load()
-        yield image, f"{where}: page {page}" if pages[1:] else where
-
-
 @contextmanager
-def _errors_named(where: str) -> Iterator[None]:
+def errors_named(where: str) -> Iterator[None]:
     """Whatever Pillow raises over a damaged file, and its kinds are many, becomes ``DataError``."""
     try:
         yield
@@ -141,14 +164,20 @@ def _errors_named(where: str) -> Iterator[None]:
 
 def stack(images: Sequence[npt.NDArray[np.uint8]], names: Sequence[str], what: str = "frame") -> npt.NDArray[np.uint8]:
     """Equal images -> (T, ...). ``names`` say where each came from."""
-    for image, name in zip(images, names, strict=True):
-        if image.shape != images[0].shape:
-            raise DataError(
-                f"{name}: {what} is {size_text(image)}, but the video's first is {size_text(images[0])}; "
-                "bring all frames of a video to one size"
-            )
+    one_size([image.shape[:2] for image in images], names, what)
     return np.stack(images)
 
 
-def size_text(image: npt.NDArray[np.uint8]) -> str:
-    return f"{image.shape[1]}x{image.shape[0]}"
+def one_size(sizes: Sequence[tuple[int, ...]], names: Sequence[str], what: str = "frame") -> None:
+    """``DataError`` where sizes (height, width) differ within a video."""
+    for size, name in zip(sizes, names, strict=True):
+        if size != sizes[0]:
+            raise DataError(
+                f"{name}: {what} is {size_text(size)}, but the video's first is {size_text(sizes[0])}; "
+                f"bring all {what}s of a video to one size"
+            )
+
+
+def size_text(shape: Sequence[int]) -> str:
+    """Width x height, as people say it, of (height, width, ...)."""
+    return f"{shape[1]}x{shape[0]}"

@@ -2,36 +2,155 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from featcache.errors import DataError
-from featcache.sources.images import open_image, open_pages, size_text
+from featcache.sources.images import Page, errors_named, one_size, open_pages, size_text
+from featcache.sources.reading import Reading
 from featcache.sources.video import Instance
 
+LOSSY = frozenset(("JPEG", "MPO", "JPEG2000", "AVIF", "HEIF"))  # formats that blur numbers, or may
+VOID = 255  # the number of pixels of no known object in Pascal VOC and those that follow it
+SMALL = 128  # numbers below it, beside 255, count objects
 
-def decode_mask(data: bytes, where: str) -> npt.NDArray[np.uint8]:
-    """A single-channel image (grey, palette, 1 or 16 bit) of object numbers -> (H, W), upright by its own EXIF tag."""
-    return _numbers(open_image(data, where), where)
-
-
-def decode_mask_pages(data: bytes, where: str) -> list[npt.NDArray[np.uint8]]:
-    """As `decode_mask`, of every image in the file."""
-    return [_numbers(page, name) for page, name in open_pages(data, where)]
+Numbers = npt.NDArray[np.uint8]
 
 
-def _numbers(image: Image.Image, where: str) -> npt.NDArray[np.uint8]:
-    image = ImageOps.exif_transpose(image)
-    if len(image.getbands()) != 1:
+@dataclass(frozen=True)
+class MaskPage:
+    """One mask as its file has it."""
+
+    values: npt.NDArray[np.generic]  # (H, W) numbers, or 0xRRGGBB where colours are asked for
+    name: str
+    palette: bool = False
+    white: bool = False  # the palette shows 255 as white
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masks of one video."""
+
+    numbers: Numbers  # (T, H, W), 0 for the background
+    ignore: npt.NDArray[np.bool_] | None = None  # (T, H, W) pixels of which the truth is not known
+    remark: str = ""  # what was taken for what
+
+
+def decode_mask(data: bytes, where: str, colours: bool = False) -> list[MaskPage]:
+    """Every mask in an image file, upright by its own EXIF tag.
+
+    One channel of any packing (grey, palette, 1 to 16 bits) gives its numbers, as do equal channels and a constant
+    alpha. ``DataError`` for anything that would have to be guessed, and for lossy files.
+    """
+    return [_mask(page, colours, data) for page in open_pages(data, where)]
+
+
+def _mask(page: Page, colours: bool, data: bytes) -> MaskPage:
+    image, name = page.image, page.name
+    if image.format in LOSSY or str(image.info.get("compression", "")).endswith("jpeg") or _lossy_webp(data):
+        raise DataError(f"{name}: mask is a lossy {image.format}, whose numbers are blurred; make it again as PNG")
+    with errors_named(name):
+        image = ImageOps.exif_transpose(image)
+        if colours:
+            rgb = np.asarray(image.convert("RGB")).astype(np.uint32)
+            return MaskPage(rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2], name)
+        palette = image.mode == "P"
+        white = palette and (image.getpalette() or [])[3 * VOID :] == [VOID] * 3
+        values = np.asarray(image)
+    if values.ndim == 3:
+        return MaskPage(_one_channel(values, page), name)
+    if page.levels < 255 or (image.format == "PPM" and page.levels < 65535):
+        top = 65535 if image.mode.startswith("I") else 255
+        values = np.rint(values.astype(np.float64) * page.levels / top).astype(np.int64)
+    return MaskPage(values, name, palette, white)
+
+
+def _one_channel(values: npt.NDArray[np.generic], page: Page) -> npt.NDArray[np.generic]:
+    """The channel (H, W) that says all of an image (H, W, C)."""
+    colour = values[..., :-1] if page.image.mode in ("LA", "RGBA", "PA") else values
+    kept = colour.shape[-1] < values.shape[-1] and (values[..., -1] != values[0, 0, -1]).any()
+    if "16" in page.packing:
+        problem = f"has {values.shape[-1]} channels of 16 bits"
+    elif kept:
+        problem = "has an alpha channel that differs from place to place"
+    elif page.image.mode == "PA" or (colour == colour[..., :1]).all():
+        return colour[..., 0]
+    elif colour.shape[-1] != 3 or page.image.mode not in ("RGB", "RGBA"):
+        problem = f"has {values.shape[-1]} channels ({page.image.mode})"
+    else:
         raise DataError(
-            f"{where}: mask has {len(image.getbands())} channels; save object numbers 0..255 in one channel "
-            "(grey or palette)"
+            f"{page.name}: mask shows colours; pass --mask-colours to number each colour as an object, "
+            "or save object numbers 0..255 in one channel (grey or palette)"
         )
-    return as_mask(np.asarray(image), where)
+    raise DataError(f"{page.name}: mask {problem}; save object numbers 0..255 in one channel (grey or palette)")
 
 
-def as_mask(values: npt.NDArray[np.generic], where: str) -> npt.NDArray[np.uint8]:
+def _lossy_webp(data: bytes) -> bool:
+    """Whether any picture of a WebP file is coded as VP8, which is lossy; VP8L is not."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WEBP":
+        return False
+    at = 12
+    while at + 8 <= len(data):
+        kind, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        if kind == b"VP8 ":
+            return True
+        at += 8 + (16 if kind == b"ANMF" else size + size % 2)  # a frame of an animation holds chunks of its own
+    return False
+
+
+def settle(pages: Sequence[MaskPage], reading: Reading) -> Masks:
+    """The masks of one video, frame by frame: which number is which object, and which pixels are void."""
+    name = pages[0].name
+    one_size([page.values.shape for page in pages], [page.name for page in pages], "mask")
+    shown = np.stack([page.values for page in pages])
+    if reading.mask_colours:
+        ignore = None if reading.ignore_label is None else shown == reading.ignore_label
+        return Masks(_numbered(shown, ignore, name), ignore)
+    numbers, ignore = without_void(as_mask(shown, name), reading.ignore_label)
+    present = set(np.flatnonzero(np.bincount(numbers.ravel(), minlength=256)).tolist())
+    others, palette = present - {0, VOID}, all(page.palette for page in pages)
+    if VOID in present and not others and not (palette and not any(page.white for page in pages)):
+        return Masks(np.minimum(numbers, 1), ignore)
+    if VOID not in present or max(others, default=0) >= SMALL or reading.ignore_label is not None:
+        return Masks(numbers, ignore)
+    if not palette:
+        what = "255 beside small numbers is taken as an object; if it marks void, pass --ignore-label 255"
+        return Masks(numbers, None, f"{name}: {what}")
+    what = "a palette mask's 255 beside small numbers is taken as void, which belongs to no object"
+    return Masks(*without_void(numbers, VOID), f"{name}: {what}")
+
+
+def without_void(numbers: Numbers, label: int | None) -> tuple[Numbers, npt.NDArray[np.bool_] | None]:
+    """Numbers with the background where they were ``label``, and where that was."""
+    if label is None:
+        return numbers, None
+    ignore = numbers == label
+    return np.where(ignore, np.uint8(0), numbers), ignore
+
+
+def _numbered(colours: npt.NDArray[np.generic], ignore: npt.NDArray[np.bool_] | None, where: str) -> Numbers:
+    """Colours (T, H, W) as object numbers in order of first appearance; black is the background."""
+    numbers = {0: 0}
+    out = np.zeros(colours.shape, np.uint8)
+    for index, frame in enumerate(colours):
+        here = frame if ignore is None else np.where(ignore[index], 0, frame)
+        found, first, places = np.unique(here, return_index=True, return_inverse=True)
+        for place in np.argsort(first):
+            numbers.setdefault(int(found[place]), len(numbers))
+        if len(numbers) > 256:
+            raise DataError(
+                f"{where}: masks of {len(numbers) - 1} colours; smoothed edges add colours, so save them without, "
+                "or save object numbers 0..255"
+            )
+        out[index] = np.array([numbers[int(colour)] for colour in found], np.uint8)[places.reshape(frame.shape)]
+    return out
+
+
+def as_mask(values: npt.NDArray[np.generic], where: str) -> Numbers:
     """Object numbers of any dtype -> uint8, unless a number would be lost."""
     if values.dtype == np.uint8:
         return values.astype(np.uint8, copy=False)
@@ -49,12 +168,12 @@ def as_mask(values: npt.NDArray[np.generic], where: str) -> npt.NDArray[np.uint8
     return numbers.astype(np.uint8)
 
 
-def check_fit(frames: npt.NDArray[np.uint8], masks: npt.NDArray[np.uint8], where: str, remedy: str = "") -> None:
-    """``DataError`` unless masks (T, H, W) cover frames (T, H, W, 3)."""
-    if masks.shape != frames.shape[:3]:
+def check_fit(frames: Sequence[int], masks: Sequence[int], where: str, remedy: str = "") -> None:
+    """``DataError`` unless masks of a shape (T, H, W) cover frames of a shape (T, H, W, ...)."""
+    if tuple(masks) != tuple(frames[:3]):
         raise DataError(
-            f"{where}: {len(masks)} masks of {size_text(masks[0]) if len(masks) else 'no size'} do not match "
-            f"{len(frames)} frames of {size_text(frames[0])}; "
+            f"{where}: {masks[0]} masks of {size_text(masks[1:]) if masks[0] else 'no size'} do not match "
+            f"{frames[0]} frames of {size_text(frames[1:])}; "
             + (remedy or "give one mask a frame, of the frame's size")
         )
 

@@ -19,10 +19,11 @@ import numpy.typing as npt
 from featcache.errors import DataError
 from featcache.sources.fingerprint import digest
 from featcache.sources.images import decode_image, stack
-from featcache.sources.masks import check_fit, decode_mask, visibility
+from featcache.sources.masks import as_mask, check_fit, decode_mask, visibility, without_void
+from featcache.sources.reading import Reading
 from featcache.sources.splits import check_index, check_split
 from featcache.sources.tfrecord import TFRecordFile
-from featcache.sources.video import Instance, Source, Video
+from featcache.sources.video import Instance, Size, Source, Video
 
 SHARD = re.compile(r"(?P<stem>.+-(?P<split>[^-]+)\.tfrecord)-(?P<shard>\d{5})-of-(?P<shards>\d{5})")
 SEARCH_DEPTH = 3  # data/ -> movi_a -> 256x256 -> 1.0.0
@@ -58,6 +59,7 @@ class Layout:
     """What ``features.json`` and its label files say."""
 
     frames: int | None  # frames of every video, if the same
+    size: Size | None  # of every frame, if the same
     masks: bool
     labels: Mapping[str, tuple[str, tuple[str, ...]]]  # Instance field -> feature key, names
 
@@ -79,8 +81,8 @@ class Layout:
                 if "classLabel" in instances.get(name, {}):
                     labels[field] = (f"instances/{name}", _label_names(directory / f"instances-{name}.labels.txt"))
                     break
-        frames = int(dimensions[0])
-        return cls(frames if frames > 0 else None, "segmentations" in features, labels)
+        frames, height, width = (max(int(dimension), 0) for dimension in dimensions[:3])
+        return cls(frames or None, (height, width) if height and width else None, "segmentations" in features, labels)
 
 
 def _label_names(path: Path) -> tuple[str, ...]:
@@ -93,8 +95,11 @@ def _label_names(path: Path) -> tuple[str, ...]:
 class MoviSource(Source):
     """MOVi videos in TFRecord shards. The index of the shards is made on first use and travels when pickled."""
 
-    def __init__(self, directory: Path, location: str | None = None, partial: bool = False) -> None:
+    def __init__(
+        self, directory: Path, location: str | None = None, partial: bool = False, reading: Reading | None = None
+    ) -> None:
         """``partial`` takes the shards that are there, and does not ask for the others."""
+        self.reading = reading or Reading()
         self.directory = directory
         self.location = location or str(directory)
         self.partial = partial
@@ -122,11 +127,16 @@ class MoviSource(Source):
 
     def _fingerprint_parts(self, split: str) -> Iterator[bytes | str]:
         """The records' own checksums stand for their data: nothing is read but the index."""
+        if self.reading != Reading():
+            yield repr(self.reading)
         yield split
         for file in self._open(split):
             yield file.path.name
             yield file.lengths.tobytes()
             yield file.crcs.tobytes()
+
+    def size(self, split: str, index: int) -> Size | None:
+        return self._layout.size
 
     def read(self, split: str, index: int) -> Video:
         features, where = self._example(split, index)
@@ -136,17 +146,19 @@ class MoviSource(Source):
                 f"{where}: {len(encoded)} frames where features.json says {self._layout.frames or 'at least 1'}; "
                 "the two files do not belong together"
             )
-        frames = _decode_all(encoded, decode_image, f"{where}, frame")
-        masks = None
+        frames = _decode_all(encoded, decode_image, where, "frame")
+        masks = ignore = None
         if self._layout.masks:
-            masks = _decode_all(_bytes(features, "segmentations"), decode_mask, f"{where}, mask")
-            check_fit(frames, masks, where)
+            masks = _decode_all(_bytes(features, "segmentations"), _decode_mask, where, "mask")
+            check_fit(frames.shape, masks.shape, where)
+            masks, ignore = without_void(masks, self.reading.ignore_label)
         name = _bytes(features, "metadata/video_name")
         return Video(
             id=name[0].decode("utf-8", "replace") if name else f"{split}_{index:05d}",
             frames=frames,
             segmentations=masks,
             instances=self._instances(features, masks, len(frames), where),
+            ignore=ignore,
         )
 
     def _instances(
@@ -267,10 +279,14 @@ def _expected_records(directory: Path, split: str) -> dict[str, int]:
         raise DataError(f"{path}: not as TFDS writes it ({error!r}); copy it again, or remove it") from error
 
 
-def _decode_all(encoded: Sequence[bytes], decode: Any, where: str) -> npt.NDArray[np.uint8]:
-    names = [f"{where} {i}" for i in range(len(encoded))]
+def _decode_mask(data: bytes, where: str) -> npt.NDArray[np.uint8]:
+    return as_mask(decode_mask(data, where)[0].values, where)
+
+
+def _decode_all(encoded: Sequence[bytes], decode: Any, where: str, what: str) -> npt.NDArray[np.uint8]:
+    names = [f"{where}, {what} {i}" for i in range(len(encoded))]
     images = [decode(data, name) for data, name in zip(encoded, names, strict=True)]
-    return stack(images, names, "image") if images else np.zeros((0, 0, 0), np.uint8)
+    return stack(images, names, what) if images else np.zeros((0, 0, 0), np.uint8)
 
 
 def _bytes(features: Any, key: str) -> Sequence[bytes]:

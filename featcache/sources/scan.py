@@ -22,7 +22,8 @@ class Entry:
     id: str  # path below the split's folder
     clip: Path | None
     images: tuple[Path, ...] = ()
-    masks: tuple[Path, ...] = ()  # of images: one a frame; of a clip: its mask folder's files, or one of as many pages
+    # Of images: one a frame, or None. Of a clip: its mask folder's files, or one of as many pages. None without masks/.
+    masks: tuple[Path | None, ...] | None = None
 
 
 def split_roots(root: Path) -> dict[str, Path]:
@@ -59,31 +60,26 @@ def scan(base: Path) -> list[Entry]:
         clips = [p for p in files if is_video(p) or (is_image(p) and has_pages(p))]
         stills = [p for p in files if is_image(p) and p not in set(clips)]
         for path in clips:
-            of_clip = _masks_of_clip(masks / relative, path) if with_masks else ()
+            of_clip = _masks_of_clip(masks / relative, path) if with_masks else None
             entries.append(Entry((relative / path.name).as_posix(), path, (), of_clip))
         for group in [stills] if here != base else [[path] for path in stills]:
             if group:
                 name = relative.as_posix() if here != base else group[0].name
-                of_images = tuple(_mask_of(masks / relative, p) for p in group) if with_masks else ()
+                of_images = tuple(_mask_file(masks / relative, p) for p in group) if with_masks else None
                 entries.append(Entry(name, None, tuple(group), of_images))
+    if with_masks and not any(entry.masks and any(entry.masks) for entry in entries):
+        raise DataError(
+            f"{masks}: no mask in it has the place and name of an image or a clip; name masks as "
+            f"{MASKS}/walk/00.png for walk/00.jpg, or remove {MASKS}/"
+        )
     return sorted(entries, key=lambda entry: natural(Path(entry.id)))
 
 
 def _masks_of_clip(folder: Path, clip: Path) -> tuple[Path, ...]:
     paths = sorted((p for p in (folder / clip.stem).glob("*") if is_image(p)), key=natural)
     if not paths and (file := _mask_file(folder, clip)):
-        return (file,)
-    if not paths:
-        raise DataError(
-            f"{folder / clip.stem}: no masks for {clip.name}; put one image a frame there, or remove {MASKS}/"
-        )
+        paths = [file]
     return tuple(paths)
-
-
-def _mask_of(folder: Path, image: Path) -> Path:
-    if file := _mask_file(folder, image):
-        return file
-    raise DataError(f"{folder / image.stem}.png: no mask for {image}; add it, or remove {MASKS}/")
 
 
 def _mask_file(folder: Path, image: Path) -> Path | None:

@@ -14,10 +14,11 @@ import numpy as np
 
 from featcache.errors import DataError, UsageError
 from featcache.sources.fingerprint import digest
-from featcache.sources.masks import as_mask, check_fit
+from featcache.sources.masks import as_mask, check_fit, without_void
 from featcache.sources.movi import LABELS, instance_table
+from featcache.sources.reading import Reading
 from featcache.sources.splits import check_index, check_split
-from featcache.sources.video import Source, Video
+from featcache.sources.video import Size, Source, Video
 
 DATA_DIR = "?data_dir="
 BUCKET = "gs://kubric-public/tfds"
@@ -26,8 +27,9 @@ BUCKET = "gs://kubric-public/tfds"
 class TfdsSource(Source):
     """Random access by TFDS's split slices, which skip within one shard: slow beside ``MoviSource``, but general."""
 
-    def __init__(self, location: str) -> None:
+    def __init__(self, location: str, reading: Reading | None = None) -> None:
         self.location = location
+        self.reading = reading or Reading()
         name, _, data_dir = location.removeprefix("tfds:").partition(DATA_DIR)
         if not name or "?" in name:
             raise UsageError(f"{location}: write tfds:NAME or tfds:NAME{DATA_DIR}ADDRESS")
@@ -41,10 +43,10 @@ class TfdsSource(Source):
         self._lengths: dict[str, tuple[int, ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"location": self.location}
+        return {"location": self.location, "reading": self.reading}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["location"])  # type: ignore[misc]
+        self.__init__(state["location"], state["reading"])  # type: ignore[misc]
 
     def splits(self) -> tuple[str, ...]:
         return tuple(self._builder.info.splits)
@@ -64,7 +66,12 @@ class TfdsSource(Source):
     def fingerprint(self, split: str) -> str:
         check_split(self.location, split, self.splits())
         info = self._builder.info.splits[split]
-        return digest(map(str, (self._builder.info.full_name, split, info.num_bytes, *info.shard_lengths)))
+        how = () if self.reading == Reading() else (self.reading,)
+        return digest(map(str, (*how, self._builder.info.full_name, split, info.num_bytes, *info.shard_lengths)))
+
+    def size(self, split: str, index: int) -> Size | None:
+        _, height, width, _ = self._builder.info.features["video"].shape
+        return (height, width) if height and width else None
 
     def read(self, split: str, index: int) -> Video:
         check_split(self.location, split, self.splits())
@@ -72,10 +79,11 @@ class TfdsSource(Source):
         where = f"{self.location}: {split} record {index}"
         example = self._example(split, index)
         frames = example["video"]
-        masks = None
+        masks = ignore = None
         if "segmentations" in example:
             masks = as_mask(example["segmentations"][..., 0], where)
-            check_fit(frames, masks, where)
+            check_fit(frames.shape, masks.shape, where)
+            masks, ignore = without_void(masks, self.reading.ignore_label)
         instances = example.get("instances", {})
         features = _inside(self._builder.info.features, "instances")
         names = {
@@ -85,7 +93,9 @@ class TfdsSource(Source):
         }
         pixels = np.asarray(instances.get("visibility", np.zeros((0, len(frames)))), np.int64)
         name = example.get("metadata", {}).get("video_name", f"{split}_{index:05d}".encode())
-        return Video(name.decode("utf-8", "replace"), frames, masks, instance_table(names, pixels, masks, where))
+        return Video(
+            name.decode("utf-8", "replace"), frames, masks, instance_table(names, pixels, masks, where), ignore
+        )
 
     def _open(self) -> Any:
         import tensorflow_datasets as tfds

@@ -10,6 +10,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+Size = tuple[int, int]  # height, width
+
 
 @dataclass(frozen=True)
 class Instance:
@@ -27,19 +29,26 @@ class Video:
     """Consecutive frames with their ground truth.
 
     ``segmentations`` holds 0 for the background and ``k`` for ``instances[k - 1]``; it is ``None`` where the
-    source has no masks.
+    source has no masks. ``ignore`` marks pixels whose truth is not known: 0 in ``segmentations``, and no background.
+    ``labelled`` marks the frames whose masks are known, where some are not.
     """
 
     id: str
     frames: npt.NDArray[np.uint8]  # (T, H, W, 3)
     segmentations: npt.NDArray[np.uint8] | None = None  # (T, H, W)
     instances: tuple[Instance, ...] = field(default=())
+    ignore: npt.NDArray[np.bool_] | None = None  # (T, H, W)
+    labelled: npt.NDArray[np.bool_] | None = None  # (T,); None if all are, or if there are no masks
 
     def __post_init__(self) -> None:
         if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
             raise ValueError(f"frames must be uint8 (T, H, W, 3), not {self.frames.dtype} {self.frames.shape}")
         if self.segmentations is not None and self.segmentations.shape != self.frames.shape[:3]:
             raise ValueError(f"segmentations {self.segmentations.shape} do not match frames {self.frames.shape}")
+        if self.ignore is not None and (self.segmentations is None or self.ignore.shape != self.segmentations.shape):
+            raise ValueError(f"ignored pixels {self.ignore.shape} do not match masks")
+        if self.labelled is not None and self.labelled.shape != self.frames.shape[:1]:
+            raise ValueError(f"{self.labelled.shape} labelled frames do not match frames {self.frames.shape}")
 
 
 class Source(Protocol):
@@ -69,6 +78,17 @@ class Source(Protocol):
     def videos(self, split: str) -> int:
         """Number of videos, known even where one is damaged."""
         return len(self.lengths(split))
+
+    def size(self, split: str, index: int) -> Size | None:
+        """Height and width of a video's frames by headers alone; None where these do not tell.
+
+        Raises ``DataError`` where its frames or masks cannot be of one size.
+        """
+        return None
+
+    def where(self, split: str, index: int) -> str:
+        """What to call a video in errors."""
+        return f"{self.location}: {split} video {index}"
 
     def remarks(self, split: str) -> Sequence[str]:
         """Lines to read before a split's videos are trusted, each about something that may not be as it was meant.

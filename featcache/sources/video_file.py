@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from featcache.errors import DataError
 from featcache.sources.images import stack
+from featcache.sources.video import Size
 
 SUFFIXES = frozenset((".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".m4v", ".mpg", ".mpeg"))
 # Codecs whose containers hold one packet a shown frame: counting these need not decode. VP8 and packed
@@ -69,6 +70,17 @@ def count_frames(path: Path) -> int:
     if not shown:
         raise DataError(f"{path}: holds no frame; record or copy it again")
     return shown
+
+
+def frame_size(path: Path) -> Size:
+    """Height and width of the first frame, upright: how it is turned lies beside it, not in the header."""
+    with _opened(path) as clip:
+        for packet in clip.container.demux(clip.stream):
+            for frame in clip.decode(packet):
+                shape = _upright(np.empty((frame.height, frame.width, 0), np.uint8), _display_matrix(frame), path).shape
+                clip.heard.clear()  # only all frames tell whether there is damage
+                return shape[0], shape[1]
+    raise DataError(f"{path}: holds no frame; record or copy it again")
 
 
 def read_frames(path: Path) -> npt.NDArray[np.uint8]:

@@ -29,6 +29,8 @@ def extract(
     device: Device = "auto",
     workers: Annotated[int | None, typer.Option(help="Processes of one thread, on this machine.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Of dask; its workers share this file system.")] = None,
+    mask_colours: Annotated[bool, typer.Option("--mask-colours", help="Each colour of a mask is one object.")] = False,
+    ignore_label: Annotated[str | None, typer.Option(help="Number of void pixels in masks; a colour: #rrggbb.")] = None,
     skip_damaged: Annotated[bool, typer.Option("--skip-damaged", help="Leave out videos that cannot be read.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do and stop.")] = False,
     as_json: Json = False,
@@ -46,7 +48,7 @@ def extract(
     from featcache.extraction.extract import measure_seconds
     from featcache.extraction.plan import ExtractOptions, plan
     from featcache.machine import pick_device
-    from featcache.sources import PARTIAL, open_source
+    from featcache.sources import PARTIAL, Reading, open_source
     from featcache.sources.damaged import SoundVideos
     from slotlab.commands import terminal
     from slotlab.commands.tables import plain_table
@@ -60,6 +62,7 @@ def extract(
         batch_size=None if batch_size == "auto" else int(batch_size),
         precision=precision,
     )
+    reading = Reading.of(mask_colours, ignore_label)
     client = None
     if (scheduler or workers is not None) and not dry_run:
         from featcache.extraction.distributed import connect, extract_distributed
@@ -67,7 +70,8 @@ def extract(
         client = context.with_resource(connect(scheduler, workers))
         if data and Path(data.removesuffix(PARTIAL)).exists():
             data = str(Path(data).absolute())  # workers may have another working directory
-    source = SoundVideos(open_source(data)) if skip_damaged else open_source(data)
+    source = open_source(data, reading)
+    source = SoundVideos(source) if skip_damaged else source
     model = load_backbone(backbone, weights, tuple(tap or ()), input_size, pick_device(device))
     todo = plan(path, source, model, options)
     damaged = [line for split in todo.splits for line in source.damaged(split.name)]

@@ -1,0 +1,28 @@
+"""What a data set's files alone do not say about how to read them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from featcache.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How to take what a source holds. The default is what the files themselves say."""
+
+    mask_colours: bool = False  # masks show each object in a colour
+    ignore_label: int | None = None  # the number, or the colour 0xRRGGBB, of pixels whose truth is not known
+
+    @classmethod
+    def of(cls, mask_colours: bool = False, ignore_label: str | None = None) -> Reading:
+        """From what a person writes: ``ignore_label`` is a number, or with ``mask_colours`` a colour #rrggbb."""
+        if ignore_label is None:
+            return cls(mask_colours)
+        pattern, example = (r"#([0-9a-fA-F]{6})", "a colour #rrggbb") if mask_colours else (r"(\d+)", "0 to 255")
+        match = re.fullmatch(pattern, ignore_label)
+        label = int(match[1], 16 if mask_colours else 10) if match else -1
+        if not match or (label > 255 and not mask_colours):
+            raise UsageError(f"--ignore-label {ignore_label}: give {example}")
+        return cls(mask_colours, label)
