@@ -144,11 +144,14 @@ def one(
 
 def on_training_videos(loaded: LoadedRun) -> dict[str, float]:
     """FG-ARI and mBO together, of each kind of masks."""
-    from slotlab.scoring.evaluate import score_masks
-    from slotlab.scoring.tables import count_labels
+    from slotlab.scoring.follow import follow
+    from slotlab.scoring.scores import Scores
 
     split = loaded.store[loaded.config.data.train_split]
-    scores, _ = score_masks(loaded, split, split.spread(TRAINING_VIDEOS), count_labels(split))
+    scores = {kind: Scores() for kind in MASKS}
+    for followed in follow(loaded, split, split.spread(TRAINING_VIDEOS)):
+        for kind, of in scores.items():
+            of.add_video(followed.tables(kind), followed.video)
     summaries = {kind: of.summary().values for kind, of in scores.items()}
     return {kind: (found["fg_ari"] or 0.0) + (found["mbo"] or 0.0) for kind, found in summaries.items()}
 

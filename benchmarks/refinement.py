@@ -20,7 +20,6 @@ from torch import Tensor
 from benchmarks.harness import report
 from featcache.machine import pick_device
 from slotlab.masks.refine import Crf, Guided, Method, refine
-from slotlab.models.base import on_grid
 from slotlab.runs.loaded import LoadedRun, load_run
 from slotlab.scoring.fine import outline_scores
 from slotlab.scoring.metrics import adjusted_rand_index, mean_best_overlap
@@ -51,7 +50,7 @@ def frames_of(loaded: LoadedRun, videos: int, frames: int) -> tuple[Tensor, Tens
     for video in split.spread(videos):
         length = split.spec.lengths[video]
         at = torch.linspace(0, length - 1, frames + 2).round().long()[1:-1]
-        masks.append(on_grid(loaded.segment(split, video).masks, loaded.model.grid)[at])
+        masks.append(loaded.segment(split, video).masks_on_grid[at])
         pictures.append(torch.from_numpy(split.video(video))[at])
         truth.append(torch.from_numpy(split.segmentations(video))[at])
     return torch.cat(masks), torch.cat(pictures), torch.cat(truth), count_labels(split)

@@ -17,7 +17,7 @@ from slotlab.config.schema import Config
 from slotlab.masks.labels import fine_labels, masks_to_labels
 from slotlab.masks.refine import Method
 from slotlab.masks.refine import refine as refine_masks
-from slotlab.models.base import Model, Output, on_grid
+from slotlab.models.base import Model, Output
 from slotlab.models.build import empty_model
 from slotlab.models.inputs import FromFrames, ModelInput
 from slotlab.models.randomness import Draws
@@ -70,7 +70,7 @@ class Segmenter:
         device = next(self.model.parameters()).device
         output = self.model.segment(self._read(pictures).to(device), Draws.of_step(self.config.seed, 0))
         output = output.checked().showing(self.config.published_masks)
-        return output, on_grid(output.masks, self.model.grid).float()
+        return output, output.masks_on_grid.float()
 
 
 def load(run: str | Path, *, device: str | torch.device = "auto", weights: str | None = None) -> Segmenter:

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from slotlab.masks.labels import masks_to_labels
-from slotlab.models.base import on_grid
-from slotlab.report.page import PageOptions
+from slotlab.report.options import PageOptions
 from slotlab.report.server import LiveReport, serve
 from slotlab.report.write import write_report
 from slotlab.runs import checkpoint
@@ -123,7 +122,7 @@ def test_the_canvas_decides_as_the_evaluation_does(page: Any, home: Path) -> Non
     split = loaded.store["validation"]
     name = page.find_element(By.CSS_SELECTOR, "#card-0 h3").text
     video = next(v for v, row in split.manifest.items() if row.id == name)
-    masks = on_grid(loaded.segment(split, video).masks, loaded.model.grid)
+    masks = loaded.segment(split, video).masks_on_grid
     expected = masks_to_labels(masks, split.spec.frame_size).numpy()
     for t in range(len(expected)):
         found = page.execute_script(f"return Array.from(cards[0].runs[0].decide({t}).labels)")

@@ -19,7 +19,7 @@ def output(masks: Tensor, slots: Tensor | None = None) -> Output:
     logits = masks.clamp_min(1e-6).log()
     slots = torch.eye(K).expand(len(masks), -1, -1) if slots is None else slots
     tokens = torch.zeros(len(masks), masks.shape[-1], 2)
-    return Output(slots, masks, logits, masks, tokens, tokens)
+    return Output(slots, masks, logits, masks, tokens, tokens, (1, masks.shape[-1]))
 
 
 def quarters() -> Tensor:

@@ -92,7 +92,7 @@ from rich.console import Console
 from slotlab.commands.tables import gains_table, paired_table, scores_table
 from slotlab.experiments.table import COLUMNS, TESTED
 from slotlab.report.write import Extras, write_report
-from slotlab.report.page import PageOptions
+from slotlab.report.options import PageOptions
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.evaluate import evaluate
 from slotlab.scoring.evaluation import Evaluation

@@ -120,7 +120,7 @@ def test_many_videos_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_groups_are_the_objects_with_that_label(split: Split) -> None:
     scores = scores_of(split)
-    found = subgroup_scores(scores, split, OBJECTS, Bootstrap(resamples=200)).summaries
+    found = subgroup_scores(scores, split, Bootstrap(resamples=200)).summaries
     assert set(found["by_material"]) == {"metal", "rubber"} and set(found["by_size"]) == {"large", "small"}
     tables, videos = scores.frame_tables()
     for attribute in ("material", "size"):
@@ -140,7 +140,7 @@ def test_groups_are_the_objects_with_that_label(split: Split) -> None:
 
 def test_frames_by_objects_in_sight_are_all_frames(split: Split) -> None:
     scores = scores_of(split)
-    found, total = subgroup_scores(scores, split, OBJECTS, Bootstrap(resamples=200)), scores.summary()
+    found, total = subgroup_scores(scores, split, Bootstrap(resamples=200)), scores.summary()
     groups = found.summaries["by_objects"]
     assert {"1", "2"} <= set(groups)
     assert sum(of.frames for of in groups.values()) == total.frames
@@ -152,7 +152,7 @@ def test_frames_by_objects_in_sight_are_all_frames(split: Split) -> None:
 
 def test_confidence_has_every_score_and_contains_it(split: Split) -> None:
     scores = scores_of(split)
-    found = subgroup_scores(scores, split, OBJECTS)
+    found = subgroup_scores(scores, split)
     sure = found.confidence
     assert sure.level == 0.95 and sure.resamples == 10_000
     for name, value in scores.summary().values.items():
@@ -164,13 +164,13 @@ def test_confidence_has_every_score_and_contains_it(split: Split) -> None:
         for group, of in groups.items():
             for name, interval in sure.groups[key][group].items():
                 assert interval is None or interval[0] <= of.values[name] <= interval[1]
-    assert subgroup_scores(scores_of(split), split, OBJECTS) == found, "the same for the same scores"
+    assert subgroup_scores(scores_of(split), split) == found, "the same for the same scores"
 
 
 def test_videos_average_to_the_totals_when_equally_long(tmp_path: Any) -> None:
     split = make_store(tmp_path / "even.zarr", SizedSource({"train": (4,), "validation": (4, 4, 4)}))["validation"]
     scores = scores_of(split)
-    videos = subgroup_scores(scores, split, OBJECTS, Bootstrap(resamples=10)).by_video
+    videos = subgroup_scores(scores, split, Bootstrap(resamples=10)).by_video
     assert list(videos) == [split.manifest[v].id for v in split.videos]
     for name in ("mbo", "fg_ari_video", "miou_video"):
         assert np.mean([of[name] for of in videos.values()]) == pytest.approx(scores.summary().values[name])
@@ -181,7 +181,7 @@ def test_without_instances_there_are_no_groups(split: Split) -> None:
     for video, row in list(split.manifest.items()):
         split.manifest[video] = type(row)(row.video, row.id, row.frames, row.crc32c, ())
     assert objects_by(split, OBJECTS, "material") == {}
-    found = subgroup_scores(scores_of(split), split, OBJECTS, Bootstrap(resamples=10)).summaries
+    found = subgroup_scores(scores_of(split), split, Bootstrap(resamples=10)).summaries
     assert found["by_material"] == {} and found["by_objects"]
 
 
@@ -253,6 +253,6 @@ class NamelessSource(DiscSource):
 
 def test_videos_of_one_name_are_told_apart(tmp_path: Any) -> None:
     split = make_store(tmp_path / "s.zarr", NamelessSource({"train": (4,), "validation": (4, 4, 4)}))["validation"]
-    one, other = (evaluation_of(by_video=subgroup_scores(scores_of(split, s), split, OBJECTS).by_video) for s in (0, 1))
+    one, other = (evaluation_of(by_video=subgroup_scores(scores_of(split, s), split).by_video) for s in (0, 1))
     assert list(one.by_video) == ["clip#0", "clip#1", "clip#2"]
     assert paired(one, other)["scores"]["mbo"]["videos"] == 3

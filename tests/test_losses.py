@@ -32,6 +32,7 @@ def output(positions: Tensor | None = None, clips: bool = True, slots: int = K) 
         masks=draw(*lead, slots, decoded, seed=3).softmax(-2),
         reconstruction=draw(*lead, decoded, D, seed=4),
         target=draw(*lead, N, D, seed=5),
+        grid=(1, N),
         positions=positions,
         similarity=draw(*lead, decoded, N, seed=6) if clips else None,
     )

@@ -18,7 +18,6 @@ from featcache.sources.video import Video
 from featcache.store.reading import FeatureStore
 from slotlab.config.load import load_config
 from slotlab.masks.labels import masks_to_labels
-from slotlab.models.base import on_grid
 from slotlab.pictures.coco import decode, encode
 from slotlab.pictures.files import Masked, MaskWriter, overlay, store_masks
 from slotlab.runs.loaded import load_run
@@ -83,7 +82,7 @@ def test_pngs_hold_the_labels_that_are_scored(run: Path, tmp_path: Path) -> None
     loaded = load_run(run)
     split = loaded.store["validation"]
     for video in split.videos:
-        masks = on_grid(loaded.segment(split, video).masks, loaded.model.grid)
+        masks = loaded.segment(split, video).masks_on_grid
         expected = masks_to_labels(masks, (SIZE, SIZE)).numpy()
         folder = tmp_path / f"{video:04d}-{split.manifest[video].id}"
         pictures = [Image.open(path) for path in sorted(folder.glob("*.png"))]

@@ -32,17 +32,21 @@ from featcache.errors import DataError, UsageError
 from slotlab.commands import report
 from slotlab.commands.tables import scores_table
 from slotlab.masks.labels import masks_to_labels
-from slotlab.models.base import on_grid
+from slotlab.models.base import Model, Output
+from slotlab.models.pixel_model import PixelModel
+from slotlab.models.randomness import Draws
+from slotlab.models.slot_model import SlotModel
 from slotlab.report.charts import thinned
-from slotlab.report.gallery import frame_indices, packed, quantised
 from slotlab.report.gather import gather, names
-from slotlab.report.page import PageOptions
+from slotlab.report.options import PageOptions
 from slotlab.report.server import LiveReport, serve
+from slotlab.report.views import Views, frame_indices, packed, quantised
 from slotlab.report.write import Extras, write_report
 from slotlab.runs import checkpoint
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.evaluate import evaluate
 from slotlab.scoring.evaluation import Evaluation
+from slotlab.scoring.follow import Followed
 from slotlab.scoring.over_frames import identity_switches, over_videos, slot_persistence, trace
 from tests.reporting import NoMasks, disc_store, make_run
 from tests.synthetic import DiscSource, make_store
@@ -148,8 +152,10 @@ def test_curves_over_frames_average_to_the_score(home: Path) -> None:
 
 
 def test_identity_switches_count_objects_whose_slot_changed() -> None:
-    matches = np.array([[0, 1, -1], [0, 1, -1], [1, 0, -1], [-1, 0, 1], [-1, -1, -1]])
-    assert np.array_equal(identity_switches(matches, 2), [np.nan, 0.0, 1.0, 0.5, np.nan], equal_nan=True)
+    slots = torch.tensor([[0, 1], [0, 1], [1, 0], [1, 2], [-1, -1]])  # of two objects
+    expected = [np.nan, 0.0, 1.0, 0.5, np.nan]
+    assert np.array_equal(identity_switches(slots).numpy(), expected, equal_nan=True)
+    assert identity_switches(slots[:0]).shape == (0,)
 
 
 def test_slot_persistence_leaves_empty_slots_out() -> None:
@@ -165,10 +171,58 @@ def test_videos_of_one_frame_have_no_time(home: Path) -> None:
         **{
             name: getattr(output, name)[:1]
             for name in ("slots", "attention", "logits", "masks", "reconstruction", "target")
-        }
+        },
+        grid=output.grid,
     )
-    curves = over_videos([trace(first, loaded.model.grid)])
+    curves = over_videos([trace(Followed(0, first, "decoder"))])
     assert np.isnan(curves["slot_persistence"].mean).all() and "fg_ari" not in curves
+
+
+# --- one pass ------------------------------------------------------------------------------------------------
+
+
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Fills with the number of frames of every pass of a model over a video."""
+    seen: list[int] = []
+    for kind in (SlotModel, PixelModel):
+
+        def counted(self: Model, features: torch.Tensor, draws: Draws, segment: Any = kind.segment) -> Output:
+            seen.append(len(features))
+            return segment(self, features, draws)
+
+        monkeypatch.setattr(kind, "segment", counted)
+    return seen
+
+
+def test_a_report_runs_each_model_once_over_each_video(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For scores, curves, gallery and figures together, whether the scores are there or not."""
+    seen, runs = passes(monkeypatch), [home / "features", home / "pixels"]
+    for run in runs:
+        (run / "eval-validation.json").unlink(missing_ok=True)
+    for extras in (Extras(figures=tmp_path / "figures"), None):  # without scores that are kept, and with them
+        seen.clear()
+        write_report(runs, tmp_path / "r.html", extras=extras, options=PageOptions(videos=3))
+        assert seen == [4, 6, 4, 5] * 2
+
+
+def test_a_gallery_chosen_on_the_way_is_that_of_the_scores(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And never more is kept of videos than the gallery has."""
+    most: list[int] = []
+    add = Views.add
+    monkeypatch.setattr(Views, "add", lambda self, followed: (add(self, followed), most.append(len(self.result()))))
+    for count in (0, 1, 2, 3, 9):
+        options, found = PageOptions(videos=count, rank="fg_ari"), []
+        for kept in (False, True):
+            if not kept:
+                (home / "features" / "eval-validation.json").unlink(missing_ok=True)
+            run = gather([home / "features"], options=options).runs[0]
+            found.append((run.choices, {video: view.packed for video, view in run.views.items()}))
+        assert found[0] == found[1]
+        assert set(found[0][1]) == {choice.video for choice in found[0][0]} and len(found[0][1]) == min(count, 4)
+        assert max(most) <= count
+        most.clear()
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
@@ -182,14 +236,14 @@ def test_the_gallery_holds_the_masks_of_the_model(home: Path, tmp_path: Path) ->
     by_id = {row.id: video for video, row in run.split.manifest.items()}
     for card in page.data["cards"]:
         view = card["runs"][0]
-        masks = run.loaded.segment(run.split, by_id[card["id"]]).masks
+        masks = run.loaded.segment(run.split, by_id[card["id"]]).masks_on_grid
         shape = (len(card["indices"]), view["slots"], *view["grid"])
         codes = unpacked(view["masks"], "<u2").reshape(shape) / 65535
         low, high = np.array(view["ranges"]).T.reshape(2, -1, 1, 1, 1)
         found = torch.from_numpy(low + codes * (high - low))
-        assert torch.allclose(found.float(), on_grid(masks, run.loaded.model.grid), atol=1 / 65535)
+        assert torch.allclose(found.float(), masks, atol=1 / 65535)
         size = (card["size"][0], card["size"][1])
-        same = masks_to_labels(found, size) == masks_to_labels(on_grid(masks, (4, 4)), size)
+        same = masks_to_labels(found, size) == masks_to_labels(masks, size)
         assert same.double().mean() > 0.999
         truth = unpacked(card["truth"], "u1").reshape(-1, *size)
         assert np.array_equal(truth, run.split.segmentations(by_id[card["id"]]))

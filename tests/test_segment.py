@@ -21,7 +21,6 @@ from featcache.extraction.extract import extract
 from featcache.extraction.plan import ExtractOptions, plan
 from slotlab.config.load import load_config
 from slotlab.masks.labels import masks_to_labels
-from slotlab.models.base import on_grid
 from slotlab.runs.loaded import load_run
 from slotlab.segment import Segmenter
 from slotlab.training.train import train
@@ -44,7 +43,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray,
     store = extract(plan(folder / "store.zarr", source, backbone, options), source, backbone)
     run = train(load_config("dinosaur", None, SMALL, optim__steps=2, optim__batch_size=4), store, folder / "run")
     loaded, split = load_run(run), store["validation"]
-    masks = on_grid(loaded.segment(split, 0).masks, loaded.model.grid)
+    masks = loaded.segment(split, 0).masks_on_grid
     frames, labels = split.video(0), masks_to_labels(masks, split.spec.frame_size)
     shutil.rmtree(store.path)
     return run, frames, labels

@@ -14,6 +14,7 @@ from featcache.sources import open_source
 from featcache.store.reading import FeatureStore
 from slotlab.config.schema import Config
 from slotlab.pictures.sheet import draw_sheet
+from slotlab.pictures.still import Stills, pick_videos
 from slotlab.runs import checkpoint
 from slotlab.runs.folder import write_result
 from slotlab.runs.loaded import load_run
@@ -42,7 +43,9 @@ def train_and_score(config: Config, store: FeatureStore, out: Path, device: torc
     run = out / f"seed{config.seed}-steps{config.optim.steps}"
     train(config, store, run, resume=(run / checkpoint.CONFIG).exists(), device=device, report=report)
     loaded = load_run(run, store.path, device)
-    scores = evaluate(loaded)
+    split = loaded.split()
+    stills = Stills(pick_videos(split))
+    scores = evaluate(loaded, split.name, also=[stills.add])
     write_result(run, scores.as_dict())
-    sheet = draw_sheet(loaded, store[scores.split], out / "masks.png")
+    sheet = draw_sheet(split, stills.result(), out / "masks.png")
     return DemoResult(store, run, scores, sheet)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from featcache.errors import UsageError
 from slotlab.commands.options import Device, Json, Refine, print_json
+
+if TYPE_CHECKING:
+    from slotlab.scoring.follow import Followed
 
 
 def evaluate(
@@ -27,31 +31,37 @@ def evaluate(
     """Score a run: FG-ARI, ARI, mBO, mIoU by frame, video and material, beside a ceiling and a floor."""
     from featcache.machine import pick_device
     from slotlab.commands import terminal
-    from slotlab.commands.tables import paired_table, scores_table
+    from slotlab.commands.tables import gains_table, outlines_table, paired_table, scores_table
     from slotlab.runs.folder import keep_result
     from slotlab.runs.loaded import load_run
     from slotlab.scoring.evaluate import evaluate as run_evaluate
+    from slotlab.scoring.fine import OutlineScorer
+    from slotlab.scoring.paired import paired
+    from slotlab.scoring.tables import require_truth
 
     if sheet and sheet.suffix.lower() != ".png":
         raise UsageError(f"--sheet {sheet}: is drawn as PNG; name a file that ends in .png")
     loaded = load_run(run, cache, pick_device(device))
-    fine = {}
-    if boundaries or refine is not None or binarise:
-        from slotlab.commands.tables import gains_table, outlines_table
-        from slotlab.scoring.fine import outline_scores
+    chosen = require_truth(loaded.split(split))
+    also: list[Callable[[Followed], None]] = []
+    if fine := boundaries or refine is not None or bool(binarise):
+        outlines = OutlineScorer(loaded, chosen, refine, binarise or ())
+        also.append(outlines.add)
+    if sheet:
+        from slotlab.pictures.sheet import draw_sheet
+        from slotlab.pictures.still import Stills, pick_videos
 
-        fine = outline_scores(loaded, split, refine, binarise or ())  # first, as it may lack a package
-    found = replace(run_evaluate(loaded, split), fine=fine)
+        stills = Stills(pick_videos(chosen))
+        also.append(stills.add)
+    found = run_evaluate(loaded, chosen.name, also=also)
+    if fine:
+        found = replace(found, fine=outlines.result())
     result = found.as_dict()
     terminal.warn(keep_result(run, loaded.store, result))
     if sheet:
-        from slotlab.pictures.sheet import draw_sheet
-
-        draw_sheet(loaded, loaded.store[found.split], sheet)
+        draw_sheet(chosen, stills.result(), sheet)
     compared = None
     if against is not None:
-        from slotlab.scoring.paired import paired
-
         compared = paired(found, run_evaluate(load_run(against, None, pick_device(device)), found.split))
     if as_json:
         print_json(result | ({"against": compared} if compared else {}))

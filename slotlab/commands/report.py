@@ -35,7 +35,7 @@ def report(
     """One self-contained page of runs: scores, videos to look through, curves, configuration, provenance."""
     from featcache.machine import pick_device
     from slotlab.commands import terminal
-    from slotlab.report.page import PageOptions
+    from slotlab.report.options import PageOptions
     from slotlab.report.write import Extras, write_report
 
     found = write_report(
@@ -75,7 +75,7 @@ def view(
 
     from featcache.machine import pick_device
     from slotlab.commands import terminal
-    from slotlab.report.page import PageOptions
+    from slotlab.report.options import PageOptions
     from slotlab.report.server import HOST, LiveReport, serve
 
     live = LiveReport(

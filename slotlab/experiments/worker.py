@@ -22,7 +22,7 @@ from slotlab.runs import checkpoint
 from slotlab.runs.folder import write_result
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.evaluate import evaluate
-from slotlab.scoring.references import references
+from slotlab.scoring.references import KnownReferences
 from slotlab.training.train import train
 
 OUTPUT = "output.txt"  # what a run printed, if anything
@@ -37,7 +37,7 @@ def work(link: Connection, device: str) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     if torch.device(device).type == "cpu":
         torch.set_num_threads(1)  # many processes share the cores, and one thread makes a run repeatable
-    known: dict[Any, Any] = {}  # ceilings and floors, which many runs share
+    known: KnownReferences = {}  # ceilings and floors, which many runs share
     while True:
         try:
             run: Run = link.recv()
@@ -49,7 +49,7 @@ def work(link: Connection, device: str) -> None:
             torch.cuda.empty_cache()
 
 
-def attempt(run: Run, device: str, link: Connection, known: dict[Any, Any]) -> str | None:
+def attempt(run: Run, device: str, link: Connection, known: KnownReferences) -> str | None:
     """Carry out a run; what it prints, and its error, are left in its folder. Returns the error."""
     if not checkpoint.exists(run.path):  # a start that was cut short may have left half a folder
         shutil.rmtree(run.path, ignore_errors=True)
@@ -71,19 +71,14 @@ def attempt(run: Run, device: str, link: Connection, known: dict[Any, Any]) -> s
     return error
 
 
-def carry_out(run: Run, device: str, link: Connection, known: dict[Any, Any]) -> None:
+def carry_out(run: Run, device: str, link: Connection, known: KnownReferences) -> None:
     """Train, from the last checkpoint if there is one, and evaluate.
 
     ``known`` keeps the references between the runs of one process.
     """
     where, store, resume = torch.device(device), FeatureStore.open(run.cell.cache), checkpoint.exists(run.path)
     train(run.config, store, run.path, resume=resume, device=where, report=lambda row: _send(link, ("row", row)))
-    loaded = load_run(run.path, store.path, where)
-    split = store[run.split].require_complete()
-    key = (store.path, run.split, loaded.tap, loaded.config.data.train_split, loaded.model.grid, loaded.model.slots)
-    if key not in known:
-        known[key] = references(split, loaded)
-    write_result(run.path, evaluate(loaded, run.split, known[key]).as_dict())
+    write_result(run.path, evaluate(load_run(run.path, store.path, where), run.split, known).as_dict())
 
 
 def _send(link: Connection, message: tuple[str, Any]) -> None:

@@ -15,11 +15,6 @@ from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 
 
-def on_grid(masks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, K, N) -> (B, K, rows, columns)."""
-    return masks.reshape(*masks.shape[:-1], *grid)
-
-
 @dataclass(frozen=True)
 class Output:
     """One forward pass. ``attention`` and ``masks`` sum to one over the slots at every patch.
@@ -34,6 +29,7 @@ class Output:
     masks: Float[Tensor, "*B K M"]  # the decoder's
     reconstruction: Float[Tensor, "*B M D"]
     target: Float[Tensor, "*B N D"]  # what it should be: normalised features, or pixels
+    grid: tuple[int, int]  # rows and columns of the N patches
     positions: Int[Tensor, M] | None = None  # None: all
     similarity: Float[Tensor, "*B M N"] | None = None  # logits of where each patch is in a later frame
 
@@ -41,6 +37,11 @@ class Output:
     def decoded_target(self) -> Float[Tensor, "*B M D"]:
         """The target at the decoded positions."""
         return self.target if self.positions is None else self.target[..., self.positions, :]
+
+    @property
+    def masks_on_grid(self) -> Float[Tensor, "*B K rows columns"]:
+        """The masks where they are in the frame, of all patches."""
+        return self.masks.reshape(*self.masks.shape[:-1], *self.grid)
 
     def checked(self) -> Output:
         """Itself. ``DataError`` where masks are not finite."""

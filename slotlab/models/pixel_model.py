@@ -86,6 +86,7 @@ class PixelModel(Model):
             masks=masks.unflatten(0, lead),
             reconstruction=reconstruction.unflatten(0, lead),
             target=target.flatten(0, 1).unflatten(0, lead),
+            grid=self.grid,
         )
 
     def segment(self, features: UInt8[Tensor, "T H W 3"], draws: Draws) -> Output:

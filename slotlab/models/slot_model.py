@@ -86,6 +86,7 @@ class SlotModel(Model):
             masks=decoded.masks.unflatten(0, lead),
             reconstruction=decoded.reconstruction.unflatten(0, lead),
             target=target.flatten(0, 1).unflatten(0, lead),
+            grid=self.grid,
             positions=decoded.positions,
             similarity=None if similarity is None else similarity.unflatten(0, lead),
         )

@@ -16,7 +16,6 @@ from PIL import Image
 
 from slotlab.masks.labels import fine_labels
 from slotlab.masks.refine import Method
-from slotlab.models.base import on_grid
 from slotlab.pictures import palette
 from slotlab.pictures.coco import encode
 from slotlab.runs.loaded import LoadedRun
@@ -47,12 +46,12 @@ def store_masks(
     progress: Progress = lambda *_: None,
 ) -> Iterator[Masked]:
     """A run's masks of a split's videos, or of some spread over it. Ground truth is not needed."""
-    split = loaded.store[split_name or loaded.config.data.eval_split].require_complete()
+    split = loaded.split(split_name)
     chosen = split.videos if videos is None else split.spread(videos)
     total, done = sum(split.spec.lengths[video] for video in chosen), 0
     for video in chosen:
         frames = split.video(video)
-        masks = on_grid(loaded.segment(split, video).masks, loaded.model.grid)  # (T, K, h, w)
+        masks = loaded.segment(split, video).masks_on_grid  # (T, K, h, w)
         name = f"{video:04d}-{split.manifest[video].id}"
         yield Masked(name, frames, fine_labels(masks, frames, method), masks.shape[1])
         done += len(frames)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slotlab.report.page import PageOptions
+from slotlab.report.options import PageOptions
 from slotlab.report.write import Extras, write_report
 
 __all__ = ["Extras", "PageOptions", "write_report"]

@@ -13,7 +13,7 @@ from slotlab.report.gather import Gathered
 SECTIONS = {"training": "Training", "time": "Over the frames", "scale": "Features"}
 
 
-def write_figures(gathered: Gathered, folder: Path, videos: int, rank: str) -> list[tuple[str, Path]]:
+def write_figures(gathered: Gathered, folder: Path) -> list[tuple[str, Path]]:
     """Draw every section's charts, and a sheet of the masks of each run, as PNG and SVG.
 
     Returns titles and PNG files. Raises ``UsageError`` where the folder cannot be written.
@@ -26,25 +26,25 @@ def write_figures(gathered: Gathered, folder: Path, videos: int, rank: str) -> l
                 path = folder / f"{key}.png"
                 save(charts, path, path.with_suffix(".svg"))
                 written.append((SECTIONS[key], path))
-        for name, path in draw_masks(gathered, folder, videos, rank):
+        for name, path in draw_masks(gathered, folder):
             written.append((name, path))
     except OSError as error:
         raise UsageError(f"--figures {folder}: cannot be written ({error}); name a folder that can") from error
     return written
 
 
-def draw_masks(gathered: Gathered, folder: Path, videos: int, rank: str) -> list[tuple[str, Path]]:
+def draw_masks(gathered: Gathered, folder: Path) -> list[tuple[str, Path]]:
     """The gallery's videos on paper: frame, ground truth, slots and single slots at each video's middle."""
     from slotlab.pictures.sheet import draw_sheet
 
     written = []
-    for footage in footages(gathered.runs, videos, rank):
+    for footage in footages(gathered.runs):
         for position in footage.runs:
             run = gathered.runs[position]
-            if run.loaded is not None and run.split.spec.masks and footage.choices:
+            if run.split.spec.masks and footage.choices:
                 path = folder / f"masks-{run.name.replace('/', '-')}.png"
-                chosen = [choice.video for choice in footage.choices]
-                draw_sheet(run.loaded, run.split, path, chosen)
-                draw_sheet(run.loaded, run.split, path.with_suffix(".svg"), chosen)
+                stills = [run.views[choice.video].still for choice in footage.choices]
+                draw_sheet(run.split, stills, path)
+                draw_sheet(run.split, stills, path.with_suffix(".svg"))
                 written.append((f"Masks of {run.name}", path))
     return written

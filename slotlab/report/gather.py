@@ -13,17 +13,18 @@ from featcache.errors import DataError
 from featcache.scale.report import StoreReport, store_reports
 from featcache.store.reading import FeatureStore, Split
 from slotlab.config.schema import Config
+from slotlab.report.options import PageOptions
+from slotlab.report.views import Choice, View, Views, footage_key
 from slotlab.runs import checkpoint
 from slotlab.runs.folder import LOG, keep_result, read_result, read_rows, result_path, store_path
 from slotlab.runs.loaded import LoadedRun, load_run
 from slotlab.scoring.evaluate import evaluate, scoring_code
 from slotlab.scoring.evaluation import Evaluation
-from slotlab.scoring.over_frames import Curve, VideoTrace, over_videos, trace
-from slotlab.scoring.references import References
-from slotlab.scoring.tables import count_labels
+from slotlab.scoring.follow import follow
+from slotlab.scoring.over_frames import Curve, Trace, over_videos, trace
+from slotlab.scoring.references import KnownReferences, references_key
 
 Say = Callable[[str], None]
-KnownReferences = dict[tuple[Any, ...], References]  # by store, split, tap, grid and slots
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,9 @@ class RunData(Logged):
     step: int | None = None  # of the checkpoint
     loaded: LoadedRun | None = None
     evaluation: Evaluation | None = None  # None without ground truth
-    traces: dict[int, VideoTrace] = field(default_factory=dict)  # by video
     curves: dict[str, Curve] = field(default_factory=dict)  # by quantity, over the frames
+    choices: tuple[Choice, ...] = ()  # of the videos for the gallery
+    views: dict[int, View] = field(default_factory=dict)  # of these, by video
 
     @property
     def finished(self) -> bool:
@@ -75,21 +77,21 @@ def gather(
     paths: Sequence[Path],
     split: str | None = None,
     cache: Path | None = None,
+    options: PageOptions | None = None,
     device: torch.device | str = "cpu",
     say: Say = lambda _: None,
     known: KnownReferences | None = None,
 ) -> Gathered:
-    """Read runs, score those whose score is missing or older than their checkpoint, and follow their frames.
+    """Read runs and follow each once over its split: for the scores, if those in its folder are not its checkpoint's,
+    for the curves over the frames, and for what the gallery shows.
 
     ``known`` collects ceilings and floors, so that runs that share them, and later calls, need not wait again.
 
     Raises ``DataError`` for a folder that is no run, ``IncompatibleError`` for a store that is not a run's,
     ``UsageError`` for a split that a store does not have.
     """
-    known = {} if known is None else known
-    runs = tuple(
-        gather_run(path, name, split, cache, device, say, known) for path, name in zip(paths, names(paths), strict=True)
-    )
+    gatherer = _Gatherer(split, cache, options or PageOptions(), device, say, {} if known is None else known)
+    runs = tuple(gatherer.run(path, name) for path, name in zip(paths, names(paths), strict=True))
     return Gathered(runs, tuple(scales_of(runs)))
 
 
@@ -98,54 +100,55 @@ def logged(paths: Sequence[Path]) -> list[Logged]:
     return [Logged(name, tuple(read_rows(path / LOG))) for path, name in zip(paths, names(paths), strict=True)]
 
 
-def gather_run(
-    path: Path,
-    name: str,
-    split_name: str | None,
-    cache: Path | None,
-    device: torch.device | str,
-    say: Say,
-    known: KnownReferences,
-) -> RunData:
-    """One run; see :func:`gather`."""
-    config = checkpoint.load_run_config(path)
-    rows = tuple(read_rows(path / LOG))
-    if not checkpoint.exists(path):
-        store = FeatureStore.open(cache or store_path(path))
-        return RunData(name, rows, path, config, store, choose_split(config, store, split_name))
-    loaded = load_run(path, cache, device)
-    split = choose_split(config, loaded.store, split_name).require_complete()
-    step = checkpoint.state(path)["step"]
-    evaluation = evaluation_of(loaded, split, step, say, known)
-    say(f"{name}: following {len(split.videos)} videos of {split.name}")
-    labels = count_labels(split) if split.spec.masks else 0
-    traces = {}
-    for video in split.videos:
-        truth = torch.from_numpy(split.segmentations(video)) if labels else None
-        traces[video] = trace(loaded.segment(split, video), loaded.model.grid, truth, labels)
-    curves = over_videos(list(traces.values()))
-    return RunData(name, rows, path, config, loaded.store, split, step, loaded, evaluation, traces, curves)
+@dataclass
+class _Gatherer:
+    """What :func:`gather` was asked, and what runs share."""
+
+    split: str | None
+    cache: Path | None
+    options: PageOptions
+    device: torch.device | str
+    say: Say
+    known: KnownReferences
+    chosen: dict[str, tuple[Choice, ...]] = field(default_factory=dict)  # by footage_key: the first run's videos
+
+    def run(self, path: Path, name: str) -> RunData:
+        config = checkpoint.load_run_config(path)
+        rows = tuple(read_rows(path / LOG))
+        if not checkpoint.exists(path):
+            store = FeatureStore.open(self.cache or store_path(path))
+            return RunData(name, rows, path, config, store, choose_split(config, store, self.split))
+        loaded = load_run(path, self.cache, self.device)
+        split = choose_split(config, loaded.store, self.split).require_complete()
+        step = checkpoint.state(path)["step"]
+        found = current_evaluation(loaded, split, step) if split.spec.masks else None
+        views = Views(split, self.options, self.chosen.get(footage_key(split)))
+        if found is not None:
+            self.known[references_key(split, loaded)] = found.references
+            views.rank(found)
+        traces: list[Trace] = []
+        takers = [lambda followed: traces.append(trace(followed)), views.add]
+        todo = "scoring" if split.spec.masks and found is None else "following"
+        self.say(f"{name}: {todo} {len(split.videos)} videos of {split.name}")
+        if todo == "scoring":
+            found = evaluate(loaded, split.name, self.known, takers)
+            for warning in keep_result(path, loaded.store, found.as_dict()):
+                self.say(warning)
+        else:
+            for followed in follow(loaded, split):
+                for take in takers:
+                    take(followed)
+        self.chosen.setdefault(footage_key(split), views.choices())
+        return RunData(
+            name, rows, path, config, loaded.store, split, step, loaded, found,
+            over_videos(traces), views.choices(), views.result(),
+        )  # fmt: skip
 
 
 def choose_split(config: Config, store: FeatureStore, name: str | None) -> Split:
     """The split asked for; else the configuration's for evaluation, or for training where that is not there."""
     fallback = config.data.eval_split if config.data.eval_split in store.splits else config.data.train_split
     return store[name or fallback]
-
-
-def evaluation_of(loaded: LoadedRun, split: Split, step: int, say: Say, known: KnownReferences) -> Evaluation | None:
-    """The scores of a run: from its folder where they are current, else computed and written there."""
-    if not split.spec.masks:
-        return None
-    key = (loaded.store.path.resolve(), split.name, loaded.tap, loaded.model.grid, loaded.model.slots)
-    found = current_evaluation(loaded, split, step)
-    if found is None:
-        say(f"{loaded.path}: scoring {len(split.videos)} videos of {split.name}")
-        found = evaluate(loaded, split.name, known.get(key))
-        for warning in keep_result(loaded.path, loaded.store, found.as_dict()):
-            say(warning)
-    known[key] = found.references
-    return found
 
 
 def current_evaluation(loaded: LoadedRun, split: Split, step: int) -> Evaluation | None:

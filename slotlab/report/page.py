@@ -10,32 +10,16 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from featcache.errors import UsageError
 from slotlab.pictures import palette
 from slotlab.pictures.chart import page_svg
 from slotlab.report import charts, gallery, tables
 from slotlab.report.gather import Gathered, Logged, RunData
+from slotlab.report.options import PageOptions
 from slotlab.report.provenance import environment, provenance
-from slotlab.scoring.metrics import SCORES, Score, scores_in, shown, title_of
+from slotlab.scoring.metrics import Score, scores_in, shown, title_of
 from slotlab.scoring.references import FLOORS
 
 NAMED_RUNS = 3  # that a title of its own names
-
-
-@dataclass(frozen=True)
-class PageOptions:
-    """What a reader may choose."""
-
-    title: str | None = None
-    videos: int = 6
-    rank: str = "mbo"  # the score by which videos are worst and best
-    frames: int = 48  # of a video, at most
-    command: str = ""  # that makes this page again
-    live: bool = False  # served, and refreshed while a run trains
-
-    def __post_init__(self) -> None:
-        if self.rank not in (known := [score.key for score in SCORES]):
-            raise UsageError(f"--rank {self.rank}: no such score; choose one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -100,7 +84,7 @@ def script_json(value: Any) -> Markup:
 def render(gathered: Gathered, options: PageOptions) -> str:
     """The page as one string of HTML."""
     runs = gathered.runs
-    cards = gallery.pack(runs, options.videos, options.rank, options.frames)
+    cards = gallery.pack(runs, options.frames)
     context: dict[str, Any] = {
         "title": options.title or default_title(runs),
         "options": options,

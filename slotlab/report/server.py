@@ -19,10 +19,12 @@ from typing import Any
 import torch
 
 from featcache.errors import FeatcacheError, UsageError
-from slotlab.report.gather import KnownReferences, Say, gather, logged
-from slotlab.report.page import PageOptions, render, render_training
+from slotlab.report.gather import Say, gather, logged
+from slotlab.report.options import PageOptions
+from slotlab.report.page import render, render_training
 from slotlab.runs import checkpoint
 from slotlab.runs.folder import LOG, SUMMARY, read_rows
+from slotlab.scoring.references import KnownReferences
 
 HOST = "127.0.0.1"
 LOOK_SECONDS = 1.0  # between two looks at the run folders
@@ -51,7 +53,7 @@ class LiveReport:
         """Make the page, if the runs have new checkpoints; raises what :func:`gather` does."""
         seen = stamp(self.runs, f"{checkpoint.FOLDER}/{checkpoint.STATE}")
         if seen != self._made_of:
-            gathered = gather(self.runs, self.split, self.cache, self.device, self.say, self._known)
+            gathered = gather(self.runs, self.split, self.cache, self.options, self.device, self.say, self._known)
             self._page, self._made_of = render(gathered, self.options), seen
 
     def follow(self) -> None:

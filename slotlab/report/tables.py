@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from featcache.errors import IncompatibleError
 from featcache.scale.report import ROWS, StoreReport
 from featcache.store.spec import flatten
@@ -119,8 +121,11 @@ def diagnostic(run: RunData, key: str) -> float | None:
     """Of the evaluation, or of the frames followed where there is no ground truth."""
     if run.evaluation is not None:
         return run.evaluation.diagnostics.get(key)
-    values = [float(v) for item in run.traces.values() for v in item.values[key] if v == v]
-    return sum(values) / len(values) if values else None
+    curve = run.curves.get(key)
+    if curve is None or not curve.videos.any():
+        return None
+    seen = curve.videos > 0
+    return float(np.average(curve.mean[seen], weights=curve.videos[seen]))
 
 
 def references(runs: Sequence[RunData]) -> Iterator[tuple[str, Values]]:

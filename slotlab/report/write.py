@@ -14,7 +14,8 @@ from featcache.errors import UsageError
 from slotlab.report.figures import write_figures
 from slotlab.report.gather import Gathered, RunData, Say, gather
 from slotlab.report.markdown import render_markdown
-from slotlab.report.page import PageOptions, default_title, render
+from slotlab.report.options import PageOptions
+from slotlab.report.page import default_title, render
 from slotlab.report.provenance import report_command
 
 
@@ -45,7 +46,7 @@ def write_report(
     if not runs:
         raise UsageError("nothing to report; name at least one run folder, for example: slotlab report runs/demo")
     options, extras = options or PageOptions(), extras or Extras()
-    gathered = gather(runs, split, cache, device, say)
+    gathered = gather(runs, split, cache, options, device, say)
     if not options.command:
         asked = [("cache", cache), ("split", split), ("markdown", extras.markdown), ("figures", extras.figures)]
         defaults = PageOptions()
@@ -58,7 +59,7 @@ def write_report(
     say("drawing")
     page = render(gathered, options)
     write_text(out, page)
-    figures = write_figures(gathered, extras.figures, options.videos, options.rank) if extras.figures else []
+    figures = write_figures(gathered, extras.figures) if extras.figures else []
     if extras.markdown:
         links = {name: os.path.relpath(path, extras.markdown.parent) for name, path in figures}
         title = options.title or default_title(gathered.runs)

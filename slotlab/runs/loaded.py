@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from featcache.errors import UsageError
 from featcache.store.reading import FeatureStore, Split
 from slotlab.config.schema import Config
 from slotlab.models.base import Model, Output
@@ -19,19 +20,30 @@ from slotlab.runs.folder import check_store, store_path
 
 
 @dataclass(frozen=True)
-class LoadedRun:
-    """A trained model with the configuration and store it belongs to."""
+class StoreModel:
+    """A model with its configuration, on a store whose videos it segments."""
 
-    path: Path
     config: Config
     store: FeatureStore
     inputs: ModelInput
     model: Model
-    differs: tuple[str, ...] = ()  # from the version that made the run
 
     @property
     def tap(self) -> str:
         return self.inputs.tap
+
+    def split(self, name: str | None = None) -> Split:
+        """The split of this name; else the configuration's for evaluation, or the store's only one.
+
+        ``UsageError`` where that is none, ``DataError`` for a split that is not whole.
+        """
+        store, known = self.store, self.store.splits
+        chosen = name or self.config.data.eval_split
+        if name is None and chosen not in known and len(known) == 1:
+            chosen = known[0]
+        if chosen not in known:
+            raise UsageError(f"{store.path}: no split {chosen!r}; choose one with --split: {', '.join(known)}")
+        return store[chosen].require_complete()
 
     def segment(self, split: Split, video: int) -> Output:
         """The model's output on all frames of one video, with the masks that the run publishes; always the same."""
@@ -48,6 +60,14 @@ class LoadedRun:
         return self.model.segment(features.to(device), Draws.of_step(self.config.seed, video)).checked()
 
 
+@dataclass(frozen=True)
+class LoadedRun(StoreModel):
+    """A trained model, from its run folder."""
+
+    path: Path
+    differs: tuple[str, ...] = ()  # from the version that made the run
+
+
 def load_run(run: Path, cache: Path | None = None, device: torch.device | str = "cpu") -> LoadedRun:
     """Open a run folder; ``cache`` overrides the store that it was trained on."""
     config = checkpoint.load_run_config(run)
@@ -56,4 +76,4 @@ def load_run(run: Path, cache: Path | None = None, device: torch.device | str = 
     inputs = ModelInput.of(config, store)
     model = empty_model(config, inputs)
     differs = checkpoint.load_model(run, model)
-    return LoadedRun(run, config, store, inputs, model.to(device).eval(), tuple(differs))
+    return LoadedRun(config, store, inputs, model.to(device).eval(), run, tuple(differs))

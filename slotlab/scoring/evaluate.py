@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
-import torch
-
-from featcache.errors import DataError, UsageError
 from featcache.store.reading import Split
 from slotlab.config.model import MASKS, Masks
 from slotlab.config.schema import Config
-from slotlab.models.base import on_grid
 from slotlab.runs import checkpoint
 from slotlab.runs.loaded import LoadedRun
 from slotlab.scoring.collapse import Diagnostics, warnings
 from slotlab.scoring.evaluation import Evaluation
+from slotlab.scoring.follow import Followed, follow
 from slotlab.scoring.groups import subgroup_scores
-from slotlab.scoring.references import References, references
+from slotlab.scoring.references import KnownReferences, references
 from slotlab.scoring.scores import Scores
-from slotlab.scoring.tables import count_labels, mask_tables
+from slotlab.scoring.tables import require_truth
 
 PACKAGE = Path(__file__).parent
 
@@ -35,66 +32,64 @@ def scoring_code() -> str:
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
-def evaluate(loaded: LoadedRun, split_name: str | None = None, known: References | None = None) -> Evaluation:
+class Evaluator:
+    """Scores a run on a split, from each of its videos as it is followed."""
+
+    def __init__(self, loaded: LoadedRun, split: Split) -> None:
+        """``DataError`` when the split has no masks."""
+        self._loaded, self._split = loaded, require_truth(split)
+        self._scores: dict[Masks, Scores] = {kind: Scores() for kind in MASKS}
+        self._diagnostics = Diagnostics()
+
+    def add(self, followed: Followed) -> None:
+        for kind, scores in self._scores.items():
+            scores.add_video(followed.tables(kind), followed.video)
+        self._diagnostics.add(followed.shown)
+
+    def result(self, known: KnownReferences | None = None) -> Evaluation:
+        """``known`` as in :func:`references`."""
+        loaded, split, step = self._loaded, self._split, checkpoint.state(self._loaded.path)["step"]
+        published, means = self._scores[loaded.config.published_masks], self._diagnostics.means()
+        return Evaluation(
+            run=str(loaded.path),
+            cache=str(loaded.store.path),
+            split=split.name,
+            tap=loaded.tap,
+            step=step,
+            code=scoring_code(),
+            resolution=split.spec.frame_size,
+            published_masks=loaded.config.published_masks,
+            summary=published.summary(),
+            masks={kind: scores.summary() for kind, scores in self._scores.items()},
+            references=references(split, loaded, known),
+            diagnostics=means,
+            diagnostics_by_frame=self._diagnostics.at_each_frame(),
+            largest_activation_by_slot=self._diagnostics.largest_by_slot(),
+            warnings=[*loaded.differs, *_unfinished(step, loaded.config), *warnings(means, loaded.config)],
+            groups=subgroup_scores(published, split),
+        )
+
+
+def evaluate(
+    loaded: LoadedRun,
+    split_name: str | None = None,
+    known: KnownReferences | None = None,
+    also: Sequence[Callable[[Followed], object]] = (),
+) -> Evaluation:
     """Scores of every frame and video of a split.
 
-    ``known`` are the :func:`references` of an earlier run on the same tap and split with as many slots, which
-    take longer than the scores. ``DataError`` when the split has no masks. Scores and diagnostics are those of the
-    masks that the run publishes, beside them the scores of both kinds.
+    ``known`` spares ceilings and floors that runs share (:func:`references`); ``also`` is called with each video, in
+    the same pass.
+
+    Scores and diagnostics are those of the masks that the run publishes, beside them the scores of both kinds.
+    ``UsageError`` for a split that is not there, ``DataError`` when it has no masks.
     """
-    split = split_to_score(loaded, split_name)
-    labels, step = count_labels(split), checkpoint.state(loaded.path)["step"]
-    scores, found = score_masks(loaded, split, split.videos, labels)
-    published, means = scores[loaded.config.published_masks], found.means()
-    return Evaluation(
-        run=str(loaded.path),
-        cache=str(loaded.store.path),
-        split=split.name,
-        tap=loaded.tap,
-        step=step,
-        code=scoring_code(),
-        resolution=split.spec.frame_size,
-        published_masks=loaded.config.published_masks,
-        summary=published.summary(),
-        masks={name: of.summary() for name, of in scores.items()},
-        references=known or references(split, loaded),
-        diagnostics=means,
-        diagnostics_by_frame=found.at_each_frame(),
-        largest_activation_by_slot=found.largest_by_slot(),
-        warnings=[*loaded.differs, *_unfinished(step, loaded.config), *warnings(means, loaded.config)],
-        groups=subgroup_scores(published, split, labels),
-    )
-
-
-def split_to_score(loaded: LoadedRun, name: str | None) -> Split:
-    """The split of this name, or the configuration's. ``FeatcacheError`` says what to do where there are no masks."""
-    name, store = name or loaded.config.data.eval_split, loaded.store
-    if name not in store.splits:
-        raise UsageError(f"{store.path}: no split {name!r}; choose one with --split: {', '.join(store.splits)}")
-    if not store[name].spec.masks:
-        raise DataError(
-            f"{store[name].path}: its source had no masks, so there is nothing to score against; look at the slots "
-            "with slotlab report or slotlab masks"
-        )
-    return store[name].require_complete()
-
-
-def score_masks(
-    loaded: LoadedRun, split: Split, videos: Iterable[int], labels: int
-) -> tuple[dict[Masks, Scores], Diagnostics]:
-    """Scores of both kinds of masks on some videos, and the diagnostics of the kind that the run publishes.
-
-    ``labels`` are :func:`count_labels` of the split.
-    """
-    scores, found = {name: Scores() for name in MASKS}, Diagnostics()
-    for video in videos:
-        truth = torch.from_numpy(split.segmentations(video))  # (T, H, W)
-        output = loaded.output(loaded.inputs.read(split, video), video)
-        for name, of in scores.items():
-            tables = mask_tables(on_grid(output.showing(name).masks, loaded.model.grid).cpu(), truth, labels)
-            of.add_video(tables, video)
-        found.add(output.showing(loaded.config.published_masks))
-    return scores, found
+    split = loaded.split(split_name)
+    evaluator = Evaluator(loaded, split)
+    for followed in follow(loaded, split):
+        for take in (evaluator.add, *also):
+            take(followed)
+    return evaluator.result(known)
 
 
 def _unfinished(step: int, config: Config) -> list[str]:

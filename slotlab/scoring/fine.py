@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from featcache.store.reading import Split
 from slotlab.masks.binarise import parse_binarisation
 from slotlab.masks.labels import masks_to_labels
 from slotlab.masks.refine import Method, refine
-from slotlab.models.base import on_grid
 from slotlab.models.randomness import Draws
-from slotlab.runs.loaded import LoadedRun
+from slotlab.runs.loaded import StoreModel
 from slotlab.scoring.boundaries import BoundaryScores
+from slotlab.scoring.follow import Followed, follow
 from slotlab.scoring.metrics import adjusted_rand_index, object_iou, shown
 from slotlab.scoring.references import grid_masks
 from slotlab.scoring.scores import Scores, mean
-from slotlab.scoring.tables import contingency, count_labels
+from slotlab.scoring.tables import contingency, require_truth
 
 
 class BinarisedScores:
@@ -50,60 +51,76 @@ class BinarisedScores:
 GAINS = {**shown("comparison"), "boundary_f": "boundary F"}  # key -> title of what refinement changes
 
 
-def outline_scores(
-    loaded: LoadedRun,
-    split_name: str | None = None,
-    method: Method | None = None,
-    binarisations: Sequence[str] = (),
-) -> dict[str, Any]:
+class OutlineScorer:
     """``boundaries`` of a run's masks beside its grid's reference; where asked, ``refined`` and ``binarised``.
 
     The reference is the ground truth brought to the grid and back, as in :mod:`slotlab.scoring.references`.
     ``refined`` are the scores of the masks after ``method``, their ``gain`` over the plain ones, and the seconds that
     refinement took.
-    Raises ``DataError`` when the split has no masks, ``UsageError`` for a method or a binarisation that is not known.
     """
-    ways = [parse_binarisation(text) for text in binarisations]
-    split = loaded.store[split_name or loaded.config.data.eval_split].require_complete()
-    labels, size, grid, slots = count_labels(split), split.spec.frame_size, loaded.model.grid, loaded.model.slots
-    plain, reference, refined = (BoundaryScores(size) for _ in range(3))
-    plain_scores, refined_scores = Scores(), Scores()
-    binarised = {way.name: BinarisedScores() for way in ways}
-    seconds, frames = 0.0, 0
-    for video in split.videos:
-        truth = torch.from_numpy(split.segmentations(video))  # (T, H, W)
-        ids = torch.full((len(truth),), video)
-        masks = on_grid(loaded.segment(split, video).masks, grid)  # (T, K, h, w)
-        on_host = masks.cpu()
-        plain_scores.add(plain.add(masks_to_labels(on_host, size), truth, slots, labels), ids)
-        reference.add(masks_to_labels(grid_masks(truth, grid, labels), size), truth, labels, labels)
-        if method:
-            pictures = torch.from_numpy(split.video(video))
+
+    def __init__(
+        self, model: StoreModel, split: Split, method: Method | None = None, binarisations: Sequence[str] = ()
+    ) -> None:
+        """``UsageError`` for a binarisation that is not known."""
+        self._split, self._method, self._seed, self._slots = split, method, model.config.seed, model.model.slots
+        self._plain, self._reference, self._refined = (BoundaryScores(split.spec.frame_size) for _ in range(3))
+        self._refined_scores, self._plain_scores = Scores(), Scores()
+        self._binarised = {way: BinarisedScores() for way in map(parse_binarisation, binarisations)}
+        self._seconds, self._frames = 0.0, 0
+
+    def add(self, followed: Followed) -> None:
+        """All frames of one video; they need ground truth. ``UsageError`` for a method that lacks its package."""
+        assert followed.truth is not None
+        truth, labels, video, size = followed.truth, followed.labels, followed.video, self._split.spec.frame_size
+        masks, slots = followed.masks, self._slots
+        plain = self._plain.add(masks_to_labels(masks, size), truth, slots, labels)
+        self._plain_scores.add_video(plain, video)
+        ideal = grid_masks(truth, followed.output.grid, labels)
+        self._reference.add(masks_to_labels(ideal, size), truth, labels, labels)
+        if self._method:
+            pictures = torch.from_numpy(self._split.video(video))
             began = time.perf_counter()
-            fine = refine(masks, pictures, method).cpu()  # waits for the device
-            seconds += time.perf_counter() - began
-            refined_scores.add(refined.add(masks_to_labels(fine, size), truth, slots, labels), ids)
-        for way in ways:
-            hard = way.label(on_host, size, Draws.of_step(loaded.config.seed, video))
-            binarised[way.name].add(hard, truth, slots, labels)
-        frames += len(truth)
-    result: dict[str, Any] = {
-        "boundaries": {"tolerance_px": plain.tolerance, **plain.summary(), "reference": reference.summary()}
-    }
-    if method:
-        before = {**plain_scores.summary().values, "boundary_f": plain.mean_f()}
-        after = {**refined_scores.summary().values, "boundary_f": refined.mean_f()}
-        result["refined"] = {
-            "method": method,
-            **{key: after[key] for key in GAINS},
-            "gain": {key: _difference(after[key], before[key]) for key in GAINS},
-            "boundaries": refined.summary(),
-            "seconds": seconds,
-            "ms_per_frame": 1e3 * seconds / max(frames, 1),
-        }
-    if ways:
-        result["binarised"] = {name: scores.summary() for name, scores in binarised.items()}
-    return result
+            fine = refine(followed.shown.masks_on_grid, pictures, self._method).cpu()  # waits for the device
+            self._seconds += time.perf_counter() - began
+            refined = self._refined.add(masks_to_labels(fine, size), truth, slots, labels)
+            self._refined_scores.add_video(refined, video)
+        for way, scores in self._binarised.items():
+            scores.add(way.label(masks, size, Draws.of_step(self._seed, video)), truth, slots, labels)
+        self._frames += len(truth)
+
+    def result(self) -> dict[str, Any]:
+        """JSON-able."""
+        boundaries = {"tolerance_px": self._plain.tolerance, **self._plain.summary()}
+        result: dict[str, Any] = {"boundaries": boundaries | {"reference": self._reference.summary()}}
+        if self._method:
+            before = {**self._plain_scores.summary().values, "boundary_f": self._plain.mean_f()}
+            after = {**self._refined_scores.summary().values, "boundary_f": self._refined.mean_f()}
+            result["refined"] = {
+                "method": self._method,
+                **{key: after[key] for key in GAINS},
+                "gain": {key: _difference(after[key], before[key]) for key in GAINS},
+                "boundaries": self._refined.summary(),
+                "seconds": self._seconds,
+                "ms_per_frame": 1e3 * self._seconds / max(self._frames, 1),
+            }
+        if self._binarised:
+            result["binarised"] = {way.name: scores.summary() for way, scores in self._binarised.items()}
+        return result
+
+
+def outline_scores(
+    model: StoreModel,
+    split_name: str | None = None,
+    method: Method | None = None,
+    binarisations: Sequence[str] = (),
+) -> dict[str, Any]:
+    """What :class:`OutlineScorer` finds on a split. ``DataError`` when it has no masks."""
+    split = require_truth(model.split(split_name))
+    scorer = OutlineScorer(model, split, method, binarisations)
+    for followed in follow(model, split):
+        scorer.add(followed)
+    return scorer.result()
 
 
 def _difference(after: float | None, before: float | None) -> float | None:

@@ -69,7 +69,7 @@ class Groups:
     confidence: Confidence
 
 
-def subgroup_scores(scores: Scores, split: Split, labels: int, bootstrap: Bootstrap | None = None) -> Groups:
+def subgroup_scores(scores: Scores, split: Split, bootstrap: Bootstrap | None = None) -> Groups:
     """Scores of the objects of each material and size, of frames by how many objects they show, and of each video."""
     bootstrap = bootstrap or Bootstrap()
     (tables, frame_videos), (_, ids) = scores.frame_tables(), scores.video_tables()
@@ -84,7 +84,7 @@ def subgroup_scores(scores: Scores, split: Split, labels: int, bootstrap: Bootst
     of_frames = scores.frame_values()
     named = dict(of_frames)  # those of each video, by name
     for attribute in ATTRIBUTES:
-        groups = objects_by(split, labels, attribute)
+        groups = objects_by(split, tables.shape[1], attribute)
         summaries[f"by_{attribute}"] = {name: scores.of_objects(objects) for name, objects in groups.items()}
         intervals[f"by_{attribute}"] = {name: sure(objects) for name, objects in groups.items()}
         for name, objects in groups.items():

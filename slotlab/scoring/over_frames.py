@@ -13,16 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from slotlab.models.base import Output
-from slotlab.scoring import metrics
 from slotlab.scoring.collapse import by_frame
+from slotlab.scoring.follow import Followed
 from slotlab.scoring.metrics import scores_in
-from slotlab.scoring.tables import mask_tables
 
-MATCHED_IOU = 0.1  # below it a slot only grazes the object that the matching gave it
 Float = npt.NDArray[np.float64]
 
 
@@ -56,13 +52,7 @@ UNSCORED = (
 QUANTITIES = SCORED + UNSCORED
 
 
-@dataclass(frozen=True)
-class VideoTrace:
-    """One video's frames, as a run sees them."""
-
-    values: Mapping[str, Float]  # by quantity, (T,) each
-    matches: npt.NDArray[np.int64]  # (T, K): the object (0 for label 1) that each slot stands for, -1 for none
-    tables: Tensor | None  # (T, n_true, K) int64 contingency tables, with ground truth
+Trace = Mapping[str, Float]  # a video's quantities by name, (T,) each
 
 
 @dataclass(frozen=True)
@@ -75,24 +65,14 @@ class Curve:
     videos: npt.NDArray[np.int64]
 
 
-def trace(output: Output, grid: tuple[int, int], truth: Tensor | None = None, n_true: int = 0) -> VideoTrace:
-    """Every quantity at every frame of one video.
-
-    output of all frames of the video in order, its masks on ``grid`` (rows, columns); truth (T, H, W) integer
-    labels below n_true, if there are any.
-    """
-    masks = output.masks.detach().float().cpu()  # (T, K, N)
-    frames, slots = masks.shape[:2]
-    values: dict[str, Float] = {name: found.double().numpy() for name, found in by_frame(output).items()}
-    values["slot_persistence"] = slot_persistence(output.slots.detach().cpu()).numpy()
-    matches = np.full((frames, slots), -1, np.int64)
-    tables = None
-    if truth is not None:
-        tables = mask_tables(masks.reshape(frames, slots, *grid), truth, n_true)
-        matches = match_slots(tables)
-        values |= {score.key: score.of_tables(tables).numpy() for score in scores_in("headline")}
-        values["switches"] = identity_switches(matches, n_true - 1)
-    return VideoTrace(values, matches, tables)
+def trace(followed: Followed) -> Trace:
+    """Every quantity at every frame of one video; those that need ground truth where there is some."""
+    values = {name: found.double().numpy() for name, found in by_frame(followed.shown).items()}
+    values["slot_persistence"] = slot_persistence(followed.output.slots.cpu()).numpy()
+    if followed.truth is not None:
+        values |= {score.key: followed.score(score).numpy() for score in scores_in("headline")}
+        values["switches"] = identity_switches(followed.slots).numpy()
+    return values
 
 
 def slot_persistence(slots: Tensor) -> Tensor:
@@ -107,44 +87,27 @@ def slot_persistence(slots: Tensor) -> Tensor:
     return torch.cat([first, torch.where(used, cosine, torch.nan).nanmean(-1)])
 
 
-def match_slots(tables: Tensor) -> npt.NDArray[np.int64]:
-    """The object (0 for label 1) that each slot stands for in each frame, -1 for none: (T, K).
-
-    tables (T, n_true, K). One to one for the largest total IoU (Hungarian), above ``MATCHED_IOU``.
-    """
-    matches = np.full((tables.shape[0], tables.shape[2]), -1, np.int64)
-    for frame, iou in enumerate(metrics.object_iou(tables).nan_to_num(0.0).cpu().numpy()):  # (objects, K)
-        for item, slot in zip(*linear_sum_assignment(iou, maximize=True), strict=True):
-            if iou[item, slot] > MATCHED_IOU:
-                matches[frame, slot] = item
-    return matches
-
-
-def identity_switches(matches: npt.NDArray[np.int64], objects: int) -> Float:
+def identity_switches(slots: Tensor) -> Tensor:
     """Share of objects whose slot is another than in the frame before, (T,); NaN where none has a slot in both.
 
-    matches (T, K) as :func:`match_slots` gives them. (The switches of MOTA, Bernardin & Stiefelhagen 2008,
+    slots (T, objects) of each object, -1 for none. (The switches of MOTA, Bernardin & Stiefelhagen 2008,
     counted between neighbouring frames only.)
     """
-    slot_of = np.full((len(matches), objects), -1, np.int64)  # (T, objects)
-    frame, slot = np.nonzero(matches >= 0)
-    slot_of[frame, matches[frame, slot]] = slot
-    both = (slot_of[1:] >= 0) & (slot_of[:-1] >= 0)
-    changed = ((slot_of[1:] != slot_of[:-1]) & both).sum(1)
-    share = np.full(len(matches), np.nan)
-    np.divide(changed, both.sum(1), out=share[1:], where=both.any(1))
-    return share
+    both = (slots[1:] >= 0) & (slots[:-1] >= 0)
+    changed = (slots[1:] != slots[:-1]) & both
+    share = changed.sum(1) / both.sum(1).double()  # 0 / 0 is NaN
+    return torch.cat([share.new_full((min(1, len(slots)),), torch.nan), share])
 
 
-def over_videos(traces: Sequence[VideoTrace]) -> dict[str, Curve]:
+def over_videos(traces: Sequence[Trace]) -> dict[str, Curve]:
     """The mean and quartiles of every quantity at each frame index, over videos of any lengths."""
     curves: dict[str, Curve] = {}
-    names = [q.name for q in QUANTITIES if traces and all(q.name in item.values for item in traces)]
+    names = [q.name for q in QUANTITIES if traces and all(q.name in item for item in traces)]
     for name in names:
-        longest = max(len(item.values[name]) for item in traces)
+        longest = max(len(item[name]) for item in traces)
         table = np.full((len(traces), longest), np.nan)  # (videos, T)
         for row, item in zip(table, traces, strict=True):
-            row[: len(item.values[name])] = item.values[name]
+            row[: len(item[name])] = item[name]
         defined = ~np.isnan(table)
         mean, low, high = (np.full(longest, np.nan) for _ in range(3))
         for t in np.nonzero(defined.any(0))[0]:

@@ -5,7 +5,7 @@ Both give contingency tables through :func:`slotlab.scoring.tables.mask_tables`,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ from featcache.store.reading import Split
 from slotlab.models.kmeans import kmeans
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
-from slotlab.runs.loaded import LoadedRun
+from slotlab.runs.loaded import StoreModel
 from slotlab.scoring.collapse import effective_slots, kept_slots
 from slotlab.scoring.metrics import SCORES
 from slotlab.scoring.scores import Scores, Values, in_order
@@ -48,17 +48,37 @@ class References:
         )
 
 
-def references(split: Split, loaded: LoadedRun) -> References:
-    """The grid's ceiling, and the floor of k-means on each frame's tokens with as many clusters as slots."""
-    moments = loaded.inputs.moments(loaded.store[loaded.config.data.train_split])
+KnownReferences = dict[tuple[Hashable, ...], References]  # by references_key
+
+
+def references_key(split: Split, model: StoreModel) -> tuple[Hashable, ...]:
+    """All that :func:`references` reads of a split and a model: runs that share it have the same references."""
+    training = model.store[model.config.data.train_split]
+    return (split.path.resolve(), model.inputs, model.model.slots, training.path.resolve())
+
+
+def references(split: Split, model: StoreModel, known: KnownReferences | None = None) -> References:
+    """The grid's ceiling, and the floor of k-means on each frame's tokens with as many clusters as slots.
+
+    Takes longer than the scores, and so is done once for all that share a ``known``.
+    """
+    known = {} if known is None else known
+    key = references_key(split, model)
+    if key not in known:
+        known[key] = _measured(split, model)
+    return known[key]
+
+
+def _measured(split: Split, model: StoreModel) -> References:
+    moments = model.inputs.moments(model.store[model.config.data.train_split])
     whiten = Normaliser.from_moments("whiten", moments, shrinkage=0.1, center="channel")
-    labels, grid = count_labels(split), loaded.model.grid
-    clusters = min(loaded.model.slots, grid[0] * grid[1])
+    labels, grid = count_labels(split), model.model.grid
+    clusters = min(model.model.slots, grid[0] * grid[1])
     ceiling, raw, whitened = Scores(), Scores(), Scores()
     effective: list[Tensor] = []
     for video in split.videos:
         truth = torch.from_numpy(split.segmentations(video))
-        tokens = loaded.inputs.tokens(split, video)
+        tokens = model.inputs.tokens(split, video)
         ceiling.add_video(grid_reference(truth, grid, labels), video)
         effective.append(effective_slots(grid_masks(truth, grid, labels)))
         raw.add_video(kmeans_floor(tokens, grid, clusters, truth, labels, seed=video), video)

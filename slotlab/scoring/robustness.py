@@ -30,10 +30,9 @@ import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from featcache.store.reading import Split
 from featcache.stream.stream import VIDEO
 from slotlab.masks.labels import masks_to_labels
-from slotlab.models.base import Output, on_grid
+from slotlab.models.base import Output
 from slotlab.runs.loaded import LoadedRun
 from slotlab.scoring.collapse import live_slots, slot_similarity
 from slotlab.scoring.colour_changes import IDENTITY, transformations
@@ -65,7 +64,7 @@ def robustness(
     features differ from the stored ones. ``weights`` are for `featcache.extraction.store_backbone`, which raises
     ``IncompatibleError`` when they are not those of the store. Scores are None where the split has no masks.
     """
-    split = loaded.store[split_name or loaded.config.data.eval_split].require_complete()
+    split = loaded.split(split_name)
     read = loaded.inputs.from_frames(loaded.store, weights, next(loaded.model.parameters()).device)
     videos, changes = split.spread(max_videos), transformations()
     labels = count_labels(split) if split.spec.masks else 0
@@ -77,13 +76,13 @@ def robustness(
         pixels = torch.from_numpy(split.video(video)[:frames])  # (T, H, W, 3)
         truth = torch.from_numpy(split.segmentations(video)[:frames]) if labels else None
         stored = loaded.inputs.read(split, video)[:frames]
-        before = View.of(loaded.segment_input(stored, video), loaded.model.grid, split)
+        before = View.of(loaded.segment_input(stored, video), split.spec.frame_size)
         states.append(before.state(truth, labels))
         for name, change in changes.items():
             features = read(change(pixels.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous().numpy()).cpu()
             if name == IDENTITY:
                 errors.append(float((features.float() - stored.float()).norm() / stored.float().norm()))
-            after = View.of(loaded.segment_input(features, video), loaded.model.grid, split)
+            after = View.of(loaded.segment_input(features, video), split.spec.frame_size)
             state = after.state(truth, labels)
             changed = {f"{key}_change": state[key] - value for key, value in states[-1].items()}
             values[name].append(compare(before, after) | state | changed)
@@ -123,10 +122,10 @@ class View:
     slots: Tensor  # (T, K, S)
 
     @classmethod
-    def of(cls, output: Output, grid: tuple[int, int], split: Split) -> View:
-        masks = output.masks.cpu()
-        labels = masks_to_labels(on_grid(masks, grid), split.spec.frame_size)
-        return cls(masks.double(), labels.flatten(1), output.slots.cpu().double())
+    def of(cls, output: Output, size: tuple[int, int]) -> View:
+        """Of frames of ``size`` (H, W) in pixels."""
+        labels = masks_to_labels(output.masks_on_grid.cpu(), size)
+        return cls(output.masks.cpu().double(), labels.flatten(1), output.slots.cpu().double())
 
     def state(self, truth: Tensor | None, n_true: int) -> dict[str, float]:
         """Diversity and scores, means over the frames; NaN where there is nothing to score."""

@@ -5,8 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from featcache.errors import DataError
 from featcache.store.reading import Split
 from slotlab.masks.labels import label_chunks
+
+
+def require_truth(split: Split) -> Split:
+    """This split, or ``DataError`` where its source had no masks."""
+    if not split.spec.masks:
+        raise DataError(
+            f"{split.path}: its source had no masks, so there is nothing to score against; look at the slots "
+            "with slotlab report or slotlab masks"
+        )
+    return split
 
 
 def count_labels(split: Split) -> int:

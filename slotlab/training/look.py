@@ -4,38 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from featcache.store.reading import FeatureStore, Split
 from slotlab.config.schema import Config, DataConfig
-from slotlab.models.base import Model, on_grid
+from slotlab.models.base import Model
 from slotlab.models.inputs import ModelInput
-from slotlab.models.randomness import Draws
+from slotlab.runs.loaded import StoreModel
 from slotlab.scoring.collapse import Diagnostics, warnings
+from slotlab.scoring.follow import follow
 from slotlab.scoring.metrics import shown, shown_of_videos
 from slotlab.scoring.scores import Scores
-from slotlab.scoring.tables import count_labels, mask_tables
 
 
-@torch.no_grad()
 def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
     """Scores and collapse diagnostics on a few videos of the evaluation split, as ``eval_*`` values of a logged row.
 
     Scores are left out where the split has no masks. ``DataError`` where the model's masks are not finite.
     """
     split = look_split(config, store)
-    labels = count_labels(split) if split.spec.masks else 0
-    device, training = next(model.parameters()).device, model.training
+    training = model.training
     model.eval()
-    scores, found, inputs = Scores(), Diagnostics(), ModelInput.of(config, store)
-    for video in split.spread(config.evaluate_videos):
-        output = model.segment(inputs.read(split, video).to(device), Draws.of_step(config.seed, video))
-        output = output.checked().showing(config.published_masks)
-        found.add(output)
-        if split.spec.masks:
-            truth = torch.from_numpy(split.segmentations(video))  # (T, H, W)
-            tables = mask_tables(on_grid(output.masks, model.grid).cpu(), truth, labels)
-            scores.add(tables, torch.full((len(truth),), video))
+    scores, found = Scores(), Diagnostics()
+    on_store = StoreModel(config, store, ModelInput.of(config, store), model)
+    for followed in follow(on_store, split, split.spread(config.evaluate_videos)):
+        found.add(followed.shown)
+        if followed.truth is not None:
+            scores.add_video(followed.tables(), followed.video)
     model.train(training)
     means = found.means()
     row: dict[str, Any] = {f"eval_{key}": value for key, value in means.items()}

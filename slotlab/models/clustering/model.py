@@ -158,6 +158,7 @@ class ClusteringModel(Model):
             masks=masks,
             reconstruction=self.reconstruct(attention, slots, background),
             target=self.target(tokens),
+            grid=self.grid,
         )
 
     def target(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N S"]:

@@ -1,0 +1,97 @@
+"""A run over the videos of a split: the one pass that scores, curves, looks and pictures are all made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from featcache.store.reading import Split
+from slotlab.config.model import Masks
+from slotlab.models.base import Output
+from slotlab.runs.loaded import StoreModel
+from slotlab.scoring.metrics import MATCHED_IOU, Score, matched_slots
+from slotlab.scoring.tables import count_labels, mask_tables
+
+
+@dataclass(frozen=True)
+class Followed:
+    """All frames of one video as a run sees them. Tables and matches are made when first asked for, on the host."""
+
+    video: int  # its position in the split
+    output: Output  # with the decoder's masks
+    published: Masks  # the kind that the run publishes
+    truth: Tensor | None = None  # (T, H, W) integer labels, 0 background; None where the split has no masks
+    labels: int = 0  # of the split's ground truth, background included
+    _tables: dict[Masks, Tensor] = field(default_factory=dict, init=False)
+    _scores: dict[str, Tensor] = field(default_factory=dict, init=False)
+
+    def __len__(self) -> int:
+        """Number of frames."""
+        return len(self.output.masks)
+
+    @cached_property
+    def shown(self) -> Output:
+        """The output with the masks that the run publishes."""
+        return self.output.showing(self.published)
+
+    @cached_property
+    def masks(self) -> Tensor:
+        """The published masks (T, K, rows, columns), on the host."""
+        return self.shown.masks_on_grid.cpu()
+
+    def tables(self, kind: Masks | None = None) -> Tensor:
+        """Contingency tables of one kind of masks, or of the published ones: (T, labels, K) int64. Needs ``truth``."""
+        kind = kind or self.published
+        if kind not in self._tables:
+            if self.truth is None:
+                raise ValueError("the split has no masks to make tables with")
+            if kind != self.published and self._one_kind:
+                return self.tables()
+            masks = self.masks if kind == self.published else self.output.showing(kind).masks_on_grid.cpu()
+            self._tables[kind] = mask_tables(masks, self.truth, self.labels)
+        return self._tables[kind]
+
+    @property
+    def _one_kind(self) -> bool:
+        """Whether the model decodes by its attention: the same memory, seen twice."""
+        one, other = self.output.masks, self.output.attention
+        return one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
+
+    def score(self, score: Score) -> Tensor:
+        """A score of each frame (T,), of the published masks; NaN where it is not defined. Needs ``truth``."""
+        if score.key not in self._scores:
+            self._scores[score.key] = score.of_tables(self.tables())
+        return self._scores[score.key]
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """The slot that shows each object in each frame, (T, objects) int64; -1 for none. Needs ``truth``.
+
+        One to one for the largest total IoU, above ``MATCHED_IOU``.
+        """
+        return matched_slots(self.tables(), above=MATCHED_IOU)
+
+    @cached_property
+    def objects(self) -> Tensor:
+        """The object that each slot shows in each frame, 0 for label 1: (T, K) int64; -1 for none, or without truth."""
+        objects = torch.full(self.shown.masks.shape[:2], -1)
+        if self.truth is not None:
+            frame, item = torch.nonzero(self.slots >= 0, as_tuple=True)
+            objects[frame, self.slots[frame, item]] = item
+        return objects
+
+
+def follow(model: StoreModel, split: Split, videos: Iterable[int] | None = None) -> Iterator[Followed]:
+    """Every video of a split, or these, one at a time: nothing of a video is held here once the next is asked for.
+
+    ``DataError`` where the model's masks are not finite.
+    """
+    labels = count_labels(split) if split.spec.masks else 0
+    for video in split.videos if videos is None else videos:
+        truth = torch.from_numpy(split.segmentations(video)) if split.spec.masks else None
+        output = model.output(model.inputs.read(split, video), video)
+        yield Followed(video, output, model.config.published_masks, truth, labels)
