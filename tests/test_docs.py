@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shlex
@@ -58,6 +59,13 @@ def test_commands_are_those_of_the_command_line(page: Path) -> None:
             command.make_context(line, words)
         except Exception as error:  # a code span may name a command without what it needs
             assert type(error).__name__ in ("MissingParameter", "NoArgsIsHelpError"), f"{page.name}: {line}: {error}"
+
+
+@pages
+def test_imports_are_of_what_there_is(page: Path) -> None:
+    for module, names in re.findall(r"^from ((?:slotlab|featcache)[\w.]*) import ([\w, ]+)", page.read_text(), re.M):
+        found = importlib.import_module(module)
+        assert not [name for name in names.split(", ") if not hasattr(found, name)], f"{page.name}: {module}"
 
 
 def test_the_reference_is_what_the_command_writes(capsys: pytest.CaptureFixture[str]) -> None:
