@@ -18,6 +18,7 @@ from featcache.sources.video import Video
 from featcache.store.reading import FeatureStore
 from slotlab.config.load import load_config
 from slotlab.masks.labels import masks_to_labels
+from slotlab.pictures import palette
 from slotlab.pictures.coco import decode, encode
 from slotlab.pictures.files import Masked, MaskWriter, overlay, store_masks
 from slotlab.runs.loaded import load_run
@@ -25,6 +26,17 @@ from slotlab.training.train import train
 from tests.synthetic import SIZE, DiscSource, make_store
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 60))
+
+
+def test_a_slot_has_its_objects_colour_and_the_others_are_muted() -> None:
+    objects = np.array([palette.rgb(colour) for colour in palette.OBJECTS])
+    found = palette.slot_colours(30, {4: 0, 1: 2, 29: len(objects)})
+    assert np.array_equal(found[[4, 1, 29]], objects[[0, 2, 0]])  # the eleven colours of objects begin again
+    muted = {palette.rgb(colour) for colour in palette.OTHERS}
+    assert {tuple(colour) for n, colour in enumerate(found.tolist()) if n not in (4, 1, 29)} == muted
+    alone = palette.slot_colours(45)
+    assert np.array_equal(alone[: len(objects)], objects) and len(np.unique(alone[:20], axis=0)) == 20
+    assert np.array_equal(alone[20:40], alone[:20]) and len(palette.slot_colours(0)) == 0
 
 
 @given(shape=SHAPES, seed=st.integers(0, 1000), share=st.sampled_from([0.0, 0.01, 0.5, 0.99, 1.0]))

@@ -16,8 +16,8 @@ from PIL import Image
 
 from slotlab.masks.labels import fine_labels
 from slotlab.masks.refine import Method
-from slotlab.pictures import palette
 from slotlab.pictures.coco import encode
+from slotlab.pictures.palette import slot_colours
 from slotlab.runs.loaded import LoadedRun
 
 Format = Literal["png", "rle", "overlay-png", "overlay-mp4", "overlay-gif"]
@@ -121,12 +121,6 @@ class MaskWriter:
                         "iscrowd": 0,
                     }
                 )
-
-
-def slot_colours(slots: int) -> npt.NDArray[np.uint8]:
-    """(K, 3): objects' colours first, then muted ones, again and again."""
-    colours = [palette.rgb(colour) for colour in (*palette.OBJECTS, *palette.OTHERS)]
-    return np.array([colours[slot % len(colours)] for slot in range(slots)], np.uint8)
 
 
 def label_image(labels: npt.NDArray[np.uint8], slots: int) -> Image.Image:

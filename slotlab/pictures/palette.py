@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import cycle, islice
+
+import numpy as np
+import numpy.typing as npt
+
 Rgb = tuple[int, int, int]
 
 # Okabe and Ito's palette and neighbours, for objects and the slots matched to them.
@@ -40,3 +46,16 @@ CONFIDENCE = (
 def rgb(colour: str) -> Rgb:
     """``#rrggbb`` as three bytes."""
     return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+
+
+def slot_colours(slots: int, matched: Mapping[int, int] | None = None) -> npt.NDArray[np.uint8]:
+    """Colours of the slots, (K, 3): where objects are known, a slot has the colour of the object that it is matched to.
+
+    ``matched`` (slot -> object) leaves muted colours to the other slots. Without it all take all colours in turn.
+    """
+    if matched is None:
+        colours = list(islice(cycle((*OBJECTS, *OTHERS)), slots))
+    else:
+        muted = cycle(OTHERS)
+        colours = [OBJECTS[matched[s] % len(OBJECTS)] if s in matched else next(muted) for s in range(slots)]
+    return np.array([rgb(colour) for colour in colours], np.uint8).reshape(-1, 3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -12,14 +12,12 @@ import torch.nn.functional as F
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from matplotlib.colors import to_rgb
 
 from featcache.store.reading import Split
 from slotlab.masks.labels import masks_to_labels
-from slotlab.pictures.palette import OBJECTS, OTHERS
+from slotlab.pictures.palette import slot_colours
 from slotlab.pictures.still import Still
 
-OBJECT_COLOURS, OTHER_COLOURS = ([to_rgb(colour) for colour in names] for names in (OBJECTS, OTHERS))
 HEADER = 0.67  # inches above the first row, for the titles
 SINGLE_SLOTS = 6
 
@@ -31,11 +29,10 @@ def draw_sheet(split: Split, stills: Sequence[Still], path: Path) -> Path:
     figure, axes = plt.subplots(len(stills), columns, figsize=(1.72 * columns, height), squeeze=False)
     for row, still in zip(axes, stills, strict=True):
         frame, truth = split.video(still.video)[still.frame], split.segmentations(still.video)[still.frame]
-        colours = slot_colours(still.masks.shape[1], still.objects)
+        colours = slot_colours(still.masks.shape[1], still.objects) / 255
         assigned = masks_to_labels(still.masks, truth.shape)[0].numpy()  # (H, W)
-        truth_colours = np.array(
-            [OTHER_COLOURS[0], *(OBJECT_COLOURS[k % len(OBJECT_COLOURS)] for k in range(int(truth.max())))]
-        )
+        labels = int(truth.max()) + 1
+        truth_colours = slot_colours(labels, {k: k - 1 for k in range(1, labels)}) / 255  # 0 is the background
         pictures = [frame, over(frame, truth_colours[truth]), over(frame, colours[assigned])]
         shown = sorted(still.objects, key=still.objects.__getitem__)[:SINGLE_SLOTS]
         fine = F.interpolate(still.masks.float(), size=truth.shape, mode="bilinear")[0].numpy()  # (K, H, W)
@@ -57,14 +54,6 @@ def draw_sheet(split: Split, stills: Sequence[Still], path: Path) -> Path:
     figure.savefig(path, dpi=130, facecolor="white")
     plt.close(figure)
     return path
-
-
-def slot_colours(count: int, matched: Mapping[int, int]) -> npt.NDArray[np.float64]:
-    """(K, 3): a matched slot has its object's colour, the others are muted."""
-    others = iter(OTHER_COLOURS * (count // len(OTHER_COLOURS) + 1))
-    return np.array(
-        [OBJECT_COLOURS[matched[s] % len(OBJECT_COLOURS)] if s in matched else next(others) for s in range(count)]
-    )
 
 
 def over(frame: npt.NDArray[np.uint8], colours: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
