@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from featcache.errors import DataError, UsageError
 from slotlab.config.load import load_config, presets, read_toml, validate, walk
 from slotlab.config.model import MODEL_KINDS, ClusteringConfig, Logistic, Sign
-from slotlab.config.schema import LOSSES, NORMALISATIONS, Config
+from slotlab.config.schema import LOSS_NAMES, NORMALISATIONS, Config
 from slotlab.models.build import MODELS
 from slotlab.models.clustering import tracking
 from slotlab.models.decoders import DECODERS
@@ -85,7 +85,7 @@ SWITCHES = {  # words that choose between a few lines, which stand together
 def test_every_word_of_the_configuration_has_its_part() -> None:
     """And every part its word."""
     assert set(MODEL_KINDS) == set(MODELS)
-    assert set(LOSSES) == set(losses.LOSSES)
+    assert set(LOSS_NAMES) == set(losses.LOSSES)
     assert set(NORMALISATIONS) == set(RECIPES)
     assert set(get_args(Sign)) == set(COLLAPSES)
     found: dict[str, set[str]] = {}

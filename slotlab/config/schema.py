@@ -109,11 +109,11 @@ class LossConfig(Section):
 
     def weights(self) -> dict[str, float]:
         """Name -> weight of the losses that are on."""
-        return {name: weight for name in LOSSES if (weight := getattr(self, name)) > 0}
+        return {name: weight for name in LOSS_NAMES if (weight := getattr(self, name)) > 0}
 
 
 # Of each loss its name on charts and what it is. How it is computed: slotlab.training.losses.
-LOSSES: dict[str, tuple[str, str]] = {
+LOSS_NAMES: dict[str, tuple[str, str]] = {
     name: (field.title, str(field.description).removeprefix("Weight of "))
     for name, field in LossConfig.model_fields.items()
     if field.title

@@ -9,7 +9,7 @@ import numpy as np
 
 from featcache.moments import Float
 from featcache.scale.report import StoreReport
-from slotlab.config.schema import LOSSES
+from slotlab.config.schema import LOSS_NAMES
 from slotlab.pictures.chart import Chart, Series
 from slotlab.scoring.metrics import score_of, title_of
 from slotlab.scoring.over_frames import QUANTITIES
@@ -25,7 +25,7 @@ OPTIMISATION = {
     "wait_share": ("Waiting for data", "share of the time"),
 }
 UNDRAWN = ("step", "seconds", "warnings")
-LOSS_NAMES = {"loss": ("Loss, total", "the weighted sum of its components"), **LOSSES}
+LOSSES = {"loss": ("Loss, total", "the weighted sum of its components"), **LOSS_NAMES}
 MOST_POINTS = 400  # of a line
 
 
@@ -37,18 +37,16 @@ def training_charts(runs: Sequence[Logged]) -> list[Chart]:
             keys += [k for k, v in row.items() if k not in (*keys, *UNDRAWN) and isinstance(v, int | float)]
     # A single component of weight one is the total itself.
     redundant = {
-        k
-        for k in LOSS_NAMES
-        if k != "loss" and all(row.get(k) in (None, row.get("loss")) for r in runs for row in r.rows)
+        k for k in LOSSES if k != "loss" and all(row.get(k) in (None, row.get("loss")) for r in runs for row in r.rows)
     }
-    order = {name: n for n, name in enumerate((*LOSS_NAMES, "", *OPTIMISATION))}
+    order = {name: n for n, name in enumerate((*LOSSES, "", *OPTIMISATION))}
     keys = sorted((k for k in keys if k not in redundant), key=lambda k: order.get(k, order[""]))
     return [training_chart(key, runs) for key in keys]
 
 
 def training_chart(key: str, runs: Sequence[Logged]) -> Chart:
     """One column of metrics.jsonl over the steps."""
-    title, why = LOSS_NAMES.get(key) or OPTIMISATION.get(key) or look_name(key)
+    title, why = LOSSES.get(key) or OPTIMISATION.get(key) or look_name(key)
     series = []
     for n, run in enumerate(runs):
         points = thinned([(row["step"], row[key]) for row in run.rows if isinstance(row.get(key), int | float)])
