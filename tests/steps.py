@@ -109,7 +109,7 @@ class AbsentStream:
     def __init__(self, config: Config, store: FeatureStore, watch: Waits, steps: int) -> None:
         data, split = config.data, store[config.data.train_split]
         stored = split.array("video" if data.tap == "video" else f"features/{ModelInput.of(config, store).tap}")
-        clip = (data.clip,) if data.clip > 1 else ()
+        clip = (config.model.frames_a_step or data.clip,) if data.clip > 1 else ()
         self.shape = (config.optim.batch_size, *clip, *stored.shape[1:])
         self.dtype, self.watch = TORCH_DTYPES[str(stored.dtype)], watch
         self.found: list[list[str]] = [[] for _ in range(steps)]  # what each step has waited for

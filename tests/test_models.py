@@ -271,15 +271,13 @@ def test_clips_train_across_time_and_every_parameter_learns() -> None:
 
 
 def test_slots_of_one_frame_must_explain_another() -> None:
-    """With a clip of two different scenes the loss depends on which frame the slots are taken from."""
+    """Slots are taken from a clip's first frame, and have to reconstruct its last one."""
     (first, _), (second, _) = scene(1, seed=0), scene(1, seed=5)
     model = clustering()
     model.calibrate([first, second])
-    clips = torch.stack([first, second], 1)  # (1, 2, 64, 12)
-    outputs = [model(clips, Draws(seed)) for seed in range(12)]
-    targets = {round(float(o.target.sum()), 3) for o in outputs}
-    pairs = {(round(float(o.target.sum()), 3), round(float(o.slots.detach().sum()), 3)) for o in outputs}
-    assert len(targets) == 2 and len(pairs) == 4
+    output = model(torch.stack([first, second], 1), Draws(0))  # (1, 2, 64, 12)
+    torch.testing.assert_close(output.target, model(second, Draws(0)).target)
+    torch.testing.assert_close(output.slots, model(first, Draws(0)).slots)
 
 
 def test_otsu_parts_two_heaps() -> None:

@@ -69,6 +69,24 @@ def test_batches_hold_the_rows_they_name(
             assert torch.equal(sample, expected[0] if clip == 1 else expected)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("residence", RESIDENCES)
+def test_of_a_clip_only_the_frames_that_are_asked_for_are_read(
+    stores: dict[str, FeatureStore], device: str, dtype: str, residence: Residence
+) -> None:
+    split, options = stores[dtype]["train"], {"batch_size": 3, "clip": 4, "device": device, "residence": residence}
+
+    def frames(samples_seen: int) -> np.ndarray:
+        return np.array([[3, 0], [1, 1], [0, 2]][samples_seen // 3 % 3])
+
+    whole, some = FeatureStream(split, "block1", **options), FeatureStream(split, "block1", frames=frames, **options)
+    assert some.batch_seconds(1).read > 0
+    for batch, ((clips, rows), (found, named)) in enumerate(zip(take(whole, 7), take(some, 7), strict=True)):
+        assert named == rows, "which clips they are is the same"
+        assert torch.equal(found, clips[:, frames(3 * batch)])
+
+
 @given(
     dtype=st.sampled_from(["float16", "int8"]),
     residence=st.sampled_from(RESIDENCES),

@@ -21,20 +21,23 @@ from torch import nn
 
 from featcache.errors import DataError, IncompatibleError, UsageError
 from featcache.store.reading import FeatureStore
+from featcache.stream.stream import FeatureStream
 from slotlab.commands import terminal
 from slotlab.commands.tables import scores_table
 from slotlab.config.load import load_config, presets
 from slotlab.config.schema import Config
 from slotlab.models.build import build_model
+from slotlab.models.randomness import Draws
 from slotlab.runs import checkpoint
 from slotlab.runs.folder import keep_result, read_rows
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.collapse import NAMES
 from slotlab.scoring.evaluate import evaluate
+from slotlab.training.processes import Ranks
 from slotlab.training.schedule import learning_rate, make_schedule, update_average, warmup_steps
 from slotlab.training.step import freeze_unreached
 from slotlab.training.tensorboard import events
-from slotlab.training.train import train
+from slotlab.training.train import train, training_stream
 from tests.synthetic import DiscSource, fitted, make_store
 
 # What makes each kind of model small enough for the synthetic store (12 channels, a 4x4 grid).
@@ -145,6 +148,25 @@ def test_every_preset_trains_a_step(tmp_path: Path, store: FeatureStore, preset:
     run = train(config, store, tmp_path / "run")
     assert np.isfinite(rows_of(run)[-1]["loss"])
     assert evaluate(load_run(run)).summary.frames == 8
+
+
+def test_two_frames_of_a_clip_are_drawn_before_they_are_read(store: FeatureStore) -> None:
+    """By the step alone, as all its draws: in every share of a batch the same, and after a resumption."""
+    config = small("data.clip=3", "data.normalize=slow=8", "seed=5", preset="default")
+    split, device = store["train"], torch.device("cpu")
+    whole = iter(FeatureStream(split, "block1", batch_size=4, clip=3, seed=5))
+    halves = [training_stream(config, store, Ranks(device, rank, 2)) for rank in range(2)]
+    resumed = training_stream(config, store, Ranks(device))
+    resumed.load_state_dict({"samples_seen": 2 * 4, "seed": 5})
+    later = iter(resumed)
+    pairs = set()
+    for step, *parts in zip(range(5), *halves, strict=False):
+        pair = Draws.of_step(5, step).integers(3, 2)
+        expected = next(whole).features[:, pair]
+        assert torch.equal(torch.cat([part.features for part in parts]), expected)
+        assert step < 2 or torch.equal(next(later).features, expected)
+        pairs.add(tuple(pair.tolist()))
+    assert len(pairs) > 2
 
 
 def test_bfloat16_trains(tmp_path: Path, store: FeatureStore) -> None:

@@ -81,14 +81,15 @@ class Staging:
         self.move(buffers)
 
     def read(self, buffers: Buffers, readers: Mapping[str, Rows], rows: npt.NDArray[np.int64]) -> None:
-        """Gather the rows where they are read to."""
+        """Gather the runs of rows that begin at ``rows`` where they are read to: one a sample, or several."""
         if buffers.filled is not None:
             buffers.filled.synchronize()  # the pinned buffers have left for the device
         with self._queue():
             if self._stream is not None and buffers.released is not None:
                 self._stream.wait_event(buffers.released)
             for name, reader in readers.items():
-                reader.gather(rows, buffers.read[name])
+                buffer = buffers.read[name]
+                reader.gather(rows, buffer.view(len(rows), -1, *buffer.shape[2:]))
 
     def move(self, buffers: Buffers) -> None:
         """Bring what was read to the device, and decode it."""

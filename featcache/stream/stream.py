@@ -12,7 +12,7 @@ import os
 import queue
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,8 @@ class FeatureStream:
         tap: which features, or ``video`` for the stored frames, which are compressed: best on ``host`` or ``device``.
         batch_size: samples a batch, for this rank.
         clip: T consecutive frames of one video a sample; 1 gives single frames without a time axis.
+        frames: of each clip, those that a batch has, by the samples that were seen before it: indices below ``clip``,
+            always as many, T then. Only they are read. None: all.
         residence: where the features live while training. ``auto`` is the device if they fit in half of its free
             memory; else the disk, whose page cache is host memory without a copy; but the host for stores that
             must be decoded (compressed) and fit in half of its free memory.
@@ -85,6 +87,7 @@ class FeatureStream:
         *,
         batch_size: int,
         clip: int = 1,
+        frames: Callable[[int], npt.NDArray[np.int64]] | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
         residence: Residence = "auto",
@@ -103,7 +106,8 @@ class FeatureStream:
         homes = {"disk": None, "host": torch.device("cpu"), "device": self.device}
         self.threads = threads or reader_threads(self.device, world_size)
         self._readers = open_readers(split, tap, homes[self.residence], self.threads)
-        samples = (batch_size, clip)
+        self._frames = frames
+        samples = (batch_size, clip if frames is None else len(frames(0)))
         self._arrays = {
             name: Format((*samples, *array.shape[1:]), TORCH_DTYPES[str(array.dtype)]) for name, array in arrays.items()
         }
@@ -128,6 +132,11 @@ class FeatureStream:
         rows = [self.starts[self._permutation(int(epoch))[places[epochs == epoch]]] for epoch in np.unique(epochs)]
         together = np.sort(np.concatenate(rows))  # neighbours on disk are read together
         return together[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+
+    def _rows_to_read(self, samples_seen: int) -> npt.NDArray[np.int64]:
+        """:meth:`rows_at`; or every row of the batch, sample by sample, where not all frames of a clip are read."""
+        rows = self.rows_at(samples_seen)
+        return rows if self._frames is None else (rows[:, None] + self._frames(samples_seen)).ravel()
 
     def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
         order = self._order
@@ -154,7 +163,7 @@ class FeatureStream:
         buffers = staging.buffers(self._arrays, self._batch)
         reads, copies = [], []
         for batch in range(batches + 1):
-            rows = self.rows_at(self.samples_seen + batch * self.batch_size * self.world_size)
+            rows = self._rows_to_read(self.samples_seen + batch * self.batch_size * self.world_size)
             began = time.perf_counter()
             staging.read(buffers, self._readers, rows)
             staging.close()
@@ -181,9 +190,8 @@ class FeatureStream:
             samples = begin
             try:
                 while (buffers := free.get()) is not None:
-                    rows = self.rows_at(samples)
-                    staging.fill(buffers, self._readers, rows)
-                    ready.put((buffers, rows, samples))
+                    staging.fill(buffers, self._readers, self._rows_to_read(samples))
+                    ready.put((buffers, self.rows_at(samples), samples))
                     samples += step
             except BaseException as error:  # handed to the trainer, which raises it
                 ready.put(error)

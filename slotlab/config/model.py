@@ -166,6 +166,8 @@ class RecurrentConfig(Section):
         ),
     }
 
+    frames_a_step: ClassVar[int | None] = None  # of a clip, drawn anew for every step; None: all of them
+
     @property
     def carries(self) -> bool:
         """Whether slots are carried from frame to frame."""
@@ -309,6 +311,8 @@ class ClusteringConfig(Section):
         "flat_attention": (Remedy("model.temperature", factor=0.5),),
         "lost_slots": (Remedy("model.merge_distance", 0.05),),
     }
+
+    frames_a_step: ClassVar[int | None] = 2  # of a clip, drawn anew for every step
 
     @property
     def carries(self) -> bool:

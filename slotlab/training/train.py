@@ -9,6 +9,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from featcache.errors import DataError, UsageError
@@ -16,6 +18,7 @@ from featcache.store.reading import FeatureStore
 from featcache.stream.stream import FeatureStream
 from slotlab.config.schema import Config
 from slotlab.models.inputs import ModelInput
+from slotlab.models.randomness import Draws
 from slotlab.runs import checkpoint
 from slotlab.runs.folder import begun_from, check_run, create_run, keep_rows, write_summary
 from slotlab.training.look import look, look_split
@@ -129,12 +132,26 @@ def training_stream(config: Config, store: FeatureStore, ranks: Ranks) -> Featur
         ModelInput.of(config, store).tap,
         batch_size=optim.batch_size // ranks.count,
         clip=data.clip,
+        frames=frames_drawn(config),
         seed=config.seed,
         device=ranks.device,
         residence=data.residence,
         rank=ranks.rank,
         world_size=ranks.count,
     )
+
+
+def frames_drawn(config: Config) -> Callable[[int], npt.NDArray[np.int64]] | None:
+    """Which frames of a clip a step takes, by the samples seen before it; None: all. Drawn as all else in the step."""
+    count, clip = config.model.frames_a_step, config.data.clip
+    if count is None or clip == 1:
+        return None
+
+    def drawn(samples_seen: int) -> npt.NDArray[np.int64]:
+        draws = Draws.of_step(config.seed, samples_seen // config.optim.batch_size)
+        return draws.integers(clip, count).numpy()
+
+    return drawn
 
 
 def _row(taken: Taken, step: TrainStep) -> dict[str, Any]:

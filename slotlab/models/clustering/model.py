@@ -98,11 +98,13 @@ class ClusteringModel(Model):
         return ["made by a version that gave slots of what soon passes to the background; they stay slots in this one"]
 
     def forward(self, features: Float[Tensor, "B N D"] | Float[Tensor, "B T N D"], draws: Draws) -> Output:
-        """Stored features of frames, or of clips: slots of one drawn frame, reconstruction of another."""
+        """Stored features of frames, or of clips: slots of the first frame, reconstruction of the last.
+
+        Which two frames these are is drawn before they are read (``ClusteringConfig.frames_a_step``).
+        """
         if features.ndim == 4:
-            drawn = features[:, draws.integers(features.shape[1], 2, features.device)]  # (B, 2, N, D)
-            slots, active = self.find_slots(*self.encode(self.tokens(drawn[:, 0])))
-            tokens = self.tokens(drawn[:, 1])
+            slots, active = self.find_slots(*self.encode(self.tokens(features[:, 0])))
+            tokens = self.tokens(features[:, -1])
             keys, objectness = self.encode(tokens)
         else:
             tokens = self.tokens(features)
