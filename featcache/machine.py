@@ -6,6 +6,7 @@ helper puts that back."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import statistics
@@ -18,6 +19,9 @@ from pathlib import Path
 import torch
 
 from featcache.errors import UsageError
+
+CPUINFO = Path("/proc/cpuinfo")
+BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names the instructions of x86, and of arm64
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -36,6 +40,21 @@ def free_memory() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")), 0)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
+
+
+@functools.cache
+def native_bfloat16() -> bool:
+    """Whether the processor has instructions for products of bfloat16, and torch the library that uses them.
+
+    As the system lists the instructions: where it does not (outside Linux), no.
+    """
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    with contextlib.suppress(OSError):
+        lines = CPUINFO.read_text().splitlines()
+        flags = next((line.split(":")[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
+        return not BFLOAT16.isdisjoint(flags)
+    return False
 
 
 @contextlib.contextmanager
@@ -89,9 +108,8 @@ def machine() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
+    if CPUINFO.exists():
+        lines = CPUINFO.read_text().splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     return f"{os.cpu_count()} cores of {model}, {torch.get_num_threads()} torch threads, torch {torch.__version__}"
 

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from featcache.backbones import inference
+from featcache.backbones.backbone import load_backbone
 from featcache.store.reading import FeatureStore
 from featcache.stream.stream import Batch, FeatureStream
 from slotlab.config.load import load_config, presets
@@ -72,3 +74,11 @@ def test_the_loop_waits_at_logged_steps_alone(
     monkeypatch.setattr(FeatureStream, "__iter__", watched)
     config = load_config(preset, None, [*fitted(preset), "log_every=6", "data.residence=disk"], optim__steps=6)
     assert len(losses(train(config, store, tmp_path / "run", device="cuda"))) == 2
+
+
+def test_a_batch_of_frames_fits_by_what_one_takes() -> None:
+    backbone = load_backbone("dinov2_vits14", weights="random", input_size=224, device="cuda")
+    frame, total = inference._frame_memory(backbone, "float16"), torch.cuda.mem_get_info()[1]
+    assert 2**20 < frame < 2**30
+    size = inference.choose_batch_size(backbone, "float16")
+    assert size == inference.choose_batch_size(backbone, "float16") and size * frame <= total // 2

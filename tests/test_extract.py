@@ -14,16 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from featcache.backbones import inference
 from featcache.backbones.backbone import Backbone, load_backbone
-from featcache.backbones.inference import (
-    MAX_RELATIVE_ERROR,
-    MEASURED_BATCHES,
-    choose_precision,
-    forward,
-    measure_batch_size,
-    relative_error,
-)
+from featcache.backbones.inference import forward
 from featcache.errors import DataError, IncompatibleError, UsageError
 from featcache.extraction import job
 from featcache.extraction.extract import extract
@@ -314,59 +306,7 @@ def test_sizes_are_at_least_one(wrong: dict[str, int]) -> None:
         replace(FIXED, **wrong)  # type: ignore[arg-type]
 
 
-# -- measuring ---------------------------------------------------------------------------------------------
-
-
-def test_batch_size_is_measured_once_and_kept(
-    tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = DiscSource()
-    size = measure_batch_size(backbone, source.read("train", 0).frames, "float32")
-    assert size in MEASURED_BATCHES
-    run(tmp_path / "s.zarr", backbone, replace(FIXED, batch_size=4, max_videos=1))
-    monkeypatch.setattr("featcache.extraction.plan.measure_batch_size", lambda *_: pytest.fail("measured again"))
-    resumed = plan(tmp_path / "s.zarr", source, backbone, replace(FIXED, batch_size=None, precision="auto"))
-    assert (resumed.spec.batch_size, resumed.spec.precision) == (4, "float32")
-
-
-def test_a_batch_that_takes_long_is_not_outgrown(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-
-    def recorded(backbone: Backbone, videos: Any, size: int, kind: Any) -> Any:
-        sizes.append(size)
-        return forward(backbone, videos, size, kind)
-
-    monkeypatch.setattr("featcache.backbones.inference.forward", recorded)
-    monkeypatch.setattr("featcache.backbones.inference.LONG_BATCH", 0.0)
-    assert measure_batch_size(backbone, DiscSource().read("train", 0).frames, "float32") == 1
-    assert set(sizes) == {1}
-
-
-def test_precision_is_chosen_by_its_measured_error(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    frames = DiscSource().read("train", 0).frames
-    error = relative_error(backbone, frames, "bfloat16")
-    assert 1e-5 < error < 0.2
-    chosen = choose_precision(backbone, frames)
-    assert chosen == "float32" or (chosen == "bfloat16" and error <= MAX_RELATIVE_ERROR)
-    monkeypatch.setattr(inference, "_seconds", lambda _backbone, _frames, kind: {"float32": 2.0, "bfloat16": 1.0}[kind])
-    monkeypatch.setattr(inference, "MAX_RELATIVE_ERROR", 2 * error)
-    assert choose_precision(backbone, frames) == "bfloat16"
-    monkeypatch.setattr(inference, "MAX_RELATIVE_ERROR", error / 2)
-    assert choose_precision(backbone, frames) == "float32", "faster, but not close enough"
-
-
-def test_a_format_that_overflows_is_not_chosen(backbone: Backbone) -> None:
-    """What overflows in a block is NaN after the next norm, and NaN compares as false."""
-    overflowing = load_backbone("dinov2_vits14", weights="random", taps=("block1", "block2"), input_size=28)
-    real = type(overflowing).__call__
-
-    class Overflowing(type(overflowing)):  # type: ignore[misc]
-        def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-            tokens = real(self, images)
-            return tokens | {"block2": tokens["block2"] * torch.nan} if torch.is_autocast_enabled("cpu") else tokens
-
-    overflowing.__class__ = Overflowing
-    assert choose_precision(overflowing, DiscSource().read("train", 0).frames) == "float32"
+# -- batches ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 7, 20])

@@ -41,8 +41,8 @@ class ExtractionRate:
 def measure_extract(source: Source, backbone: Backbone, options: ExtractOptions, rounds: int = 5) -> ExtractionRate:
     """Extraction of one split of the source into a temporary folder, beside the same batches on the bare model.
 
-    ``options`` name the split and how many of its videos; batch size and precision are measured where they are
-    not given, once for both.
+    ``options`` name the split and how many of its videos; batch size and precision are settled as for an extraction
+    where they are not given, once for both.
     """
     from featcache.backbones.inference import autocast
     from featcache.extraction.extract import extract

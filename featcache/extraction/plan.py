@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from featcache.backbones.backbone import Backbone
-from featcache.backbones.inference import choose_precision, measure_batch_size
+from featcache.backbones.inference import choose_batch_size, choose_precision
 from featcache.errors import DataError, UsageError
 from featcache.sources.video import Source, Video
 from featcache.store.encoding import ENCODINGS
@@ -26,6 +27,9 @@ from featcache.words import Dtype, Precision
 logger = logging.getLogger(__name__)
 
 
+PROBED_VIDEOS, PROBED_FRAMES = 4, 16  # that a format's error is measured on, at most
+
+
 @dataclass(frozen=True)
 class ExtractOptions:
     """What to extract; the backbone and the source are given apart."""
@@ -34,7 +38,7 @@ class ExtractOptions:
     dtype: Dtype = "float16"
     frame_stride: int = 1
     max_videos: int | None = None
-    batch_size: int | None = None  # None measures
+    batch_size: int | None = None  # None is what suits the machine
     precision: Precision | Literal["auto"] = "auto"
     frame_size: int | None = None  # side of the stored frames and masks; None keeps the source's
 
@@ -81,9 +85,11 @@ class ExtractPlan:
 
 
 def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions) -> ExtractPlan:
-    """Settle the store's specification (measuring batch size and precision if asked) and the work left.
+    """Settle the store's specification and the work left.
 
-    An existing store lends its measured batch size, so that a resumed run cuts the same batches.
+    Batch size and precision, where they are not given, follow from the backbone, the machine and some of the frames
+    alone: the same command gives the same store, however busy the machine is. An existing store lends its own, so that
+    a resumed run cuts the same batches.
     """
     names = options.splits or source.splits()
     if unknown := [name for name in names if name not in source.splits()]:
@@ -93,12 +99,12 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
         logger.warning("%s", line)
     probes = {name: strided(source.read(name, 0), options.frame_stride) for name in names}
     store = FeatureStore.open(path) if (path / "zarr.json").exists() else None
-    sample = next(iter(probes.values())).frames
     precision, batch_size = options.precision, options.batch_size
     if precision == "auto":
-        precision = store.spec.precision if store else choose_precision(backbone, sample)
+        frames = [] if store else _some_frames(source, names[0], options)
+        precision = store.spec.precision if store else choose_precision(backbone, frames)
     if batch_size is None:
-        batch_size = store.spec.batch_size if store else measure_batch_size(backbone, sample, precision)
+        batch_size = store.spec.batch_size if store else choose_batch_size(backbone, precision)
     spec = StoreSpec(
         backbone=backbone.spec.name,
         model=backbone.provenance,
@@ -136,6 +142,14 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     return ExtractPlan(path, spec, tuple(splits), free, options.frame_size is not None, remarks)
+
+
+def _some_frames(source: Source, split: str, options: ExtractOptions) -> list[npt.NDArray[np.uint8]]:
+    """A few frames of a few videos, spread evenly over those to extract: (T, H, W, 3) each."""
+    videos = len(source.lengths(split)[: options.max_videos])
+    chosen = range(0, videos, -(-videos // PROBED_VIDEOS))
+    frames = PROBED_FRAMES // len(chosen)
+    return [video[:: -(-len(video) // frames)] for video in (source.read(split, index).frames for index in chosen)]
 
 
 def require_space(plan: ExtractPlan) -> None:

@@ -59,8 +59,10 @@ def bench_extract(
     videos: Annotated[int, typer.Option(min=1, help="In a round.")] = 6,
     weights: Annotated[str | None, typer.Option(help="Checkpoint file, or random.")] = None,
     input_size: Annotated[int | None, typer.Option(help="Pixels a side that the backbone sees.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Frames at a time; default: measured.")] = None,
-    precision: Annotated[Precision, typer.Option(help="The backbone runs in; auto measures.")] = "auto",
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Number of frames at a time; default: as in extract.")
+    ] = None,
+    precision: Annotated[Precision, typer.Option(help="Number format of the backbone; auto: as in extract.")] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 5,
     device: Device = "auto",
     as_json: Json = False,

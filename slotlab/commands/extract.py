@@ -24,8 +24,12 @@ def extract(
     max_videos: Annotated[int | None, typer.Option(help="Of each split.")] = None,
     frame_size: Annotated[int | None, typer.Option(help="Side of the stored frames; default: as they are.")] = None,
     weights: Annotated[str | None, typer.Option(help="Checkpoint file, or random.")] = None,
-    batch_size: Annotated[str, typer.Option(help="Frames at a time, or auto (measured).")] = "auto",
-    precision: Annotated[Precision, typer.Option(help="The backbone runs in; auto measures.")] = "auto",
+    batch_size: Annotated[
+        str, typer.Option(help="Number of frames at a time; auto: 8 on a CPU, what fits on a GPU.")
+    ] = "auto",
+    precision: Annotated[
+        Precision, typer.Option(help="Number format of the backbone; auto: the fastest that is close enough.")
+    ] = "auto",
     device: Device = "auto",
     workers: Annotated[int | None, typer.Option(help="Processes of one thread, on this machine.")] = None,
     scheduler: Annotated[str | None, typer.Option(help="Of dask; its workers share this file system.")] = None,
