@@ -25,7 +25,6 @@ from featcache.upkeep.verify import verify
 from slotlab.config.load import load_config
 from slotlab.config.schema import Config
 from slotlab.masks.labels import masks_to_labels
-from slotlab.models.base import on_grid
 from slotlab.runs import checkpoint
 from slotlab.runs.folder import read_rows, store_path
 from slotlab.runs.loaded import load_run
@@ -109,7 +108,7 @@ def test_a_run_gives_the_masks_it_gave(made: Path, name: str) -> None:
     loaded = load_run(made / name)
     split = loaded.store["validation"]
     kept = np.stack([np.asarray(Image.open(path)) for path in sorted((made / name / "masks").rglob("*.png"))])
-    masks = on_grid(loaded.segment(split, 0).masks, loaded.model.grid)
+    masks = loaded.segment(split, 0).masks_on_grid
     found = [masks_to_labels(masks, split.spec.frame_size).numpy()]
     if name == "pixel-small":  # needs no backbone
         found.append(slotlab.load(made / name, device="cpu").label(split.video(0)))
