@@ -33,8 +33,11 @@ def disc_store(path: Path) -> FeatureStore:
     return make_store(path, DiscSource(LENGTHS))
 
 
-def make_run(run: Path, store: FeatureStore, preset: str = "dinosaur", seed: int = 0, steps: int = 6) -> Path:
+def make_run(
+    run: Path, store: FeatureStore, preset: str = "dinosaur", seed: int = 0, steps: int = 6, train_split: str = "train"
+) -> Path:
     """Train for a moment."""
     small = PIXELS if preset == "pixel" else FEATURES
-    train(load_config(preset, None, [*SHORT, *small], seed=seed, optim__steps=steps), store, run)
+    chosen = {"seed": seed, "optim__steps": steps, "data__train_split": train_split}
+    train(load_config(preset, None, [*SHORT, *small], **chosen), store, run)
     return run

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from featcache.errors import UsageError
+from featcache.errors import IncompatibleError, UsageError
 from slotlab.commands.options import Device, Json, Refine, print_json
 
 if TYPE_CHECKING:
+    from slotlab.runs.loaded import LoadedRun
     from slotlab.scoring.follow import Followed
 
 
@@ -31,6 +32,7 @@ def evaluate(
     """Score a run: FG-ARI, ARI, mBO, mIoU by frame, video and material, beside a ceiling and a floor."""
     from featcache.machine import pick_device
     from slotlab.commands import terminal
+    from slotlab.commands.splits import chosen_split
     from slotlab.commands.tables import gains_table, outlines_table, paired_table, scores_table
     from slotlab.runs.folder import keep_result
     from slotlab.runs.loaded import load_run
@@ -42,7 +44,7 @@ def evaluate(
     if sheet and sheet.suffix.lower() != ".png":
         raise UsageError(f"--sheet {sheet}: is drawn as PNG; name a file that ends in .png")
     loaded = load_run(run, cache, pick_device(device))
-    chosen = require_truth(loaded.split(split))
+    chosen = require_truth(chosen_split(loaded, split))
     also: list[Callable[[Followed], None]] = []
     if fine := boundaries or refine is not None or bool(binarise):
         outlines = OutlineScorer(loaded, chosen, refine, binarise or ())
@@ -62,7 +64,7 @@ def evaluate(
         draw_sheet(chosen, stills.result(), sheet)
     compared = None
     if against is not None:
-        compared = paired(found, run_evaluate(load_run(against, None, pick_device(device)), found.split))
+        compared = paired(found, run_evaluate(_other(against, loaded, cache), chosen.name))
     if as_json:
         print_json(result | ({"against": compared} if compared else {}))
     else:
@@ -72,3 +74,14 @@ def evaluate(
             terminal.out.print(outlines_table(found), gains_table(found))
         if compared:
             terminal.out.print(paired_table(compared))
+
+
+def _other(run: Path, loaded: LoadedRun, cache: Path | None) -> LoadedRun:
+    """The run to test against, on the store that ``--cache`` names if it holds what this run reads; else on its own."""
+    from slotlab.runs.loaded import load_run
+
+    device = next(loaded.model.parameters()).device
+    try:
+        return load_run(run, cache, device)
+    except IncompatibleError:  # of other features
+        return load_run(run, None, device)

@@ -33,12 +33,14 @@ def masks(
     """Write a run's masks of a split: PNG label maps, COCO run lengths, or the frames with the masks laid over."""
     from featcache.machine import pick_device
     from slotlab.commands import terminal
+    from slotlab.commands.splits import chosen_split
     from slotlab.pictures.files import MaskWriter, store_masks
     from slotlab.runs.loaded import load_run
 
     loaded = load_run(run, cache, pick_device(device))
+    chosen = chosen_split(loaded, split)
     with terminal.ExtractProgress() as progress, MaskWriter(out, form, fps) as writer:
-        for masked in store_masks(loaded, split, videos, refine, progress):
+        for masked in store_masks(loaded, chosen.name, videos, refine, progress):
             writer.add(masked)
     _tell(out, writer.files, as_json)
 

@@ -35,6 +35,7 @@ def robustness(
     """
     from featcache.machine import pick_device
     from slotlab.commands import terminal
+    from slotlab.commands.splits import chosen_split
     from slotlab.commands.tables import plain_table
     from slotlab.runs.folder import keep_result
     from slotlab.runs.loaded import load_run
@@ -42,8 +43,9 @@ def robustness(
     from slotlab.scoring.robustness import robustness as measure
 
     loaded = load_run(run, cache, pick_device(device))
+    chosen = chosen_split(loaded, split)
     with terminal.ExtractProgress() as progress:
-        result = measure(loaded, split, max_videos=max_videos, frames=frames, weights=weights, progress=progress)
+        result = measure(loaded, chosen.name, max_videos=max_videos, frames=frames, weights=weights, progress=progress)
     terminal.warn(keep_result(run, loaded.store, result, "robustness"))
     if as_json:
         print_json(result)

@@ -12,7 +12,7 @@ from slotlab.experiments.pool import Watcher, carry_out, places
 from slotlab.experiments.table import build_table, write_table
 from slotlab.models.inputs import ModelInput
 from slotlab.runs.folder import read_result
-from slotlab.scoring.evaluate import scoring_code
+from slotlab.scoring.digest import scoring_code
 
 
 def conduct(

@@ -17,8 +17,9 @@ from slotlab.report.options import PageOptions
 from slotlab.report.views import Choice, View, Views, footage_key
 from slotlab.runs import checkpoint
 from slotlab.runs.folder import LOG, keep_result, read_result, read_rows, result_path, store_path
-from slotlab.runs.loaded import LoadedRun, load_run
-from slotlab.scoring.evaluate import evaluate, scoring_code
+from slotlab.runs.loaded import LoadedRun, evaluation_split, load_run
+from slotlab.scoring.digest import scoring_code
+from slotlab.scoring.evaluate import evaluate
 from slotlab.scoring.evaluation import Evaluation
 from slotlab.scoring.follow import follow
 from slotlab.scoring.over_frames import Curve, Trace, over_videos, trace
@@ -52,6 +53,7 @@ class RunData(Logged):
     step: int | None = None  # of the checkpoint
     loaded: LoadedRun | None = None
     evaluation: Evaluation | None = None  # None without ground truth
+    kept: bool = False  # whether the run's folder holds it
     curves: dict[str, Curve] = field(default_factory=dict)  # by quantity, over the frames
     choices: tuple[Choice, ...] = ()  # of the videos for the gallery
     views: dict[int, View] = field(default_factory=dict)  # of these, by video
@@ -120,8 +122,11 @@ class _Gatherer:
             return RunData(name, rows, path, config, store, choose_split(config, store, self.split))
         loaded = load_run(path, self.cache, self.device)
         split = choose_split(config, loaded.store, self.split).require_complete()
+        if split.name != (wanted := self.split or config.data.eval_split):
+            self.say(f"{name}: {loaded.store.path} has no split {wanted!r}; it shows {split.name!r}")
         step = checkpoint.state(path)["step"]
         found = current_evaluation(loaded, split, step) if split.spec.masks else None
+        kept = found is not None
         views = Views(split, self.options, self.chosen.get(footage_key(split)))
         if found is not None:
             self.known[references_key(split, loaded)] = found.references
@@ -134,21 +139,24 @@ class _Gatherer:
             found = evaluate(loaded, split.name, self.known, takers)
             for warning in keep_result(path, loaded.store, found.as_dict()):
                 self.say(warning)
+            kept = current_evaluation(loaded, split, step) is not None
         else:
             for followed in follow(loaded, split):
                 for take in takers:
                     take(followed)
         self.chosen.setdefault(footage_key(split), views.choices())
         return RunData(
-            name, rows, path, config, loaded.store, split, step, loaded, found,
+            name, rows, path, config, loaded.store, split, step, loaded, found, kept,
             over_videos(traces), views.choices(), views.result(),
         )  # fmt: skip
 
 
 def choose_split(config: Config, store: FeatureStore, name: str | None) -> Split:
-    """The split asked for; else the configuration's for evaluation, or for training where that is not there."""
-    fallback = config.data.eval_split if config.data.eval_split in store.splits else config.data.train_split
-    return store[name or fallback]
+    """:func:`evaluation_split`; the one for training where that is not there, as there is something to see in any."""
+    data, known = config.data, store.splits
+    if name is None and data.eval_split not in known and data.train_split in known:
+        name = data.train_split
+    return evaluation_split(config, store, name)
 
 
 def current_evaluation(loaded: LoadedRun, split: Split, step: int) -> Evaluation | None:

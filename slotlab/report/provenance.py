@@ -70,10 +70,12 @@ def sources(run: RunData) -> list[Source]:
     found = [Source("training curves", str(run.path / LOG), command(*train))]
     if run.evaluation is not None:
         path = result_path(run.path, run.split.name)
+        where = f"{path}, written {when(path)}" if run.kept else "computed for this report"
         scored = ("eval", run.path, "--cache", run.store.path, "--split", run.split.name, "--json")
-        found.append(Source("scores, ceiling, floors, groups", f"{path}, written {when(path)}", command(*scored)))
-    stats = ("stats", run.store.path, "--split", run.config.data.train_split, "--json")
-    found.append(Source("feature scale", str(run.store.path), command(*stats)))
+        found.append(Source("scores, ceiling, floors, groups", where, command(*scored)))
+    if run.config.data.train_split in run.store.splits:
+        stats = ("stats", run.store.path, "--split", run.config.data.train_split, "--json")
+        found.append(Source("feature scale", str(run.store.path), command(*stats)))
     if run.loaded is not None:
         report = ("report", run.path, "--split", run.split.name, "--json")
         found.append(Source("curves over the frames, gallery", "computed for this report", command(*report)))

@@ -106,6 +106,9 @@ def summary(runs: Sequence[RunData]) -> Table:
         if any(run.evaluation for run in runs)
         else "Without ground-truth masks there is nothing to score against; diagnostics need none."
     )
+    statistics = {run.evaluation.references.statistics or "" for run in runs if run.evaluation} - {""}
+    if statistics:
+        note += f" Floors are whitened by the statistics of {', '.join(sorted(statistics))}."
     if levels:
         note += f" Small: {levels[0]:.0%} intervals, by a bootstrap over videos."
     return Table("summary", "Scores", columns, tuple(rows), "run", note)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from featcache.errors import UsageError
+from featcache.errors import FeatcacheError, UsageError
 from featcache.store.reading import FeatureStore, Split
 from slotlab.config.schema import Config
 from slotlab.models.base import Model, Output
@@ -17,6 +17,19 @@ from slotlab.models.inputs import ModelInput
 from slotlab.models.randomness import Draws
 from slotlab.runs import checkpoint
 from slotlab.runs.folder import check_store, store_path
+
+
+def evaluation_split(config: Config, store: FeatureStore, name: str | None = None) -> Split:
+    """The split of this name; else the configuration's for evaluation, or where the store lacks that, its only one.
+
+    ``UsageError`` where that is none.
+    """
+    known, chosen = store.splits, name or config.data.eval_split
+    if name is None and chosen not in known and len(known) == 1:
+        chosen = known[0]
+    if chosen not in known:
+        raise UsageError(f"{store.path}: no split {chosen!r}; choose one with --split: {', '.join(known)}")
+    return store[chosen]
 
 
 @dataclass(frozen=True)
@@ -33,17 +46,8 @@ class StoreModel:
         return self.inputs.tap
 
     def split(self, name: str | None = None) -> Split:
-        """The split of this name; else the configuration's for evaluation, or the store's only one.
-
-        ``UsageError`` where that is none, ``DataError`` for a split that is not whole.
-        """
-        store, known = self.store, self.store.splits
-        chosen = name or self.config.data.eval_split
-        if name is None and chosen not in known and len(known) == 1:
-            chosen = known[0]
-        if chosen not in known:
-            raise UsageError(f"{store.path}: no split {chosen!r}; choose one with --split: {', '.join(known)}")
-        return store[chosen].require_complete()
+        """:func:`evaluation_split`. ``DataError`` for one that is not whole."""
+        return evaluation_split(self.config, self.store, name).require_complete()
 
     def segment(self, split: Split, video: int) -> Output:
         """The model's output on all frames of one video, with the masks that the run publishes; always the same."""
@@ -66,6 +70,18 @@ class LoadedRun(StoreModel):
 
     path: Path
     differs: tuple[str, ...] = ()  # from the version that made the run
+
+    def training_split(self) -> Split | None:
+        """What the run was trained on: in this store, or else in its own; None where neither has it, whole."""
+        name = self.config.data.train_split
+        if name in self.store.splits and self.store[name].complete:
+            return self.store[name]
+        try:
+            own = FeatureStore.open(store_path(self.path))
+            check_store(self.path, own)
+            return own[name] if own[name].complete else None
+        except FeatcacheError:  # gone, or another store in its place
+            return None
 
 
 def load_run(run: Path, cache: Path | None = None, device: torch.device | str = "cpu") -> LoadedRun:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from functools import cache
-from pathlib import Path
 
 from featcache.store.reading import Split
 from slotlab.config.model import MASKS, Masks
@@ -13,23 +10,13 @@ from slotlab.config.schema import Config
 from slotlab.runs import checkpoint
 from slotlab.runs.loaded import LoadedRun
 from slotlab.scoring.collapse import Diagnostics, warnings
+from slotlab.scoring.digest import scoring_code
 from slotlab.scoring.evaluation import Evaluation
 from slotlab.scoring.follow import Followed, follow
 from slotlab.scoring.groups import subgroup_scores
 from slotlab.scoring.references import KnownReferences, references
 from slotlab.scoring.scores import Scores
 from slotlab.scoring.tables import require_truth
-
-PACKAGE = Path(__file__).parent
-
-SCORING = "models/**/*.py draws.py normalise.py kmeans.py metrics.py scores.py subgroups.py references.py evaluate.py"
-
-
-@cache
-def scoring_code() -> str:
-    """Digest of the sources that masks and scores come from: numbers of other sources are not to be mixed with."""
-    files = [file for pattern in SCORING.split() for file in sorted(PACKAGE.glob(pattern))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 class Evaluator:

@@ -17,7 +17,7 @@ from featcache.store.reading import Split
 from slotlab.models.kmeans import kmeans
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
-from slotlab.runs.loaded import StoreModel
+from slotlab.runs.loaded import LoadedRun
 from slotlab.scoring.collapse import effective_slots, kept_slots
 from slotlab.scoring.metrics import SCORES
 from slotlab.scoring.scores import Scores, Values, in_order
@@ -33,52 +33,59 @@ class References:
     ceiling: Values  # of the ground truth brought to the grid
     kept_slots: float | None  # of the same; None: made by a version that did not tell
     floors: Mapping[str, Values]  # of k-means, by what it clusters; over frames alone, as it does not track
+    statistics: str | None = None  # path of the split whose moments whitened; None: the version before did not tell
 
     def as_dict(self) -> dict[str, Any]:
         kept = {} if self.kept_slots is None else {"kept_slots": self.kept_slots}
         floors = {name: dict(values) for name, values in self.floors.items()}
-        return {"reference": dict(self.ceiling) | kept, "floor": floors}
+        told = {} if self.statistics is None else {"floor_statistics": self.statistics}
+        return {"reference": dict(self.ceiling) | kept, "floor": floors} | told
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
         """Of :meth:`as_dict`, by this version or one before."""
         ceiling, floors = raw.get("reference", {}), raw.get("floor", {})
-        return cls(
-            in_order(ceiling), ceiling.get("kept_slots"), {name: in_order(values) for name, values in floors.items()}
-        )
+        kept, told = ceiling.get("kept_slots"), raw.get("floor_statistics")
+        return cls(in_order(ceiling), kept, {name: in_order(values) for name, values in floors.items()}, told)
 
 
 KnownReferences = dict[tuple[Hashable, ...], References]  # by references_key
 
 
-def references_key(split: Split, model: StoreModel) -> tuple[Hashable, ...]:
-    """All that :func:`references` reads of a split and a model: runs that share it have the same references."""
-    training = model.store[model.config.data.train_split]
-    return (split.path.resolve(), model.inputs, model.model.slots, training.path.resolve())
+def statistics_split(split: Split, loaded: LoadedRun) -> Split:
+    """The split whose moments whiten the floor's tokens: what the run was trained on, or the scored one itself."""
+    return loaded.training_split() or split
 
 
-def references(split: Split, model: StoreModel, known: KnownReferences | None = None) -> References:
+def references_key(split: Split, loaded: LoadedRun) -> tuple[Hashable, ...]:
+    """All that :func:`references` reads of a split and a run: runs that share it have the same references."""
+    statistics = statistics_split(split, loaded).path.resolve()
+    return (split.path.resolve(), statistics, loaded.inputs, loaded.model.slots)
+
+
+def references(split: Split, loaded: LoadedRun, known: KnownReferences | None = None) -> References:
     """The grid's ceiling, and the floor of k-means on each frame's tokens with as many clusters as slots.
 
     Takes longer than the scores, and so is done once for all that share a ``known``.
     """
     known = {} if known is None else known
-    key = references_key(split, model)
+    key = references_key(split, loaded)
     if key not in known:
-        known[key] = _measured(split, model)
+        known[key] = _measured(split, loaded)
     return known[key]
 
 
-def _measured(split: Split, model: StoreModel) -> References:
-    moments = model.inputs.moments(model.store[model.config.data.train_split])
+def _measured(split: Split, loaded: LoadedRun) -> References:
+    statistics = statistics_split(split, loaded)
+    moments = loaded.inputs.moments(statistics)
     whiten = Normaliser.from_moments("whiten", moments, shrinkage=0.1, center="channel")
-    labels, grid = count_labels(split), model.model.grid
-    clusters = min(model.model.slots, grid[0] * grid[1])
+    labels, grid = count_labels(split), loaded.model.grid
+    clusters = min(loaded.model.slots, grid[0] * grid[1])
     ceiling, raw, whitened = Scores(), Scores(), Scores()
     effective: list[Tensor] = []
     for video in split.videos:
         truth = torch.from_numpy(split.segmentations(video))
-        tokens = model.inputs.tokens(split, video)
+        tokens = loaded.inputs.tokens(split, video)
         ceiling.add_video(grid_reference(truth, grid, labels), video)
         effective.append(effective_slots(grid_masks(truth, grid, labels)))
         raw.add_video(kmeans_floor(tokens, grid, clusters, truth, labels, seed=video), video)
@@ -88,6 +95,7 @@ def _measured(split: Split, model: StoreModel) -> References:
         ceiling.summary().values,
         kept_slots(effective),
         {name: {score.key: scores.summary().values[score.key] for score in SCORES} for name, scores in floors.items()},
+        str(statistics.path),
     )
 
 
