@@ -62,6 +62,13 @@ def test_commands_are_those_of_the_command_line(page: Path) -> None:
 
 
 @pages
+def test_files_that_are_named_exist(page: Path) -> None:
+    named = re.findall(r"`((?:slotlab|featcache|benchmarks|docs)/[a-z_0-9/]+\.\w+|test_\w+\.py)`", page.read_text())
+    for file in named:
+        assert (ROOT / ("tests" if file.startswith("test_") else "") / file).exists(), f"{page.name}: {file}"
+
+
+@pages
 def test_imports_are_of_what_there_is(page: Path) -> None:
     for module, names in re.findall(r"^from ((?:slotlab|featcache)[\w.]*) import ([\w, ]+)", page.read_text(), re.M):
         found = importlib.import_module(module)
