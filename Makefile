@@ -22,6 +22,7 @@ bench: $(VENV)/.installed
 	$(BIN)/slotlab bench train --cache cache/dinov2.zarr --preset default
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.busy
 
 bench-gpu: $(VENV)/.installed
 	$(BIN)/slotlab extract --backbone dinov2

@@ -19,8 +19,10 @@ and goes in every round. "Quiet" is only what this program leaves so: nothing el
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -42,42 +44,40 @@ POLICIES = {
 }
 
 
-def slotlab(*args: object, policy: str) -> subprocess.Popen[bytes]:
-    """A command under one policy and no other setting of threads."""
+def command(*args: object) -> list[str]:
+    return [sys.executable, "-m", "cli", *map(str, args)]
+
+
+def environment(policy: str) -> dict[str, str]:
+    """One policy, and no other setting of threads."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "KMP_", "MKL_"))}
-    command = [sys.executable, "-m", "cli", *map(str, args)]
-    return subprocess.Popen(
-        command, env=kept | POLICIES[policy], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-    )
+    return kept | POLICIES[policy]
 
 
 class Neighbour:
     """A training beside whatever is measured, once it takes steps."""
 
     def __init__(self, cache: Path, folder: Path) -> None:
-        self._command = ("train", "--cache", cache, "--steps", 10**7, "--out", folder)
-        self._folder = folder
+        self._command = command("train", "--cache", cache, "--steps", 10**6, "--out", folder)
+        self._folder, self._log = folder, folder.with_suffix(".log")
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         if self._process is not None:
             return
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._process = slotlab(*self._command, policy="libgomp")
+        with self._log.open("w") as log:  # a pipe that nobody reads would stop it
+            self._process = subprocess.Popen(self._command, env=environment("libgomp"), stdout=log, stderr=log)
         while not (self._folder / "metrics.jsonl").exists():
             if self._process.poll() is not None:
-                raise SystemExit(f"the training beside has ended: {self._said()}")
+                raise SystemExit(f"the training beside has ended: {self._log.read_text()}")
             time.sleep(0.1)
 
     def stop(self) -> None:
         if self._process is not None:
             self._process.kill()
-            self._said()
+            self._process.wait()
             self._process = None
-
-    def _said(self) -> str:
-        assert self._process is not None
-        return self._process.communicate()[1].decode()
 
     def __enter__(self) -> Self:
         return self
@@ -86,17 +86,16 @@ class Neighbour:
         self.stop()
 
 
-def seconds(command: Sequence[object], makes: Path, policy: str, neighbour: Neighbour, busy: bool) -> float:
+def seconds(job: str, asked: Sequence[object], makes: Path, policy: str, neighbour: Neighbour, busy: bool) -> float:
     """Time of one process; what it makes is deleted before."""
     neighbour.start() if busy else neighbour.stop()
     shutil.rmtree(makes, ignore_errors=True)
     start = time.perf_counter()
-    process = slotlab(*command, policy=policy)
-    said = process.communicate()[1].decode()
+    done = subprocess.run(command(*asked), env=environment(policy), capture_output=True, text=True)
     took = time.perf_counter() - start
-    if process.returncode:
-        raise SystemExit(f"slotlab {' '.join(map(str, command))}: {said}")
-    print(f"{command[0]} {'beside' if busy else 'quiet'}, {policy}: {took:.1f} s", file=sys.stderr)
+    if done.returncode:
+        raise SystemExit(f"slotlab {' '.join(map(str, asked))}: {done.stderr}")
+    print(f"{job}: {took:.1f} s", file=sys.stderr)
     return took
 
 
@@ -120,27 +119,24 @@ def main() -> None:
     parser.add_argument("--busy", nargs="*", choices=POLICIES, default=["passive"])
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the training beside would go on
 
     with tempfile.TemporaryDirectory() as place, Neighbour(args.cache, Path(place, "neighbour")) as neighbour:
         run, made = Path(place, "run"), Path(place, "made")
         shutil.copytree(args.run, run)
-        (run / "eval-validation.json").unlink(
-            missing_ok=True
-        )  # perhaps of other sources: eval, which is first, leaves one
+        # Perhaps of other sources. eval comes first and leaves one, which report then reads.
+        (run / "eval-validation.json").unlink(missing_ok=True)
         commands = {
             "eval": ("eval", run, "--cache", args.cache, "--json"),
             "report": ("report", run, "--cache", args.cache, "--out", made / "report.html"),
             "train": ("train", "--cache", args.cache, "--steps", 100, "--out", made),
             "extract": ("extract", "--split", "validation", "--max-videos", 4, "--out", made),
         }
-        jobs = {
-            f"{job} {'beside' if busy else 'quiet'}, {policy}": partial(
-                seconds, commands[job], made, policy, neighbour, busy
-            )
-            for busy, policies in ((False, args.quiet), (True, args.busy))
-            for job in args.jobs
-            for policy in policies
-        }
+        jobs = {}
+        for busy, policies in ((False, args.quiet), (True, args.busy)):
+            for job, policy in itertools.product(args.jobs, policies):
+                name = f"{job} {'beside' if busy else 'quiet'}, {policy}"
+                jobs[name] = partial(seconds, name, commands[job], made, policy, neighbour, busy)
         times = alternate(jobs, args.rounds)
 
     first, *_ = columns = [f"quiet, {policy}" for policy in args.quiet] + [f"beside, {policy}" for policy in args.busy]
