@@ -7,15 +7,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
+from featcache.machine import pick_device
 from featcache.store.reading import FeatureStore
 from slotlab.models.build import build_model
-from slotlab.training.step import freeze_unreached
+from slotlab.training.processes import Ranks, join
+from slotlab.training.step import TrainStep, freeze_unreached
 from slotlab.training.train import train
 from tests.training import PARTS, rows_of, small
 
@@ -52,6 +57,37 @@ def test_two_ranks_train_the_run_of_one(
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-4)
     assert json.loads((two / "summary.json").read_text())["processes"] == 2
+
+
+def test_each_rank_touches_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` would open the first one in every process; NCCL is told the device, or it guesses."""
+    opened: list[str] = []
+    joined: dict[str, Any] = {}
+
+    def empty(*_: object, device: str) -> SimpleNamespace:
+        opened.append(device)
+        return SimpleNamespace(device=torch.device(device))
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: opened.append(str(device)))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: joined.update(more, backend=backend))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 5)
+    for name, value in {"RANK": 5, "LOCAL_RANK": 1, "WORLD_SIZE": 8}.items():
+        monkeypatch.setenv(name, str(value))
+    with join(pick_device("auto")) as ranks:
+        assert ranks == Ranks(torch.device("cuda:1"), 5, 8)
+    assert set(opened) == {"cuda:1"}
+    assert joined == {"backend": "nccl", "device_id": torch.device("cuda:1")}
+
+
+def test_ranks_do_not_send_what_all_have(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers: D x D numbers of a whitening, before every pass."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("slotlab.training.step.DistributedDataParallel", lambda model, **more: asked.update(more))
+    TrainStep.fresh(small(), store, Ranks(torch.device("cpu"), 0, 2))
+    assert asked == {"broadcast_buffers": False}
 
 
 def test_what_no_loss_reaches_is_not_trained(store: FeatureStore) -> None:

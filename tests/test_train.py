@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from slotlab.runs import checkpoint
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.collapse import NAMES
 from slotlab.scoring.evaluate import evaluate
+from slotlab.training import train as train_module
 from slotlab.training.processes import Ranks
+from slotlab.training.step import TrainStep
 from slotlab.training.train import train, training_stream
 from tests.synthetic import fitted, make_store
 from tests.training import PARTS, rows_of, small
@@ -86,6 +89,37 @@ def test_two_frames_of_a_clip_are_drawn_before_they_are_read(store: FeatureStore
         assert step < 2 or torch.equal(next(later).features, expected)
         pairs.add(tuple(pair.tolist()))
     assert len(pairs) > 2
+
+
+def test_tf32_is_for_the_step_alone(tmp_path: Path, store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward; looks, and what comes after, multiply as they did."""
+    seen: dict[str, str] = {}
+
+    def note(where: str) -> None:
+        seen[where] = torch.get_float32_matmul_precision()
+
+    trained, looked = TrainStep.gradients, train_module.look
+
+    def gradients(step: TrainStep, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        forward = step.model.register_forward_pre_hook(lambda *_: note("forward"))
+        backward = next(step.model.parameters()).register_hook(lambda _: note("backward"))
+        found = trained(step, features)
+        forward.remove()
+        backward.remove()
+        return found
+
+    def look(*arguments: Any) -> dict[str, Any]:
+        note("look")
+        return looked(*arguments)
+
+    monkeypatch.setattr(TrainStep, "gradients", gradients)
+    monkeypatch.setattr(train_module, "look", look)
+    config = small("optim.precision=tf32", "evaluate_every=2", optim__steps=2)
+    rows = rows_of(train(config, store, tmp_path / "run"))
+    note("after")
+    assert seen == {"forward": "high", "backward": "high", "look": "highest", "after": "highest"}
+    exact = rows_of(train(small(optim__steps=2), store, tmp_path / "exact"))
+    np.testing.assert_allclose([row["loss"] for row in rows], [row["loss"] for row in exact], rtol=1e-2)
 
 
 def test_bfloat16_trains(tmp_path: Path, store: FeatureStore) -> None:
