@@ -6,6 +6,7 @@ and leaves with the class's exit code; a traceback appears only under ``--debug`
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,13 @@ class DataError(FeatcacheError):
     """Input data or weights are missing, truncated or corrupt."""
 
     exit_code = 3
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory is used up: Python's, the system's, or, as torch says it, a device's or page-locked memory."""
+    if isinstance(error, RuntimeError):
+        return "out of memory" in str(error) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
 @dataclass(frozen=True)

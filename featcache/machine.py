@@ -25,9 +25,14 @@ BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names the instruction
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device, or with ``auto`` the fastest there is. ``UsageError`` where the machine lacks it."""
+    """The named device, or with ``auto`` the fastest there is. ``UsageError`` where the machine lacks it.
+
+    Under torchrun each process of a machine has a GPU, and touches no other.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and (rank := os.environ.get("LOCAL_RANK")):
+        name = f"cuda:{rank}"
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

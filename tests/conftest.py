@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ install_import_hook(["slotlab.models", "slotlab.training.losses", "featcache.sto
 
 from featcache.store.reading import FeatureStore
 from tests.synthetic import make_store
+from tests.training import small
 
 torch.set_num_threads(1)
 
@@ -27,6 +29,26 @@ torch.set_num_threads(1)
 def store(tmp_path: Path) -> FeatureStore:
     """A small finished store with two splits."""
     return make_store(tmp_path / "synthetic.zarr")
+
+
+@pytest.fixture(scope="session")
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    """The same for all tests, which only read it."""
+    return make_store(tmp_path_factory.mktemp("shared") / "synthetic.zarr")
+
+
+@pytest.fixture(scope="session")
+def shared_run(shared_store: FeatureStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of twelve steps on it, which the tests only read."""
+    from slotlab.training.train import train
+
+    return train(small(), shared_store, tmp_path_factory.mktemp("shared") / "run")
+
+
+@pytest.fixture
+def run(shared_run: Path, tmp_path: Path) -> Path:
+    """A copy of it, to do with what one likes."""
+    return shutil.copytree(shared_run, tmp_path / "run")
 
 
 @pytest.fixture

@@ -9,7 +9,9 @@ A case is a list of a preset and its overrides. Prints, as JSON, for each case:
   mixed. A device that is absent stands in: torch's fake tensors carry shapes, types and devices through forward,
   backward, clipping and optimiser, without any arithmetic.
 - ``careless``: the same of two steps where random draws are sent as anyone would send them.
-- ``recompiled``: the error where torch.compile compiles anything again after the second step; else empty.
+- ``recompiled``: the error where torch.compile cannot trace a step as it is on CUDA, or compiles anything again after
+  the second; else empty.
+- ``pieces``: how many graphs torch.compile makes of a step.
 """
 
 from __future__ import annotations
@@ -154,28 +156,43 @@ def absent(model: nn.Module, device: torch.device) -> nn.Module:
     return model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
 
 
-def recompiled(store: FeatureStore, preset: str, *overrides: str) -> str:
-    """Why the compiler starts again in the third to the eighth step, if it does."""
+def compiled(store: FeatureStore, preset: str, *overrides: str) -> tuple[str, int]:
+    """Why the compiler cannot trace a step, or starts again in the third to the eighth; and its graphs of a step."""
     torch.compiler.reset()
-    config = load_config(preset, None, overrides)
-    step = TrainStep.fresh(config, store, Ranks(torch.device("cpu")))
-    step.forward = torch.compile(step.model, backend="eager")  # traces and guards as any other, in less time
-    stream = training_stream(config, store, step.ranks)
-    try:
-        for index, batch in enumerate(itertools.islice(stream, 8)):
-            torch.compiler.set_stance("default" if index < 2 else "fail_on_recompile")
-            step(batch.features)
-    except RuntimeError as error:
-        return str(error)
-    finally:
-        torch.compiler.set_stance("default")
-    return ""
+    config = load_config(preset, None, [*overrides, "optim.compile=true"])
+    graphs: list[torch.fx.GraphModule] = []
+
+    def traced(graph: torch.fx.GraphModule, inputs: Any) -> Any:  # and guarded as for any backend, in less time
+        graphs.append(graph)
+        return graph.forward
+
+    compile = torch.compile
+    with (
+        patch("torch.compile", lambda module, mode: compile(module, backend=traced)),
+        patch("slotlab.models.randomness.send", sent_to_cuda),
+    ):
+        step = TrainStep.fresh(config, store, Ranks(torch.device("cpu")))
+        try:
+            for index, batch in enumerate(itertools.islice(training_stream(config, store, step.ranks), 8)):
+                torch.compiler.set_stance("default" if index < 2 else "fail_on_recompile")
+                step(batch.features)
+        except RuntimeError as error:
+            return str(error), len(graphs)
+        finally:
+            torch.compiler.set_stance("default")
+    return "", len(graphs)
+
+
+def sent_to_cuda(values: Tensor, device: torch.device | None) -> Tensor:
+    """In place of ``send``: what its branch for CUDA is to the compiler, which has no kernel to trace that pins."""
+    return values.pin_memory() if torch.compiler.is_compiling() else values
 
 
 def main() -> None:
     store = FeatureStore.open(Path(sys.argv[1]))
     cases = json.load(sys.stdin)
-    found: dict[str, list[Any]] = {"recompiled": [recompiled(store, *case) for case in cases]}
+    found: dict[str, list[Any]] = {}
+    found["recompiled"], found["pieces"] = map(list, zip(*(compiled(store, *case) for case in cases), strict=True))
     kernels = add_missing_kernels()
     _setup_privateuseone_for_python_backend(GPU.partition(":")[0], backend_module=Backend())
     found["waits"] = [waits(store, 3, *case) for case in cases]

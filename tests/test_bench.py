@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,7 +25,14 @@ from featcache.upkeep.convert import ConvertOptions, convert
 from slotlab.config.load import load_config
 from slotlab.config.schema import Config
 from slotlab.training.processes import Ranks
-from slotlab.training.speed import GpuMonitor, Seconds, convolution_backward_flops, flops_of, measure_training
+from slotlab.training.speed import (
+    DoesNotFit,
+    GpuMonitor,
+    Seconds,
+    convolution_backward_flops,
+    flops_of,
+    measure_training,
+)
 from slotlab.training.step import Taken, TrainStep
 from tests.synthetic import DiscSource, make_store
 
@@ -138,6 +146,25 @@ def test_a_table_is_printed_for_people(store: FeatureStore, capsys: pytest.Captu
     assert "batch 4" in printed and "bound by" in printed and "(float32)" in printed
 
 
+def test_a_size_that_does_not_fit_ends_no_ladder(
+    store: FeatureStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    too_large(monkeypatch, 2, torch.OutOfMemoryError("CUDA out of memory"))
+    sizes = [part for size in (1, 4, 2) for part in ("--batch-size", str(size))]
+    command = ["train", "--cache", str(store.path), "--preset", "dinosaur", *SETS, *sizes, "--steps", "1"]
+    command += ["--rounds", "1", "--device", "cpu"]
+    one, four, two = run_command(capsys, *command)["patterns"]
+    assert one["samples_per_s"] > 0 and two["samples_per_s"] > 0
+    assert (four["name"], four["batch_size"], four["clip"]) == ("batch 4", 4, 1)
+    assert "--batch-size 4: does not fit" in four["does_not_fit"]
+    cli.app(["bench", *command], standalone_mode=False)
+    printed = capsys.readouterr()
+    assert "--batch-size 4: does not fit in the memory of cpu" in " ".join(printed.err.split())
+    assert "batch 4" in printed.out and "does not fit" in printed.out and "batch 2" in printed.out
+    with pytest.raises(UsageError, match="--batch-size 4: does not fit"):  # where none does, there is no table
+        run_command(capsys, "train", "--cache", str(store.path), "--preset", "dinosaur", *SETS, "--device", "cpu")
+
+
 @pytest.mark.parametrize("groups", [1, 2, 8])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_convolutions_cost_their_forward_once_for_each_gradient(groups: int, transposed: bool) -> None:
@@ -157,13 +184,46 @@ def test_convolutions_cost_their_forward_once_for_each_gradient(groups: int, tra
     assert one.get_total_flops() == 2 * forward.get_total_flops()
 
 
-def test_a_batch_that_does_not_fit_is_one_line(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+FULL = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 29.50 GiB"),
+    getattr(torch, "AcceleratorError", RuntimeError)("CUDA error: out of memory"),  # page-locked memory is used up
+    MemoryError(),
+]
 
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", full)
-    with pytest.raises(UsageError, match="--batch-size 4: does not fit in the memory of cpu; choose a smaller one"):
+
+def too_large(monkeypatch: pytest.MonkeyPatch, largest: int, error: BaseException) -> list[weakref.ref[TrainStep]]:
+    """Batches above ``largest`` do not fit; the steps that have tried one."""
+    tried: list[weakref.ref[TrainStep]] = []
+    fitting = TrainStep.gradients
+
+    def gradients(step: TrainStep, features: torch.Tensor) -> dict[str, torch.Tensor]:
+        if len(features) > largest:
+            tried.append(weakref.ref(step))
+            raise error
+        return fitting(step, features)
+
+    monkeypatch.setattr(TrainStep, "gradients", gradients)
+    return tried
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_a_batch_that_does_not_fit_is_one_line_and_leaves_nothing_behind(
+    store: FeatureStore, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    tried = too_large(monkeypatch, 2, error)
+    with pytest.raises(DoesNotFit, match="--batch-size 4: does not fit in the memory of cpu; choose a smaller one"):
         measure_training(small(), store, steps=1, rounds=1)
+    error.__traceback__ = None  # which the test holds, and no one else
+    assert [step() for step in tried] == [None], "the next size needs its memory"
+
+
+def test_other_errors_of_a_device_stay_what_they_are(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    too_large(monkeypatch, 2, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        measure_training(small(), store, steps=1, rounds=1)
+
+
+def test_parts_that_are_not_equal_are_refused(store: FeatureStore) -> None:
     with pytest.raises(UsageError, match="--batch-size 4: must be a multiple of optim.accumulate, 3"):
         measure_training(small("optim.accumulate=3"), store)
 
@@ -172,6 +232,7 @@ def test_a_gpu_is_watched_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     busy = iter(range(10, 1000, 10))
     nvml = SimpleNamespace(
+        NVMLError=OSError,
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByUUID=lambda uuid: asked.append(uuid) or "handle",
         nvmlDeviceGetUtilizationRates=lambda handle: SimpleNamespace(gpu=next(busy)),
@@ -187,6 +248,33 @@ def test_a_gpu_is_watched_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == ["GPU-1234"]
     assert monitor.utilisation is not None and monitor.utilisation > 0.1
     assert monitor.memory_bytes == 7 << 30
+
+
+def test_what_a_driver_does_not_tell_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As WSL's, of utilisation; and nothing is said on stderr."""
+    raised: list[object] = []
+
+    class NVMLError(Exception):
+        pass
+
+    def unsupported(handle: str) -> None:
+        raise NVMLError
+
+    nvml = SimpleNamespace(
+        NVMLError=NVMLError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: "handle",
+        nvmlDeviceGetUtilizationRates=unsupported,
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(used=5 << 30),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
+    monkeypatch.setattr("slotlab.training.speed.SAMPLE_SECONDS", 0.01)
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    with GpuMonitor(torch.device("cuda:0")) as monitor:
+        time.sleep(0.1)
+    assert raised == []
+    assert monitor.utilisation is None and monitor.memory_bytes == 5 << 30
 
 
 def test_without_nvml_nothing_is_claimed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import cli
 from featcache.store import manifest
@@ -150,6 +152,26 @@ def test_from_a_store_to_scores(tmp_path: Path, fails: Callable[..., None]) -> N
         4, "another configuration",
         "train", "--cache", "cache/synthetic.zarr", "--out", "runs/one", "--resume", "--seed", 9
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "out of memory; take a smaller --batch-size"),
+        (RuntimeError("CUDA error: out of memory"), "--set data.residence=device needs less"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "out of memory; take a smaller --batch-size"),
+    ],
+    ids=["allocation", "pinning", "map"],
+)
+def test_memory_that_is_used_up_is_one_line(
+    fails: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, told: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    make_store(tmp_path / "synthetic.zarr")
+    monkeypatch.setattr("slotlab.training.train.train", full)
+    fails(3, told, "train", "--cache", "synthetic.zarr", "--device", "cpu")
 
 
 @pytest.mark.parametrize("speed, warned", [(0.012, True), (2.5, False)])

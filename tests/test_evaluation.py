@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -10,13 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from rich.console import Console
 
 from featcache.errors import DataError
+from featcache.store.reading import FeatureStore
+from slotlab.commands import terminal
+from slotlab.commands.tables import scores_table
+from slotlab.config.load import load_config
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.evaluate import evaluate
 from slotlab.scoring.evaluation import Evaluation
 from slotlab.scoring.metrics import SCORES, score_of, title_of
-from tests.synthetic import DiscSource, make_store
+from slotlab.training.train import train
+from tests.synthetic import DiscSource, fitted, make_store
+from tests.training import rows_of, small
 
 MADE = Path(__file__).parent / "fixtures" / "v0.1"  # runs of version 0.1, and what it scored them
 RUNS = ("default", "dinosaur", "pixel-small")
@@ -122,3 +131,61 @@ def test_a_new_metric_is_one_entry(tmp_path: Path) -> None:
     worst, best = (card["runs"][0]["scores"]["stray"] for card in data["cards"])
     values = [of["stray"] for of in by_video.values()]
     assert (worst, best) == (max(values), min(values))
+
+
+def test_evaluation_has_the_promised_keys(shared_run: Path) -> None:
+    result = evaluate(load_run(shared_run)).as_dict()
+    assert {
+        "run", "cache", "split", "frames", "videos", "fg_ari", "ari", "mbo", "miou", "fg_ari_video", "mbo_video",
+        "skipped_frames", "reference", "floor", "by_material", "mask_similarity", "slot_similarity",
+    } <= result.keys()  # fmt: skip
+    assert set(result["floor"]) == {"kmeans_raw", "kmeans_whitened"}
+    assert set(result["by_material"]) == {"metal", "rubber"}
+    assert {"fg_ari", "mbo"} <= result["reference"].keys()
+    assert result["reference"]["mbo"] > 0.3  # a 4x4 grid
+    json.dumps(result)
+
+
+def test_evaluation_repeats_itself(shared_run: Path) -> None:
+    assert evaluate(load_run(shared_run)) == evaluate(load_run(shared_run))
+
+
+def test_the_masks_that_a_run_publishes_are_scored_first(tmp_path: Path, store: FeatureStore) -> None:
+    """And shown; the others are scored beside them. Training is the same."""
+    runs = [
+        train(small(f"published_masks={kind}", preset="dinosaur", optim__steps=3), store, tmp_path / kind)
+        for kind in ("decoder", "attention")
+    ]
+    assert [row["loss"] for row in rows_of(runs[0])] == [row["loss"] for row in rows_of(runs[1])]
+    found = [evaluate(load_run(run)) for run in runs]
+    decoder, attention = (result.as_dict() for result in found)
+    for kind in ("decoder", "attention"):
+        assert decoder[kind] == attention[kind]
+    for result in (decoder, attention):
+        assert all(result[key] == value for key, value in result[result["published_masks"]].items())
+    assert decoder["mbo"] != attention["mbo"]
+    assert decoder["logit_std"] == attention["logit_std"]
+    assert decoder["largest_activation"] != attention["largest_activation"]
+    one, other = (load_run(run).segment(store["validation"], 0) for run in runs)
+    assert torch.equal(other.masks, one.attention) and not torch.equal(other.masks, one.masks)
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(scores_table(found[1]))
+    assert "of the decoder" in shown.getvalue()
+
+
+def test_more_slots_than_patches_are_scored(tmp_path: Path, store: FeatureStore) -> None:
+    config = load_config("default", None, [*fitted("default"), "model.slots=20"], optim__steps=1)
+    result = evaluate(load_run(train(config, store, tmp_path / "run")))  # of 16 patches
+    assert result.summary.frames == 8 and result.references.floors["kmeans_raw"]["mbo"] > 0
+
+
+def test_an_evaluation_warns_of_collapse(
+    tmp_path: Path, store: FeatureStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small("model.decoder.mask_temperature=1e6", optim__steps=1)
+    result = evaluate(load_run(train(config, store, tmp_path / "run")))
+    assert "all slots have the same mask" in result.warnings[0]
+    assert len(result.largest_activation_by_slot) == 4
+    terminal.warn(result.warnings)
+    told = capsys.readouterr()
+    assert told.out == "" and "warning: all slots have the same mask" in told.err

@@ -329,10 +329,13 @@ def test_videos_share_batches_in_their_order(backbone: Backbone, batch_size: int
     assert sizes == [min(batch_size, 9 - start) for start in range(0, 9, batch_size)]
 
 
-def test_too_little_memory_is_told_in_one_line(backbone: Backbone) -> None:
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")]
+)
+def test_too_little_memory_is_told_in_one_line(backbone: Backbone, error: RuntimeError) -> None:
     class Full(type(backbone)):  # type: ignore[misc]
         def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
 
     full = load_backbone("dinov2_vits14", weights="random", taps=("block2",), input_size=28)
     full.__class__ = Full

@@ -63,10 +63,16 @@ def test_the_loop_waits_for_the_gpu_at_logged_steps_alone(case: list[str], found
 
 def test_a_wait_would_be_seen(found: dict[str, dict[str, Any]]) -> None:
     waiting = {case[0] for case in CASES if found["careless"][str(case)][1]}
-    assert waiting == set(presets()) - {"image", "slotcontrast"}, "which draw nothing"
+    assert waiting == set(presets()) - {"default", "image", "slotcontrast"}, "which draw nothing in a pass"
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_step_is_compiled_once(case: list[str], found: dict[str, dict[str, Any]]) -> None:
     """Whatever is drawn: a number that torch.compile builds in serves no other, and after eight of them it gives up."""
     assert found["recompiled"][str(case)] == ""
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_step_is_compiled_as_one_graph(case: list[str], found: dict[str, dict[str, Any]]) -> None:
+    """So that a GPU gets its kernels in one launch."""
+    assert found["pieces"][str(case)] == 1

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from featcache.backbones.backbone import Backbone
-from featcache.errors import UsageError
+from featcache.errors import UsageError, out_of_memory
 from featcache.machine import native_bfloat16
 from featcache.words import Precision
 
@@ -43,7 +43,9 @@ def forward(
                 images = [backbone.preprocess(torch.from_numpy(frames)) for frames in some if len(frames)]
                 parts.append({tap: tokens.float() for tap, tokens in backbone(torch.cat(images)).items()})
         tokens = {tap: torch.split(torch.cat([part.pop(tap) for part in parts]), lengths) for tap in backbone.taps}
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         raise UsageError(
             f"the memory of {backbone.device} does not hold {batch_size} frames at a time and the tokens of their "
             "videos; choose a smaller --batch-size and another --out"

@@ -9,7 +9,9 @@ each batch keep the order without making the host wait: ``filled`` (the trainer'
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +42,45 @@ class Buffers:
     features: Tensor  # (B, T, N, D) on the device: what a trainer gets
     filled: torch.cuda.Event | None
     released: torch.cuda.Event | None
+
+
+class Stalls:
+    """Seconds for which the trainer's device had nothing to do for want of a batch.
+
+    On a CPU that is the time that the trainer waits. The host of a GPU runs ahead of it, and mostly waits for buffers
+    that the GPU still reads: it wants none. There two events on the trainer's stream stand around each wait: the GPU
+    comes to the first when it has done all work queued before, and to the second when it has the batch.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds = 0.0
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # that the GPU has not come to
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While the trainer waits for a batch."""
+        if self._device.type == "cuda":
+            begun = self._reached()
+            yield
+            self._events.append((begun, self._reached()))
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - began
+
+    def _reached(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    @property
+    def seconds(self) -> float:
+        """So far; of a GPU, so far as it has come: nothing waits for it."""
+        while self._events and self._events[0][1].query():  # type: ignore[no-untyped-call]
+            begun, ended = self._events.popleft()
+            self._seconds += begun.elapsed_time(ended) / 1e3
+        return self._seconds
 
 
 class Staging:

@@ -27,7 +27,7 @@ from featcache.machine import free_memory, start_limited
 from featcache.store.encoding import Encoding
 from featcache.store.reading import Split
 from featcache.stream.rows import TORCH_DTYPES, FileRows, ResidentRows, Rows, open_rows
-from featcache.stream.staging import Buffers, Format, Staging
+from featcache.stream.staging import Buffers, Format, Staging, Stalls
 from featcache.words import Residence
 
 RING = 3  # one with the trainer, one ready, one being filled
@@ -99,7 +99,7 @@ class FeatureStream:
         self.batch_size, self.clip, self.seed = batch_size, clip, seed
         self.rank, self.world_size = rank, world_size
         self.samples_seen = 0
-        self.wait_seconds = 0.0  # that the trainer spent waiting for batches
+        self._stalls = Stalls(self.device)
         self.starts = clip_starts(split, clip)  # (samples,)
         arrays = feature_arrays(split, tap)
         self.residence = choose_residence(self.device, arrays.values()) if residence == "auto" else residence
@@ -154,6 +154,11 @@ class FeatureStream:
 
     # -- the batches -----------------------------------------------------------------------------------
 
+    @property
+    def wait_seconds(self) -> float:
+        """Time for which the trainer, or its GPU, has had to wait for batches."""
+        return self._stalls.seconds
+
     def _staging(self) -> Staging:
         return Staging(self.device, on_device=self.residence == "device", encoding=self._encoding)
 
@@ -205,13 +210,12 @@ class FeatureStream:
         atexit.register(stop)  # an iterator that outlives main would be closed too late for its thread to answer
         try:
             while True:
-                waited = time.perf_counter()
-                item = ready.get()
-                self.wait_seconds += time.perf_counter() - waited
-                if isinstance(item, BaseException):
-                    raise item
-                buffers, rows, samples = item
-                features = staging.receive(buffers)
+                with self._stalls.waiting():
+                    item = ready.get()
+                    if isinstance(item, BaseException):
+                        raise item
+                    buffers, rows, samples = item
+                    features = staging.receive(buffers)
                 self.samples_seen = samples + step
                 yield Batch(features[:, 0] if self.clip == 1 else features, rows, samples)
                 staging.release(buffers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -11,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from featcache.errors import DataError, FeatcacheError
+from featcache.errors import DataError, FeatcacheError, out_of_memory
 from slotlab.commands import (
     bench,
     demo,
@@ -73,11 +72,11 @@ def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 def _of_the_machine(error: Exception) -> str | None:
     """What to say of memory that is not there, and of places that cannot be read or written."""
-    full = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-    if full or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):  # torch's two
-        return (
-            "out of memory; take a smaller --batch-size, or --set optim.accumulate=2 or more (extract: fewer --workers)"
-        )
+    if out_of_memory(error):
+        pinned = "CUDA error" in str(error)  # not an allocation of torch's
+        which = " (page-locked, perhaps: --set data.residence=device needs less)" if pinned else ""
+        remedy = "take a smaller --batch-size, or --set optim.accumulate=2 or more (extract: fewer --workers)"
+        return f"out of memory{which}; {remedy}"
     if isinstance(error, OSError):
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         return f"{what}; look at the place and its permissions, or name another"

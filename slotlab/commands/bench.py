@@ -110,20 +110,31 @@ def bench_train(
     from featcache.store.reading import FeatureStore
     from slotlab.commands import terminal
     from slotlab.commands.tables import plain_table
-    from slotlab.training.speed import measure_training
+    from slotlab.training.speed import DoesNotFit, measure_training
 
     store, chosen = FeatureStore.open(cache), pick_device(device)
-    rates = []
+    rates: list[TrainingRate | DoesNotFit] = []
     for setting in settings:
-        rates.append(measure_training(setting, store, chosen, steps=steps, rounds=rounds))
-        r = rates[-1]
-        terminal.err.print(f"{r.name}: {r.samples_per_s:.1f} samples/s, bound by {r.bound}")
+        try:
+            rate = measure_training(setting, store, chosen, steps=steps, rounds=rounds)
+        except DoesNotFit as error:
+            rates.append(error)
+            terminal.err.print(str(error), soft_wrap=True)
+        else:
+            rates.append(rate)
+            terminal.err.print(f"{rate.name}: {rate.samples_per_s:.1f} samples/s, bound by {rate.bound}")
+    too_large = [rate for rate in rates if isinstance(rate, DoesNotFit)]
+    if too_large == rates:
+        raise too_large[0]
     if as_json:
         patterns = [rate.as_dict() for rate in rates]
         print_json({"cache": str(cache), "preset": preset, "machine": machine(), "patterns": patterns})
         return
     columns = ("", *(rate.name for rate in rates))
-    rows = [(name, *(show(rate) for rate in rates)) for name, show in TRAINING_ROWS]
+    rows = [
+        (name, *(absent if isinstance(rate, DoesNotFit) else show(rate) for rate in rates))
+        for (name, show), absent in zip(TRAINING_ROWS, ("does not fit", *[""] * len(TRAINING_ROWS)), strict=False)
+    ]
     terminal.out.print(plain_table(columns, rows, f"{cache}, {preset}"))
 
 

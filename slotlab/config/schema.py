@@ -145,7 +145,10 @@ class OptimConfig(Section):
     ema: float = Field(
         0.0, ge=0, lt=1, description="Decay of averaged weights, which are then the ones evaluated; 0: none"
     )
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the model")
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32",
+        description="Precision of the step; tf32: float32, its products by an NVIDIA GPU's TensorFloat-32",
+    )
     compile: bool = Field(False, description="torch.compile of the step")
     cuda_graphs: bool = Field(False, description="CUDA graphs of what is compiled: few launches for many small kernels")
 

@@ -4,11 +4,16 @@ A step draws for its whole global batch, and each share of it (a rank under torc
 accumulation) takes its own rows: the split run does what the whole one would have done. Draws come from a
 generator on the CPU that is seeded by the step, never from global state, so that a resumed run draws what the
 unbroken one would have drawn, on every device. On their way to a GPU nothing waits for it.
+
+A model draws while it runs. What torch.compile traces must not: it can neither pin memory nor seed a generator. Such
+a pass is given the same values, drawn before it (:class:`DrawnAhead`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +30,29 @@ class Share:
 WHOLE = Share()
 
 
+FILL: dict[str, Callable[..., Tensor]] = {
+    "normal": Tensor.normal_,
+    "exponential": Tensor.exponential_,
+    "uniform": Tensor.uniform_,
+}
+
+
+class Request(NamedTuple):
+    """What is drawn at once: a kind of draw, named as the method of :class:`Draws`, its size, and where it goes."""
+
+    kind: str
+    size: tuple[int, ...]
+    batch: int  # dimension of the batch
+    device: torch.device | None
+
+
 class Draws:
     """A source of random numbers for one forward pass."""
 
     def __init__(self, seed: int, share: Share = WHOLE) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._share = share
+        self.requests: list[Request] = []  # so far
 
     @classmethod
     def of_step(cls, seed: int, step: int, share: Share = WHOLE) -> Draws:
@@ -39,16 +61,15 @@ class Draws:
 
     def normal(self, shape: tuple[int, ...], device: torch.device | None = None, batch: int = 0) -> Tensor:
         """Standard normal values on the device (None: the CPU); ``batch`` is the dimension of the batch."""
-        return self._own(torch.randn(self._whole(shape, batch), generator=self._generator), device, batch)
+        return self.drawn(Request("normal", shape, batch, device))
 
     def exponential(self, shape: tuple[int, ...], device: torch.device | None = None, batch: int = 0) -> Tensor:
         """Exponential values of rate 1."""
-        whole = torch.empty(self._whole(shape, batch)).exponential_(generator=self._generator)
-        return self._own(whole, device, batch)
+        return self.drawn(Request("exponential", shape, batch, device))
 
     def uniform(self, shape: tuple[int, ...], device: torch.device | None = None, batch: int = 0) -> Tensor:
         """Values in [0, 1)."""
-        return self._own(torch.rand(self._whole(shape, batch), generator=self._generator), device, batch)
+        return self.drawn(Request("uniform", shape, batch, device))
 
     def integers(self, high: int, count: int, device: torch.device | None = None) -> Tensor:
         """``count`` integers below ``high`` (count,), the same in every share.
@@ -56,17 +77,40 @@ class Draws:
         A tensor, to index with: a Python number would be built into what torch.compile makes of the model, which
         would then be compiled again for every other.
         """
-        return send(torch.randint(high, (count,), generator=self._generator), device)
+        return self.drawn(Request("integers", (high, count), 0, device))
 
     def choice(self, high: int, count: int, device: torch.device | None = None) -> Tensor:
         """``count`` different integers below ``high`` in ascending order (count,), the same in every share."""
-        return send(torch.randperm(high, generator=self._generator)[:count].sort().values, device)
+        return self.drawn(Request("choice", (high, count), 0, device))
 
-    def _whole(self, shape: tuple[int, ...], batch: int) -> tuple[int, ...]:
-        return (*shape[:batch], shape[batch] * self._share.count, *shape[batch + 1 :])
+    def drawn(self, request: Request) -> Tensor:
+        """This share's rows of the next draw, on their way to the device."""
+        self.requests.append(request)
+        kind, size, batch, device = request
+        if kind == "integers":
+            return send(torch.randint(size[0], (size[1],), generator=self._generator), device)
+        if kind == "choice":
+            return send(torch.randperm(size[0], generator=self._generator)[: size[1]].sort().values, device)
+        whole = torch.empty((*size[:batch], size[batch] * self._share.count, *size[batch + 1 :]))
+        FILL[kind](whole, generator=self._generator)
+        return send(whole.chunk(self._share.count, batch)[self._share.index], device)
 
-    def _own(self, values: Tensor, device: torch.device | None, batch: int) -> Tensor:
-        return send(values.chunk(self._share.count, batch)[self._share.index], device)
+
+class DrawnAhead(Draws):
+    """The same values in the same order, drawn before the pass, of which it is known what it asks for."""
+
+    def __init__(self, draws: Draws, requests: Sequence[Request]) -> None:
+        self._requests = tuple(requests)
+        self._values = tuple(draws.drawn(request) for request in requests)
+        self._given = 0
+
+    def drawn(self, request: Request) -> Tensor:
+        """``RuntimeError`` for another than the next of the requests foreseen."""
+        index = self._given
+        self._given += 1
+        if index >= len(self._requests) or self._requests[index] != request:
+            raise RuntimeError(f"a pass asked for another draw than the one before it: {request.kind} {request.size}")
+        return self._values[index]
 
 
 def send(values: Tensor, device: torch.device | None) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from featcache.machine import pick_device
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -79,9 +81,11 @@ def join(device: torch.device | str) -> Iterator[Ranks]:
         yield Ranks(device)
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = pick_device("cuda")  # this rank's
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     try:
         yield Ranks(device, dist.get_rank(), count)
     finally:

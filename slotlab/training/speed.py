@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import itertools
 import statistics
@@ -18,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from featcache.errors import UsageError
+from featcache.errors import UsageError, out_of_memory
 from featcache.machine import alternate, paired_ratio, timed
 from featcache.store.reading import FeatureStore
 from featcache.stream.stream import RING
 from slotlab.config.schema import Config
 from slotlab.training.processes import Ranks
-from slotlab.training.step import TrainStep
+from slotlab.training.step import TrainStep, matrix_products
 from slotlab.training.train import training_stream
 
 Shape = Sequence[int]
@@ -80,6 +81,28 @@ class TrainingRate:
         return asdict(self)
 
 
+class DoesNotFit(UsageError):
+    """A batch size that the device's memory does not hold."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.batch_size, self.clip = config.optim.batch_size, config.data.clip
+        super().__init__(
+            f"--batch-size {self.batch_size}: does not fit in the memory of {device}; choose a smaller one, or "
+            "--set optim.accumulate=2"
+        )
+
+    @property
+    def name(self) -> str:
+        return pattern_name(self.batch_size, self.clip)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "batch_size": self.batch_size, "clip": self.clip, "does_not_fit": str(self)}
+
+
+def pattern_name(batch_size: int, clip: int) -> str:
+    return f"batch {batch_size}" + (f" clips of {clip}" if clip > 1 else "")
+
+
 def flops_of(step: TrainStep, features: Tensor) -> int:
     """FLOPs of one step on a batch (B, ...), which it takes, by the products that torch calls in it."""
     corrected = {torch.ops.aten.convolution_backward: convolution_backward_flops}
@@ -110,16 +133,19 @@ def measure_training(
 ) -> TrainingRate:
     """Train for a few steps from the store, on resident data and, for scale, multiply large matrices, in turns.
 
-    The batch size is the configuration's. Raises ``UsageError`` where it does not fit in the device's memory.
+    The batch size is the configuration's. Raises :class:`DoesNotFit` where the device's memory does not hold it.
     """
     device = torch.device(device)
     try:
         return _measure(config, store, device, steps, rounds)
-    except torch.OutOfMemoryError as error:
-        raise UsageError(
-            f"--batch-size {config.optim.batch_size}: does not fit in the memory of {device}; choose a smaller one, or "
-            "--set optim.accumulate=2"
-        ) from error
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+    # Only here, where the error is gone and with it what it held: the model, and what its step had allocated.
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    raise DoesNotFit(config, device)
 
 
 def _measure(config: Config, store: FeatureStore, device: torch.device, steps: int, rounds: int) -> TrainingRate:
@@ -143,7 +169,7 @@ def _measure(config: Config, store: FeatureStore, device: torch.device, steps: i
         return (batch.features for batch in itertools.islice(batches, count))
 
     def streamed() -> float:
-        train(from_store(RING))  # what was read ahead while other jobs ran
+        timed(lambda: train(from_store(RING)), device)  # what was read ahead while other jobs ran
         waited, began = stream.wait_seconds, time.perf_counter()
         with gpu:
             achieved = timed(lambda: train(from_store(steps)), device)
@@ -166,7 +192,7 @@ def _measure(config: Config, store: FeatureStore, device: torch.device, steps: i
     flops_per_s = medians["stream"] / optim.batch_size * flops
     seconds = Seconds(optim.batch_size / medians["resident"], part.read, part.copy)
     return TrainingRate(
-        name=f"batch {optim.batch_size}" + (f" clips of {data.clip}" if data.clip > 1 else ""),
+        name=pattern_name(optim.batch_size, data.clip),
         batch_size=optim.batch_size,
         clip=data.clip,
         samples_per_s=medians["stream"],
@@ -189,15 +215,16 @@ def _measure(config: Config, store: FeatureStore, device: torch.device, steps: i
 
 
 def matmul_rate(device: torch.device, precision: str) -> Callable[[], float]:
-    """A job: FLOPs a second of large square matrix products in that precision, with torch's settings as they are."""
+    """A job: FLOPs a second of large square matrix products in that precision."""
     side, count = MATMUL.get(device.type, MATMUL["cuda"])
-    dtype = getattr(torch, precision)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(left)
 
     def work() -> int:
-        for _ in range(count):
-            torch.mm(left, right, out=out)
+        with matrix_products(precision):
+            for _ in range(count):
+                torch.mm(left, right, out=out)
         return int(count * 2 * side**3)
 
     timed(work, device)
@@ -229,7 +256,8 @@ class GpuMonitor:
     """Samples a CUDA device by NVML while it is entered; nothing elsewhere, or without ``slotlab[bench]``."""
 
     def __init__(self, device: torch.device) -> None:
-        self._samples: list[tuple[int, int]] = []  # percent busy, bytes used
+        self._busy: list[int] = []  # percent
+        self._used: list[int] = []  # bytes
         self._over = threading.Event()
         self._nvml: Any = None
         self._handle: Any = None
@@ -250,16 +278,17 @@ class GpuMonitor:
 
     def _watch(self) -> None:
         while not self._over.wait(SAMPLE_SECONDS):
-            busy = self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu
-            self._samples.append((busy, self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used))
+            with contextlib.suppress(self._nvml.NVMLError):  # a driver (WSL's, a MIG slice's) may tell one of the two
+                self._used.append(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+                self._busy.append(self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu)
 
     @property
     def utilisation(self) -> float | None:
-        return statistics.mean(busy for busy, _ in self._samples) / 100 if self._samples else None
+        return statistics.mean(self._busy) / 100 if self._busy else None
 
     @property
     def memory_bytes(self) -> int | None:
-        return max(used for _, used in self._samples) if self._samples else None
+        return max(self._used, default=None)
 
 
 def _nvml(device: torch.device) -> tuple[Any, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from slotlab.config.schema import Config
 from slotlab.models.base import Model
 from slotlab.models.build import build_model
 from slotlab.models.inputs import ModelInput
-from slotlab.models.randomness import Draws, Share
+from slotlab.models.randomness import DrawnAhead, Draws, Request, Share
 from slotlab.runs import checkpoint
 from slotlab.training.losses import losses, total
 from slotlab.training.processes import Ranks
@@ -55,9 +56,12 @@ class TrainStep:
             model.parameters(), lr=learning_rate(optim), weight_decay=optim.weight_decay, fused=True
         )
         self.schedule = make_schedule(self.optimizer, optim)
-        self.forward: Any = DistributedDataParallel(model) if ranks.count > 1 else model
+        self.forward: Any = model
+        if ranks.count > 1:  # what is measured on the store is the same on all ranks, and is not sent
+            self.forward = DistributedDataParallel(model, broadcast_buffers=False)
         if optim.compile:
             self.forward = torch.compile(self.forward, mode="reduce-overhead" if optim.cuda_graphs else "default")
+        self._requests: list[Request] | None = None  # draws of a forward pass, where they are known
         self._bad_since = torch.full((), NEVER, device=ranks.device)
 
     @classmethod
@@ -102,9 +106,12 @@ class TrainStep:
         if optim.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         components: dict[str, Tensor] = {}
+        if optim.compile and self.forward is not self.model and self._requests is None:
+            self._requests = self._rehearse(features)
         for part, some in enumerate(features.chunk(optim.accumulate)):
             last = part == optim.accumulate - 1  # the ranks' gradients meet once
-            with nullcontext() if last or self.ranks.count == 1 else self.forward.no_sync():
+            apart = nullcontext() if last or self.ranks.count == 1 else self.forward.no_sync()
+            with apart, matrix_products(optim.precision):
                 with self._autocast():
                     found = losses(self.forward(some, self._draws(part)), loss)
                 (total(found, loss) / optim.accumulate).backward()  # type: ignore[no-untyped-call]
@@ -116,8 +123,16 @@ class TrainStep:
     def loss(self, features: Tensor) -> Tensor:
         """The weighted sum of the losses, scalar, of the first part of a batch by the weights as they are now."""
         some = features.chunk(self.config.optim.accumulate)[0]
-        with self._autocast():
+        with matrix_products(self.config.optim.precision), self._autocast():
             return total(losses(self.model(some, self._draws(0)), self.config.loss), self.config.loss)
+
+    @torch.no_grad()
+    def _rehearse(self, features: Tensor) -> list[Request]:
+        """What a pass draws, by one that is not compiled: it depends on shapes alone."""
+        draws = Draws(0)
+        with self._autocast():
+            self.model(features.chunk(self.config.optim.accumulate)[0], draws)
+        return draws.requests
 
     def first_bad(self) -> int | None:
         """The first step whose loss or gradient was not finite, counted from 1. Waits for the device."""
@@ -131,7 +146,8 @@ class TrainStep:
     def _draws(self, part: int) -> Draws:
         parts = self.config.optim.accumulate
         share = Share(self.ranks.rank * parts + part, self.ranks.count * parts)
-        return Draws.of_step(self.config.seed, self.count, share)
+        draws = Draws.of_step(self.config.seed, self.count, share)
+        return draws if self._requests is None else DrawnAhead(draws, self._requests)
 
     # -- checkpoints -----------------------------------------------------------------------------------
 
@@ -153,6 +169,24 @@ class TrainStep:
             group["lr"] = rate
         stream: dict[str, int] = state["stream"]
         return stream
+
+
+@contextmanager
+def matrix_products(precision: str) -> Iterator[None]:
+    """float32 products as ``optim.precision`` wants them while this is entered, backward passes included.
+
+    ``tf32`` is TensorFloat-32: NVIDIA GPUs since Ampere multiply it several times faster, with ten bits of mantissa.
+    Other processors, and all that runs outside, keep to float32.
+    """
+    if precision != "tf32":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def freeze_unreached(model: Model, config: Config, store: FeatureStore) -> None:

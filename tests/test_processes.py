@@ -1,0 +1,102 @@
+"""Training in several processes: the run of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from featcache.machine import pick_device
+from featcache.store.reading import FeatureStore
+from slotlab.models.build import build_model
+from slotlab.training.processes import Ranks, join
+from slotlab.training.step import TrainStep, freeze_unreached
+from slotlab.training.train import train
+from tests.training import PARTS, rows_of, small
+
+UNREACHED = ("loss.feature_mse=0", "loss.temporal_similarity=0")  # by a loss: the decoder
+
+
+@pytest.mark.parametrize(
+    ("preset", "parts"),
+    [("dinosaur", PARTS[0]), ("dinosaur", PARTS[2]), ("videosaur", ()), ("videosaur", UNREACHED)],
+)
+def test_two_ranks_train_the_run_of_one(
+    tmp_path: Path, store: FeatureStore, preset: str, parts: tuple[str, ...]
+) -> None:
+    """The video model's slots are also told from the other rank's (slot_contrast); that alone trains no decoder."""
+    config = small(*parts, "checkpoint_every=5", preset=preset, optim__steps=10)
+    one = train(config, store, tmp_path / "one")
+    (tmp_path / "config.toml").write_text(config.to_toml())
+    code = (
+        "import sys; from pathlib import Path; from slotlab.config.load import read_toml, validate; "
+        "from slotlab.training.train import train; from featcache.store.reading import FeatureStore; "
+        "here = Path(sys.argv[1]); "
+        "train(validate(read_toml(here / 'config.toml'), ''), FeatureStore.open(sys.argv[2]), here / 'two')"
+    )
+    (tmp_path / "ranks.py").write_text(code)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", str(tmp_path / "ranks.py"), str(tmp_path), str(store.path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    ended = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    two = tmp_path / "two"
+    np.testing.assert_allclose([r["loss"] for r in rows_of(two)], [r["loss"] for r in rows_of(one)], rtol=1e-4)
+    a, b = (load_file(run / "checkpoint/model.safetensors") for run in (one, two))
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-3, atol=1e-4)
+    assert json.loads((two / "summary.json").read_text())["processes"] == 2
+
+
+def test_each_rank_touches_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``auto`` would open the first one in every process; NCCL is told the device, or it guesses."""
+    opened: list[str] = []
+    joined: dict[str, Any] = {}
+
+    def empty(*_: object, device: str) -> SimpleNamespace:
+        opened.append(device)
+        return SimpleNamespace(device=torch.device(device))
+
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: opened.append(str(device)))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: joined.update(more, backend=backend))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(dist, "get_rank", lambda: 5)
+    for name, value in {"RANK": 5, "LOCAL_RANK": 1, "WORLD_SIZE": 8}.items():
+        monkeypatch.setenv(name, str(value))
+    with join(pick_device("auto")) as ranks:
+        assert ranks == Ranks(torch.device("cuda:1"), 5, 8)
+    assert set(opened) == {"cuda:1"}
+    assert joined == {"backend": "nccl", "device_id": torch.device("cuda:1")}
+
+
+def test_ranks_do_not_send_what_all_have(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers: D x D numbers of a whitening, before every pass."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("slotlab.training.step.DistributedDataParallel", lambda model, **more: asked.update(more))
+    TrainStep.fresh(small(), store, Ranks(torch.device("cpu"), 0, 2))
+    assert asked == {"broadcast_buffers": False}
+
+
+def test_what_no_loss_reaches_is_not_trained(store: FeatureStore) -> None:
+    """DDP would wait for its gradient."""
+    config = small("loss.feature_mse=0", "loss.diversity=1", "model.decoder.kind=slot_mixer")
+    model = build_model(config, store)
+    freeze_unreached(model, config, store)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    kept = {name.split(".")[0] for name in trained}
+    assert kept == {"project", "recur", "decode"}, "the masks are the decoder's"
+    assert not any(name.startswith("decode.heads") for name in trained), "which need no tokens"
+    assert all(parameter.grad is None for parameter in model.parameters())
