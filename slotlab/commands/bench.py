@@ -19,11 +19,13 @@ bench = typer.Typer(help="Measured rates beside what this machine allows.", no_a
 @bench.command("stream")
 def bench_stream(
     cache: Cache,
-    split: Annotated[str, typer.Option(help="Of the store.")] = "train",
-    tap: Annotated[str | None, typer.Option(help="Default: the store's first.")] = None,
-    residence: Annotated[Residence, typer.Option(help="Where the features live while they stream.")] = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 7,
-    cold: Annotated[bool, typer.Option(help="Also from the disk: drops the store from the page cache.")] = True,
+    split: Annotated[str, typer.Option(help="Split to read.")] = "train",
+    tap: Annotated[str | None, typer.Option(help="Tap to read; default: the store's first.")] = None,
+    residence: Annotated[Residence, typer.Option(help="Place of the features while they stream.")] = "auto",
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds (medians are reported).")] = 7,
+    cold: Annotated[
+        bool, typer.Option(help="Reads from the disk, too: the store is dropped from the page cache.")
+    ] = True,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -53,17 +55,19 @@ def bench_stream(
 
 @bench.command("extract")
 def bench_extract(
-    backbone: Annotated[str, typer.Option(help="Short name, timm:NAME or open_clip:ARCH/TAG.")] = "dinov2",
-    data: Annotated[str | None, typer.Option(help="Folder, HDF5 file or tfds:NAME; default: the sample.")] = None,
-    split: Annotated[str | None, typer.Option(help="Default: the source's first.")] = None,
-    videos: Annotated[int, typer.Option(min=1, help="In a round.")] = 6,
-    weights: Annotated[str | None, typer.Option(help="Checkpoint file, or random.")] = None,
-    input_size: Annotated[int | None, typer.Option(help="Pixels a side that the backbone sees.")] = None,
+    backbone: Annotated[str, typer.Option(help="Backbone: a short name, timm:NAME or open_clip:ARCH/TAG.")] = "dinov2",
+    data: Annotated[
+        str | None, typer.Option(help="Source of videos: a folder, an HDF5 file or tfds:NAME; default: the sample.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split to read; default: the source's first.")] = None,
+    videos: Annotated[int, typer.Option(min=1, help="Number of videos in a round.")] = 6,
+    weights: Annotated[str | None, typer.Option(help="Weights of the backbone: a checkpoint file, or random.")] = None,
+    input_size: Annotated[int | None, typer.Option(help="Side of the backbone's input in pixels.")] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Number of frames at a time; default: as in extract.")
     ] = None,
     precision: Annotated[Precision, typer.Option(help="Number format of the backbone; auto: as in extract.")] = "auto",
-    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds (medians are reported).")] = 5,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -93,12 +97,16 @@ def bench_extract(
 @bench.command("train")
 def bench_train(
     cache: Cache,
-    preset: Annotated[str, typer.Option(help="A shipped configuration.")] = "default",
+    preset: Annotated[str, typer.Option(help="Name of a shipped configuration.")] = "default",
     config: Annotated[Path | None, typer.Option(help="TOML file, laid over the preset.")] = None,
-    override: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example model.slots=7.")] = None,
-    batch_size: Annotated[list[int] | None, typer.Option(help="Repeatable; default: the configuration's.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="In a turn.")] = 10,
-    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 3,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="Setting as key=value, for example model.slots=7; repeatable.")
+    ] = None,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(help="Samples in a step; repeatable; default: the configuration's.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Number of steps in a turn.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of rounds (medians are reported).")] = 3,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:

@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     cache: Annotated[Path | None, typer.Option(help="Another store of the same features.")] = None,
-    split: Annotated[str | None, typer.Option(help="Default: the configuration's, validation.")] = None,
-    sheet: Annotated[Path | None, typer.Option(help="Also draw frames, ground truth and slots to this PNG.")] = None,
-    boundaries: Annotated[bool, typer.Option("--boundaries", help="Also boundary F and bleeding by area.")] = False,
-    refine: Annotated[Refine | None, typer.Option(help="Also score masks refined by the frames.")] = None,
-    binarise: Annotated[list[str] | None, typer.Option(help="Also argmax, threshold=T or gumbel=T.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split to score; default: the configuration's, validation.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="PNG to draw: frames, ground truth and slots.")] = None,
+    boundaries: Annotated[bool, typer.Option("--boundaries", help="Boundary F and bleeding by area, too.")] = False,
+    refine: Annotated[
+        Refine | None, typer.Option(help="Method of refinement by the frames; the refined masks are scored, too.")
+    ] = None,
+    binarise: Annotated[
+        list[str] | None, typer.Option(help="Binarisation to score, too: argmax, threshold=T or gumbel=T; repeatable.")
+    ] = None,
     against: Annotated[Path | None, typer.Option(help="Run to test this one against, video by video.")] = None,
     device: Device = "auto",
     as_json: Json = False,

@@ -11,28 +11,32 @@ import typer
 from featcache.errors import DataError, UsageError
 from slotlab.commands.options import CACHE_FOLDER, Json, print_json
 
-Override = Annotated[list[str] | None, typer.Option("--set", help="key=value, of all cells; repeatable.")]
-Steps = Annotated[int | None, typer.Option(help="Optimiser steps of every run.")]
-Devices = Annotated[str, typer.Option(help="auto, or a list: cuda:0,cuda:1.")]
-Workers = Annotated[int | None, typer.Option(help="Processes; default: one a GPU, or one a core of the CPU.")]
+Override = Annotated[list[str] | None, typer.Option("--set", help="Setting of all cells as key=value; repeatable.")]
+Steps = Annotated[int | None, typer.Option(help="Number of optimiser steps of every run.")]
+Devices = Annotated[str, typer.Option(help="Devices: auto, or a list such as cuda:0,cuda:1.")]
+Workers = Annotated[int | None, typer.Option(help="Number of processes; default: one a GPU, or one a core of the CPU.")]
 WIDTH = 120  # columns of a table that goes to no terminal
 
 
 def compare(
-    backbone: Annotated[list[str] | None, typer.Option(help="As for slotlab extract; repeatable.")] = None,
-    tap: Annotated[list[str] | None, typer.Option(help="Of every backbone; default: the last block.")] = None,
-    preset: Annotated[list[str] | None, typer.Option(help="Repeatable; pixel is trained once.")] = None,
+    backbone: Annotated[list[str] | None, typer.Option(help="Backbone, as for slotlab extract; repeatable.")] = None,
+    tap: Annotated[list[str] | None, typer.Option(help="Tap of every backbone; default: the last block.")] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(help="Name of a shipped configuration; repeatable; pixel is trained once.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file, laid over each preset.")] = None,
     override: Override = None,
-    seeds: Annotated[int, typer.Option(help="0 to N - 1.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Number of seeds: 0 to N - 1.")] = 3,
     steps: Steps = None,
-    data: Annotated[str | None, typer.Option(help="Videos, as for slotlab extract; default: the sample.")] = None,
-    split: Annotated[str | None, typer.Option(help="To evaluate on; default: validation.")] = None,
-    weights: Annotated[list[str] | None, typer.Option(help="BACKBONE=FILE, or random; repeatable.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Source of videos, as for slotlab extract; default: the sample.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split to score; default: validation.")] = None,
+    weights: Annotated[list[str] | None, typer.Option(help="Weights as BACKBONE=FILE, or random; repeatable.")] = None,
     grid: Annotated[int, typer.Option(min=1, help="Patches a side, the same for all backbones.")] = 16,
-    max_videos: Annotated[int | None, typer.Option(min=1, help="Of each split.")] = None,
-    cache_folder: Annotated[Path, typer.Option(help="Where stores are looked for and made.")] = CACHE_FOLDER,
-    out: Annotated[Path | None, typer.Option(help="Default: compare/BACKBONES.")] = None,
+    max_videos: Annotated[int | None, typer.Option(min=1, help="Number of videos of each split, at most.")] = None,
+    cache_folder: Annotated[Path, typer.Option(help="Folder of stores, found or made.")] = CACHE_FOLDER,
+    out: Annotated[Path | None, typer.Option(help="Folder of the experiment; default: compare/BACKBONES.")] = None,
     devices: Devices = "auto",
     workers: Workers = None,
     as_json: Json = False,
@@ -85,13 +89,13 @@ def compare(
 
 
 def ablate(
-    file: Annotated[Path, typer.Argument(help="TOML: preset, cache, seeds, and the tables set, grid and cells.")],
+    file: Annotated[Path, typer.Argument(help="TOML file: preset, cache, seeds, and the tables set, grid and cells.")],
     cache: Annotated[Path | None, typer.Option(help="Store; goes before the file's.")] = None,
     override: Override = None,
-    seeds: Annotated[int | None, typer.Option(help="0 to N - 1; goes before the file's.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds: 0 to N - 1; goes before the file's.")] = None,
     steps: Steps = None,
-    split: Annotated[str | None, typer.Option(help="To evaluate on; default: validation.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Default: ablate/FILE.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split to score; default: validation.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the experiment; default: ablate/FILE.")] = None,
     devices: Devices = "auto",
     workers: Workers = None,
     as_json: Json = False,

@@ -13,17 +13,21 @@ from slotlab.commands.options import CACHE_FOLDER, Device, Dtype, Json, Precisio
 
 def extract(
     context: typer.Context,
-    backbone: Annotated[str, typer.Option(help="Short name, timm:NAME or open_clip:ARCH/TAG.")] = "dinov2",
-    data: Annotated[str | None, typer.Option(help="Folder, HDF5 file or tfds:NAME; default: the sample.")] = None,
-    split: Annotated[list[str] | None, typer.Option(help="Repeatable; default: every split.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Default: cache/BACKBONE.zarr.")] = None,
-    tap: Annotated[list[str] | None, typer.Option(help="block12, block12.norm, block9.key ...; repeatable.")] = None,
-    input_size: Annotated[int | None, typer.Option(help="Pixels a side that the backbone sees.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="int8 keeps a scale for each token.")] = "float16",
-    frame_stride: Annotated[int, typer.Option(help="Keep every N-th frame.")] = 1,
-    max_videos: Annotated[int | None, typer.Option(help="Of each split.")] = None,
+    backbone: Annotated[str, typer.Option(help="Backbone: a short name, timm:NAME or open_clip:ARCH/TAG.")] = "dinov2",
+    data: Annotated[
+        str | None, typer.Option(help="Source of videos: a folder, an HDF5 file or tfds:NAME; default: the sample.")
+    ] = None,
+    split: Annotated[list[str] | None, typer.Option(help="Split to extract; repeatable; default: every split.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Store to make or to resume; default: cache/BACKBONE.zarr.")] = None,
+    tap: Annotated[
+        list[str] | None, typer.Option(help="Tap: block12, block12.norm, block9.key ...; repeatable.")
+    ] = None,
+    input_size: Annotated[int | None, typer.Option(help="Side of the backbone's input in pixels.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Form of the stored tokens; int8 keeps a scale for each.")] = "float16",
+    frame_stride: Annotated[int, typer.Option(help="Stride N: every N-th frame is kept.")] = 1,
+    max_videos: Annotated[int | None, typer.Option(help="Number of videos of each split, at most.")] = None,
     frame_size: Annotated[int | None, typer.Option(help="Side of the stored frames; default: as they are.")] = None,
-    weights: Annotated[str | None, typer.Option(help="Checkpoint file, or random.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights of the backbone: a checkpoint file, or random.")] = None,
     batch_size: Annotated[
         str, typer.Option(help="Number of frames at a time; auto: 8 on a CPU, what fits on a GPU.")
     ] = "auto",
@@ -31,12 +35,18 @@ def extract(
         Precision, typer.Option(help="Number format of the backbone; auto: the fastest that is close enough.")
     ] = "auto",
     device: Device = "auto",
-    workers: Annotated[int | None, typer.Option(help="Processes of one thread, on this machine.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="Of dask; its workers share this file system.")] = None,
-    mask_colours: Annotated[bool, typer.Option("--mask-colours", help="Each colour of a mask is one object.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Number of processes on this machine, one thread each.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of the dask scheduler; its workers share this file system.")
+    ] = None,
+    mask_colours: Annotated[
+        bool, typer.Option("--mask-colours", help="Masks by colour: each colour is one object.")
+    ] = False,
     ignore_label: Annotated[str | None, typer.Option(help="Number of void pixels in masks; a colour: #rrggbb.")] = None,
-    skip_damaged: Annotated[bool, typer.Option("--skip-damaged", help="Leave out videos that cannot be read.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would do and stop.")] = False,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Extraction goes on without videos that cannot be read.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan alone: what would be done.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run a frozen backbone over the videos once and store its patch tokens. Resumes where it stopped."""

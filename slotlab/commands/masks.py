@@ -14,17 +14,21 @@ Format = Literal["png", "rle", "overlay-png", "overlay-mp4", "overlay-gif"]
 FRAMES_A_SECOND = 12.0  # of MOVi's videos
 
 Out = Annotated[Path, typer.Option(help="Folder to make or add to.")]
-Refined = Annotated[Refine | None, typer.Option(help="Bring masks to the frame's edges first.")]
-Fps = Annotated[float, typer.Option(min=1, help="Of mp4 and gif: frames a second.")]
+Refined = Annotated[Refine | None, typer.Option(help="Method that brings masks to the frame's edges first.")]
+Fps = Annotated[float, typer.Option(min=1, help="Frames a second of mp4 and gif.")]
 
 
 def masks(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     out: Out,
     cache: Annotated[Path | None, typer.Option(help="Another store of the same features.")] = None,
-    split: Annotated[str | None, typer.Option(help="Default: the configuration's, validation.")] = None,
-    videos: Annotated[int | None, typer.Option(min=1, help="Only so many, spread over the split.")] = None,
-    form: Annotated[Format, typer.Option("--format", help="png: label maps; rle: one COCO file.")] = "png",
+    split: Annotated[str | None, typer.Option(help="Split to write; default: the configuration's, validation.")] = None,
+    videos: Annotated[
+        int | None, typer.Option(min=1, help="Number of videos, spread over the split; default: all.")
+    ] = None,
+    form: Annotated[
+        Format, typer.Option("--format", help="Format of the files; png: label maps, rle: one COCO file.")
+    ] = "png",
     refine: Refined = None,
     fps: Fps = FRAMES_A_SECOND,
     device: Device = "auto",
@@ -49,7 +53,9 @@ def segment(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     files: Annotated[list[Path], typer.Argument(help="Pictures, videos, and folders of pictures (each a video).")],
     out: Out,
-    form: Annotated[Format, typer.Option("--format", help="png: label maps; rle: one COCO file.")] = "overlay-png",
+    form: Annotated[
+        Format, typer.Option("--format", help="Format of the files; png: label maps, rle: one COCO file.")
+    ] = "overlay-png",
     refine: Refined = None,
     fps: Fps = FRAMES_A_SECOND,
     weights: Annotated[str | None, typer.Option(help="Checkpoint file of the backbone, if it has moved.")] = None,

@@ -12,8 +12,8 @@ from featcache.words import Dtype as Dtype
 
 CACHE_FOLDER = Path("cache")
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps ...")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, mps ...")]
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Residence = Literal["auto", "disk", "host", "device"]
 Refine = Literal["guided", "crf"]

@@ -10,25 +10,25 @@ import typer
 from slotlab.commands.options import Device, Json, print_json
 
 Runs = Annotated[list[Path], typer.Argument(help="Run folders, the first to compare against.", show_default=False)]
-Split = Annotated[str | None, typer.Option(help="Default: the configuration's, validation.")]
+Split = Annotated[str | None, typer.Option(help="Split to report; default: the configuration's, validation.")]
 Store = Annotated[Path | None, typer.Option("--cache", help="Another store of the same features.")]
-Videos = Annotated[int, typer.Option(min=0, help="In the gallery: half the worst, half the best.")]
+Videos = Annotated[int, typer.Option(min=0, help="Number of videos in the gallery: half the worst, half the best.")]
 Rank = Annotated[str, typer.Option(help="Score that says which are worst and best, by its key in eval --json.")]
-Frames = Annotated[int, typer.Option(min=1, help="Of a video, at most; evenly spaced.")]
-Title = Annotated[str | None, typer.Option(help="Default: the run's name.")]
+Frames = Annotated[int, typer.Option(min=1, help="Number of frames of a video, at most; evenly spaced.")]
+Title = Annotated[str | None, typer.Option(help="Title of the page; default: the run's name.")]
 
 
 def report(
     runs: Runs,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The page.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Page to write.")] = Path("report.html"),
     split: Split = None,
     cache: Store = None,
     videos: Videos = 6,
     rank: Rank = "mbo",
     frames: Frames = 48,
     title: Title = None,
-    markdown: Annotated[Path | None, typer.Option(help="Also write the tables as Markdown.")] = None,
-    figures: Annotated[Path | None, typer.Option(help="Also draw the figures here, as PNG and SVG.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Markdown file for the tables.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="Folder for the figures, as PNG and SVG.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -59,8 +59,8 @@ def report(
 
 def view(
     runs: Runs,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of 127.0.0.1; 0 takes any free one.")] = 8000,
-    browser: Annotated[bool, typer.Option(help="Open it.")] = True,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of 127.0.0.1; 0 takes any free one.")] = 8000,
+    browser: Annotated[bool, typer.Option(help="Browser opened on the page.")] = True,
     split: Split = None,
     cache: Store = None,
     videos: Videos = 6,

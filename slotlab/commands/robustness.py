@@ -21,9 +21,13 @@ COLUMNS = {
 def robustness(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     cache: Annotated[Path | None, typer.Option(help="Another store of the same features.")] = None,
-    split: Annotated[str | None, typer.Option(help="Default: the configuration's, validation.")] = None,
-    max_videos: Annotated[int, typer.Option(min=1, help="Spread over the split; each passes the backbone again.")] = 8,
-    frames: Annotated[int, typer.Option(min=1, help="The first ones of each video.")] = 6,
+    split: Annotated[
+        str | None, typer.Option(help="Split to look at; default: the configuration's, validation.")
+    ] = None,
+    max_videos: Annotated[
+        int, typer.Option(min=1, help="Number of videos, spread over the split; each passes the backbone again.")
+    ] = 8,
+    frames: Annotated[int, typer.Option(min=1, help="Number of frames of each video, from its first.")] = 6,
     weights: Annotated[str | None, typer.Option(help="Checkpoint file of the backbone, if it has moved.")] = None,
     device: Device = "auto",
     as_json: Json = False,

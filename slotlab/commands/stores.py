@@ -14,11 +14,15 @@ from slotlab.commands.options import CACHE_FOLDER, Device, Dtype, Json, print_js
 def stats(
     context: typer.Context,
     caches: Annotated[list[Path] | None, typer.Argument(help="Stores; default: all in cache/.")] = None,
-    split: Annotated[str | None, typer.Option(help="Default: train, or the first there is.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Write a figure.")] = None,
-    recompute: Annotated[bool, typer.Option(help="From the stored features, block by block with dask.")] = False,
-    workers: Annotated[int | None, typer.Option(help="With --recompute: processes on this machine.")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="With --recompute: of dask; its workers see the store.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split to report; default: train, or the first there is.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="File for a figure.")] = None,
+    recompute: Annotated[
+        bool, typer.Option(help="Statistics made anew from the stored features, block by block with dask.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(help="Number of processes on this machine, with --recompute.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of the dask scheduler, with --recompute; its workers see the store.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """The scale of the features: std, token norms, outliers, effective rank; stores side by side."""
@@ -52,9 +56,11 @@ def stats(
 
 def verify(
     cache: Annotated[Path, typer.Argument(help="Store to check.")],
-    repair: Annotated[bool, typer.Option("--repair", help="Make again what is damaged, and only that.")] = False,
-    data: Annotated[str | None, typer.Option(help="Where the store's videos are now, if they have moved.")] = None,
-    weights: Annotated[str | None, typer.Option(help="Checkpoint file, if it has moved.")] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Repair: what is damaged is made again, and only that.")
+    ] = False,
+    data: Annotated[str | None, typer.Option(help="Source of the store's videos, if they have moved.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Checkpoint file of the backbone, if it has moved.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -86,11 +92,11 @@ def verify(
 def export(
     cache: Annotated[Path, typer.Argument(help="Store to copy.")],
     out: Annotated[Path, typer.Argument(help="Store or file to make.")],
-    form: Annotated[Literal["zarr", "hdf5"], typer.Option("--format", help="Of the copy.")] = "zarr",
-    dtype: Annotated[Dtype | None, typer.Option(help="Default: as it is.")] = None,
-    tap: Annotated[list[str] | None, typer.Option(help="Repeatable; default: every tap.")] = None,
-    split: Annotated[list[str] | None, typer.Option(help="Repeatable; default: every split.")] = None,
-    shard_videos: Annotated[int, typer.Option(help="Videos that share a file, where inodes are scarce.")] = 0,
+    form: Annotated[Literal["zarr", "hdf5"], typer.Option("--format", help="Format of the copy.")] = "zarr",
+    dtype: Annotated[Dtype | None, typer.Option(help="Form of the copied tokens; default: as they are.")] = None,
+    tap: Annotated[list[str] | None, typer.Option(help="Tap to copy; repeatable; default: every tap.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="Split to copy; repeatable; default: every split.")] = None,
+    shard_videos: Annotated[int, typer.Option(help="Number of videos that share a file, where inodes are scarce.")] = 0,
 ) -> None:
     """Copy a store in another dtype, with fewer taps, in shards, or as HDF5. Never loads it; checks as it reads."""
     from featcache.upkeep.convert import ConvertOptions, convert
@@ -105,10 +111,10 @@ def export(
 def import_file(
     file: Annotated[Path, typer.Argument(help="HDF5 file by slotlab export, or of the layout in docs/store.md.")],
     out: Annotated[Path, typer.Argument(help="Store to make.")],
-    dtype: Annotated[Dtype | None, typer.Option(help="Default: as it is.")] = None,
-    tap: Annotated[list[str] | None, typer.Option(help="Repeatable; default: every tap.")] = None,
-    split: Annotated[list[str] | None, typer.Option(help="Repeatable; default: every split.")] = None,
-    shard_videos: Annotated[int, typer.Option(help="Videos that share a file, where inodes are scarce.")] = 0,
+    dtype: Annotated[Dtype | None, typer.Option(help="Form of the copied tokens; default: as they are.")] = None,
+    tap: Annotated[list[str] | None, typer.Option(help="Tap to copy; repeatable; default: every tap.")] = None,
+    split: Annotated[list[str] | None, typer.Option(help="Split to copy; repeatable; default: every split.")] = None,
+    shard_videos: Annotated[int, typer.Option(help="Number of videos that share a file, where inodes are scarce.")] = 0,
 ) -> None:
     """Make a store of the features in an HDF5 file."""
     if not file.is_file():
@@ -117,7 +123,7 @@ def import_file(
 
 
 def weights(
-    fetch: Annotated[str | None, typer.Option(help="Download this backbone's weights now; prints JSON.")] = None,
+    fetch: Annotated[str | None, typer.Option(help="Backbone whose weights are downloaded now; prints JSON.")] = None,
     as_json: Json = False,
 ) -> None:
     """Which backbones there are, and where each one's weights come from."""

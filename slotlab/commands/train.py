@@ -13,17 +13,23 @@ from slotlab.commands.options import Cache, Device
 def train(
     context: typer.Context,
     cache: Cache,
-    preset: Annotated[str, typer.Option(help="A shipped configuration.")] = "default",
+    preset: Annotated[str, typer.Option(help="Name of a shipped configuration.")] = "default",
     config: Annotated[Path | None, typer.Option(help="TOML file, laid over the preset.")] = None,
-    override: Annotated[list[str] | None, typer.Option("--set", help="key=value, for example model.slots=7.")] = None,
-    normalize: Annotated[str | None, typer.Option(help="slow=K, whiten, whiten=K, channel, scale, none ...")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples a step: frames, or clips.")] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="Setting as key=value, for example model.slots=7; repeatable.")
+    ] = None,
+    normalize: Annotated[
+        str | None, typer.Option(help="Normalisation: slow=K, whiten, whiten=K, channel, scale, none ...")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples in a step: frames, or clips.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random numbers; default: the configuration's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/STORE-PRESET-SEED.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue this run from its checkpoint.")] = False,
-    init_from: Annotated[Path | None, typer.Option(help="Start with the parameters of this run.")] = None,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write events to RUN/tensorboard.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resuming: the run goes on from its checkpoint.")] = False,
+    init_from: Annotated[Path | None, typer.Option(help="Run whose parameters are the start.")] = None,
+    tensorboard: Annotated[
+        bool, typer.Option("--tensorboard", help="Events for TensorBoard, written to RUN/tensorboard.")
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """Train a slot model on cached features. Runs on several GPUs under: torchrun --nproc-per-node N -m cli train."""
