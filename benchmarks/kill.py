@@ -87,7 +87,7 @@ def main() -> None:
         _, seconds = _run(unbroken, None)
         expected = arrays_of(unbroken)
         while (kills := sum(deaths.values())) < arguments.kills or path.exists():
-            # After the last kill the store in hand is brought to its end.
+            # After the last kill the last store is finished.
             killed, _ = _run(path, rng.uniform(0, 0.4 * seconds) if kills < arguments.kills else None)
             done = sum(len(manifest.read(path / split)) for split in VIDEOS)
             if killed:

@@ -4,7 +4,7 @@
 
 The store is sparse: its features are holes that read as zeros, so that it needs no room on the disk. Anonymous
 memory (RssAnon) is what a process has beside the page cache; pages of mapped files belong to the cache. Each
-job runs in a process of its own, whose memory is sampled every 20 ms.
+job runs in a separate process, whose memory is sampled every 20 ms.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def limited(cores: int = 1) -> Iterator[None]:
 
 
 def start_limited(work: Callable[[], None], name: str, cores: int = 1) -> threading.Thread:
-    """A started daemon thread whose own torch operations use so many cores."""
+    """A started daemon thread whose own torch operations use ``cores`` cores."""
     threads = torch.get_num_threads()
     limited = threading.Event()
 

@@ -32,7 +32,7 @@ BUCKETS = _LAST_BUCKET - _FIRST_BUCKET + 1
 # Frames are taken in blocks of about this many tokens, to bound the float64 copies of a long video.
 _BLOCK_TOKENS = 2**14
 
-# Columns are multiplied in so many blocks: 3/4 of the work of the whole product, in blocks still large.
+# Number of blocks of columns that are multiplied: 3/4 of the work of the whole product, in blocks still large.
 GRAM_BLOCKS = 2
 
 

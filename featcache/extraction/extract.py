@@ -1,7 +1,7 @@
 """Extraction: videos -> decode -> preprocess -> forward -> store, overlapped and resumable.
 
 Decoding runs ahead in threads, the backbone runs in the calling thread, and encoding and durable writes follow in
-threads of their own, so that the backbone waits for neither. Batches are cut from fixed groups of
+other threads, so that the backbone waits for neither. Batches are cut from fixed groups of
 videos: which frames share a batch depends only on their position, never on where an earlier run stopped or
 which process a group went to (`featcache.extraction.distributed`), and so all their stores are equal byte for byte.
 """
@@ -54,7 +54,7 @@ def extract(
 
 
 def _finished(plan: ExtractPlan) -> FeatureStore | None:
-    """The store, where nothing is left to do: one that may only be read will do, too."""
+    """The finished store, or None. Needs read access only."""
     if plan.frames_left or not (plan.path / "zarr.json").exists():
         return None
     store = FeatureStore.open(plan.path)

@@ -72,7 +72,7 @@ class ExtractPlan:
     spec: StoreSpec
     splits: tuple[SplitPlan, ...]
     bytes_free: int
-    resize_frames: bool = False  # the user asked for stored frames of a size of their own
+    resize_frames: bool = False  # the user chose the size of the stored frames
     remarks: tuple[str, ...] = ()  # what the source says before its videos are trusted
 
     @property

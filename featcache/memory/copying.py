@@ -15,7 +15,7 @@ CHECK = 16  # copies between two looks at what the caller wants looked at
 
 
 class Copier:
-    """Carries out copies, with so many threads.
+    """Carries out copies on ``threads`` threads.
 
     One thread moves about 10 GB/s, a machine's memory often several times that.
     """
@@ -25,7 +25,7 @@ class Copier:
         self._threads = threads
 
     def __call__(self, pieces: Sequence[Piece], between: Callable[[Sequence[Piece]], None] = lambda _: None) -> None:
-        """Copy all pieces. ``between`` is told now and then which of the calling thread's own are left."""
+        """Copy all pieces. ``between(rest)`` is called every few copies with those that are left to this thread."""
         past_caches = sum(size for *_, size in pieces) >= kernels.PAST_CACHES
         copy = partial(_copy, kernels.copy() if past_caches else ctypes.memmove)
         mine, *others = (pieces[part :: self._threads] for part in range(self._threads))

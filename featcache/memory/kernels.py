@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any, cast
 
 LINE = 64  # bytes that a step of a loop writes; targets and sizes are multiples of it
-PAST_CACHES = 16 << 20  # so many bytes have left the caches before they are used
+PAST_CACHES = 16 << 20  # bytes; larger copies have left the caches before they are used
 
 COPY = """
 define void @copy(ptr %target, ptr %source, i64 %size) {
@@ -30,7 +30,7 @@ line:
   %more = icmp ult i64 %next, %size
   br i1 %more, label %line, label %end
 end:
-  fence seq_cst ; such stores keep no order: the batch is complete before anyone is told so
+  fence seq_cst ; such stores keep no order: the batch is complete before anyone learns of it
   ret void
 }
 !0 = !{i32 1}

@@ -98,7 +98,7 @@ def _lossy_webp(data: bytes) -> bool:
         kind, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
         if kind == b"VP8 ":
             return True
-        at += 8 + (16 if kind == b"ANMF" else size + size % 2)  # a frame of an animation holds chunks of its own
+        at += 8 + (16 if kind == b"ANMF" else size + size % 2)  # a frame of an animation holds further chunks
     return False
 
 

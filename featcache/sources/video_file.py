@@ -161,7 +161,7 @@ class _Clip:
         yield from frames
 
     def complaint(self) -> str:
-        """The first error that FFmpeg told of, if it was not about another stream."""
+        """FFmpeg's first error message, unless it is about another stream."""
         others = {
             stream.codec_context.name
             for stream in self.container.streams

@@ -24,7 +24,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
     The name itself lasts once `sync_directory` has run on the folder.
     """
-    # A name of its own: a worker that was given up for dead may still be writing the same chunk.
+    # A unique name: a worker that was given up for dead may still be writing the same chunk.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)

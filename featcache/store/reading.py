@@ -97,7 +97,7 @@ class Split:
         return tuple(self.manifest)
 
     def spread(self, most: int) -> tuple[int, ...]:
-        """Up to so many videos, evenly spread over all: a folder in order of its scenes is not judged by the first."""
+        """At most ``most`` videos, evenly spaced, so that a sorted folder is not represented by its first scene."""
         count = min(most, len(self.videos))
         return tuple(self.videos[len(self.videos) * i // count] for i in range(count))
 

@@ -2,7 +2,7 @@
 
 A shard (zarr v3 codec ``sharding_indexed``, https://zarr-specs.readthedocs.io, section "Sharding codec") is its
 chunks' bytes end to end, then an index of (offset, length) pairs of little-endian uint64 and the index's
-CRC32C. A chunk's bytes are the same inside a shard as in a file of its own, so the manifest's checksums do not
+CRC32C. A chunk's bytes are the same inside a shard as in a separate file, so the manifest's checksums do not
 depend on where they lie.
 """
 

@@ -301,7 +301,7 @@ def read_split_spec(path: Path) -> SplitSpec:
 def save_split_spec(path: Path, spec: SplitSpec) -> None:
     """Replace the specification in a split's zarr.json, durably."""
     document = json.loads((path / METADATA).read_bytes())
-    document["attributes"]["featcache"] = asdict(spec)  # others may have left attributes of their own
+    document["attributes"]["featcache"] = asdict(spec)  # other programs may have left attributes here
     write_tree(path, {METADATA: json.dumps(document, indent=2).encode()})
 
 

@@ -1,6 +1,6 @@
 """Rows of one stored array into a given tensor: from raw chunk files, through zarr-python, or from memory.
 
-A chunk without a codec but ``bytes`` is the chunk's values, in a file of its own or at some place in a shard. So its
+A chunk without a codec but ``bytes`` is the chunk's values, in a separate file or at some place in a shard. So its
 rows are copied from a memory map of the file straight into the batch's buffer. What the page cache holds then moves
 at the rate of a copy in memory (``preadv`` reaches half of that where the cache is made of 4 KiB pages). What it
 does not hold would come in page by page; so, as soon as the thread is seen to wait for the disk, the rest of the
@@ -46,7 +46,7 @@ class Rows(Protocol):
 
 
 def open_rows(split: Split, path: str, threads: int = 1) -> Rows:
-    """The fastest reader that the array's metadata allows; of raw values, so many threads copy."""
+    """The fastest reader that the array's metadata allows; ``threads`` threads copy raw values."""
     array = split.array(path)
     return FileRows(array, split.path / path, threads) if FileRows.allowed(array) else ZarrRows(array)
 

@@ -1,7 +1,7 @@
 """Buffers between the reader and the trainer, and the copies that bring a batch to the device.
 
 On a CPU a batch is used where it was read. For a CUDA device it is read into pinned memory and copied on a
-stream of its own, so that the copy of the next batch runs under the computation on this one. Two events for
+separate stream, so that the copy of the next batch runs under the computation on this one. Two events for
 each batch keep the order without making the host wait: ``filled`` (the trainer's stream waits for it) and
 ``released`` (the copying stream waits for it before it writes again).
 """

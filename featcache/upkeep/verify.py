@@ -94,7 +94,7 @@ def verify_split(store: StoreSpec, folder: Path) -> Iterator[Damage]:
     except DataError:
         if (folder / manifest.NAME).exists():
             yield Damage(split, None, "", f"{split}/{METADATA} is missing or damaged", "metadata")
-        return  # without it nothing else can be told
+        return  # without it nothing else can be checked
     if not (folder / manifest.NAME).exists():
         if spec.statistics_videos:  # else it was never finished being created
             yield Damage(split, None, "", f"{split}/{manifest.NAME} is missing", "manifest")

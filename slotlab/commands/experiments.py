@@ -44,7 +44,7 @@ def compare(
     """Backbones, taps and presets side by side: extract what is missing, train, evaluate, report. Resumes."""
     from featcache.backbones.registry import get_spec
 
-    names = [get_spec(name).name for name in backbone or ()]  # a misspelt name is told before anything heavy
+    names = [get_spec(name).name for name in backbone or ()]  # a misspelt name is an error before anything heavy
     if not names:
         raise UsageError("nothing to compare; name at least one --backbone, for example --backbone dinov2")
     from slotlab.commands import terminal

@@ -56,7 +56,7 @@ def extract(
 
     from featcache.backbones.registry import get_spec
 
-    get_spec(backbone)  # a misspelt name is told before anything heavy is imported
+    get_spec(backbone)  # a misspelt name is an error before anything heavy is imported
     from featcache.backbones.backbone import load_backbone
     from featcache.extraction.extract import extract as run_extract
     from featcache.extraction.extract import measure_seconds

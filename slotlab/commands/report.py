@@ -82,7 +82,7 @@ def view(
         runs, split, cache, PageOptions(title, videos, rank, frames), pick_device(device), terminal.err.print
     )
     with serve(live, port) as server:
-        live.refresh()  # before the address is told: what is wrong is said here, not in the browser
+        live.refresh()  # before the address is printed: errors appear here, not in the browser
         follower = threading.Thread(target=live.follow, daemon=True)
         follower.start()
         address = f"http://{HOST}:{server.server_port}/"

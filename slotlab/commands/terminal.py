@@ -62,7 +62,7 @@ class ExtractProgress:
 def training_display(steps: int) -> Iterator[Any]:
     """A callable that takes each logged row: a live table on a terminal, else a line now and then.
 
-    A look at the masks is told whenever there is one, with its warnings.
+    Every look at the masks is printed, with its warnings.
     """
     from slotlab.scoring.metrics import shown, shown_of_videos  # not before a command that trains
 

@@ -1,4 +1,4 @@
-"""Parts and sizes of the models, and what helps each against collapse. No torch: a wrong key is told at once."""
+"""Parts and sizes of the models, and what helps each against collapse. No torch: a wrong key is an error at once."""
 
 from __future__ import annotations
 

@@ -134,7 +134,7 @@ class Comparison:
     missing: tuple[StoreRequest, ...]
 
     def extract(self, device: str | torch.device, progress: Progress) -> None:
-        """Make the missing stores; an unfinished one is resumed. ``progress`` is told store and split as one name."""
+        """Make the missing stores; an unfinished one is resumed. ``progress`` gets store and split as one name."""
         from featcache.extraction.extract import extract
         from featcache.extraction.plan import ExtractOptions, plan
 

@@ -95,7 +95,7 @@ class Plan:
             raise UsageError("nothing to run: a plan needs at least one cell and one seed")
         names = [cell.name.lower() for cell in self.cells]  # some file systems do not tell a from A
         if twice := {cell.name for cell in self.cells if names.count(cell.name.lower()) > 1}:
-            raise UsageError(f"two cells are called {min(twice)}; give each a name of its own")
+            raise UsageError(f"two cells are called {min(twice)}; give each another name")
         if len(set(self.seeds)) < len(self.seeds):
             raise UsageError(f"seeds {', '.join(map(str, self.seeds))}: one is named twice")
         for cell in self.cells:

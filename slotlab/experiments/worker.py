@@ -99,7 +99,7 @@ def _redirect(path: Path) -> None:
 
 
 def _die_with_parent() -> None:
-    """A parent that was killed is started again by a person, and must find its runs at rest."""
+    """End with the parent: a person who starts it again must find no run still writing."""
     parent = parent_process()
     assert parent is not None
     wait([parent.sentinel])

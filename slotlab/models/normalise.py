@@ -73,7 +73,7 @@ class Normaliser(nn.Module):
     """Frozen normalisation of patch features, saved and moved with the model that uses it.
 
     ``Normaliser(kind, dim, positions)`` alone is the empty shell that ``load_state_dict`` fills, ``positions``
-    being the number of patches if each has a mean of its own; :meth:`from_statistics` and
+    being the number of patches if each has its own mean; :meth:`from_statistics` and
     :meth:`from_moments` make one from a store. Raises UsageError for a kind that does not exist.
     """
 

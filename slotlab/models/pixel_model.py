@@ -123,7 +123,7 @@ class PositionEmbedding(nn.Module):
 
 
 class BroadcastDecoder(nn.Module):
-    """Each slot is laid out on a small grid with positions and grown to a picture and an alpha mask of its own.
+    """Each slot is laid out on a small grid with positions and grown to its own picture and alpha mask.
 
     Args:
         config: ``broadcast`` is the side of the small grid.

@@ -1,4 +1,4 @@
-"""The colours of pictures, charts and pages: here and nowhere else, and told apart by colour-blind readers too."""
+"""The colours of pictures, charts and pages: here and nowhere else. Colour-blind readers can tell them apart."""
 
 from __future__ import annotations
 

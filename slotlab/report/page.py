@@ -19,7 +19,7 @@ from slotlab.report.provenance import environment, provenance
 from slotlab.scoring.metrics import Score, scores_in, shown, title_of
 from slotlab.scoring.references import FLOORS
 
-NAMED_RUNS = 3  # that a title of its own names
+NAMED_RUNS = 3  # that a page's default title names
 
 
 @dataclass(frozen=True)

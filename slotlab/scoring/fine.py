@@ -54,7 +54,7 @@ GAINS = {**shown("comparison"), "boundary_f": "boundary F"}  # key -> title of w
 class OutlineScorer:
     """``boundaries`` of a run's masks beside its grid's reference; where asked, ``refined`` and ``binarised``.
 
-    The reference is the ground truth brought to the grid and back, as in :mod:`slotlab.scoring.references`.
+    The reference is the ground truth averaged to the grid and upsampled again, as in :mod:`slotlab.scoring.references`.
     ``refined`` are the scores of the masks after ``method``, their ``gain`` over the plain ones, and the seconds that
     refinement took.
     """

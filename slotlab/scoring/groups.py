@@ -21,7 +21,7 @@ from slotlab.scoring.scores import Scores, Summary, Values, in_order, mean
 Intervals = Mapping[str, Interval | None]  # by a score's key, with _video behind it for whole videos
 
 METHOD = "percentile bootstrap over videos"
-ATTRIBUTES = ("material", "size")  # of an instance, that scores are told apart by
+ATTRIBUTES = ("material", "size")  # of an instance; scores are grouped by them
 
 
 def objects_by(split: Split, labels: int, attribute: str) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ FLOORS = {"kmeans_raw": "floor: k-means, raw tokens", "kmeans_whitened": "floor:
 class References:
     """What scores lie between."""
 
-    ceiling: Values  # of the ground truth brought to the grid
+    ceiling: Values  # of the ground truth, averaged to the grid
     kept_slots: float | None  # of the same; None: made by a version that did not tell
     floors: Mapping[str, Values]  # of k-means, by what it clusters; over frames alone, as it does not track
     statistics: str | None = None  # path of the split whose moments whitened; None: the version before did not tell
@@ -105,7 +105,7 @@ _FRAMES_A_CHUNK = 8  # one-hot ground truth is (frames, n_true, H, W) floats: 23
 
 
 def grid_reference(segmentations: Tensor, grid: tuple[int, int], n_true: int) -> Tensor:
-    """Tables (F, n_true, n_true) int64 of the ground truth brought to the patch grid and back.
+    """Tables (F, n_true, n_true) int64 of the ground truth, averaged to the patch grid and upsampled again.
 
     segmentations (F, H, W) integer labels below n_true, grid (rows, columns). Each object's mask is averaged
     over the area of each patch (exact also where patches and pixels do not line up), then upsampled and

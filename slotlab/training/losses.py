@@ -53,7 +53,7 @@ def temporal_similarity(output: Output, config: LossConfig) -> Tensor:
 
 
 def slot_contrast(output: Output, config: LossConfig) -> Tensor:
-    """Each slot is to be told from all others of the frame before by itself (SlotContrast, arXiv:2412.14295).
+    """Each slot recognises itself among all slots of the frame before (SlotContrast, arXiv:2412.14295).
 
     InfoNCE over cosines: the positive is the same slot one frame earlier, the negatives are all other slots of the
     earlier frame, in the whole batch (of all ranks).

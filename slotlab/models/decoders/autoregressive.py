@@ -20,7 +20,7 @@ class TransformerDecoder(Decoder):
     The masks are the last block's cross-attention, averaged over the heads.
 
     ``permuted`` trains on another scan of the patches at each step, from any corner along rows or columns, each with
-    a beginning of its own, so that fewer patches can be told from their neighbours alone (SPOT, Kakogeorgiou et
+    a separate start token, so that fewer patches can be predicted from their neighbours alone (SPOT, Kakogeorgiou et
     al., 2024, arXiv:2312.00648). Otherwise, and when a trained model is used, patches come row by row.
     """
 
