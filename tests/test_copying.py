@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +15,52 @@ from hypothesis import strategies as st
 from featcache.memory import kernels
 from featcache.memory.copying import CHECK, Copier
 from featcache.memory.pages import host_empty
+from featcache.sources.video import Video
 from featcache.store.encoding import ENCODINGS
+from featcache.store.reading import FeatureStore
+from featcache.store.spec import SplitSpec, StoreSpec, TapSpec
+from featcache.store.writing import StoreWriter
+from featcache.stream.stream import FeatureStream
+from featcache.words import Dtype
+from slotlab.commands import doctor
+
+
+@pytest.fixture(params=["llvmlite", "neither"])
+def loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """With the compiled loops, and without the package that compiles them."""
+    if request.param == "neither":
+        for module in ("llvmlite", "llvmlite.binding"):
+            monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
+    for kernel in (kernels.copy, kernels.dequantise):
+        kernel.cache_clear()
+    assert (kernels.dequantise() is None) == (request.param == "neither")
+    yield request.param
+    for kernel in (kernels.copy, kernels.dequantise):
+        kernel.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", ENCODINGS)
+def test_a_large_batch_streams_with_and_without_compiled_loops(tmp_path: Path, dtype: Dtype, loops: str) -> None:
+    """Of 16 MB and more, for which the loops are."""
+    spec = StoreSpec("synthetic", {"library": "none"}, {"size": 8}, {"block1": TapSpec((16, 16), 384)}, dtype)
+    generator = torch.Generator().manual_seed(0)
+    with StoreWriter(tmp_path / "s.zarr", spec) as writer:
+        part = writer.split("heldout", SplitSpec("f", (16, 16), 16, (8, 8), False))
+        for video in range(2):
+            frames = Video(str(video), np.zeros((16, 8, 8, 3), np.uint8), None, ())
+            part.write(video, frames, {"block1": torch.randn(16, 256, 384, generator=generator)})
+        part.finish({})
+        part.close()
+    split = FeatureStore.open(tmp_path / "s.zarr")["heldout"]
+    batch = next(iter(FeatureStream(split, "block1", batch_size=100, residence="disk")))
+    assert batch.features.nbytes > kernels.PAST_CACHES
+    everything = torch.cat([split.tokens("block1", video) for video in split.videos])
+    assert torch.equal(batch.features, everything[torch.from_numpy(batch.rows)])
+
+
+def test_doctor_says_what_the_extra_would_give(loops: str) -> None:
+    found = doctor.examine()["llvmlite"]
+    assert found == doctor.WITHOUT_LLVMLITE if loops == "neither" else found[0].isdigit()
 
 
 def scaled(codes: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
@@ -58,7 +107,9 @@ def test_only_whole_lines_go_past_the_caches(size: int, copies: list[str], monke
 
 @pytest.mark.parametrize("shape", [(5, 100, 16), (3, 2, 70, 384), (2, 50, 24), (7, 16)])
 @pytest.mark.parametrize("past_caches", [0, 1 << 40])
-def test_scaling_is_the_product(shape: tuple[int, ...], past_caches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaling_is_the_product(
+    shape: tuple[int, ...], past_caches: int, loops: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kernels, "PAST_CACHES", past_caches)
     codes = torch.randint(-127, 128, shape, dtype=torch.int8)
     scale = torch.rand(shape[:-1]).half()

@@ -3,7 +3,8 @@
 An ordinary store first fetches the line that it is about to overwrite: a third of a copy's traffic, for nothing where
 the target is larger than the caches, as batches are. Non-temporal stores do without. libc has them, but only for single
 copies of tens of megabytes, and a clip has two; torch has none. So the loops are written here, in LLVM's assembly, and
-compiled on first use for the processor at hand (some 50 ms).
+compiled on first use for the processor at hand (some 50 ms) by llvmlite, the extra ``slotlab[fast]``. Without it libc's
+copy and torch's own operations do the same work.
 """
 
 from __future__ import annotations
@@ -74,24 +75,26 @@ end:
 
 
 @cache
-def copy() -> Callable[[int, int, int], None]:
+def copy() -> Callable[[int, int, int], object]:
     """A function of target and source address and size in bytes; target and size are multiples of ``LINE``, not 0."""
-    return _compile("copy", COPY, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    return _compiled("copy", COPY, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t) or ctypes.memmove
 
 
 @cache
-def dequantise() -> Callable[[int, int, int, int, int], None]:
+def dequantise() -> Callable[[int, int, int, int, int], None] | None:
     """A function of the addresses of float32 values (R, D) to write, int8 codes (R, D), float32 scales (R,), R and D.
 
-    The values' address is a multiple of ``LINE``, D one of 16, and neither R nor D is 0.
+    The values' address is a multiple of ``LINE``, D one of 16, and neither R nor D is 0. None without llvmlite.
     """
     addresses = (ctypes.c_void_p,) * 3
-    return _compile("dequantise", DEQUANTISE, *addresses, ctypes.c_size_t, ctypes.c_size_t)
+    return _compiled("dequantise", DEQUANTISE, *addresses, ctypes.c_size_t, ctypes.c_size_t)
 
 
-def _compile(name: str, assembly: str, *arguments: Any) -> Callable[..., None]:
-    import llvmlite.binding as llvm
-
+def _compiled(name: str, assembly: str, *arguments: Any) -> Callable[..., None] | None:
+    try:
+        import llvmlite.binding as llvm
+    except (ImportError, OSError):  # not installed, or without its library
+        return None
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     # The features, too: a virtual machine may lack what its processor's name promises.

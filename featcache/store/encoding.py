@@ -119,10 +119,10 @@ class Int8(Encoding):
 
     def decode_into(self, stored: Stored, out: Tensor) -> Tensor:
         codes, scale = stored[FEATURES], stored["scales"]
-        if out.device.type == "cpu" and out.nbytes >= kernels.PAST_CACHES and _whole_lines(codes, out):
+        past_caches = out.device.type == "cpu" and out.nbytes >= kernels.PAST_CACHES and _whole_lines(codes, out)
+        if past_caches and (dequantise := kernels.dequantise()) is not None:
             scales = scale.float().contiguous()
-            places = out.data_ptr(), codes.data_ptr(), scales.data_ptr()
-            kernels.dequantise()(*places, scales.numel(), out.shape[-1])
+            dequantise(out.data_ptr(), codes.data_ptr(), scales.data_ptr(), scales.numel(), out.shape[-1])
             return out
         # On a CPU a block is scaled while the cache still holds it: twice the rate of two passes over everything.
         step = CACHED_TOKENS // max(1, scale[:1].numel()) if out.device.type == "cpu" else len(out)

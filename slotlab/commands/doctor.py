@@ -17,6 +17,11 @@ PACKAGES = (
     "tensorflow-datasets", "typer", "rich",
 )  # fmt: skip
 
+WITHOUT_LLVMLITE = (
+    "absent; with it batches of 16 MB and more are read 1.2 (float16) to 1.6 times (int8) as fast on a CPU: "
+    "pip install 'slotlab[fast]'"
+)
+
 
 def doctor(as_json: Json = False) -> None:
     """What this machine offers: packages, devices, disk, where weights are kept, the embedded sample."""
@@ -47,6 +52,7 @@ def examine() -> dict[str, Any]:
         except PackageNotFoundError:
             findings[name] = "missing; pip install slotlab again"
     findings["tensorflow"] = "present" if importlib.util.find_spec("tensorflow") else "absent (only tfds: needs it)"
+    findings["llvmlite"] = version("llvmlite") if importlib.util.find_spec("llvmlite") else WITHOUT_LLVMLITE
     findings["cpus"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     findings["torch_threads"] = torch.get_num_threads()
     findings["bfloat16"] = bfloat16_verdict(bfloat16_speed())
