@@ -1,1 +1,1 @@
-"""From features to slots and masks. Knows no file."""
+"""Models: from features to slots and masks. They open no file; only inputs.py reads a store."""

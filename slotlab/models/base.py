@@ -1,4 +1,4 @@
-"""What the trainer, the evaluation and the pictures know of a model."""
+"""The interface of every model: what the trainer, the evaluation and the pictures use."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from slotlab.models.randomness import Draws
 
 @dataclass(frozen=True)
 class Output:
-    """One forward pass. ``attention`` and ``masks`` sum to one over the slots at every patch.
+    """The result of one forward pass. ``attention`` and ``masks`` sum to one over the slots at every patch.
 
-    ``*B`` is (B,) for frames and (B, T) for clips. N patches were attended to, M of them decoded: all, unless the
-    decoder is trained on the random subset ``positions``.
+    ``*B`` is (B,) for frames and (B, T) for clips. Slots attend to N patches, and M of them are decoded: all, unless
+    the decoder is trained on the random subset ``positions``.
     """
 
     slots: Float[Tensor, "*B K S"]
     attention: Float[Tensor, "*B K N"]  # how the slots were formed
-    logits: Float[Tensor, "*B K N"]  # before that softmax
-    masks: Float[Tensor, "*B K M"]  # the decoder's
+    logits: Float[Tensor, "*B K N"]  # the attention before its softmax over slots
+    masks: Float[Tensor, "*B K M"]  # the decoder's, or the attention (see ``showing``)
     reconstruction: Float[Tensor, "*B M D"]
-    target: Float[Tensor, "*B N D"]  # what it should be: normalised features, or pixels
+    target: Float[Tensor, "*B N D"]  # what to reconstruct: normalised features, or pixels
     grid: tuple[int, int]  # rows and columns of the N patches
-    positions: Int[Tensor, M] | None = None  # None: all
-    similarity: Float[Tensor, "*B M N"] | None = None  # logits of where each patch is in a later frame
+    positions: Int[Tensor, M] | None = None  # (M,) indices of decoded patches; None: all
+    similarity: Float[Tensor, "*B M N"] | None = None  # logits over the patches of a later frame
 
     @property
     def decoded_target(self) -> Float[Tensor, "*B M D"]:
@@ -40,30 +40,30 @@ class Output:
 
     @property
     def masks_on_grid(self) -> Float[Tensor, "*B K rows columns"]:
-        """The masks where they are in the frame, of all patches."""
+        """The masks on the grid of patches. All patches must have been decoded."""
         return self.masks.reshape(*self.masks.shape[:-1], *self.grid)
 
     def checked(self) -> Output:
-        """Itself. ``DataError`` where masks are not finite."""
+        """Return this output unchanged. ``DataError`` if its masks are not finite."""
         if bool(self.masks.isfinite().all()) and bool(self.attention.isfinite().all()):
             return self
         raise DataError("the model's masks are not finite: it diverged; train again with a lower optim.learning_rate")
 
     def showing(self, masks: Masks) -> Output:
-        """With these in the place of the decoder's masks."""
+        """This output with the given kind of masks as its ``masks``."""
         return replace(self, masks=self.attention) if masks == "attention" else self
 
     def sample(self, index: int) -> Output:
-        """One sample of the batch: its ``*B`` is () for frames, and (T,) for clips."""
+        """Sample ``index`` of the batch; its ``*B`` is () for frames, and (T,) for clips."""
         batched = ("slots", "attention", "logits", "masks", "reconstruction", "target")
         similarity = None if self.similarity is None else self.similarity[index]
         return replace(self, **{name: getattr(self, name)[index] for name in batched}, similarity=similarity)
 
 
 class Model(nn.Module):
-    """Slots of frames or clips.
+    """A model that finds slots in frames or clips.
 
-    ``grid`` are the rows and columns of its masks, ``slots`` how many a frame has at most.
+    ``grid`` is the number of rows and columns of its masks, ``slots`` the most slots of a frame.
     """
 
     grid: tuple[int, int]
@@ -71,28 +71,28 @@ class Model(nn.Module):
 
     @classmethod
     def of(cls, config: Config, normaliser: Normaliser, grid: tuple[int, int]) -> Model:
-        """The model of a configuration. ``UsageError`` where its sizes do not go with the grid."""
+        """A fresh model by the configuration. ``UsageError`` if its sizes do not fit the grid."""
         raise NotImplementedError
 
     def calibrate(self, videos: Iterable[Tensor]) -> None:
-        """Measure what is neither learnt nor a statistic of the store, on stored features of some videos (F, ...) each.
+        """Measure constants that are neither learnt nor statistics of the store, on the input (F, ...) of some videos.
 
-        Most models have no such thing.
+        Most models have none, and do nothing here.
         """
 
     @classmethod
     def of_earlier_version(cls, tensors: dict[str, Tensor]) -> list[str]:
-        """Take out of a checkpoint what this version has no use for; a sentence for each thing that differs by that."""
+        """Remove a checkpoint's tensors that this version does not use; return a sentence for each change of result."""
         return []
 
     def forward(self, features: Tensor, draws: Draws) -> Output:
-        """As trained: stored frames (B, ...) or clips (B, T, ...) of any float type, or uint8 pixels."""
+        """The training pass on frames (B, ...) or clips (B, T, ...): features of any float type, or uint8 pixels."""
         raise NotImplementedError
 
     def segment(self, features: Tensor, draws: Draws) -> Output:
-        """As used: all frames of one video in order, (T, ...); the output's ``*B`` is (T,).
+        """Slots and masks of all frames of one video in order, (T, ...); the output's ``*B`` is (T,).
 
-        An image model takes the frames apart, as here; a video model carries its slots from frame to frame.
+        An image model treats each frame alone, as here; a video model carries its slots from frame to frame.
         """
         output: Output = self(features, draws)
         return output

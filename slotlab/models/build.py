@@ -1,4 +1,4 @@
-"""From a configuration and a store to a model."""
+"""Builds a model from a configuration and a store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ MODELS: dict[str, type[Model]] = {  # by model.kind
 
 
 def build_model(config: Config, store: FeatureStore) -> Model:
-    """A fresh model, normalised by the statistics of this store's training split and calibrated on a sample of it."""
+    """A fresh model, normalised by the statistics of the store's training split and calibrated on a sample of it.
+
+    ``IncompatibleError`` if the store lacks the tap, ``UsageError`` if sizes do not fit it.
+    """
     data, inputs, split = config.data, ModelInput.of(config, store), store[config.data.train_split]
     normaliser = Normaliser.from_moments(data.normalize, inputs.moments(split), data.shrinkage, data.center)
     model = MODELS[config.model.kind].of(config, normaliser, inputs.grid)
@@ -28,7 +31,7 @@ def build_model(config: Config, store: FeatureStore) -> Model:
 
 
 def empty_model(config: Config, inputs: ModelInput) -> Model:
-    """The same model for a checkpoint to fill: what comes from a store is saved with the weights."""
+    """The model before a checkpoint is loaded into it: statistics of the store are saved with the weights."""
     positions = inputs.patches if config.data.center == "position" else 1
     normaliser = Normaliser(config.data.normalize, inputs.dim, positions)
     return MODELS[config.model.kind].of(config, normaliser, inputs.grid)

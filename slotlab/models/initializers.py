@@ -1,4 +1,4 @@
-"""Where the slots start. Each maps projected tokens (B, N, S) to initial slots (B, K, S)."""
+"""Slot initialisers: each maps projected tokens (B, N, S) to initial slots (B, K, S)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Gaussian(nn.Module):
 
 
 class GaussianPerSlot(Gaussian):
-    """A learnt Gaussian for each slot."""
+    """One learnt Gaussian for each slot."""
 
     def __init__(self, slots: int, slot_dim: int, kmeans_rounds: int) -> None:
         super().__init__(slots, slot_dim, kmeans_rounds)

@@ -1,4 +1,4 @@
-"""What a model reads of a store: a tap's tokens, or the stored frames. The only room of models that reads splits."""
+"""What a model reads from a store: a tap's tokens, or the stored frames. No other module of models reads splits."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from slotlab.config.model import PixelConfig
 from slotlab.config.schema import Config
 from slotlab.models.pixel_model import frame_tokens
 
-SAMPLE_VIDEOS, SAMPLE_FRAMES = 16, 64  # that a model is measured on before training; frames of each
+SAMPLE_VIDEOS, SAMPLE_FRAMES = 16, 64  # a model is calibrated on this many videos, and frames of each
 
-FromFrames = Callable[[npt.NDArray[np.uint8]], Tensor]  # frames (T, H, W, 3) to the model's input
+FromFrames = Callable[[npt.NDArray[np.uint8]], Tensor]  # turns frames (T, H, W, 3) into a model's input
 
 
 @dataclass(frozen=True)
 class ModelInput(ABC):
-    """What a model reads: its name in the store, the rows and columns of its grid, and the width of a token."""
+    """The input of a model: its name in the store, the rows and columns of its grid, and the width of a token."""
 
-    tap: str  # or ``video``, the stored frames
+    tap: str  # ``video`` for the stored frames
     grid: tuple[int, int]
     dim: int
 
     @staticmethod
     def of(config: Config, store: FeatureStore) -> ModelInput:
-        """What this configuration's model reads of this store. ``IncompatibleError`` where the store lacks the tap."""
-        if isinstance(config.model, PixelConfig):  # which goes with data.tap = video, and only with it
+        """The input of this configuration's model in the store. ``IncompatibleError`` if the store lacks its tap."""
+        if isinstance(config.model, PixelConfig):  # the configuration allows it with data.tap = video alone
             return Frames(VIDEO, (config.model.resolution, config.model.resolution), dim=3)
         tap = store.tap(config.data.tap)
         spec = store.spec.taps[tap]
@@ -47,33 +47,33 @@ class ModelInput(ABC):
         return self.grid[0] * self.grid[1]
 
     def settle(self, config: Config) -> Config:
-        """The configuration with the tap named, so that another store with more taps cannot mean another one."""
+        """The configuration with its tap named, so that a store with more taps cannot change which one it means."""
         return config.model_copy(update={"data": config.data.model_copy(update={"tap": self.tap})})
 
     @abstractmethod
     def read(self, split: Split, video: int) -> Tensor:
-        """The whole of one video, as the stream would give it: (T, N, D), or (T, H, W, 3) uint8."""
+        """One whole video, in the form that the stream gives: tokens (T, N, D), or frames (T, H, W, 3) uint8."""
 
     @abstractmethod
     def tokens(self, split: Split, video: int) -> Float[Tensor, "T N D"]:
-        """The same on the grid, float32: what there is to cluster."""
+        """One whole video as float32 tokens on the grid, for k-means."""
 
     @abstractmethod
     def moments(self, split: Split) -> Moments:
-        """Moments of the tokens of a split."""
+        """Moments of a split's tokens."""
 
     @abstractmethod
     def from_frames(self, store: FeatureStore, weights: str | None, device: torch.device) -> FromFrames:
-        """Frames that are in no store to the model's input, just as the store's own were made.
+        """A function from frames (T, H, W, 3) uint8 to the model's input, computed as the store's own features were.
 
-        ``weights`` are as for :func:`featcache.extraction.store_backbone.store_backbone`, which says what is raised.
+        ``weights`` and errors are those of :func:`featcache.extraction.store_backbone.store_backbone`.
         """
 
     def sample(self, split: Split) -> Iterator[Tensor]:
-        """Some frames of some videos, spread evenly over the split, as they are read: (F, ...) each."""
+        """Frames (F, ...) of some videos, both spread evenly: the sample that a model is calibrated on."""
         for video in split.spread(SAMPLE_VIDEOS):
             frames = self.read(split, video)
-            yield frames[:: math.ceil(len(frames) / SAMPLE_FRAMES)].clone()  # so that the others can be freed
+            yield frames[:: math.ceil(len(frames) / SAMPLE_FRAMES)].clone()  # a copy, so that the rest can be freed
 
 
 class Features(ModelInput):
@@ -105,7 +105,7 @@ class Frames(ModelInput):
 
     def moments(self, split: Split) -> Moments:
         moments = Moments.empty(self.patches, self.dim)
-        for video in split.spread(SAMPLE_VIDEOS):  # a store has none of its frames
+        for video in split.spread(SAMPLE_VIDEOS):  # a store keeps no moments of its frames
             moments += Moments.from_tokens(self.tokens(split, video))
         return moments
 

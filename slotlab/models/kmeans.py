@@ -1,7 +1,7 @@
-"""Batched k-means over patch tokens: a slot initialiser inside the training step, and evaluation's floor.
+"""Batched k-means over patch tokens: a slot initialiser inside the training step, and the floor of evaluations.
 
-Each sample of the batch is clustered by itself, all samples at once, in matrix products over (B, N, D) and
-(B, N, K): no (B, N, K, D) tensor, no loop over samples, no wait for the device.
+It clusters each sample of the batch alone, but all at once, in matrix products over (B, N, D) and (B, N, K): no
+(B, N, K, D) tensor, no loop over samples, no wait for the device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from slotlab.models.randomness import Draws
 
 
 class Clusters(NamedTuple):
-    """What :func:`kmeans` found."""
+    """The result of :func:`kmeans`."""
 
     centres: Float[Tensor, "B K D"]  # float32
     labels: Int[Tensor, "B N"]  # index of the nearest centre
@@ -27,10 +27,9 @@ class Clusters(NamedTuple):
 def kmeans_plus_plus(tokens: Tensor, k: int, draws: Draws | None = None) -> Tensor:
     """Greedy k-means++ seeds (Arthur & Vassilvitskii 2007): indices (B, K) int64 of the tokens chosen.
 
-    tokens (B, N, D). The first is drawn evenly. For each further one, 2 + ln K candidates are drawn in
-    proportion to their squared distance from the nearest seed so far, and the one that leaves the least total
-    distance is kept, as scikit-learn does: on whitened DINOv2 tokens this is worth as much as several
-    restarts. A sample with fewer than K
+    tokens (B, N, D). The first seed is drawn evenly. For each further one, 2 + ln K candidates are drawn in proportion
+    to their squared distance from the nearest seed so far, and the one that leaves the least total distance is kept,
+    as in scikit-learn: on whitened DINOv2 tokens this is worth as much as several restarts. A sample with fewer than K
     different tokens repeats some. Raises ValueError unless 1 <= K <= N.
     """
     with _full_precision(tokens):
@@ -39,7 +38,7 @@ def kmeans_plus_plus(tokens: Tensor, k: int, draws: Draws | None = None) -> Tens
 
 @torch.no_grad()
 def kmeans(tokens: Tensor, k: int, rounds: int = 8, draws: Draws | None = None, restarts: int = 1) -> Clusters:
-    """Lloyd's k-means from k-means++ seeds, a fixed number of rounds, the best of some restarts.
+    """Clusters by Lloyd's k-means from k-means++ seeds: a fixed number of rounds, the best of some restarts.
 
     tokens (B, N, D), centres (B, K, D) float32, labels (B, N) int64 in [0, K). A cluster that loses all its
     tokens moves to the token farthest from its own centre (several take the next farthest). Each sample keeps
@@ -60,7 +59,7 @@ def kmeans(tokens: Tensor, k: int, rounds: int = 8, draws: Draws | None = None, 
 
 
 def _lloyd(x: Tensor, k: int, rounds: int, draws: Draws | None) -> tuple[Tensor, Tensor, Tensor]:
-    """One start: closeness summed (B,), largest for the least inertia; centres (B, K, D); labels (B, N)."""
+    """K-means from one start: summed closeness (B,), largest at the least inertia; centres (B, K, D); labels (B, N)."""
     centres = _take(x, _seed(x, k, draws))
     for _ in range(rounds):
         centres = _update(x, centres)
@@ -74,7 +73,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _full_precision(tokens: Tensor) -> torch.autocast:
-    # Squared distances are differences of large numbers: not for the training step's bfloat16.
+    # Squared distances are differences of large numbers: the bfloat16 of a training step is too coarse.
     return torch.autocast(tokens.device.type, enabled=False)
 
 
@@ -89,8 +88,8 @@ def _centred(tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _seed(x: Tensor, k: int, draws: Draws | None) -> Tensor:
     batch, count, _ = x.shape
-    # Of exponential variables e_n, the largest p_n / e_n falls on n with probability p_n / sum p, the next
-    # largest are further draws without replacement: no float cumsum, which is not deterministic on a GPU.
+    # With exponential variables e_n, the largest p_n / e_n falls on n with probability p_n / sum p, and the next
+    # largest are further draws without replacement. This avoids a float cumsum, which is not deterministic on a GPU.
     waits = (draws or Draws(0)).exponential((k, batch, count), x.device, batch=1)
     square = x.square().sum(-1)  # (B, N)
     chosen = waits[0].argmin(-1, keepdim=True)  # (B, 1), each token as likely as any other
@@ -112,7 +111,7 @@ def _distance(x: Tensor, square: Tensor, index: Tensor) -> Tensor:
 
 
 def _closeness(x: Tensor, centres: Tensor) -> Tensor:
-    """(B, N, K), ``x.c - |c|^2 / 2``: largest where the distance is smallest."""
+    """``x.c - |c|^2 / 2``, (B, N, K): largest where the distance is smallest."""
     offset = centres.square().sum(-1).mul_(-0.5).unsqueeze(1)  # (B, 1, K)
     return torch.baddbmm(offset, x, centres.transpose(1, 2))
 

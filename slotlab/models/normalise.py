@@ -3,24 +3,24 @@
 Kinds, for features x with mean m, covariance C about it, and D channels:
 
 - ``whiten``: ``c (x - m) C'^(-1/2)`` with ``C' = (1 - s) C + s tr(C)/D I``, shrinkage s (Ledoit & Wolf 2004
-  with a fixed s), and c such that the mean channel variance is 1. The symmetric root (ZCA) is the one that no
-  eigenvector's sign or order can change.
+  with a fixed s), and c such that the mean channel variance is 1. The symmetric root (ZCA) does not depend on the
+  sign or order of eigenvectors.
 - ``whiten=K``: the K directions of the largest variance (principal components), each of unit variance, largest
   first.
 - ``slow=K``: the K directions in which tokens of unit variance change least from frame to frame: linear slow
-  feature analysis (Wiskott & Sejnowski 2002), by the covariance of the features' motion. What stays while
-  objects move is what tells them apart, so this also reduces D channels to K.
+  feature analysis (Wiskott & Sejnowski 2002), by the covariance of the features' motion. These directions hold
+  what distinguishes objects while they move, so D channels can be reduced to K.
 - ``channel``: ``(x - m) / sqrt(diag C)``.
-- ``scale``: ``(x - m) / sqrt(tr(C)/D)``: centred by channel, one factor for all, so that the channels keep
+- ``scale``: ``(x - m) / sqrt(tr(C)/D)``: centred by channel, with one factor for all channels, so that they keep
   their relative spread.
 - ``none``: x.
-- ``sample``: each sample and channel to mean 0 and std 1 over its own patches. It takes the layout out of the
+- ``sample``: each channel of each sample gets mean 0 and std 1 over its own patches. This removes the layout from the
   features and is known to hurt; kept so that the finding can be repeated.
 - ``fixed=FACTOR``: ``x * FACTOR``. Known not to help; kept for the same reason.
 
-m is the data set's mean token, or that of each patch position, which also takes out what the position alone
-tells. The first four kinds give the same output, up to rounding, when the features, and with them the
-statistics, are multiplied by any factor; and a mean predictor's squared error over their output is 1.
+m is the data set's mean token, or the mean of each patch position, which also removes what the position alone
+predicts. The first four kinds give the same output, up to rounding, when the features (and so the statistics) are
+multiplied by any factor; and predicting the mean of their output has a squared error of 1.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ _EPSILON = 1e-6  # standard deviation below which ``sample`` does not amplify
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a weight is measured from, in float64."""
+    """The statistics that a weight is computed from, in float64."""
 
     kind: str  # data.normalize, for messages
-    count: int  # K, the channels to keep: all of them without K
+    count: int  # channels to keep: K, or all
     covariance: Tensor  # (D, D)
     motion: Tensor | None  # (D, D), covariance of the motion; None: unknown
     shrinkage: float
@@ -60,8 +60,9 @@ def _mapped(x: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One normalisation: its weight's shape for D channels of which K are kept, how that is measured, and how features
-    pass shift and weight. What measures nothing has a shift of 0, and its number or 1 for a weight.
+    """One normalisation: the shape of its weight for D channels of which K are kept, the function that computes the
+    weight, and the function that applies shift and weight. Without the former the shift is 0, and the weight is the
+    number in the kind's name, or 1.
     """
 
     shape: Callable[[int, int], tuple[int, ...]] = lambda dim, kept: ()
@@ -72,9 +73,9 @@ class Recipe:
 class Normaliser(nn.Module):
     """Frozen normalisation of patch features, saved and moved with the model that uses it.
 
-    ``Normaliser(kind, dim, positions)`` alone is the empty shell that ``load_state_dict`` fills, ``positions``
-    being the number of patches if each has its own mean; :meth:`from_statistics` and
-    :meth:`from_moments` make one from a store. Raises UsageError for a kind that does not exist.
+    ``Normaliser(kind, dim, positions)`` is empty until ``load_state_dict`` fills it; ``positions`` is the number of
+    patches if each has its own mean, else 1. :meth:`from_statistics` and :meth:`from_moments` make a filled one.
+    Raises UsageError for an unknown kind.
     """
 
     shift: Tensor  # (N or 1, D)
@@ -93,7 +94,7 @@ class Normaliser(nn.Module):
 
     @classmethod
     def from_moments(cls, kind: str, moments: Moments, shrinkage: float, center: Center) -> Normaliser:
-        """From the moments of the training split, centred by channel or by patch position."""
+        """A normaliser from the moments of the training split, centred by channel or by patch position."""
         by_position = center == "position"
         return cls.from_statistics(
             kind,
@@ -112,9 +113,9 @@ class Normaliser(nn.Module):
         motion: Tensor | None = None,
         shrinkage: float = 0.1,
     ) -> Normaliser:
-        """From the mean (D,) or (N, D) of the tokens, their covariance (D, D) about it, and that of their motion.
+        """A normaliser from the mean (D,) or (N, D) of tokens, their covariance (D, D), and that of their motion.
 
-        ``motion`` (D, D) is needed by ``slow`` alone, ``shrinkage`` in [0, 1] used by ``whiten`` without K alone.
+        Only ``slow`` needs ``motion`` (D, D), and only ``whiten`` without K uses ``shrinkage``, in [0, 1].
         Computed in float64, stored in float32. Raises DataError when the statistics are not finite or the
         features do not vary, UsageError for a wrong kind or shrinkage.
         """
@@ -137,7 +138,7 @@ class Normaliser(nn.Module):
         return self
 
     def forward(self, features: Tensor) -> Tensor:
-        """features (..., N, D) of any float type to float32 (..., N, D'); autocast does not reach it."""
+        """Normalised features: (..., N, D) of any float type to float32 (..., N, D'), even under autocast."""
         if features.shape[-1] != self.shift.shape[-1]:
             raise ValueError(f"features have {features.shape[-1]} channels, the normaliser {self.shift.shape[-1]}")
         with torch.autocast(features.device.type, enabled=False):
@@ -154,7 +155,7 @@ def _symmetric(matrix: Tensor, dim: int, what: str) -> Tensor:
 
 
 def _whitening(of: Statistics) -> Tensor:
-    """Symmetric (D, D) root of the inverse of the shrunk covariance, for a mean channel variance of 1."""
+    """Symmetric root (D, D) of the inverse of the shrunk covariance, scaled to a mean channel variance of 1."""
     covariance, shrinkage = of.covariance, of.shrinkage
     shrunk = (1 - shrinkage) * covariance
     shrunk.diagonal().add_(shrinkage * covariance.diagonal().mean())
@@ -165,7 +166,7 @@ def _whitening(of: Statistics) -> Tensor:
 
 
 def _sphere(of: Statistics) -> Tensor:
-    """(D, R) principal directions of unit variance, largest last: all R >= K in which tokens vary."""
+    """Principal directions (D, R) scaled to unit variance, largest last: all R >= K in which tokens vary."""
     values, vectors = torch.linalg.eigh(of.covariance)  # ascending
     alive = values > _DEAD * values.max()  # a channel that never varies never moves either
     if int(alive.sum()) < of.count:
@@ -174,12 +175,12 @@ def _sphere(of: Statistics) -> Tensor:
 
 
 def _principal_directions(of: Statistics) -> Tensor:
-    """(D, K) directions of unit variance in which tokens vary most, largest first."""
+    """The K directions (D, K) in which tokens vary most, scaled to unit variance, largest first."""
     return _signed(_sphere(of)[:, -of.count :].flip(1))
 
 
 def _slow_directions(of: Statistics) -> Tensor:
-    """(D, K) directions of unit variance with the least motion, slowest first."""
+    """The K directions (D, K) of least motion, scaled to unit variance, slowest first."""
     if of.motion is None or not bool(of.motion.any()):
         raise DataError(f"normalisation {of.kind}: nothing moves in single frames; train with --preset image")
     sphere = _sphere(of)  # (D, R)
@@ -188,13 +189,13 @@ def _slow_directions(of: Statistics) -> Tensor:
 
 
 def _signed(directions: Tensor) -> Tensor:
-    """An eigenvector's sign is arbitrary; fixed by its largest entry, training repeats on every machine."""
+    """The directions with their largest entry positive: an eigenvector's sign is arbitrary and differs by machine."""
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
     return torch.mul(directions, largest.sign())
 
 
 def _inverse_root(variance: Tensor) -> Tensor:
-    """``1 / sqrt(variance)``, and 0 for directions without any."""
+    """``1 / sqrt(variance)``, and 0 where there is no variance."""
     return torch.where(variance > _DEAD * variance.max(), variance.clamp_min(0).rsqrt(), 0.0)
 
 

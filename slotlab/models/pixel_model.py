@@ -1,8 +1,8 @@
-"""Slot attention on the frames themselves, the baseline that frozen features are compared with.
+"""Slot attention on the frames themselves: the baseline for frozen features.
 
 The model of Locatello et al. (2020, arXiv:2006.15055) in the sizes that SAVi gives for 64 px (Kipf et al., 2022,
-arXiv:2111.12594): four 5x5 convolutions without stride, so that slots attend on the grid of pixels that they are
-decoded to and both kinds of masks are of one resolution; and a spatial broadcast decoder (Watters et al., 2019,
+arXiv:2111.12594): four 5x5 convolutions without stride, so that slots attend to the same grid of pixels that they
+are decoded to, and both kinds of masks have one resolution; and a spatial broadcast decoder (Watters et al., 2019,
 arXiv:1901.07017) that doubles its grid by transposed convolutions until it has that resolution.
 """
 
@@ -28,9 +28,9 @@ CONVOLUTIONS = 4  # of the encoder
 
 
 def frame_tokens(frames: UInt8[Tensor, "*B H W 3"], grid: tuple[int, int]) -> Float[Tensor, "*B N 3"]:
-    """Frames as one token a cell of the grid, row by row: its mean colour, in [-1, 1].
+    """The mean colour of each cell of the grid, in [-1, 1], row by row: one token a cell.
 
-    The whole frame is resized, never cropped; one that does not have the grid's proportions is squeezed.
+    The whole frame is resized, never cropped; a frame of other proportions than the grid is squeezed.
     """
     images = frames.reshape(-1, *frames.shape[-3:]).permute(0, 3, 1, 2).float()  # (F, 3, H, W)
     cells = F.adaptive_avg_pool2d(images, grid)  # (F, 3, rows, columns): exact means where the sizes divide
@@ -41,12 +41,12 @@ def frame_tokens(frames: UInt8[Tensor, "*B H W 3"], grid: tuple[int, int]) -> Fl
 class PixelModel(Model):
     """Slots of frames or clips of pixels, trained to reconstruct them.
 
-    Targets are pixels normalised by the moments of the training split's colours, so that, as for features, always
-    predicting the mean scores about 1.
+    Targets are pixels normalised by the moments of the training split's colours, so that, as with features, predicting
+    the mean has a squared error of about 1.
 
     Args:
         config: parts and sizes.
-        normaliser: of colours; see :func:`slotlab.models.inputs.ModelInput.moments`.
+        normaliser: normalises colours; see :func:`slotlab.models.inputs.ModelInput.moments`.
         grid: rows and columns of pixels that the model sees, ``config.resolution`` each.
     """
 
@@ -70,7 +70,7 @@ class PixelModel(Model):
         return cls(config.model, normaliser, grid)
 
     def forward(self, features: UInt8[Tensor, "B H W 3"] | UInt8[Tensor, "B T H W 3"], draws: Draws) -> Output:
-        """Stored frames; or, where there is a predictor, clips, too."""
+        """The training pass on stored frames, or, with a predictor, on clips. ``ValueError`` for clips without one."""
         clips = features if features.ndim == 5 else features.unsqueeze(1)
         if clips.shape[1] > 1 and self.recur.predict is None:
             raise ValueError("clips of several frames need a model with a predictor")
@@ -90,14 +90,14 @@ class PixelModel(Model):
         )
 
     def segment(self, features: UInt8[Tensor, "T H W 3"], draws: Draws) -> Output:
-        """All frames of one video: slots are carried from frame to frame, if there is a predictor."""
+        """Slots and masks of all frames of one video; a predictor carries the slots from frame to frame."""
         if self.recur.predict is None:
             return super().segment(features, draws)
         output: Output = self(features.unsqueeze(0), draws)
         return output.sample(0)
 
     def tokens(self, pixels: Float[Tensor, "B N C"]) -> Float[Tensor, "B N S"]:
-        """What slots attend to: convolved pixels with their position."""
+        """The tokens that slots attend to: convolved pixels with their position."""
         # A permuted view has its channels last in memory, where convolutions are fastest on a CPU.
         images = pixels.reshape(len(pixels), *self.grid, -1).permute(0, 3, 1, 2)  # (B, C, rows, columns)
         encoded = self.encode(images).permute(0, 2, 3, 1).flatten(1, 2)  # (B, N, E)
@@ -123,11 +123,11 @@ class PositionEmbedding(nn.Module):
 
 
 class BroadcastDecoder(nn.Module):
-    """Each slot is laid out on a small grid with positions and grown to its own picture and alpha mask.
+    """Spatial broadcast decoder: copies each slot to a small grid with positions, and upsamples it to picture and mask.
 
     Args:
         config: ``broadcast`` is the side of the small grid.
-        channels: of the picture.
+        channels: channels of the picture.
         grid: rows and columns of the picture.
     """
 
@@ -147,7 +147,7 @@ class BroadcastDecoder(nn.Module):
     def forward(
         self, slots: Float[Tensor, "B K S"], active: Bool[Tensor, "B K"] | None = None
     ) -> tuple[Float[Tensor, "B N C"], Float[Tensor, "B K N"]]:
-        """Slots -> reconstruction, and masks that sum to one over the slots."""
+        """Reconstruction, and masks that sum to one over the slots. ``active``: False for padded slots."""
         batch, count, _ = slots.shape
         laid_out = slots.flatten(0, 1).unsqueeze(1) + self.position()  # (B K, n, S)
         grown = self.grow(laid_out.unflatten(1, self.start).permute(0, 3, 1, 2))  # (B K, C + 1, rows, columns)
@@ -157,5 +157,5 @@ class BroadcastDecoder(nn.Module):
 
 
 def _layers(widths: list[int], make: Callable[[int, int], nn.Module]) -> list[nn.Module]:
-    """A convolution from each width to the next, each with a ReLU behind it."""
+    """A convolution from each width to the next, each followed by a ReLU."""
     return [layer for i, o in pairwise(widths) for layer in (make(i, o), nn.ReLU())]

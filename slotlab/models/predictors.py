@@ -1,6 +1,6 @@
-"""Predictors: the slots of one frame -> where the slots of the next one start.
+"""Predictors: from the slots of one frame to the initial slots of the next.
 
-``active`` are those that are no padding.
+``active`` is False for padded slots.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from slotlab.models.transformer import FeedForward, SelfBlock
 
 
 class IdentityPredictor(nn.Module):
-    """The next frame starts where this one ended."""
+    """The slots unchanged: the next frame starts where this one ended."""
 
     def __init__(self, slot_dim: int, config: PredictorConfig) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class IdentityPredictor(nn.Module):
 
 
 class MLPPredictor(nn.Module):
-    """Each slot by itself: a residual MLP, and, if asked, a LayerNorm that keeps the slots from growing."""
+    """A residual MLP on each slot alone, and optionally a LayerNorm that keeps the slots from growing."""
 
     def __init__(self, slot_dim: int, config: PredictorConfig) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class MLPPredictor(nn.Module):
 
 
 class TransformerPredictor(nn.Module):
-    """Slots that see each other: one pre-LayerNorm block for SAVi's predictor, as in VideoSAUR (arXiv:2306.04829)."""
+    """One pre-LayerNorm transformer block over the slots: SAVi's predictor, as in VideoSAUR (arXiv:2306.04829)."""
 
     def __init__(self, slot_dim: int, config: PredictorConfig) -> None:
         super().__init__()

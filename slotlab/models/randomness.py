@@ -1,12 +1,12 @@
 """Random draws that do not depend on how a batch is split.
 
-A step draws for its whole global batch, and each share of it (a rank under torchrun, a micro-batch of gradient
-accumulation) takes its own rows: the split run does what the whole one would have done. Draws come from a
-generator on the CPU that is seeded by the step, never from global state, so that a resumed run draws what the
-unbroken one would have drawn, on every device. On their way to a GPU nothing waits for it.
+Every step draws for its whole global batch, and each share of it (a rank under torchrun, a micro-batch of gradient
+accumulation) takes its own rows: a split batch gives the same result as a whole one. Draws come from a CPU generator
+that is seeded by the step, never from global state, so that a resumed run draws the same values as an unbroken one, on
+every device. Copying them to a GPU does not wait for it.
 
-A model draws while it runs. What torch.compile traces must not: it can neither pin memory nor seed a generator. Such
-a pass is given the same values, drawn before it (:class:`DrawnAhead`).
+A model draws while it runs. Code that torch.compile traces cannot: it can neither pin memory nor seed a generator. A
+compiled pass therefore gets the same values drawn in advance (:class:`DrawnAhead`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of a global batch this is: ``index`` of ``count`` equal, consecutive parts."""
+    """A part of a global batch: number ``index`` of ``count`` equal, consecutive parts."""
 
     index: int = 0
     count: int = 1
@@ -38,11 +38,11 @@ FILL: dict[str, Callable[..., Tensor]] = {
 
 
 class Request(NamedTuple):
-    """What is drawn at once: a kind of draw, named as the method of :class:`Draws`, its size, and where it goes."""
+    """One draw: its kind (a method of :class:`Draws`), its size, its batch dimension and its device."""
 
     kind: str
     size: tuple[int, ...]
-    batch: int  # dimension of the batch
+    batch: int  # the dimension that is shared out
     device: torch.device | None
 
 
@@ -56,7 +56,7 @@ class Draws:
 
     @classmethod
     def of_step(cls, seed: int, step: int, share: Share = WHOLE) -> Draws:
-        """One seed for each (run seed, step): what a step draws does not depend on how the run got there."""
+        """The draws of one step. Their seed depends on the run's seed and the step alone, not on earlier draws."""
         return cls((seed * 1_000_003 + step) % (1 << 63), share)
 
     def normal(self, shape: tuple[int, ...], device: torch.device | None = None, batch: int = 0) -> Tensor:
@@ -64,18 +64,18 @@ class Draws:
         return self.drawn(Request("normal", shape, batch, device))
 
     def exponential(self, shape: tuple[int, ...], device: torch.device | None = None, batch: int = 0) -> Tensor:
-        """Exponential values of rate 1."""
+        """Exponential values of rate 1; arguments as for :meth:`normal`."""
         return self.drawn(Request("exponential", shape, batch, device))
 
     def uniform(self, shape: tuple[int, ...], device: torch.device | None = None, batch: int = 0) -> Tensor:
-        """Values in [0, 1)."""
+        """Uniform values in [0, 1); arguments as for :meth:`normal`."""
         return self.drawn(Request("uniform", shape, batch, device))
 
     def integers(self, high: int, count: int, device: torch.device | None = None) -> Tensor:
         """``count`` integers below ``high`` (count,), the same in every share.
 
-        A tensor, to index with: a Python number would be built into what torch.compile makes of the model, which
-        would then be compiled again for every other.
+        They come as a tensor to index with: torch.compile would build a Python number into the code, and compile again
+        for every other number.
         """
         return self.drawn(Request("integers", (high, count), 0, device))
 
@@ -84,7 +84,7 @@ class Draws:
         return self.drawn(Request("choice", (high, count), 0, device))
 
     def drawn(self, request: Request) -> Tensor:
-        """This share's rows of the next draw, on their way to the device."""
+        """This share's rows of the next draw; the copy to the device may still be under way."""
         self.requests.append(request)
         kind, size, batch, device = request
         if kind == "integers":
@@ -97,7 +97,7 @@ class Draws:
 
 
 class DrawnAhead(Draws):
-    """The same values in the same order, drawn before the pass, of which it is known what it asks for."""
+    """The values of another source, drawn before a pass whose requests are known."""
 
     def __init__(self, draws: Draws, requests: Sequence[Request]) -> None:
         self._requests = tuple(requests)
@@ -105,7 +105,7 @@ class DrawnAhead(Draws):
         self._given = 0
 
     def drawn(self, request: Request) -> Tensor:
-        """``RuntimeError`` for another than the next of the requests foreseen."""
+        """The next value. ``RuntimeError`` if the pass asks for another draw than the one expected."""
         index = self._given
         self._given += 1
         if index >= len(self._requests) or self._requests[index] != request:
@@ -114,8 +114,8 @@ class DrawnAhead(Draws):
 
 
 def send(values: Tensor, device: torch.device | None) -> Tensor:
-    """To the device, without waiting for the work that it was given before."""
+    """Copy values to the device without waiting for the work already queued there."""
     if device is None or device.type == "cpu":
         return values
-    held = values.pin_memory() if device.type == "cuda" else values  # CUDA waits to copy from any other memory
-    return held.to(device, non_blocking=device.type != "mps")  # which would read what is freed here
+    held = values.pin_memory() if device.type == "cuda" else values  # from pageable memory CUDA would wait
+    return held.to(device, non_blocking=device.type != "mps")  # MPS would read memory that is freed here

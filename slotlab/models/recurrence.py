@@ -1,4 +1,4 @@
-"""From the tokens of clips to slots: frame by frame, as SAVi does it (Kipf et al., 2022, arXiv:2111.12594)."""
+"""Slots of clips, frame by frame, as in SAVi (Kipf et al., 2022, arXiv:2111.12594)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from slotlab.models.slot_attention import Attended, SlotAttention
 
 
 class Recurrence(nn.Module):
-    """Slot attention on every frame of a clip, started from what a predictor makes of the frame before.
+    """Slot attention on every frame of a clip, started from the predictor's output for the frame before.
 
-    Tokens of all frames are projected to keys and values in one pass; only the slots wait for each other. Without
-    a predictor, a clip has one frame.
+    The tokens of all frames are projected to keys and values in one pass; only the slots are computed in sequence.
+    Without a predictor, a clip has one frame.
 
     Args:
-        config: of the whole model.
-        token_dim: width of the tokens that are attended to.
+        config: configuration of the whole model.
+        token_dim: width of the tokens that slots attend to.
     """
 
     def __init__(self, config: RecurrentConfig, token_dim: int) -> None:
@@ -29,7 +29,7 @@ class Recurrence(nn.Module):
         rounds = config.kmeans_rounds if isinstance(config, SlotAttentionConfig) else 0
         self.config = config
         self.initialize = INITIALIZERS[config.initializer](config.slots, config.slot_dim, rounds)
-        # No gradient reaches the first slots at a fixed point; DDP wants to know.
+        # At a fixed point no gradient reaches the first slots, and DDP fails on parameters without a gradient.
         self.initialize.requires_grad_(config.gradient != "implicit")
         self.attend = SlotAttention(
             token_dim, config.slot_dim, config.slot_mlp_hidden, config.temperature, config.gradient
@@ -38,7 +38,7 @@ class Recurrence(nn.Module):
         self.predict = PREDICTORS[predictor.kind](config.slot_dim, predictor) if predictor else None
 
     def forward(self, tokens: Float[Tensor, "B T N S"], clustered: Float[Tensor, "B T N D"], draws: Draws) -> Attended:
-        """Tokens, and what initialisers cluster -> slots of all frames, (B * T, ...) with each clip's in order."""
+        """Slots of all frames, (B * T, ...), each clip's in order; initialisers cluster the tokens ``clustered``."""
         projected = self.attend.project(tokens)
         active = self._drawn(len(tokens), draws, tokens.device)
         frames: list[Attended] = []
@@ -57,7 +57,7 @@ class Recurrence(nn.Module):
         )
 
     def _drawn(self, batch: int, draws: Draws, device: torch.device) -> Bool[Tensor, "B K"] | None:
-        """Which slots of each clip take part, where their number is random: any of them, the same in all frames."""
+        """Random slots of each clip that take part, the same in all frames; None if all always do."""
         slots, fewest = self.config.slots, self.config.fewest_slots
         if not self.training or fewest is None:
             return None

@@ -11,37 +11,37 @@ from torch import Tensor, nn
 
 from slotlab.config.model import Gradient
 
-EPSILON = 1e-8  # keeps a slot that lost every patch finite
-NEVER = -1e9  # a logit that no softmax notices, and finite: a frame without any active slot gives no NaN
+EPSILON = 1e-8  # keeps the mean of a slot without patches finite
+NEVER = -1e9  # a logit whose softmax is 0; finite, so that a frame without any active slot gives no NaN
 
 
 @dataclass(frozen=True)
 class Projected:
-    """What slots attend to: every patch's key and value."""
+    """Key and value of every patch that slots attend to."""
 
     key: Float[Tensor, "*B N S"]
     value: Float[Tensor, "*B N S"]
 
     def frame(self, index: int) -> Projected:
-        """One frame of clips (B, T, N, S)."""
+        """Keys and values of frame ``index`` of clips (B, T, N, S)."""
         return Projected(self.key[:, index], self.value[:, index])
 
 
 @dataclass(frozen=True)
 class Attended:
-    """Slots and who they took: ``attention`` sums to one over the slots at every patch."""
+    """Slots and their attention, which sums to one over the slots at every patch."""
 
     slots: Float[Tensor, "B K S"]
     attention: Float[Tensor, "B K N"]
     logits: Float[Tensor, "B K N"]  # before the softmax over slots
-    active: Bool[Tensor, "B K"] | None = None  # False: padding, which takes no patch and shows nowhere
+    active: Bool[Tensor, "B K"] | None = None  # False: padding, which takes no patch and has no mask
 
 
 class GRU(nn.GRUCell):
-    """torch's cell; written out where it is compiled, as its CUDA kernel would stay apart from all that is fused."""
+    """torch's GRU cell, written out for torch.compile, which cannot fuse torch's CUDA kernel with its neighbours."""
 
     def forward(self, input: Float[Tensor, "B S"], hx: Float[Tensor, "B S"] | None = None) -> Float[Tensor, "B S"]:
-        if hx is None or not torch.compiler.is_compiling():  # elsewhere one call
+        if hx is None or not torch.compiler.is_compiling():  # one call is faster in eager mode
             return super().forward(input, hx)
         reset, update, new = F.linear(input, self.weight_ih, self.bias_ih).chunk(3, -1)
         from_reset, from_update, from_new = F.linear(hx, self.weight_hh, self.bias_hh).chunk(3, -1)
@@ -54,13 +54,13 @@ class SlotAttention(nn.Module):
     """Competitive attention of K slots over N patch tokens, refined over a few iterations.
 
     Args:
-        input_dim: width of the tokens; they are normalised here.
+        input_dim: width of the tokens; a LayerNorm normalises them here.
         slot_dim: width of the slots.
         mlp_hidden: width of the residual MLP after the GRU; 0: none.
         temperature: divides the logits; below one sharpens the competition.
-        gradient: through the iterations. ``full``: all of them. ``implicit``: the last alone, as at a fixed point
-            (Chang et al., 2022, arXiv:2207.00787); none reaches the initial slots. ``bilevel``: the last alone,
-            and straight through to the initial slots (BO-QSA, Jia et al., 2023, arXiv:2210.08990).
+        gradient: the iterations that the gradient passes. ``full``: all of them. ``implicit``: the last alone, as at a
+            fixed point (Chang et al., 2022, arXiv:2207.00787); none reaches the initial slots. ``bilevel``: the last,
+            then straight to the initial slots (BO-QSA, Jia et al., 2023, arXiv:2210.08990).
     """
 
     def __init__(
@@ -94,11 +94,11 @@ class SlotAttention(nn.Module):
         iterations: int,
         active: Bool[Tensor, "B K"] | None = None,
     ) -> Attended:
-        """Tokens and initial slots -> slots and attention of the last iteration."""
+        """Slots and attention after ``iterations`` >= 1 rounds from initial slots; ``active``: False for padding."""
         return self.refine(self.project(inputs), slots, iterations, active)
 
     def project(self, inputs: Float[Tensor, "*B N D"]) -> Projected:
-        """Keys and values, for all frames of a clip at once."""
+        """Keys and values of all tokens, for example of all frames of a clip at once."""
         inputs = self.norm_inputs(inputs)
         return Projected(self.to_key(inputs), self.to_value(inputs))
 
@@ -109,7 +109,7 @@ class SlotAttention(nn.Module):
         iterations: int,
         active: Bool[Tensor, "B K"] | None = None,
     ) -> Attended:
-        """``iterations`` >= 1 rounds of attention and update."""
+        """Slots and attention after ``iterations`` >= 1 rounds of attention and update."""
         initial, passes = slots, self.gradient == "full"
         with torch.set_grad_enabled(torch.is_grad_enabled() and passes):
             for _ in range(iterations - 1):
@@ -117,7 +117,7 @@ class SlotAttention(nn.Module):
         if not passes:
             slots = slots.detach()
         if self.gradient == "bilevel":
-            slots = slots + initial - initial.detach()  # the value of the former, the gradient of the latter
+            slots = slots + initial - initial.detach()  # value of slots, gradient to initial
         return self._iterate(projected, slots, active)
 
     def _iterate(self, projected: Projected, slots: Tensor, active: Tensor | None) -> Attended:
@@ -135,5 +135,5 @@ class SlotAttention(nn.Module):
 
 
 def hide_padding(logits: Float[Tensor, "B K N"], active: Bool[Tensor, "B K"] | None) -> Float[Tensor, "B K N"]:
-    """Logits whose softmax over slots passes padded slots by."""
+    """The logits with padded slots (``active`` False) set so low that the softmax over slots gives them 0."""
     return logits if active is None else logits.masked_fill(~active.unsqueeze(-1), NEVER)

@@ -1,4 +1,4 @@
-"""The assembled model: normalise -> project -> slots -> decode (DINOSAUR, Seitzer et al., 2023, arXiv:2209.14860)."""
+"""The whole model: normalise, project, find slots, decode (DINOSAUR, Seitzer et al., 2023, arXiv:2209.14860)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from slotlab.models.recurrence import Recurrence
 
 
 class SlotModel(Model):
-    """Slots of patch tokens, trained to reconstruct them: of frames, or, with a predictor, of clips.
+    """Slots of patch tokens, trained to reconstruct those tokens: of frames, or, with a predictor, of clips.
 
     Args:
         config: parts and sizes.
         normaliser: turns stored features into the tokens that are both input and target.
         grid: rows and columns of patches.
-        reconstructs: whether a loss looks at the reconstruction.
-        similarity: whether one looks at where patches are in a later frame.
+        reconstructs: whether a loss uses the reconstruction.
+        similarity: whether a loss uses the predicted similarity with the patches of a later frame.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class SlotModel(Model):
         dim, slot_dim = normaliser.dim, config.slot_dim
         self.normaliser = normaliser
         hidden = config.projection_hidden or dim
-        # Two layers cured the collapse that a single linear map led to; the latter stays for comparison.
+        # Two layers cured a collapse that one linear map caused; the linear map stays for comparison.
         self.project: nn.Module = (
             nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, slot_dim))
             if config.projection == "mlp"
@@ -70,7 +70,10 @@ class SlotModel(Model):
         )
 
     def forward(self, features: Float[Tensor, "B N D"] | Float[Tensor, "B T N D"], draws: Draws) -> Output:
-        """Stored features of any float type: frames; or, where there is a predictor, clips, too."""
+        """The training pass on stored features of any float type: frames, or, with a predictor, clips.
+
+        ``ValueError`` for clips without a predictor.
+        """
         clips = features if features.ndim == 4 else features.unsqueeze(1)
         if clips.shape[1] > 1 and self.recur.predict is None:
             raise ValueError("clips of several frames need a model with a predictor")
@@ -92,7 +95,7 @@ class SlotModel(Model):
         )
 
     def segment(self, features: Float[Tensor, "T N D"], draws: Draws) -> Output:
-        """All frames of one video: slots are carried from frame to frame, if there is a predictor."""
+        """Slots and masks of all frames of one video; a predictor carries the slots from frame to frame."""
         if self.recur.predict is None:
             return super().segment(features, draws)
         output: Output = self(features.unsqueeze(0), draws)

@@ -31,7 +31,7 @@ class Attention(nn.Module):
         causal: bool = False,
         active: Bool[Tensor, "B K"] | None = None,
     ) -> Float[Tensor, "B M D"]:
-        """``causal``: the i-th token sees the first i of the memory. ``active``: memory that is no padding."""
+        """Attended tokens. ``causal``: token i sees the first i entries of memory. ``active``: False for padding."""
         query, key, value = self._heads(tokens, memory)
         visible = None if active is None else active[:, None, None]
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, is_causal=causal)
@@ -43,7 +43,7 @@ class Attention(nn.Module):
         memory: Float[Tensor, "B K S"],
         active: Bool[Tensor, "B K"] | None = None,
     ) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B K M"]]:
-        """The same, and the attention: averaged over the heads, one in sum over the memory."""
+        """The attended tokens, and the attention weights: means over the heads, which sum to one over the memory."""
         query, key, value = self._heads(tokens, memory)
         logits = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).float()  # (B, heads, M, K)
         if active is not None:
@@ -63,7 +63,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Residual two-layer MLP behind a LayerNorm."""
+    """Residual two-layer MLP after a LayerNorm."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class FeedForward(nn.Module):
 
 
 class SelfBlock(nn.Module):
-    """Tokens attend to each other: to those that are no padding."""
+    """Tokens attend to each other, padding (``active`` False) excepted."""
 
     def __init__(self, dim: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class SelfBlock(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Tokens attend to slots, each token by itself."""
+    """Tokens attend to slots, but not to each other."""
 
     def __init__(self, dim: int, heads: int, hidden: int, memory_dim: int) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class CrossBlock(nn.Module):
 
 
 class CausalCrossBlock(nn.Module):
-    """Tokens attend to those before them, then to slots."""
+    """Tokens attend to the tokens before them and to themselves, then to slots."""
 
     def __init__(self, dim: int, heads: int, hidden: int, memory_dim: int) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class CausalCrossBlock(nn.Module):
     def with_weights(
         self, tokens: Float[Tensor, "B M D"], slots: Float[Tensor, "B K S"], active: Bool[Tensor, "B K"] | None
     ) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B K M"]]:
-        """The same, and how each token attended to the slots."""
+        """The tokens after the block, and their attention to the slots, which sums to one over the slots."""
         tokens = self._past(tokens)
         seen, weights = self.to_slots.with_weights(self.norm_slots(tokens), slots, active)
         return self.feed_forward(tokens + seen), weights
@@ -139,7 +139,7 @@ class CausalCrossBlock(nn.Module):
 
 
 def xavier(module: torch.nn.Module) -> None:
-    """Glorot's initial weights and no bias in every linear layer, for ``Module.apply``."""
+    """Initialise a linear layer with Glorot's weights and no bias; for ``Module.apply``."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

@@ -1,19 +1,19 @@
 """Slots as soft clusters of learnt keys, trained across time.
 
-Over slow, position-centred tokens (``data.normalize = "slow=128"``, ``data.center = "position"``; where nothing moves,
-principal components, ``whiten=128``) the background lies near the origin: a token's *norm* says that there is an
-object, and its *direction* says which. The model is built on that:
+With slow, position-centred tokens (``data.normalize = "slow=128"``, ``data.center = "position"``; for still images,
+principal components, ``whiten=128``) the background lies near the origin: a token's *norm* shows that there is an
+object, and its *direction* which one. The model is built on that:
 
 - **keys** (B, N, S): direction of the first S channels, smoothed over 3x3 patches, plus a learnt residual that
-  starts at zero; beside them each patch's position, so that equal objects in two places part;
+  starts at zero; each patch's position is added to them, so that two equal objects stay apart;
 - **objectness** (B, N): a logistic function of the norm around Otsu's threshold (Otsu 1979), with a learnt
-  residual; what it leaves is the background slot;
+  residual; the rest is the background slot;
 - **slots**: started from the tokens farthest from each other (Gonzalez 1985), as many as the frame needs, and refined
-  as slot attention (Locatello et al., 2020, arXiv:2006.15055) in its k-means form: attention is the softmax over
-  slots of the negative squared distance, a slot is the weighted mean of what it holds;
-- **decoding** by mixing (see :class:`slotlab.models.decoders.MixDecoder`): the slots of one frame attend to and
-  reconstruct another frame of the clip, so that only what lasts is worth keeping in a slot. A single image is
-  reconstructed by its own.
+  by slot attention (Locatello et al., 2020, arXiv:2006.15055) in its k-means form: attention is the softmax over
+  slots of the negative squared distance, and a slot is the weighted mean of its patches;
+- **decoding** by mixing (see :class:`slotlab.models.decoders.mixing.MixDecoder`): the slots of one frame attend to and
+  reconstruct another frame of the clip, so that a slot learns to hold what lasts. A single image is reconstructed from
+  its own slots.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from slotlab.models.clustering.tracking import SEED_OBJECTNESS, Tracker, slot_me
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 
-GRADIENT_ITERATIONS = 3  # of the refinement; earlier ones only bring the slots into place
-RESIDUAL_GAIN = 4.0  # of the learnt objectness, whose logits are large
-NEVER = -1e4  # a logit that no softmax notices
-LEAST_NORM = 1e-2  # of a key that is made a direction: the gradient grows with its inverse
+GRADIENT_ITERATIONS = 3  # iterations that the gradient passes; earlier ones only move the slots into place
+RESIDUAL_GAIN = 4.0  # factor of the learnt objectness, whose logits are large
+NEVER = -1e4  # a logit whose softmax is 0
+LEAST_NORM = 1e-2  # divisor of a key is at least this: the gradient of normalising grows with the inverse norm
 
 
 class ClusteringModel(Model):
-    """Soft clusters of learnt keys, with a background slot first.
+    """Soft clusters of learnt keys; slot 0 is the background.
 
     Args:
         config: sizes; ``config.slots`` counts the background.
-        normaliser: its channels must be ordered by importance, as ``slow=K`` and ``whiten=K`` have them.
+        normaliser: gives channels ordered by importance, as ``slow=K`` and ``whiten=K`` do.
         grid: rows and columns of patches.
     """
 
@@ -83,7 +83,7 @@ class ClusteringModel(Model):
 
     @torch.no_grad()
     def calibrate(self, videos: Iterable[Float[Tensor, "_ N D"]]) -> None:
-        """Set the objectness threshold and the scale of the target."""
+        """Measure the objectness threshold and the scale of the target."""
         features = torch.cat(list(videos))
         self.otsu.copy_(otsu_threshold(self.normaliser(features).norm(dim=-1)))
         tokens = self.tokens(features)
@@ -98,9 +98,9 @@ class ClusteringModel(Model):
         return ["made by a version that gave slots of what soon passes to the background; they stay slots in this one"]
 
     def forward(self, features: Float[Tensor, "B N D"] | Float[Tensor, "B T N D"], draws: Draws) -> Output:
-        """Stored features of frames, or of clips: slots of the first frame, reconstruction of the last.
+        """The training pass on stored features of frames or clips: slots of the first frame reconstruct the last.
 
-        Which two frames these are is drawn before they are read (``ClusteringConfig.frames_a_step``).
+        The two frames are drawn before they are read (``ClusteringConfig.frames_a_step``).
         """
         if features.ndim == 4:
             slots, active = self.find_slots(*self.encode(self.tokens(features[:, 0])))
@@ -113,7 +113,7 @@ class ClusteringModel(Model):
         return self.output(tokens, slots, self.attend(keys, objectness, slots, active), 1 - objectness)
 
     def segment(self, features: Float[Tensor, "T N D"], draws: Draws) -> Output:
-        """All frames of a video in order, each slot staying with its object (:mod:`.tracking`)."""
+        """Slots and masks of all frames of a video in order; each slot stays with its object (:mod:`.tracking`)."""
         tokens = self.tokens(features)
         keys, objectness = self.encode(tokens)
         if not self.config.tracking:
@@ -122,7 +122,7 @@ class ClusteringModel(Model):
             return self.output(tokens, slots, attention, 1 - attention.sum(-1))
         tracker = Tracker.start(self.config, self.attend, self.position.cpu(), keys.shape[-1])
         carried, held = [], []
-        with limited():  # hundreds of operations a frame, on 256 tokens by 10 slots
+        with limited():  # one thread: hundreds of operations a frame, each on 256 tokens by 10 slots
             for frame in zip(tokens.cpu(), keys.cpu(), objectness.cpu(), strict=True):
                 held.append(tracker.step(*frame))
                 carried.append(tracker.slots)
@@ -130,11 +130,11 @@ class ClusteringModel(Model):
         return self.output(tokens, slots, attention, 1 - attention.sum(-1))
 
     def tokens(self, features: Float[Tensor, "B N C"]) -> Float[Tensor, "B N D"]:
-        """Normalised features of frames, the background at the origin.
+        """Normalised features of frames, moved so that the background is at the origin.
 
-        In a frame that is nearly empty a ViT may displace all tokens together, along slow directions by several times
-        the norm of an object, and everything would be one. The background is taken to be the quarter of the patches
-        nearest the origin; where that lies beyond the threshold of an object, the frame is moved back.
+        In a nearly empty frame a ViT may displace all tokens together, along slow directions by several times the norm
+        of an object, so that everything would look like an object. The background is estimated from the quarter of the
+        patches nearest the origin; if its norm exceeds an object's threshold, all tokens are moved back by it.
         """
         tokens = self.normaliser(features)
         nearest = tokens.norm(dim=-1).topk(max(1, tokens.shape[1] // 4), largest=False).indices  # (B, N / 4)
@@ -149,7 +149,7 @@ class ClusteringModel(Model):
         attention: Float[Tensor, "B N K"],
         left: Float[Tensor, "B N"],
     ) -> Output:
-        """The background's slot, which has what is left, joined to those of objects, and what they decode to."""
+        """The output for object slots and the background's slot, whose mask is ``left``."""
         background = left.unsqueeze(-1)  # (B, N, 1)
         masks = torch.cat([background, attention], -1).transpose(1, 2)  # (B, K, N)
         found = F.pad(slots[..., : self.keys], (0, 0, 1, 0))  # the background's key is the origin
@@ -164,7 +164,7 @@ class ClusteringModel(Model):
         )
 
     def target(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N S"]:
-        """What to reconstruct: the direction of objects, and nothing of the background."""
+        """Targets of the reconstruction: the tokens' directions on objects, and 0 on the background."""
         direction = F.normalize(tokens[..., : self.keys], dim=-1)
         return (
             direction
@@ -173,7 +173,7 @@ class ClusteringModel(Model):
         )
 
     def encode(self, tokens: Float[Tensor, "B N D"]) -> tuple[Float[Tensor, "B N S"], Float[Tensor, "B N"]]:
-        """Normalised tokens -> keys with their weighted position in the last two channels, and objectness."""
+        """Keys of normalised tokens, with their weighted position in the last two channels, and their objectness."""
         logit = self.objectness_logit(tokens, self.config.objectness)
         position = self.position.expand(len(tokens), -1, -1)
         hidden = F.relu(self.embed(torch.cat([tokens, logit.unsqueeze(-1) / RESIDUAL_GAIN, position], -1)))
@@ -187,13 +187,13 @@ class ClusteringModel(Model):
         return torch.cat([keys, self.config.position_weight * position], -1), objectness
 
     def objectness_logit(self, tokens: Float[Tensor, "B N D"], logistic: Logistic) -> Float[Tensor, "B N"]:
-        """By the norm alone."""
+        """Logit of the objectness that the norm alone gives."""
         return torch.div(tokens.norm(dim=-1) / (logistic.threshold * self.otsu) - 1, logistic.width)
 
     def find_slots(
         self, keys: Float[Tensor, "B N S"], objectness: Float[Tensor, "B N"]
     ) -> tuple[Float[Tensor, "B K S"], Bool[Tensor, "B K"]]:
-        """Object slots (without the background's), and which of them the frame needs."""
+        """Object slots (without the background's), and a mask of those that the frame needs."""
         with torch.no_grad():
             slots, active = self.seed(keys, objectness)
         for iteration in range(self.config.iterations):
@@ -207,7 +207,10 @@ class ClusteringModel(Model):
     def seed(
         self, keys: Float[Tensor, "B N S"], objectness: Float[Tensor, "B N"]
     ) -> tuple[Float[Tensor, "B K S"], Bool[Tensor, "B K"]]:
-        """Farthest-first traversal over object tokens, until all are within ``new_slot_distance`` of a slot."""
+        """Initial slots by farthest-first traversal of object tokens, and a mask of those that the frame needs.
+
+        New slots stop when every object token is within ``new_slot_distance`` of one.
+        """
         batch = torch.arange(len(keys), device=keys.device)
         candidate = objectness > SEED_OBJECTNESS  # (B, N)
         chosen = objectness.argmax(1)
@@ -227,7 +230,7 @@ class ClusteringModel(Model):
         slots: Float[Tensor, "B K S"],
         active: Bool[Tensor, "B K"],
     ) -> Float[Tensor, "B N K"]:
-        """Attention that sums to the objectness over slots."""
+        """Attention of tokens to slots, which sums to the objectness over the slots."""
         closeness = 2 * keys @ slots.transpose(1, 2) - slots.square().sum(-1).unsqueeze(1)  # |key|^2 cancels
         logits = (closeness / self.config.temperature).masked_fill(~active.unsqueeze(1), NEVER)
         return logits.softmax(-1) * objectness.unsqueeze(-1)
@@ -235,7 +238,7 @@ class ClusteringModel(Model):
     def reconstruct(
         self, attention: Float[Tensor, "B N K"], slots: Float[Tensor, "B K S"], background: Float[Tensor, "B N 1"]
     ) -> Float[Tensor, "B N D"]:
-        """Tokens from each patch's mixture of slots, seen from where the patch lies."""
+        """Tokens decoded from each patch's mixture of slots, relative to the patch's position."""
         mixed = attention @ slots  # (B, N, S + 2)
         key, place = mixed[..., : self.keys], mixed[..., self.keys :]
         here = self.config.position_weight * self.position * (1 - background)
@@ -243,9 +246,9 @@ class ClusteringModel(Model):
         return decoded
 
     def _bordered_map(self, tokens: Tensor) -> Tensor:
-        """(B, N, C) -> (B, C, rows + 2, columns + 2), the outer patches repeated once.
+        """Tokens (B, N, C) as a map (B, C, rows + 2, columns + 2) with the outer patches repeated once.
 
-        By hand, because torch.compile miscompiles the gradient of replication padding (torch 2.14).
+        Written out, because torch.compile miscompiles the gradient of replication padding (torch 2.14).
         """
         x = tokens.transpose(1, 2).reshape(len(tokens), -1, *self.grid)
         x = torch.cat([x[:, :, :1], x, x[:, :, -1:]], 2)
@@ -253,7 +256,7 @@ class ClusteringModel(Model):
 
 
 def otsu_threshold(values: Tensor, bins: int = 256) -> Tensor:
-    """The threshold that parts values into two classes of the largest between-class variance (Otsu 1979)."""
+    """The threshold between two classes of values with the largest between-class variance (Otsu 1979), a scalar."""
     low, high = values.aminmax()
     counts = torch.histc(values.float().cpu(), bins, float(low), float(high)).double()
     middle = torch.linspace(float(low), float(high), bins, dtype=torch.float64)

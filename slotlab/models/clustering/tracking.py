@@ -1,15 +1,16 @@
 """Slots of the clustering model that keep their object from frame to frame.
 
-Online and causal: a frame's slots start where the last frame's ended. Tokens of objects that no slot explains start
-new slots, of two slots that have come together the one of the last frame stays, and a slot that holds nothing is free
-for another object.
+The tracker is online and causal: a frame's slots start where the last frame's ended. Object tokens that are far from
+every slot start new ones; when two slots have come together, the older one stays; and a slot that holds nothing is
+free for another object.
 
-A slot's key alone would lose an object that turns, or pass its slot to a neighbour. So the attention of the last few
-frames, which outlast a short meeting, flows along the likeness of tokens, as labels do in video segmentation by
-propagation (Jabri et al., 2020, arXiv:2006.14613), and is used twice: slots are named by whom they take most from
-(Hungarian), and it is the prior of a Bayes filter, whose likelihood is the attention by keys.
+A slot's key alone would lose an object that turns, or pass its slot to a neighbour. So the tracker
+propagates the attention of the last few frames, enough to bridge a short meeting, along the similarity of tokens, as
+video segmentation propagates labels (Jabri et al., 2020, arXiv:2006.14613). It uses the result twice: each slot keeps
+the identity that it receives most attention from (Hungarian algorithm), and it is the prior of a Bayes filter whose
+likelihood is the attention by keys.
 
-The choices are sequential and the arrays small, so this runs on the CPU.
+The decisions are sequential and the arrays small, so all of this runs on the CPU.
 """
 
 from __future__ import annotations
@@ -27,32 +28,32 @@ from torch import Tensor
 
 from slotlab.config.model import ClusteringConfig
 
-# No shipped configuration has had other values of these. They were chosen on the sample's training videos.
-SEED_OBJECTNESS = 0.6  # a token below it starts no slot: it is hardly more likely to be of an object than not
-ITERATIONS = 2  # that refine a carried slot, each time: it starts where it ended, so few are enough
-LEAST_MASS = 1.0  # patches that a slot must hold to be kept: masks cannot show less
-FLOW_RADIUS = 0.34  # that attention flows, sides being 2: 2.5 patches of 16. Half as much more for each frame back
-FLOW_TEMPERATURE = 0.1  # of the likeness of tokens, a cosine: of two that are 0.3 apart one gets a twentieth
-PRIOR_FLOOR = 0.05  # claim of a slot on patches that nothing flows to, without which no object would come into sight
+# Constants, not settings: no preset ever changed them. They were chosen on the sample's training videos.
+SEED_OBJECTNESS = 0.6  # objectness below which a token starts no slot
+ITERATIONS = 2  # rounds that refine carried slots; few are enough, as they start where they ended
+LEAST_MASS = 1.0  # patches that a slot must hold to be kept; masks cannot show less
+FLOW_RADIUS = 0.34  # reach of the flow, a frame's side being 2: 2.5 patches of 16; half as much more a frame back
+FLOW_TEMPERATURE = 0.1  # divisor of the tokens' cosines: a cosine 0.3 lower gets a twentieth of the weight
+PRIOR_FLOOR = 0.05  # a slot's share of patches that nothing flows to; at 0 no object could come into sight
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # keys, objectness, slots, active -> (B, N, K)
 
 
 class Seen(NamedTuple):
-    """A frame of the past."""
+    """What the tracker keeps of a past frame."""
 
-    directions: Float[Tensor, "N D"]  # of the tokens
+    directions: Float[Tensor, "N D"]  # unit vectors of the tokens
     attention: Float[Tensor, "N K"]
 
 
 @dataclass
 class Tracker:
-    """State after some frames: K object slots, which of them hold an object, and what the last frames looked like.
+    """State after some frames: K object slots, which of them hold an object, and the last frames' tokens and attention.
 
     Args:
         config: distances and iterations.
-        attend: attention (1, N, K) of keys (1, N, S) and objectness (1, N) to slots (1, K, S), active (1, K).
-        position: of the patches, in [-1, 1].
+        attend: maps keys (1, N, S), objectness (1, N), slots (1, K, S) and active (1, K) to attention (1, N, K).
+        position: places of the patches, in [-1, 1].
     """
 
     config: ClusteringConfig
@@ -72,9 +73,9 @@ class Tracker:
     def step(
         self, tokens: Float[Tensor, "N D"], keys: Float[Tensor, "N S"], objectness: Float[Tensor, " N"]
     ) -> Float[Tensor, "N K"]:
-        """Take the next frame; its attention, which sums to the objectness over slots."""
+        """Track the slots into the next frame; return its attention, which sums to the objectness over slots."""
         carried = self.active
-        # New slots first: a carried slot, refined alone, would take a new object for its own.
+        # New slots start first: a carried slot that is refined alone would claim a new object.
         self._give_birth(keys, objectness)
         self._refine(keys, objectness)
         self._merge(self._attention(keys, objectness).sum(0), carried)
@@ -91,7 +92,7 @@ class Tracker:
         return attention
 
     def _propagate(self, directions: Float[Tensor, "N D"]) -> Float[Tensor, "N K"]:
-        """The past's attention, as it flows to the tokens of this frame that lie near and look alike."""
+        """The past frames' attention, propagated to the tokens of this frame that are near and similar."""
         squared = _squared_distance(self.position, self.position)  # (N, N)
         likeness = torch.cat(
             [
@@ -100,12 +101,12 @@ class Tracker:
                 for lag, seen in enumerate(self.past)
             ],
             -1,
-        )  # (N, frames * N): from which token each comes
+        )  # (N, frames * N): similarity to each past token
         share = (likeness / FLOW_TEMPERATURE).softmax(-1)
         return share @ torch.cat([seen.attention for seen in self.past])
 
     def _rename(self, prior: Float[Tensor, "N K"], attention: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
-        """The attention, every slot named after the one that it takes most from; one that takes from none stays."""
+        """The attention with its slots reordered: each slot gets the identity it takes most from, or keeps its own."""
         taken = prior.T @ attention  # (K before, K now): patches
         own = torch.eye(len(self.slots), dtype=torch.bool)
         order = linear_sum_assignment((taken + 1e-4 * own).numpy(), maximize=True)[1]
@@ -113,7 +114,7 @@ class Tracker:
         return attention[:, order]
 
     def _filter(self, prior: Tensor, attention: Tensor, objectness: Tensor) -> Float[Tensor, "N K"]:
-        """Posterior of prior and attention, over the slots that are there, as much as there is of an object."""
+        """Posterior of prior and attention over the active slots, scaled to the objectness."""
         prior = prior * self.active
         prior = prior / (prior.sum(-1, keepdim=True) + 1e-3) + PRIOR_FLOOR
         posterior = attention * prior**self.config.prior_weight
@@ -124,14 +125,14 @@ class Tracker:
         return self.attend(keys[None], objectness[None], self.slots[None], self.active[None])[0] * self.active
 
     def _refine(self, keys: Tensor, objectness: Tensor) -> Tensor:
-        """Move the slots to the means of what they hold; the attention that they then have."""
+        """Move the slots to the means of their patches; return their attention afterwards."""
         for _ in range(ITERATIONS):
             attention = self._attention(keys, objectness)  # (N, K)
             self.slots = torch.where(self.active.unsqueeze(-1), slot_means(attention, keys), self.slots)
         return self._attention(keys, objectness)
 
     def _give_birth(self, keys: Tensor, objectness: Tensor) -> None:
-        """Farthest first, until every token of an object is within ``new_slot_distance`` of a slot."""
+        """Start slots at the farthest tokens until every object token is within ``new_slot_distance`` of a slot."""
         candidate = objectness > SEED_OBJECTNESS  # (N,)
         distance = _squared_distance(keys, self.slots).masked_fill(~self.active, torch.inf).amin(-1)  # (N,)
         # Without any slot all tokens are infinitely far: the likeliest object comes first.
@@ -146,7 +147,7 @@ class Tracker:
         self.slots, self.active = slots, active
 
     def _merge(self, mass: Tensor, carried: Tensor) -> None:
-        """Of two active slots within ``merge_distance`` the new one goes, or the one that holds less."""
+        """Free one of any two active slots within ``merge_distance``: the new one, or the one that holds less."""
         close = _squared_distance(self.slots, self.slots) < self.config.merge_distance
         pairs = (close & self.active & self.active.unsqueeze(-1)).triu(1).nonzero().tolist()
         active = self.active.clone()
@@ -162,6 +163,6 @@ def _squared_distance(a: Float[Tensor, "N S"], b: Float[Tensor, "K S"]) -> Float
 
 
 def slot_means(attention: Float[Tensor, "*B N K"], values: Float[Tensor, "*B N S"]) -> Float[Tensor, "*B K S"]:
-    """Mean of patches' values over what each slot holds; 0 for a slot that holds nothing."""
+    """Mean of the patches' values weighted by each slot's attention; 0 for a slot that holds nothing."""
     mass = attention.sum(-2).unsqueeze(-1)  # (*B, K, 1)
     return attention.transpose(-1, -2) @ values / (mass + 1e-3)

@@ -1,4 +1,4 @@
-"""Patches one after the other, each from those before it and the slots."""
+"""A decoder that predicts patches one after the other, each from the slots and the patches before it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class TransformerDecoder(Decoder):
     A causal transformer predicts each token from the true ones before it and, by cross-attention, from the slots.
     The masks are the last block's cross-attention, averaged over the heads.
 
-    ``permuted`` trains on another scan of the patches at each step, from any corner along rows or columns, each with
-    a separate start token, so that fewer patches can be predicted from their neighbours alone (SPOT, Kakogeorgiou et
-    al., 2024, arXiv:2312.00648). Otherwise, and when a trained model is used, patches come row by row.
+    ``permuted`` trains with a random scan of the patches at each step, from any corner along rows or columns, each with
+    its start token, so that fewer patches can be predicted from their neighbours alone (SPOT, Kakogeorgiou et
+    al., 2024, arXiv:2312.00648). Without it, and when a trained model is used, patches come row by row.
     """
 
     orders: Tensor  # (O, N): patches in the order of each scan
@@ -50,7 +50,7 @@ class TransformerDecoder(Decoder):
             order, begin = self.orders[0], self.begin[:1]
         before = self.embed(target[:, order[:-1]])  # (B, N - 1, W)
         begin = begin.to(before.dtype).expand(len(target), 1, -1)
-        tokens = torch.cat([begin, before], 1) + self.position[order]  # the place of the token that comes next
+        tokens = torch.cat([begin, before], 1) + self.position[order]  # the position of the token to predict
         slots = self.norm_slots(attended.slots)
         for block in self.blocks:
             tokens = block(tokens, slots, attended.active)
@@ -61,7 +61,7 @@ class TransformerDecoder(Decoder):
 
 
 def scan_orders(grid: tuple[int, int]) -> Int[Tensor, "8 N"]:
-    """Patches row by row and column by column, from each corner; row by row from the first patch comes first."""
+    """Indices of the patches in eight scans: by rows and by columns from each corner; by rows from patch 0 first."""
     cells = torch.arange(grid[0] * grid[1]).view(grid)
     flips = [cells.flip(axes) for axes in ((), (1,), (0,), (0, 1))]
     return torch.stack([way.flatten() for flip in flips for way in (flip, flip.T)])

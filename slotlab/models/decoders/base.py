@@ -1,4 +1,4 @@
-"""What all decoders share: what they take and give, and the layers at their end."""
+"""The interface of decoders, and the layers that they share."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from slotlab.models.slot_attention import Attended
 
 @dataclass(frozen=True)
 class Decoded:
-    """M of N patches: all, or those at ``positions``. ``masks`` sum to one over the slots at every patch."""
+    """Decoded patches: M of N, all or those at ``positions``. ``masks`` sum to one over the slots at every patch."""
 
     reconstruction: Float[Tensor, "B M D"]
     masks: Float[Tensor, "B K M"]
-    similarity: Float[Tensor, "B M N"] | None = None  # logits of where each patch is in a later frame
+    similarity: Float[Tensor, "B M N"] | None = None  # logits over the patches of a later frame
     positions: Int[Tensor, M] | None = None
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of what a decoder is built for."""
+    """The sizes that a decoder is built for."""
 
     slot_dim: int
     grid: tuple[int, int]
     dim: int  # of the tokens to reconstruct
-    reconstructs: bool = True  # False: no loss looks at the reconstruction, and its layer is not trained
-    similarity: bool = False  # predict where each patch is in a later frame, too
+    reconstructs: bool = True  # False: no loss uses the reconstruction, and its layer is not trained
+    similarity: bool = False  # also predict each patch's similarity with those of a later frame
 
     @property
     def patches(self) -> int:
@@ -39,20 +39,20 @@ class Sizes:
 
 
 class Decoder(nn.Module):
-    """Slots -> patch tokens and masks."""
+    """A decoder from slots to patch tokens and masks."""
 
     def __init__(self, sizes: Sizes, config: DecoderConfig) -> None:
         super().__init__()
         self.sizes, self.config = sizes, config
 
     def forward(self, attended: Attended, target: Float[Tensor, "B N D"], draws: Draws) -> Decoded:
-        """``target`` is for the decoders that are autoregressive; ``draws`` drive what is random in training."""
+        """Tokens and masks from slots. Autoregressive decoders read ``target``; ``draws`` are for training alone."""
         raise NotImplementedError
 
     def draw_positions(self, draws: Draws, device: torch.device) -> Tensor | None:
-        """In training, the random patches (M,) to decode; None: all.
+        """Random patches (M,) to decode in training; None for all.
 
-        Where patches are decoded independently, a loss that is a mean over them is estimated without bias.
+        If patches are decoded independently, a subset estimates a mean loss over them without bias.
         """
         wanted = self.config.patches
         if wanted is None or not self.training or wanted >= self.sizes.patches:
@@ -61,7 +61,7 @@ class Decoder(nn.Module):
 
 
 class Heads(nn.Module):
-    """The last linear layer, to tokens; and another, to similarities with the patches of a later frame."""
+    """The last linear layers: to tokens, and, if asked, to similarities with the patches of a later frame."""
 
     def __init__(self, width: int, sizes: Sizes) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def select(positions: Float[Tensor, "N W"], chosen: Int[Tensor, M] | None) -> Fl
 
 
 def hidden_layers(width: int, count: int) -> nn.Sequential:
-    """``count`` further hidden layers behind an activation."""
+    """An activation, and ``count`` further hidden layers."""
     layers: list[nn.Module] = [nn.ReLU()]
     for _ in range(count):
         layers += [nn.Linear(width, width), nn.ReLU()]

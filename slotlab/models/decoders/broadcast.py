@@ -1,4 +1,4 @@
-"""Every slot decoded at every patch: DINOSAUR's MLP."""
+"""A decoder that decodes every slot at every patch: DINOSAUR's MLP."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from slotlab.models.decoders.base import Decoded, Decoder, Heads, Sizes, hidden_
 from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import Attended, hide_padding
 
-# Rows of hidden activations, one a slot and patch, that pass the layers at a time: few enough for a CPU's cache, and
-# enough to fill a GPU.
+# Rows of hidden activations (one for each slot and patch) that pass the layers at a time: few enough for a CPU's
+# cache, and enough to fill a GPU.
 ROWS_ON_CPU, ROWS = 1 << 11, 1 << 18
 
 
@@ -24,14 +24,14 @@ class MLPDecoder(Decoder):
     As published, an MLP maps (slot + position) to a token and a mask logit for every slot and patch, and the
     tokens are averaged with the softmax of the logits. The first linear layer is applied to slots and
     positions apart and added (it is linear); the last one is applied after the average (it is linear, and
-    the weights sum to one). What remains for every slot and patch are the hidden layers alone, and the
+    the weights sum to one). Only the hidden layers run for every slot and patch, and the
     (B, K, N, D) tensor is never made.
 
-    Patches pass the hidden layers a few at a time. The first layer's activation is a mere sum, so it is not kept for
-    the backward pass but made again; ``recompute`` does so with all of them.
+    Patches pass the hidden layers a few at a time. The first activation is a cheap sum, so the backward pass computes
+    it again instead of keeping it; ``recompute`` does so with all activations.
 
-    The softmax has a temperature. In training, its masks can be made hard, one slot a patch, with the gradient of
-    the soft ones: by the largest (straight through, Bengio et al., 2013, arXiv:1308.3432), or by a draw (Gumbel-
+    The softmax has a temperature. In training, masks can be hard, one slot a patch, with the gradient of soft
+    ones: the largest (straight through, Bengio et al., 2013, arXiv:1308.3432), or a draw (Gumbel-
     softmax, Jang et al., 2017, arXiv:1611.01144).
     """
 
@@ -66,7 +66,7 @@ class MLPDecoder(Decoder):
         return Decoded(tokens, masks.transpose(1, 2), similarity, positions)
 
     def _patches_at_a_time(self, slots: Float[Tensor, "B K S"]) -> int:
-        # What is compiled unrolls the loop: as few turns there as memory wants, on a CPU too.
+        # torch.compile unrolls the loop, so take as few turns there as memory allows, on a CPU too.
         cached = slots.device.type == "cpu" and not torch.compiler.is_compiling()
         rows = ROWS_ON_CPU if cached else ROWS
         return max(1, rows // (slots.shape[0] * slots.shape[1]))
@@ -78,8 +78,8 @@ class MLPDecoder(Decoder):
         noise: Float[Tensor, "B M K"] | None,
         active: Bool[Tensor, "B K"] | None,
     ) -> tuple[Float[Tensor, "B M H"], Float[Tensor, "B M K"]]:
-        """Hidden vectors averaged over the slots, and the masks that they were averaged with."""
-        # Slots in the last place but one: the average over them is a matrix product that copies nothing.
+        """Hidden vectors averaged over the slots by the masks, and these masks."""
+        # With slots in the last dimension but one, the average over them is a matrix product without a copy.
         hidden = self.hidden[2:](self._second_layer(from_slots, from_position))  # (B, M, K, H)
         logits = self.mask(hidden)[..., 0].float()  # (B, M, K)
         logits = hide_padding(logits.transpose(1, 2), active).transpose(1, 2)
@@ -89,16 +89,16 @@ class MLPDecoder(Decoder):
     def _second_layer(
         self, from_slots: Float[Tensor, "B K H"], from_position: Float[Tensor, "M H"]
     ) -> Float[Tensor, "B M K H"]:
-        """First activation and second linear layer, if there is one.
+        """Output of the first activation and of the second linear layer, if there is one.
 
-        When the backward pass asks for the activation, the checkpoint's recomputation ends before the linear layer.
+        The backward pass recomputes the activation alone, not the linear layer.
         """
 
         def layers(slots: Tensor, position: Tensor) -> Tensor:
             hidden: Tensor = self.hidden[:2](slots[:, None] + position[:, None])
             return hidden
 
-        # A compiler decides itself what it keeps.
+        # torch.compile decides itself what to keep.
         keeps = self.config.layers == 1 or self.config.recompute or torch.compiler.is_compiling()
         if keeps or not torch.is_grad_enabled():
             return layers(from_slots, from_position)

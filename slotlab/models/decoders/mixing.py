@@ -1,4 +1,4 @@
-"""Slots mixed into one vector a patch, which is decoded alone: K times cheaper than a broadcast."""
+"""Decoders that mix the slots into one vector a patch and decode only that: K times cheaper than a broadcast."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from slotlab.models.transformer import CrossBlock, xavier
 
 
 class MixDecoder(Decoder):
-    """Mix the slots by the attention that formed them, then decode one vector a patch.
+    """Decoder that mixes the slots by the attention that formed them, and decodes one vector a patch.
 
-    The plain form of VideoSAUR's slot mixer (Zadaianchuk et al., 2023, arXiv:2306.04829): the mixing weights
-    are slot attention's own, so the masks that are scored are the masks that are trained, and no slot is
-    decoded at a patch it does not hold.
+    A plain form of VideoSAUR's slot mixer (Zadaianchuk et al., 2023, arXiv:2306.04829): the mixing weights are slot
+    attention's, so the scored masks are the trained ones, and no slot is decoded at a patch that it does not hold.
     """
 
     def __init__(self, sizes: Sizes, config: DecoderConfig) -> None:
@@ -36,11 +35,10 @@ class MixDecoder(Decoder):
 
 
 class SlotMixerDecoder(Decoder):
-    """Slot mixer (Sajjadi et al., 2022, arXiv:2206.06922) as VideoSAUR has it (Zadaianchuk et al., 2023).
+    """Slot mixer (Sajjadi et al., 2022, arXiv:2206.06922) as VideoSAUR uses it (Zadaianchuk et al., 2023).
 
-    Learnt positions ask the slots, in a transformer without attention among positions, what to look for; a last
-    attention of one head weighs the slots at each position, and those weights are the masks. Their mixture is
-    rendered by an MLP.
+    Learnt positions query the slots in a transformer without attention among positions; a last attention of one head
+    weighs the slots at each position, and these weights are the masks. An MLP decodes the mixture of slots.
     """
 
     def __init__(self, sizes: Sizes, config: DecoderConfig) -> None:
@@ -70,7 +68,7 @@ class SlotMixerDecoder(Decoder):
 
 
 class Render(nn.Module):
-    """The MLP of one vector a patch."""
+    """The MLP from one vector a patch to its token, and, if asked, its similarities."""
 
     def __init__(self, sizes: Sizes, config: DecoderConfig) -> None:
         super().__init__()
@@ -85,5 +83,5 @@ class Render(nn.Module):
 
 
 def mix(masks: Float[Tensor, "B K M"], slots: Float[Tensor, "B K S"]) -> Float[Tensor, "B M S"]:
-    """Each patch's mixture of slots."""
+    """The mean of the slots at each patch, weighted by the masks."""
     return masks.transpose(1, 2).to(slots.dtype) @ slots
