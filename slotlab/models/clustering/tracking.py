@@ -52,7 +52,7 @@ class Tracker:
     Args:
         config: distances and iterations.
         attend: attention (1, N, K) of keys (1, N, S) and objectness (1, N) to slots (1, K, S), active (1, K).
-        position: of the patches, in [-1, 1].
+        position: of the patches, in [-1, 1] along the shorter side.
     """
 
     config: ClusteringConfig
