@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from featcache.extraction.fit import MARGIN, Window, shown
 from featcache.machine import pick_device
 from featcache.store.reading import FeatureStore
 from slotlab.config.schema import Config
-from slotlab.masks.labels import fine_labels, masks_to_labels
+from slotlab.masks.labels import UNSEEN, fine_labels, masks_to_labels
 from slotlab.masks.refine import Method
 from slotlab.masks.refine import refine as refine_masks
 from slotlab.models.base import Model, Output
@@ -30,40 +33,51 @@ from slotlab.runs.folder import STORE, trained_spec
 class Segmentation:
     """What a run sees in T frames of H x W pixels, on the host."""
 
-    masks: Tensor  # (T, K, H, W) float32, sum to one over the slots at every pixel
-    labels: Tensor  # (T, H, W) int64, the slot of each pixel: the largest mask
+    masks: Tensor  # (T, K, H, W) float32, sum to one over the slots at every pixel; zero where the model saw nothing
+    labels: Tensor  # (T, H, W) int64, the slot of each pixel: the largest mask; 255 where the model saw nothing
     slots: Tensor  # (T, K, S) float32
 
 
 class Segmenter:
     """A run with the backbone that its features came from. Made by :func:`load`."""
 
-    def __init__(self, config: Config, model: Model, read: FromFrames) -> None:
+    def __init__(self, config: Config, model: Model, read: FromFrames, preprocessing: Mapping[str, Any]) -> None:
         self.config, self.model = config, model
-        self._read = read
+        self._read, self._preprocessing = read, preprocessing
 
     def segment(self, frames: Frames, *, refine: Method | None = None) -> Segmentation:
         """Masks and slots of pictures, or of the frames of one video, at their own resolution.
 
         Frames may be of any size and proportions (see :func:`slotlab.pictures.frames.as_frames` for what they may come
-        as): whole frames are squeezed to the backbone's input, and the masks stretched back. A video model carries
-        its slots from frame to frame; any other takes the frames apart. ``refine`` brings the masks to the frames'
-        edges (:mod:`slotlab.masks.refine`). The same frames give the same result every time.
+        as): they are squeezed, cropped or padded to the backbone's input as those of the run's store were, and the
+        masks brought back. A video model carries its slots from frame to frame; any other takes the frames apart.
+        ``refine`` brings the masks to the frames' edges (:mod:`slotlab.masks.refine`). The same frames give the same
+        result every time.
         """
-        pictures = as_frames(frames)
+        pictures, window = self._shown(frames)
         output, masks = self._output(pictures)
         if refine:
             fine = refine_masks(masks, torch.from_numpy(pictures), refine).cpu()
             labels = fine.argmax(1)
         else:
-            fine = F.interpolate(masks, size=pictures.shape[1:3], mode="bilinear").cpu()
-            labels = masks_to_labels(masks, (pictures.shape[1], pictures.shape[2])).cpu()
+            fine = F.interpolate(masks, size=window.size, mode="bilinear").cpu()
+            labels = masks_to_labels(masks, window.size).cpu()
+        if not window.is_frame:
+            last = fine.permute(0, 2, 3, 1).numpy()  # (T, H, W, K)
+            fine = torch.from_numpy(window.put_back(last, 0.0)).permute(0, 3, 1, 2).contiguous()
+            labels = torch.from_numpy(window.put_back(labels.numpy(), UNSEEN))
         return Segmentation(fine, labels, output.slots.float().cpu())
 
     def label(self, frames: Frames, *, refine: Method | None = None) -> npt.NDArray[np.uint8]:
         """The labels alone, (T, H, W), without ever holding the masks of all frames at the frames' resolution."""
+        pictures, window = self._shown(frames)
+        return window.put_back(fine_labels(self._output(pictures)[1], pictures, refine), UNSEEN)
+
+    def _shown(self, frames: Frames) -> tuple[npt.NDArray[np.uint8], Window]:
+        """What the model sees of frames, and where that lies in them."""
         pictures = as_frames(frames)
-        return fine_labels(self._output(pictures)[1], pictures, refine)
+        window = shown(self._preprocessing, (pictures.shape[1], pictures.shape[2]))
+        return window.cut(pictures, self._preprocessing.get(MARGIN, 0)), window
 
     @torch.no_grad()
     def _output(self, pictures: npt.NDArray[np.uint8]) -> tuple[Output, Tensor]:
@@ -92,4 +106,5 @@ def load(run: str | Path, *, device: str | torch.device = "auto", weights: str |
     inputs = ModelInput.of(config, store)
     model = empty_model(config, inputs)
     checkpoint.load_model(run, model)
-    return Segmenter(config, model.to(chosen).eval(), inputs.from_frames(store, weights, chosen))
+    read = inputs.from_frames(store, weights, chosen)
+    return Segmenter(config, model.to(chosen).eval(), read, store.spec.preprocessing)

@@ -40,7 +40,7 @@ def test_a_comparison_matches_the_grid_and_trains_pixels_once(tmp_path: Path, di
     ]
     dinov2, dino = comparison.missing
     assert dinov2.taps == ("block2", "block3") and dinov2.splits == ("train", "validation")
-    assert (dinov2.load("cpu").input_size, dino.load("cpu").input_size) == (28, 32)
+    assert (dinov2.load("cpu").input_size, dino.load("cpu").input_size) == ((28, 28), (32, 32))
     assert comparison.plan.cells[-1].config.data.tap == "video"
     assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
     sixteen = [16 * get_spec(name).patch for name in ("dinov2_vits14", "dino_vits16")]

@@ -14,6 +14,7 @@ import pytest
 from PIL import ExifTags, Image
 
 import cli
+from featcache.store.reading import FeatureStore
 from tests.media import oblong, save_images, save_movie
 
 RESNET = ("extract", "--backbone", "resnet18", "--weights", "random", "--tap", "layer1", "--input-size", "32")
@@ -82,3 +83,41 @@ def test_damaged_videos_are_refused_or_left_out_and_listed(slotlab: Run) -> None
         (line,) = ended.out["damaged"]
         assert line.startswith("clips/b.mp4: ")
     assert ended.out["splits"] == {"train": 10}
+
+
+def test_mixed_sizes_are_found_before_anything_is_computed(slotlab: Run) -> None:
+    Path("clips").mkdir()
+    for name, frames in (("a", oblong(2)), ("b", oblong(2)), ("z", oblong(2, 64, 48))):
+        save_movie(Path(f"clips/{name}.mp4"), "libx264", frames)
+    for more in (("--dry-run",), ()):
+        ended = slotlab(*QUICK, "--data", "clips", *more)
+        assert ended.code == 3 and not Path("s.zarr").exists()
+        assert "most frames of train are 64x48, others 48x64 (1, as clips/z.mp4)" in ended.said
+        assert "with --frame-size 48, squeezed, or also with --fit crop" in ended.said
+    assert slotlab(*QUICK, "--data", "clips", "--frame-size", 48).code == 0  # the remedy works, and in the same place
+    assert FeatureStore.open(Path("s.zarr"))["train"].spec.frame_size == (48, 48)
+    ended = slotlab(*QUICK[:-2], "c.zarr", "--json", "--data", "clips", "--frame-size", 48, "--fit", "crop")
+    assert ended.code == 0 and FeatureStore.open(Path("c.zarr")).spec.preprocessing["fit"] == "crop"
+
+
+def test_mixed_sizes_within_a_video_and_of_masks(slotlab: Run) -> None:
+    save_images(Path("walk/walk"), oblong(2))
+    save_images(Path("walk/walk"), oblong(1, 40, 64), ["2.png"])
+    ended = slotlab(*QUICK, "--data", "walk", "--dry-run")
+    assert ended.code == 3 and "walk/walk/2.png: frame is 64x40, but the video's first is 64x48" in ended.said
+    Path("walk/walk/2.png").unlink()
+    save_images(Path("walk/masks/walk"), np.zeros((2, 40, 64), np.uint8))
+    ended = slotlab(*QUICK, "--data", "walk", "--frame-size", 16, "--dry-run")
+    assert ended.code == 3 and "walk/masks/walk: 2 masks of 64x40 do not match 2 frames of 64x48" in ended.said
+    assert not Path("s.zarr").exists()
+
+
+def test_oblong_inputs_by_the_command(slotlab: Run) -> None:
+    save_images(Path("walk/walk"), oblong(2))
+    ended = slotlab(*QUICK, "--data", "walk", "--input-size", "32x64", "--frame-size", "16x32")
+    assert ended.code == 0
+    store = FeatureStore.open(Path("s.zarr"))
+    assert store.spec.taps["layer1"].grid == (8, 16) and store["train"].spec.frame_size == (16, 32)
+    for option in ("--input-size", "--frame-size"):
+        ended = slotlab(*QUICK, "--data", "walk", option, "32*64")
+        assert ended.code == 2 and f"{option} 32*64: give N, or ROWSxCOLUMNS such as 224x392" in ended.said

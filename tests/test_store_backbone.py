@@ -37,7 +37,7 @@ def made(tmp_path: Path, weights: Path) -> FeatureStore:
 
 def test_weights_are_known_by_what_they_hold_not_by_their_name(made: FeatureStore, weights: Path) -> None:
     again = store_backbone(made)
-    assert again.taps == ("layer1",) and again.input_size == SIZE
+    assert again.taps == ("layer1",) and again.input_size == (SIZE, SIZE)
     moved = weights.rename(weights.with_name("moved.safetensors"))
     try:
         with pytest.raises(DataError, match=r"weights.safetensors: .* are gone; name them with --weights"):

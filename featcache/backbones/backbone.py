@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -30,7 +30,7 @@ class Backbone:
         spec: BackboneSpec,
         tower: Tower,
         taps: tuple[Tap, ...],
-        input_size: int,
+        input_size: tuple[int, int],
         weights: Weights,
         device: torch.device,
     ) -> None:
@@ -51,9 +51,9 @@ class Backbone:
             raise UsageError(f"taps of one store share one grid, but these differ: {listed}")
         self.patch = next(iter(strides.values()))
         _check_input_size(spec.name, input_size, self.patch)
-        self.grid = (input_size // self.patch, input_size // self.patch)
+        self.grid = (input_size[0] // self.patch, input_size[1] // self.patch)
         self.preprocessing: dict[str, Any] = {
-            "size": input_size,
+            "size": input_size[0] if input_size[0] == input_size[1] else list(input_size),
             "resize": "whole frame",
             "interpolation": spec.interpolation,
             "antialias": True,
@@ -78,25 +78,25 @@ class Backbone:
         self._shift = (-mean / std).view(3, 1, 1).to(device)
 
     def preprocess(self, frames: Tensor) -> Tensor:
-        """Bring uint8 frames (B, H, W, 3) of any size to the model's input, float32 (B, 3, S, S).
+        """Bring uint8 frames (B, H, W, 3) of any size to the model's input, float32 (B, 3, rows, columns).
 
         The whole frame is resized, never cropped, so that masks of the frame and tokens cover the same
-        picture. A frame that is not square is squeezed.
+        picture. A frame that has not the input's proportions is squeezed.
         """
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
             raise UsageError(f"frames must be uint8 (B, H, W, 3), not {frames.dtype} {tuple(frames.shape)}")
         images: Tensor = frames.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # (B, 3, H, W)
         mode = InterpolationMode(self.spec.interpolation)
-        images = resize(images, [self.input_size, self.input_size], interpolation=mode, antialias=True)
+        images = resize(images, list(self.input_size), interpolation=mode, antialias=True)
         return images.to(torch.float32).mul_(self._scale).add_(self._shift)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Patch tokens (B, N, D) of each tap for preprocessed images (B, 3, S, S), in one pass that ends with
+        """Patch tokens (B, N, D) of each tap for preprocessed images (B, 3, rows, columns), in one pass that ends with
         the last block needed. Prefix tokens (class, registers) are dropped; N runs row by row."""
-        side = self.input_size
-        if images.shape[1:] != (3, side, side):
-            raise UsageError(f"images must be (B, 3, {side}, {side}) from preprocess, not {tuple(images.shape)}")
+        rows, columns = self.input_size
+        if images.shape[1:] != (3, rows, columns):
+            raise UsageError(f"images must be (B, 3, {rows}, {columns}) from preprocess, not {tuple(images.shape)}")
         tower, inputs = self._tower, {}
 
         def keep(index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -135,7 +135,7 @@ def load_backbone(
     name: str,
     weights: str | None = None,
     taps: Sequence[str] = (),
-    input_size: int | None = None,
+    input_size: int | tuple[int, int] | None = None,
     device: str | torch.device = "cpu",
 ) -> Backbone:
     """Build a backbone ready to run.
@@ -144,7 +144,7 @@ def load_backbone(
         name: see `get_spec`.
         weights: see `featcache.backbones.weights.resolve_weights`.
         taps: where to read tokens; none means the last block's output, before the final norm.
-        input_size: pixels a side; position embeddings are resampled to it.
+        input_size: pixels a side, or rows and columns; position embeddings are resampled to it.
         device: where the model and its inputs live.
 
     Raises:
@@ -153,7 +153,8 @@ def load_backbone(
         IncompatibleError: a checkpoint of another model.
     """
     spec = get_spec(name)
-    size = spec.default_size if input_size is None else input_size
+    wished = spec.default_size if input_size is None else input_size
+    size = (wished, wished) if isinstance(wished, int) else wished
     wanted = tuple(dict.fromkeys(taps)) or (spec.default_tap,)
     if TAP.fullmatch(spec.default_tap):
         _check_input_size(spec.name, size, spec.patch)
@@ -173,11 +174,18 @@ def load_backbone(
     return Backbone(spec, tower, parsed, size, dataclasses.replace(found, state_dict=None), target)
 
 
-def _check_input_size(name: str, size: int, patch: int) -> None:
-    if size < patch or size % patch:
-        below = size // patch * patch
-        nearest = f"{below} and {below + patch}" if below else f"{patch}"
-        raise UsageError(f"input size {size} is no multiple of the patch of {name}, {patch} px; nearest: {nearest}")
+def input_size(preprocessing: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of the input that a store's preprocessing records."""
+    size = preprocessing["size"]
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def _check_input_size(name: str, size: tuple[int, int], patch: int) -> None:
+    for side in size:
+        if side < patch or side % patch:
+            below = side // patch * patch
+            nearest = f"{below} and {below + patch}" if below else f"{patch}"
+            raise UsageError(f"input size {side} is no multiple of the patch of {name}, {patch} px; nearest: {nearest}")
 
 
 def _attention(block: nn.Module) -> nn.Module:

@@ -86,10 +86,9 @@ def _power_of_two(most: int) -> int:
 
 def _frame_memory(backbone: Backbone, precision: Precision) -> int:
     """Bytes that a frame of a batch takes on a GPU beside the weights."""
-    side = backbone.input_size
     torch.cuda.reset_peak_memory_stats(backbone.device)
     before = torch.cuda.memory_allocated(backbone.device)
-    forward(backbone, [np.zeros((PROBED, side, side, 3), np.uint8)], PROBED, precision)
+    forward(backbone, [np.zeros((PROBED, *backbone.input_size, 3), np.uint8)], PROBED, precision)
     return max(1, (torch.cuda.max_memory_allocated(backbone.device) - before) // PROBED)
 
 

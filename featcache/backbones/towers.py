@@ -28,7 +28,7 @@ class Tower:
     norm: nn.Module | None = None
 
 
-def timm_tower(spec: BackboneSpec, size: int, weights: Weights) -> Tower:
+def timm_tower(spec: BackboneSpec, size: tuple[int, int], weights: Weights) -> Tower:
     import timm
 
     plain = TAP.fullmatch(spec.default_tap) is not None
@@ -75,7 +75,7 @@ def _converted(model: nn.Module, weights: Weights, spec: BackboneSpec) -> Mappin
     return converted
 
 
-def open_clip_tower(spec: BackboneSpec, size: int, weights: Weights) -> Tower:
+def open_clip_tower(spec: BackboneSpec, size: tuple[int, int], weights: Weights) -> Tower:
     import open_clip
     from open_clip.model import _build_vision_tower, resize_pos_embed
 

@@ -31,7 +31,7 @@ from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, as_c
 from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 
-from featcache.backbones.backbone import Backbone, load_backbone
+from featcache.backbones.backbone import Backbone, input_size, load_backbone
 from featcache.errors import DataError, FeatcacheError, IncompatibleError, UsageError
 from featcache.extraction.extract import Progress
 from featcache.extraction.job import SplitJob, merge
@@ -283,7 +283,7 @@ def _prepared(work: bytes) -> tuple[_Work, Source, Backbone]:
     task: _Work = pickle.loads(work)
     store = task.job.store
     backbone = _backbone(
-        store.backbone, task.weights, tuple(store.taps), int(store.preprocessing["size"]), str(pick_device(task.device))
+        store.backbone, task.weights, tuple(store.taps), input_size(store.preprocessing), str(pick_device(task.device))
     )
     _require_same_model(store.model, backbone.provenance)
     _require_same_versions(store.versions)
@@ -291,8 +291,8 @@ def _prepared(work: bytes) -> tuple[_Work, Source, Backbone]:
 
 
 @lru_cache(maxsize=1)
-def _backbone(name: str, weights: str | None, taps: tuple[str, ...], input_size: int, device: str) -> Backbone:
-    return load_backbone(name, weights, taps, input_size, device)
+def _backbone(name: str, weights: str | None, taps: tuple[str, ...], size: tuple[int, int], device: str) -> Backbone:
+    return load_backbone(name, weights, taps, size, device)
 
 
 def _require_permit(permit: Path) -> None:

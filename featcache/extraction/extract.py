@@ -18,11 +18,11 @@ import numpy as np
 
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.inference import forward
-from featcache.extraction.job import SplitJob, TapMoments, Tokens, merge
+from featcache.extraction.job import Shown, SplitJob, TapMoments, Tokens, merge
 from featcache.extraction.plan import ExtractPlan, require_space
 from featcache.machine import limited_executor
 from featcache.moments import Moments
-from featcache.sources.video import Source, Video
+from featcache.sources.video import Source
 from featcache.store.reading import FeatureStore
 from featcache.store.writing import SplitWriter, StoreWriter
 
@@ -76,7 +76,7 @@ def _extract_split(writer: SplitWriter, job: SplitJob, source: Source, backbone:
     statistics: dict[str, Moments] = {}
     frames_done = 0
 
-    def record(group: range, videos: Sequence[Video], tokens: Sequence[Tokens], moments: TapMoments) -> None:
+    def record(group: range, videos: Sequence[Shown], tokens: Sequence[Tokens], moments: TapMoments) -> None:
         """In the writing thread, in order."""
         nonlocal frames_done
         for row in job.store_group(group, done, videos, tokens, chunks.map):
@@ -100,10 +100,10 @@ def _extract_split(writer: SplitWriter, job: SplitJob, source: Source, backbone:
     writer.finish(statistics)
 
 
-def _decoded_groups(source: Source, job: SplitJob, done: frozenset[int]) -> Iterator[tuple[range, list[Video]]]:
+def _decoded_groups(source: Source, job: SplitJob, done: frozenset[int]) -> Iterator[tuple[range, list[Shown]]]:
     """The job's groups, decoded ahead; a group that is finished comes without its videos."""
     with ThreadPoolExecutor(2, "decode") as decoding:
-        ahead: list[tuple[range, list[Future[Video]]]] = []
+        ahead: list[tuple[range, list[Future[Shown]]]] = []
         try:
             for group in job.groups():
                 wanted = [] if done.issuperset(group) else list(group)

@@ -8,15 +8,16 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.inference import forward
 from featcache.errors import DataError
+from featcache.extraction.fit import fitted, recounted
 from featcache.extraction.plan import ExtractPlan, strided
 from featcache.moments import Moments, NonFiniteTokensError
-from featcache.sources.masks import visibility
 from featcache.sources.video import Source, Video
 from featcache.store.encoding import ENCODINGS, FEATURES, Stored
 from featcache.store.manifest import Row
@@ -27,6 +28,14 @@ from featcache.store.writing import SplitWriter, write_chunks
 Tokens = Mapping[str, Stored]  # tap -> one video's, in the store's form
 
 TapMoments = Mapping[str, Moments]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One video as the backbone is shown it, and as it is stored."""
+
+    frames: npt.NDArray[np.uint8]  # (T, H, W, 3)
+    stored: Video
 
 
 @dataclass(frozen=True)
@@ -51,10 +60,12 @@ class SplitJob:
         videos = len(self.spec.lengths)
         return [range(i, min(i + size, videos)) for i in range(0, videos, size)]
 
-    def read(self, source: Source, index: int) -> Video:
-        return strided(source.read(self.name, index), self.store.frame_stride)
+    def read(self, source: Source, index: int) -> Shown:
+        video = strided(source.read(self.name, index), self.store.frame_stride)
+        video = fitted(video, self.store.preprocessing)
+        return Shown(video.frames, _resized(video, self.spec, self.resize_frames, source.where(self.name, index)))
 
-    def forward(self, backbone: Backbone, videos: Sequence[Video]) -> list[Tokens]:
+    def forward(self, backbone: Backbone, videos: Sequence[Shown]) -> list[Tokens]:
         """Each video's tokens as they are stored, where the backbone runs."""
         encode = ENCODINGS[self.store.dtype].encode
         found = forward(backbone, [v.frames for v in videos], self.store.batch_size, self.store.precision)
@@ -68,7 +79,7 @@ class SplitJob:
         self,
         group: range,
         done: Container[int],
-        videos: Sequence[Video],
+        videos: Sequence[Shown],
         tokens: Sequence[Tokens],
         each: Callable[[Callable[[int], Row], Sequence[int]], Iterator[Row]] = map,
     ) -> Iterator[Row]:
@@ -78,10 +89,9 @@ class SplitJob:
         """
 
         def store(position: int) -> Row:
-            index = group[position]
-            where = f"{self.location}: {self.name} video {index}"
-            video = _fitted(videos[position], self.spec, self.resize_frames, where)
-            return write_chunks(self.path, self.store, self.spec, index, video, tokens[position])
+            return write_chunks(
+                self.path, self.store, self.spec, group[position], videos[position].stored, tokens[position]
+            )
 
         return each(store, [position for position, index in enumerate(group) if index not in done])
 
@@ -115,7 +125,7 @@ def merge(total: dict[str, Moments], part: TapMoments) -> None:
         total[tap] = total[tap] + moments if tap in total else moments
 
 
-def _fitted(video: Video, spec: SplitSpec, resize: bool, where: str) -> Video:
+def _resized(video: Video, spec: SplitSpec, resize: bool, where: str) -> Video:
     """The video at the store's frame size, or ``DataError`` if it would have to be resized unasked."""
     if (video.segmentations is not None) != spec.masks:
         raise DataError(f"{where}: {'has' if not spec.masks else 'lacks'} masks, unlike the first video of its split")
@@ -133,9 +143,7 @@ def _fitted(video: Video, spec: SplitSpec, resize: bool, where: str) -> Video:
 
     frames = resized(video.frames, Image.Resampling.BICUBIC)
     if video.segmentations is None:
-        return Video(video.id, frames, None, video.instances)
+        return replace(video, frames=frames)
     masks = resized(video.segmentations, Image.Resampling.NEAREST)
-    pixels = [tuple(row.tolist()) for row in visibility(masks, len(video.instances))]
-    seen = tuple(replace(item, visibility=row) for item, row in zip(video.instances, pixels, strict=True))
     ignore = None if video.ignore is None else resized(video.ignore, Image.Resampling.NEAREST)
-    return Video(video.id, frames, masks, seen, ignore, video.labelled)
+    return replace(video, frames=frames, segmentations=masks, instances=recounted(video, masks), ignore=ignore)

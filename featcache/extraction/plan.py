@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,13 @@ import numpy.typing as npt
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.inference import choose_batch_size, choose_precision
 from featcache.errors import DataError, UsageError
-from featcache.sources.video import Source, Video
+from featcache.extraction.fit import Window, fitted, fitting
+from featcache.sources.video import Size, Source, Video
 from featcache.store.encoding import ENCODINGS
 from featcache.store.layout import COMPRESSED, array_layouts
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import MAX_CHUNK_FRAMES, SplitSpec, StoreSpec, TapSpec
-from featcache.words import Dtype, Precision
+from featcache.words import Dtype, Fit, Precision
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,9 @@ class ExtractOptions:
     max_videos: int | None = None
     batch_size: int | None = None  # None is what suits the machine
     precision: Precision | Literal["auto"] = "auto"
-    frame_size: int | None = None  # side of the stored frames and masks; None keeps the source's
+    # Height and width of the stored frames and masks, or their shorter side; None keeps the source's.
+    frame_size: int | tuple[int, int] | None = None
+    fit: Fit = "squash"
 
     def __post_init__(self) -> None:
         if self.frame_stride < 1:
@@ -49,7 +52,7 @@ class ExtractOptions:
             raise UsageError(f"--max-videos {self.max_videos}: must be at least 1")
         if self.batch_size is not None and self.batch_size < 1:
             raise UsageError(f"--batch-size {self.batch_size}: must be at least 1, or auto")
-        if self.frame_size is not None and self.frame_size < 1:
+        if self.frame_size is not None and min(np.atleast_1d(self.frame_size)) < 1:
             raise UsageError(f"--frame-size {self.frame_size}: must be at least 1")
 
 
@@ -97,18 +100,20 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
     remarks = tuple(line for name in names for line in source.remarks(name))
     for line in remarks:
         logger.warning("%s", line)
-    probes = {name: strided(source.read(name, 0), options.frame_stride) for name in names}
+    preprocessing = {**backbone.preprocessing, **fitting(options.fit, backbone.spec.mean)}
+    stored = {name: _stored_size(source, name, backbone, options) for name in names}
+    probes = {name: fitted(strided(source.read(name, 0), options.frame_stride), preprocessing) for name in names}
     store = FeatureStore.open(path) if (path / "zarr.json").exists() else None
     precision, batch_size = options.precision, options.batch_size
     if precision == "auto":
-        frames = [] if store else _some_frames(source, names[0], options)
+        frames = [] if store else _some_frames(source, names[0], options, preprocessing)
         precision = store.spec.precision if store else choose_precision(backbone, frames)
     if batch_size is None:
         batch_size = store.spec.batch_size if store else choose_batch_size(backbone, precision)
     spec = StoreSpec(
         backbone=backbone.spec.name,
         model=backbone.provenance,
-        preprocessing=backbone.preprocessing,
+        preprocessing=preprocessing,
         taps={tap: TapSpec(backbone.grid, backbone.dims[tap]) for tap in backbone.taps},
         dtype=options.dtype,
         frame_stride=options.frame_stride,
@@ -121,7 +126,7 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
     for name, probe in probes.items():
         lengths = [-(-length // options.frame_stride) for length in source.lengths(name)]
         chunk_frames = min(max(lengths), MAX_CHUNK_FRAMES)
-        height, width = (options.frame_size,) * 2 if options.frame_size else probe.frames.shape[1:3]
+        height, width = stored[name] or probe.frames.shape[1:3]
         split_spec = SplitSpec(
             source_fingerprint=source.fingerprint(name),
             lengths=tuple(lengths[: options.max_videos]),
@@ -144,12 +149,49 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
     return ExtractPlan(path, spec, tuple(splits), free, options.frame_size is not None, remarks)
 
 
-def _some_frames(source: Source, split: str, options: ExtractOptions) -> list[npt.NDArray[np.uint8]]:
+def _some_frames(
+    source: Source, split: str, options: ExtractOptions, preprocessing: Mapping[str, Any]
+) -> list[npt.NDArray[np.uint8]]:
     """A few frames of a few videos, spread evenly over those to extract: (T, H, W, 3) each."""
     videos = len(source.lengths(split)[: options.max_videos])
     chosen = range(0, videos, -(-videos // PROBED_VIDEOS))
     frames = PROBED_FRAMES // len(chosen)
-    return [video[:: -(-len(video) // frames)] for video in (source.read(split, index).frames for index in chosen)]
+    shown = [fitted(source.read(split, index), preprocessing).frames for index in chosen]
+    return [video[:: -(-len(video) // frames)] for video in shown]
+
+
+def _stored_size(source: Source, split: str, backbone: Backbone, options: ExtractOptions) -> Size | None:
+    """Height and width of a split's stored frames; None if only its first video tells.
+
+    ``DataError`` where frames are of several sizes and were not to be brought to one.
+    """
+    wished, (rows, columns) = options.frame_size, backbone.input_size
+    videos = range(len(source.lengths(split)[: options.max_videos]))
+    sizes: dict[Size, list[int]] = {}
+    for index in videos:  # also where all are resized: masks that do not fit are found before anything is computed
+        if size := source.size(split, index):
+            sizes.setdefault(Window.of(options.fit, size, backbone.input_size).size, []).append(index)
+    if isinstance(wished, int):  # the shorter side
+        short = min(rows, columns)
+        return round(wished * rows / short), round(wished * columns / short)
+    if wished is not None:
+        if options.fit != "squash" and abs(wished[0] * columns - wished[1] * rows) > max(rows, columns):
+            raise UsageError(
+                f"--frame-size {wished[0]}x{wished[1]}: --fit {options.fit} gives the proportions of the input, "
+                f"{rows}x{columns}; name the shorter side alone"
+            )
+        return wished
+    if len(sizes) > 1:
+        most, *others = sorted(sizes, key=lambda size: -len(sizes[size]))
+        listed = ", ".join(
+            f"{size[1]}x{size[0]} ({len(sizes[size])}, as {source.where(split, sizes[size][0])})" for size in others[:3]
+        )
+        raise DataError(
+            f"{source.location}: most frames of {split} are {most[1]}x{most[0]}, others {listed}"
+            f"{' ...' if others[3:] else ''}; store all at one size with --frame-size {min(most)}, squeezed, or also "
+            "with --fit crop or --fit pad"
+        )
+    return next(iter(sizes), None)
 
 
 def require_space(plan: ExtractPlan) -> None:

@@ -11,10 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from featcache.backbones.backbone import Backbone, load_backbone
+from featcache.backbones.backbone import Backbone, input_size, load_backbone
 from featcache.backbones.inference import forward
 from featcache.backbones.origin import Origin
 from featcache.errors import DataError, IncompatibleError, compare_settings
+from featcache.extraction.fit import fit_of, fitting
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import StoreSpec, TapSpec
 
@@ -35,7 +36,7 @@ def store_backbone(
         )
     chosen = tuple(taps) or tuple(spec.taps)
     weights = weights or recorded_weights(spec)
-    backbone = load_backbone(spec.backbone, weights, chosen, spec.preprocessing["size"], device)
+    backbone = load_backbone(spec.backbone, weights, chosen, input_size(spec.preprocessing), device)
     refuse_other_backbone(store, backbone, chosen)
     return backbone
 
@@ -63,7 +64,7 @@ def refuse_other_backbone(store: FeatureStore, backbone: Backbone, taps: Sequenc
     made = replace(
         spec,
         model=backbone.provenance,
-        preprocessing=backbone.preprocessing,
+        preprocessing={**backbone.preprocessing, **fitting(fit_of(spec.preprocessing), backbone.spec.mean)},
         taps={tap: TapSpec(backbone.grid, backbone.dims[tap]) for tap in backbone.taps},
     )
     kept = replace(spec, taps={tap: spec.taps[tap] for tap in taps or spec.taps})

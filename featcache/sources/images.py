@@ -156,6 +156,10 @@ def errors_named(where: str) -> Iterator[None]:
     except (DataError, MemoryError):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.strerror:  # the file system's own
+            raise DataError(
+                f"{where}: cannot be read ({error.strerror}); look at the file and its permissions"
+            ) from error
         raise DataError(
             f"{where}: image cannot be decoded ({error}); copy or make it again, "
             "or extract without its video (--skip-damaged)"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slotlab.commands.options import Cache, Device, Json, Precision, Residence, print_json
+from slotlab.commands.options import Cache, Device, Json, Precision, Residence, parse_size, print_json
 
 if TYPE_CHECKING:
     from slotlab.training.speed import TrainingRate
@@ -62,7 +62,9 @@ def bench_extract(
     split: Annotated[str | None, typer.Option(help="Split to read; default: the source's first.")] = None,
     videos: Annotated[int, typer.Option(min=1, help="Number of videos in a round.")] = 6,
     weights: Annotated[str | None, typer.Option(help="Weights of the backbone: a checkpoint file, or random.")] = None,
-    input_size: Annotated[int | None, typer.Option(help="Side of the backbone's input in pixels.")] = None,
+    input_size: Annotated[
+        str | None, typer.Option(help="Size of the backbone's input in pixels: a side, or rows x columns as 224x392.")
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Number of frames at a time; default: as in extract.")
     ] = None,
@@ -81,7 +83,7 @@ def bench_extract(
     from slotlab.commands.tables import plain_table
 
     source = open_source(data)
-    model = load_backbone(backbone, weights, (), input_size, pick_device(device))
+    model = load_backbone(backbone, weights, (), parse_size("--input-size", input_size), pick_device(device))
     options = ExtractOptions(
         splits=(split or source.splits()[0],), max_videos=videos, batch_size=batch_size, precision=precision
     )

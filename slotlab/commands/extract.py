@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from featcache.errors import UsageError
-from slotlab.commands.options import CACHE_FOLDER, Device, Dtype, Json, Precision, print_json
+from featcache.words import Fit
+from slotlab.commands.options import CACHE_FOLDER, Device, Dtype, Json, Precision, parse_size, print_json
 
 
 def extract(
@@ -22,11 +23,18 @@ def extract(
     tap: Annotated[
         list[str] | None, typer.Option(help="Tap: block12, block12.norm, block9.key ...; repeatable.")
     ] = None,
-    input_size: Annotated[int | None, typer.Option(help="Side of the backbone's input in pixels.")] = None,
+    input_size: Annotated[
+        str | None, typer.Option(help="Size of the backbone's input in pixels: a side, or rows x columns as 224x392.")
+    ] = None,
+    fit: Annotated[
+        Fit, typer.Option(help="Way to bring frames of other proportions to the input: squash, crop or pad.")
+    ] = "squash",
     dtype: Annotated[Dtype, typer.Option(help="Form of the stored tokens; int8 keeps a scale for each.")] = "float16",
     frame_stride: Annotated[int, typer.Option(help="Stride N: every N-th frame is kept.")] = 1,
     max_videos: Annotated[int | None, typer.Option(help="Number of videos of each split, at most.")] = None,
-    frame_size: Annotated[int | None, typer.Option(help="Side of the stored frames; default: as they are.")] = None,
+    frame_size: Annotated[
+        str | None, typer.Option(help="Size of the stored frames: a side, or 128x224; default: as they are.")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="Weights of the backbone: a checkpoint file, or random.")] = None,
     batch_size: Annotated[
         str, typer.Option(help="Number of frames at a time; auto: 8 on a CPU, what fits on a GPU.")
@@ -72,10 +80,12 @@ def extract(
         dtype=dtype,
         frame_stride=frame_stride,
         max_videos=max_videos,
-        frame_size=frame_size,
+        frame_size=parse_size("--frame-size", frame_size),
+        fit=fit,
         batch_size=None if batch_size == "auto" else int(batch_size),
         precision=precision,
     )
+    size = parse_size("--input-size", input_size)
     reading = Reading.of(mask_colours, ignore_label)
     client = None
     if (scheduler or workers is not None) and not dry_run:
@@ -86,7 +96,7 @@ def extract(
             data = str(Path(data).absolute())  # workers may have another working directory
     source = open_source(data, reading)
     source = SoundVideos(source) if skip_damaged else source
-    model = load_backbone(backbone, weights, tuple(tap or ()), input_size, pick_device(device))
+    model = load_backbone(backbone, weights, tuple(tap or ()), size, pick_device(device))
     todo = plan(path, source, model, options)
     damaged = [line for split in todo.splits for line in source.damaged(split.name)]
     if dry_run:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from featcache.errors import UsageError
 from featcache.words import Dtype as Dtype
 
 CACHE_FOLDER = Path("cache")
@@ -18,6 +19,16 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Residence = Literal["auto", "disk", "host", "device"]
 Refine = Literal["guided", "crf"]
 Cache = Annotated[Path, typer.Option("--cache", help="Store made by slotlab extract.", show_default=False)]
+
+
+def parse_size(option: str, text: str | None) -> int | tuple[int, int] | None:
+    """``N`` pixels a side, or ``ROWSxCOLUMNS``. ``UsageError`` for anything else."""
+    if text is None:
+        return None
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isascii() and side.isdigit() for side in sides):
+        raise UsageError(f"{option} {text}: give N, or ROWSxCOLUMNS such as 224x392")
+    return (int(sides[0]), int(sides[1])) if sides[1:] else int(text)
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from slotlab.masks.refine import Method
 from slotlab.masks.refine import refine as refine_masks
 
+UNSEEN = 255  # label of pixels that the model was not shown
+
 
 def fine_labels(masks: Tensor, pictures: npt.NDArray[np.uint8], method: Method | None = None) -> npt.NDArray[np.uint8]:
     """Slot of each pixel (T, H, W) from masks on a grid (T, K, h, w), refined along the pictures' edges if asked."""

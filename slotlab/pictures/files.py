@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from slotlab.masks.labels import fine_labels
+from slotlab.masks.labels import UNSEEN, fine_labels
 from slotlab.masks.refine import Method
 from slotlab.pictures.coco import encode
 from slotlab.pictures.palette import slot_colours
@@ -34,7 +34,7 @@ class Masked:
 
     name: str  # of its files
     frames: Pictures  # (T, H, W, 3)
-    labels: npt.NDArray[np.uint8]  # (T, H, W), below ``slots``
+    labels: npt.NDArray[np.uint8]  # (T, H, W), below ``slots``, or UNSEEN
     slots: int
 
 
@@ -106,7 +106,7 @@ class MaskWriter:
         for index, labels in enumerate(masked.labels):
             image = {"id": len(coco["images"]) + 1, "file_name": f"{name}/{index:05d}.png", "video": name}
             coco["images"].append(image | {"frame": index, "height": height, "width": width})
-            for slot in np.unique(labels).tolist():
+            for slot in np.unique(labels[labels < masked.slots]).tolist():
                 mask = labels == slot
                 rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
                 box = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
@@ -132,9 +132,10 @@ def label_image(labels: npt.NDArray[np.uint8], slots: int) -> Image.Image:
 
 def overlay(masked: Masked) -> Pictures:
     """Frames tinted by slot, with light lines between slots; the one with the most pixels, the background, is not."""
-    pixels = np.bincount(masked.labels.ravel(), minlength=masked.slots)
-    tint = np.where(np.arange(masked.slots) == pixels.argmax(), 0.0, TINT).astype(np.float32)  # (K,)
-    colours = slot_colours(masked.slots).astype(np.float32)
+    pixels = np.bincount(masked.labels.ravel(), minlength=UNSEEN + 1)[: masked.slots]
+    tint = np.zeros(UNSEEN + 1, np.float32)
+    tint[: masked.slots] = np.where(np.arange(masked.slots) == pixels.argmax(), 0.0, TINT)
+    colours = slot_colours(UNSEEN + 1).astype(np.float32)
     drawn = np.empty_like(masked.frames)
     for index, (frame, labels) in enumerate(zip(masked.frames, masked.labels, strict=True)):
         share = tint[labels][..., None]

@@ -50,13 +50,15 @@ class ClusteringModel(Model):
 
     otsu: Tensor  # (), threshold of token norms
     target_scale: Tensor  # (), for targets of mean square 1
-    position: Tensor  # (N, 2) in [-1, 1]
+    position: Tensor  # (N, 2) in [-1, 1] along the shorter side
 
     def __init__(self, config: ClusteringConfig, normaliser: Normaliser, grid: tuple[int, int]) -> None:
         super().__init__()
         self.config, self.normaliser, self.grid, self.slots = config, normaliser, grid, config.slots
         self.keys = min(config.slot_dim, normaliser.dim)
-        axes = [torch.linspace(-1, 1, side) for side in grid]
+        # A patch is as far from the next one in both directions, so the longer side reaches beyond -1 and 1.
+        reach = [(side - 1) / max(1, min(grid) - 1) for side in grid]
+        axes = [torch.linspace(-1, 1, side) * times for side, times in zip(grid, reach, strict=True)]
         self.register_buffer("position", torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1))
         self.register_buffer("otsu", torch.tensor(float(normaliser.dim) ** 0.5))
         self.register_buffer("target_scale", torch.ones(()))

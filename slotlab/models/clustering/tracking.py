@@ -53,7 +53,7 @@ class Tracker:
     Args:
         config: distances and iterations.
         attend: maps keys (1, N, S), objectness (1, N), slots (1, K, S) and active (1, K) to attention (1, N, K).
-        position: places of the patches, in [-1, 1].
+        position: places of the patches, in [-1, 1] along the shorter side.
     """
 
     config: ClusteringConfig
