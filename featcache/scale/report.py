@@ -42,8 +42,7 @@ def store_reports(
     for a store that is missing, unfinished or damaged.
     """
     store = FeatureStore.open(path)
-    name = split or ("train" if "train" in store.splits or not store.splits else store.splits[0])
-    part = store[name].require_complete()
+    part = store.split(split).require_complete()
     statistics: Callable[[str], Moments] = part.statistics
     if recompute:
         from featcache.scale.recompute import recomputed_statistics  # dask takes a second to import
@@ -51,7 +50,7 @@ def store_reports(
         statistics = partial(recomputed_statistics, part, client=client)
     reports = []
     for tap in store.spec.taps:
-        reports.append(StoreReport(str(path), name, store.spec.backbone, tap, scale_report(statistics(tap))))
+        reports.append(StoreReport(str(path), part.name, store.spec.backbone, tap, scale_report(statistics(tap))))
     return reports
 
 

@@ -65,6 +65,10 @@ class FeatureStore:
             raise UsageError(f"{self.path}: no split {name!r}; it has: {known}")
         return Split(self, name)
 
+    def split(self, name: str | None) -> Split:
+        """The split of that name; None is ``train``, or the first in a store without one."""
+        return self[name or ("train" if "train" in self.splits else next(iter(self.splits), "train"))]
+
     def tap(self, name: str | None) -> str:
         """Canonical tap name; ``None`` is the only tap, or the first of several."""
         if name is None:

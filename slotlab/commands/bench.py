@@ -19,7 +19,7 @@ bench = typer.Typer(help="Measured rates beside what this machine allows.", no_a
 @bench.command("stream")
 def bench_stream(
     cache: Cache,
-    split: Annotated[str, typer.Option(help="Split to read.")] = "train",
+    split: Annotated[str | None, typer.Option(help="Split to read; default: train, or the first.")] = None,
     tap: Annotated[str | None, typer.Option(help="Tap to read; default: the store's first.")] = None,
     residence: Annotated[Residence, typer.Option(help="Place of the features while they stream.")] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Number of rounds (medians are reported).")] = 7,
@@ -37,12 +37,12 @@ def bench_stream(
     from slotlab.commands.tables import plain_table
 
     store = FeatureStore.open(cache)
-    chosen = store[split].require_complete()
+    chosen = store.split(split).require_complete()
     rates = measure_stream(
         chosen, store.tap(tap), rounds=rounds, cold=cold, device=pick_device(device), residence=residence
     )
     if as_json:
-        print_json({"cache": str(cache), "split": split, "patterns": [rate.as_dict() for rate in rates]})
+        print_json({"cache": str(cache), "split": chosen.name, "patterns": [rate.as_dict() for rate in rates]})
         return
     rows = [
         (r.name, f"{r.bytes_per_s / 1e9:.2f}", f"{r.limit_bytes_per_s / 1e9:.2f}", f"{r.ratio:.2f}", r.limit)
