@@ -48,7 +48,18 @@ def test_a_run_is_the_cpu_s(tmp_path: Path, store: FeatureStore, preset: str) ->
     assert evaluate(load_run(there, device="cuda")).summary.frames == 8
 
 
-@pytest.mark.parametrize("preset", ["default", "dinosaur", "log-2026"])
+def test_tf32_is_float32_with_shorter_products(tmp_path: Path, store: FeatureStore) -> None:
+    runs = []
+    for precision in ("float32", "tf32"):
+        overrides = [*fitted("dinosaur"), "log_every=1", f"optim.precision={precision}"]
+        config = load_config("dinosaur", None, overrides, optim__steps=4)
+        runs.append(losses(train(config, store, tmp_path / precision, device="cuda")))
+    np.testing.assert_allclose(*runs, rtol=1e-2)
+    assert runs[0] != runs[1] or torch.cuda.get_device_capability()[0] < 8
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("preset", ["default", "dinosaur", "log-2026", "mix"])
 def test_graphs_change_nothing(tmp_path: Path, store: FeatureStore, preset: str) -> None:
     """Eight steps: a graph is recorded in the second or third."""
     runs = []

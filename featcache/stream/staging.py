@@ -64,6 +64,7 @@ class Stalls:
             begun = self._reached()
             yield
             self._events.append((begun, self._reached()))
+            self._sum_up()
         else:
             began = time.perf_counter()
             yield
@@ -77,10 +78,13 @@ class Stalls:
     @property
     def seconds(self) -> float:
         """So far; of a GPU, so far as it has come: nothing waits for it."""
+        self._sum_up()
+        return self._seconds
+
+    def _sum_up(self) -> None:
         while self._events and self._events[0][1].query():  # type: ignore[no-untyped-call]
             begun, ended = self._events.popleft()
             self._seconds += begun.elapsed_time(ended) / 1e3
-        return self._seconds
 
 
 class Staging:

@@ -65,7 +65,7 @@ class TrainingRate:
     limit_frames_per_s: float
     ratio: float  # of the two, median of the rounds' own
     limit: str
-    wait_share: float  # of the time, that the trainer waited for a batch
+    wait_share: float  # of the time, in which the device wanted a batch
     seconds: Seconds
     bound: str  # compute, data or copy
     flops_per_step: int
