@@ -20,6 +20,7 @@ from slotlab.report.server import LiveReport, serve
 from slotlab.report.write import write_report
 from slotlab.runs import checkpoint
 from slotlab.runs.loaded import load_run
+from slotlab.scoring.metrics import shown
 from tests.reporting import disc_store, make_run
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install -e '.[dev]'")
@@ -111,8 +112,8 @@ def test_the_numbers_are_those_of_eval(page: Any, home: Path) -> None:
     rows = page.find_elements(By.CSS_SELECTOR, "#table-summary tbody tr.run")
     for row, name in zip(rows, ("one", "two"), strict=True):
         expected = json.loads((home / name / "eval-validation.json").read_text())
-        cells = row.find_elements(By.TAG_NAME, "td")[:4]
-        keys = ("fg_ari", "mbo", "miou", "ari")
+        keys = list(shown("summary"))
+        cells = row.find_elements(By.TAG_NAME, "td")[: len(keys)]
         assert [cell.text.split()[0] for cell in cells] == [f"{expected[key]:.3f}".replace("-", "−") for key in keys]
         assert [float(cell.get_attribute("data-value")) for cell in cells] == [expected[key] for key in keys]
 

@@ -47,6 +47,7 @@ from slotlab.runs.loaded import load_run
 from slotlab.scoring.evaluate import evaluate
 from slotlab.scoring.evaluation import Evaluation
 from slotlab.scoring.follow import Followed
+from slotlab.scoring.metrics import shown, shown_of_videos
 from slotlab.scoring.over_frames import identity_switches, over_videos, slot_persistence, trace
 from tests.reporting import NoMasks, disc_store, make_run
 from tests.synthetic import DiscSource, make_store
@@ -100,15 +101,14 @@ def unpacked(text: str, dtype: str) -> np.ndarray[Any, Any]:
 def test_the_page_shows_the_numbers_of_eval(home: Path, tmp_path: Path) -> None:
     summary = write_report([home / "features", home / "pixels"], tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text())
-    keys = ("fg_ari", "mbo", "miou", "ari", "fg_ari_video", "mbo_video", "effective_slots", "mask_similarity")
+    keys = (*shown("summary"), *shown_of_videos("summary"), "effective_slots", "mask_similarity")
     for row, name, found in zip(page.numbers["table-summary"], ("features", "pixels"), summary["runs"], strict=False):
         expected = json.loads(json.dumps(evaluate(load_run(home / name)).as_dict()))
         assert row == [expected[key] for key in keys]
         assert found["evaluation"] == expected == json.loads((home / name / "eval-validation.json").read_text())
     materials = page.numbers["table-by_material"]
-    assert materials[0][:3] == [
-        summary["runs"][0]["evaluation"]["by_material"]["metal"][key] for key in ("fg_ari", "mbo", "miou")
-    ]
+    metal = summary["runs"][0]["evaluation"]["by_material"]["metal"]
+    assert materials[0] == [*(metal[key] for key in shown("parts")), metal["frames"]]
     assert page.loads == ["data:,"]
 
 
