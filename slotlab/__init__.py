@@ -16,7 +16,7 @@ __all__ = ["__version__", "load"]
 
 
 def load(run: str | Path, *, device: str | torch.device = "auto", weights: str | None = None) -> Segmenter:
-    """A trained run for pictures of your own; see :func:`slotlab.segment.load`."""
+    """A segmenter of your own pictures from a run folder; see :func:`slotlab.segment.load`."""
     from slotlab.segment import load as open_run
 
     return open_run(run, device=device, weights=weights)

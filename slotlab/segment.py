@@ -1,4 +1,4 @@
-"""A trained run for other people's pictures: ``slotlab.load(RUN).segment(frames)``."""
+"""Segments your own pictures with a trained run: ``slotlab.load(RUN).segment(frames)``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from slotlab.runs.folder import STORE, trained_spec
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What a run sees in T frames of H x W pixels, on the host."""
+    """Masks, labels and slots of T frames of H x W pixels, on the host."""
 
     masks: Tensor  # (T, K, H, W) float32, sum to one over the slots at every pixel; zero where the model saw nothing
     labels: Tensor  # (T, H, W) int64, the slot of each pixel: the largest mask; 255 where the model saw nothing
@@ -39,7 +39,7 @@ class Segmentation:
 
 
 class Segmenter:
-    """A run with the backbone that its features came from. Made by :func:`load`."""
+    """A run's model with the backbone of its features. :func:`load` makes one."""
 
     def __init__(self, config: Config, model: Model, read: FromFrames, preprocessing: Mapping[str, Any]) -> None:
         self.config, self.model = config, model
@@ -48,11 +48,11 @@ class Segmenter:
     def segment(self, frames: Frames, *, refine: Method | None = None) -> Segmentation:
         """Masks and slots of pictures, or of the frames of one video, at their own resolution.
 
-        Frames may be of any size and proportions (see :func:`slotlab.pictures.frames.as_frames` for what they may come
-        as): they are squeezed, cropped or padded to the backbone's input as those of the run's store were, and the
-        masks brought back. A video model carries its slots from frame to frame; any other takes the frames apart.
-        ``refine`` brings the masks to the frames' edges (:mod:`slotlab.masks.refine`). The same frames give the same
-        result every time.
+        Frames may have any size and proportions, and any form that :func:`slotlab.pictures.frames.as_frames` takes.
+        They are squeezed, cropped or padded to the backbone's input as those of the run's store were, and the masks
+        brought back. A video model carries its slots from frame to frame; other models treat each frame alone.
+        ``refine`` aligns the masks with the frames' edges (:mod:`slotlab.masks.refine`). The same frames give the same
+        result every time. Errors: those of ``as_frames``, and ``DataError`` if the model's masks are not finite.
         """
         pictures, window = self._shown(frames)
         output, masks = self._output(pictures)
@@ -69,7 +69,7 @@ class Segmenter:
         return Segmentation(fine, labels, output.slots.float().cpu())
 
     def label(self, frames: Frames, *, refine: Method | None = None) -> npt.NDArray[np.uint8]:
-        """The labels alone, (T, H, W), without ever holding the masks of all frames at the frames' resolution."""
+        """The slot of each pixel, (T, H, W), without holding the masks of all frames at the frames' resolution."""
         pictures, window = self._shown(frames)
         return window.put_back(fine_labels(self._output(pictures)[1], pictures, refine), UNSEEN)
 
@@ -88,21 +88,22 @@ class Segmenter:
 
 
 def load(run: str | Path, *, device: str | torch.device = "auto", weights: str | None = None) -> Segmenter:
-    """Open a run folder for pictures that are in no store. The store that it was trained on need not exist.
+    """A segmenter from a run folder, for pictures outside any store. The run's own store need not exist.
 
     Args:
         run: folder made by ``slotlab train``.
         device: where backbone and model run.
-        weights: checkpoint file of the backbone; None takes it from where the run's store had it.
+        weights: checkpoint file of the backbone; None: where the run's store had it from.
 
     Raises:
-        DataError: no run there, or the backbone's weights are gone.
-        IncompatibleError: a checkpoint of another model, or other weights than those of the run's features.
+        DataError: there is no run, or the backbone's weights are gone.
+        IncompatibleError: the checkpoint is of another model, or the weights are not those of the run's features.
+        UsageError: this machine lacks the device.
     """
     run = Path(run)
     chosen = pick_device(str(device))
     config = checkpoint.load_run_config(run)
-    store = FeatureStore(run / STORE, trained_spec(run))  # a description alone: nothing is read from it
+    store = FeatureStore(run / STORE, trained_spec(run))  # only its description is used: no data is read
     inputs = ModelInput.of(config, store)
     model = empty_model(config, inputs)
     checkpoint.load_model(run, model)

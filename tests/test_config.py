@@ -157,7 +157,7 @@ def test_configuration_is_frozen() -> None:
         ("model.initializer=kmeans", "model.initializer: no such key$"),  # of another kind of model
         ("model.position=1", "did you mean model.position_weight"),
         ("optim.cuda_graphs=true", "optim.cuda_graphs needs optim.compile=true"),
-        ("data.tap=video", "model.kind = pixel goes with data.tap = video"),
+        ("data.tap=video", "model.kind = pixel needs data.tap = video"),
         ("model.slots", "write it as key=value"),
         ("model=clustering", "model: Input should be a valid dictionary"),
         ("modle.slots=7", "modle: no such key; did you mean model"),

@@ -1,4 +1,4 @@
-"""A configuration from a preset, a TOML file and overrides."""
+"""Loads a configuration from a preset, a TOML file and overrides."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def presets() -> tuple[str, ...]:
 
 
 def preset_values(name: str) -> dict[str, Any]:
-    """What a shipped preset sets, as its TOML has it."""
+    """The values that a shipped preset sets, as nested tables."""
     return tomllib.loads((resources.files("slotlab") / "presets" / f"{name}.toml").read_text(encoding="utf-8"))
 
 
 def load_config(
     preset: str = "default", file: Path | None = None, overrides: Iterable[str] = (), **shorthands: Any
 ) -> Config:
-    """Merge preset, file and overrides (``section.key=value``, value as TOML or bare text) into a ``Config``.
+    """A ``Config`` merged from preset, file and overrides (``section.key=value``, value as TOML or bare text).
 
-    ``shorthands`` are overrides with ``__`` for the dot; a ``None`` is left out. Raises ``UsageError`` naming
-    the key that is unknown or invalid.
+    ``shorthands`` are overrides with ``__`` for the dot; ``None`` sets nothing. ``UsageError`` names a key that is
+    unknown or invalid; ``DataError`` for a file that cannot be read.
     """
     if preset not in presets():
         raise UsageError(f"--preset {preset}: unknown; there are: {', '.join(presets())}")
@@ -50,7 +50,7 @@ def load_config(
         if value is not None:
             layers.append(("options", _nested(key.replace("__", "."), value)))
     merged: dict[str, Any] = {}
-    places: dict[str, str] = {}  # where each key was given last
+    places: dict[str, str] = {}  # key -> the layer that set it last
     for where, layer in layers:
         _merge(merged, layer)
         places |= dict.fromkeys((key for key, _ in dotted(layer)), where)
@@ -58,13 +58,14 @@ def load_config(
 
 
 def changed_by(config: Config, key: str, value: str) -> Config:
-    """With one more ``--set key=value``; ``UsageError`` where there is no such key, or it does not go with others."""
+    """The configuration with one more ``--set key=value``. ``UsageError`` if the key or the result is invalid."""
     values = config.model_dump(exclude_none=True)
     _merge(values, _nested(key, _value(value)))
     return validate(values, "--set")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. ``DataError`` if it cannot be read, ``UsageError`` if it is not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -76,12 +77,12 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def validate(values: Mapping[str, Any], where: str, places: Mapping[str, str] | None = None) -> Config:
-    """``UsageError`` naming the key that is wrong and its place: that of the key in ``places``, or else ``where``."""
+    """The configuration of nested values. ``UsageError`` names a wrong key and its place (``places`` or ``where``)."""
     try:
         return Config.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        # The tag of the model's kind, which pydantic puts into the path, is not part of the key.
+        # pydantic puts the tag of the model's kind into the path; it is not part of the key.
         key = ".".join(str(part) for part in first["loc"] if part not in MODEL_KINDS)
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "extra_forbidden":
@@ -94,7 +95,7 @@ def validate(values: Mapping[str, Any], where: str, places: Mapping[str, str] | 
 
 
 def _no_such(key: str, kind: str) -> str:
-    """What became of a key that a configuration of this kind of model does not have, or which one was meant."""
+    """The message for an unknown key: what became of it in this version, or which key was probably meant."""
     section, _, name = key.rpartition(".")
     above = f"{section}." if section else ""
     below = [other for other in walk(kind) if other.path.startswith(above)]
@@ -108,13 +109,13 @@ def _no_such(key: str, kind: str) -> str:
 
 
 class Key(NamedTuple):
-    """One key of a configuration, and where the schema has it."""
+    """One key of a configuration, and its place in the schema."""
 
     path: str  # with its dots
     section: type[Section]
     name: str
     default: Any
-    about: str  # what the field that holds the section says of it
+    about: str  # description of the field that holds the section
 
     @property
     def field(self) -> FieldInfo:
@@ -124,7 +125,7 @@ class Key(NamedTuple):
 def walk(
     kind: str, section: type[Section] = Config, above: str = "", defaults: Section | None = None, about: str = ""
 ) -> Iterator[Key]:
-    """All keys of a configuration whose model is of this kind; the others say which part of it to walk."""
+    """All keys of a configuration whose model has this ``kind``; the other arguments are for the recursion."""
     for name, item in section.model_fields.items():
         default = item.default if defaults is None else getattr(defaults, name)
         parts = [part for part in (item.annotation, *get_args(item.annotation)) if isinstance(part, type)]

@@ -1,4 +1,4 @@
-"""Parts and sizes of the models, and what helps each against collapse. No torch: a wrong key is an error at once."""
+"""Settings of the models, and remedies against collapse. Imports no torch, so that a wrong key fails at once."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MOST_SLOTS = 256  # a label is a byte
-Masks = Literal["decoder", "attention"]  # the decoder's, or those of the attention that formed the slots
+Masks = Literal["decoder", "attention"]  # masks of the decoder, or of the attention that formed the slots
 MASKS: tuple[Masks, ...] = get_args(Masks)
 Gradient = Literal["full", "implicit", "bilevel"]
 Initializer = Literal["gaussian", "gaussian_per_slot", "learnt", "kmeans++", "kmeans"]
 ReadBy = Mapping[str, tuple[str, tuple[str, ...]]]
-Sign = Literal["one_slot", "same_masks", "flat_attention", "same_slots", "lost_slots"]  # of a collapse
+Sign = Literal["one_slot", "same_masks", "flat_attention", "same_slots", "lost_slots"]  # signs of a collapse
 
 
 class Remedy(NamedTuple):
-    """A setting that may help: a dotted key and its value, or the factor that its value is multiplied by."""
+    """A setting that may help: a dotted key and its new value, or a factor on its present one."""
 
     key: str
     value: Any = None
@@ -28,7 +28,7 @@ Remedies = Mapping[Sign, tuple[Remedy, ...]]
 
 
 class Gone(NamedTuple):
-    """A setting of earlier versions: the values that still mean what this version does, and what became of it."""
+    """A setting of earlier versions: its values that match what this version does, and what became of it."""
 
     values: tuple[Any, ...]
     now: str
@@ -42,24 +42,24 @@ class Section(BaseModel):
     """A frozen, closed section of the configuration."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    # Key -> another key of the section, and the values of that one with which the first is read.
+    # Key -> another key of the section, and the values of that other key with which the first has an effect.
     read_by: ClassVar[ReadBy] = {}
     gone: ClassVar[Mapping[str, Gone]] = {}
 
     @model_validator(mode="before")
     @classmethod
     def _without_what_is_gone(cls, values: Any) -> Any:
-        """Runs of earlier versions name settings that are fixed now. Other values stay, and are refused as unknown."""
+        """Drop settings of earlier versions with their fixed values; other values stay, and are refused as unknown."""
         if not isinstance(values, Mapping):
             return values
         return {key: value for key, value in values.items() if key not in cls.gone or value not in cls.gone[key].values}
 
     def chosen(self, key: str) -> str:
-        """A key's value as :attr:`read_by` names it."""
+        """The value of a key in the form that :attr:`read_by` uses."""
         return str(getattr(self, key))
 
     def unread(self, where: str = "") -> list[str]:
-        """What was changed and has no effect, a sentence each; ``where`` is the section's own key with its dot."""
+        """A sentence for each changed setting without effect; ``where`` is the section's key with a dot at its end."""
         found = []
         for name, (deciding, values) in self.read_by.items():
             chosen = self.chosen(deciding)
@@ -73,7 +73,7 @@ class Section(BaseModel):
 
 
 class DecoderConfig(Section):
-    """From slots to patch tokens and masks (slotlab.models.decoders)."""
+    """The decoder, from slots to patch tokens and masks (slotlab.models.decoders)."""
 
     kind: Literal["mlp", "mix", "slot_mixer", "transformer"] = Field(
         "mix", description="Decoder, from slots to tokens and masks"
@@ -112,7 +112,7 @@ class DecoderConfig(Section):
 
 
 class PredictorConfig(Section):
-    """From the slots of one frame to where the next frame's start: makes a model recurrent over clips."""
+    """The predictor of the next frame's initial slots, which makes a model recurrent over clips."""
 
     kind: Literal["identity", "mlp", "transformer"] = Field(
         "transformer",
@@ -154,7 +154,7 @@ class RecurrentConfig(Section):
         None, description="Recurrence over the frames of a clip; unset: frames apart"
     )
 
-    # What helps slot attention, whatever it attends to.
+    # Remedies for slot attention, on tokens and on pixels.
     remedies: ClassVar[Remedies] = {
         "same_masks": (Remedy("model.temperature", factor=0.5),),
         "flat_attention": (Remedy("model.temperature", factor=0.5),),
@@ -166,7 +166,7 @@ class RecurrentConfig(Section):
         ),
     }
 
-    frames_a_step: ClassVar[int | None] = None  # of a clip, drawn anew for every step; None: all of them
+    frames_a_step: ClassVar[int | None] = None  # frames of a clip that a step reads, drawn anew each time; None: all
 
     @property
     def carries(self) -> bool:
@@ -175,7 +175,7 @@ class RecurrentConfig(Section):
 
     @model_validator(mode="after")
     def _recurrence_fits(self) -> RecurrentConfig:
-        """No parts that do not go together, or that would never learn."""
+        """Refuse parts that contradict each other, or that would never learn."""
         predictor = self.predictor
         if self.fewest_slots is not None and self.fewest_slots > self.slots:
             raise ValueError(f"fewest_slots = {self.fewest_slots} is more than slots = {self.slots}")
@@ -194,7 +194,7 @@ class RecurrentConfig(Section):
 
 
 class SlotAttentionConfig(RecurrentConfig):
-    """DINOSAUR's model and its kin, for images and, with a predictor, for video (slotlab.models.slot_model)."""
+    """DINOSAUR and its relatives, for images and, with a predictor, for video (slotlab.models.slot_model)."""
 
     kind: Literal["slot_attention"] = "slot_attention"
     projection: Literal["mlp", "linear"] = Field(
@@ -301,7 +301,7 @@ class ClusteringConfig(Section):
         "flow_radius": Gone.fixed(0.34),
         "flow_temperature": Gone.fixed(0.1),
         "prior_floor": Gone.fixed(0.05),
-        # Slots of what soon had nothing like it were given to the background, in use and not in training.
+        # Earlier versions gave short-lived slots to the background, in use but not in training.
         "lasting_frames": Gone((8,), "is gone"),
         "lasting_threshold": Gone((0.8, 0), "is gone: a slot stays an object however soon it passes"),
     }
@@ -312,7 +312,7 @@ class ClusteringConfig(Section):
         "lost_slots": (Remedy("model.merge_distance", 0.05),),
     }
 
-    frames_a_step: ClassVar[int | None] = 2  # of a clip, drawn anew for every step
+    frames_a_step: ClassVar[int | None] = 2  # frames of a clip that a step reads, drawn anew each time
 
     @property
     def carries(self) -> bool:
@@ -322,7 +322,7 @@ class ClusteringConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_number_of_a_pair(cls, values: Any) -> Any:
-        """A logistic function may be changed in one number: the default has the other."""
+        """Fill in the default of the other number where only one number of a logistic function is set."""
         if not isinstance(values, Mapping):
             return values
         pairs = [name for name in ("objectness", "target_objectness") if isinstance(values.get(name), Mapping)]

@@ -1,4 +1,4 @@
-"""The reference of all settings, made from the schema: what ``slotlab settings`` prints and docs/settings.md holds."""
+"""The reference of all settings, made from the schema; ``slotlab settings`` prints it, docs/settings.md holds it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from slotlab.config.schema import Config
 
 HEAD = """# Settings
 
-All keys of a run's configuration: `--set KEY=VALUE` on the command line, or the tables of a TOML file (`--config`),
-where words take quotes. Keys that are unset are left out. *Presets* are those that set another value than the default.
+All keys of a run's configuration. Set them with `--set KEY=VALUE` on the command line, or in the tables of a TOML file
+(`--config`), where words take quotes; leave out keys that are unset. *Presets* lists the presets that set another value
+than the default.
 [models.md](models.md) explains the parts.
 
 This page is the output of `slotlab settings`.
@@ -29,11 +30,11 @@ BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 @dataclass(frozen=True)
 class Setting:
-    """One key. Values and default are written as for ``--set``."""
+    """One setting. Values and default are written as for ``--set``."""
 
     key: str
-    kind: str  # of the model that has it; empty for all
-    about: str  # of the section that it is in
+    kind: str  # kind of the model that has it; empty for all
+    about: str  # description of its section
     values: str
     default: str
     meaning: str
@@ -45,15 +46,15 @@ class Setting:
         return self.key.rpartition(".")[0]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; the ``kind`` of a key of all models is null."""
+        """One entry of ``slotlab settings --json``; ``kind`` is null for a key of all models."""
         names = ("key", "values", "default", "meaning", "presets")
         return {name: getattr(self, name) for name in names} | {"kind": self.kind or None}
 
 
 def settings(below: Iterable[str] = ()) -> list[Setting]:
-    """Every setting of every kind of model; ``below`` keeps those whose key is, or begins with, one of these.
+    """Every setting of every kind of model, or those whose key is, or begins with, one of ``below``.
 
-    ``UsageError`` for a key that begins none.
+    ``UsageError`` if no setting begins with one of them.
     """
     found: dict[tuple[str, str], Setting] = {}
     for kind in MODEL_KINDS:
@@ -81,7 +82,7 @@ def settings(below: Iterable[str] = ()) -> list[Setting]:
 
 
 def markdown(chosen: Iterable[Setting]) -> str:
-    """A table for each section of the configuration."""
+    """The reference as Markdown: a table for each section of the configuration."""
     sections: dict[tuple[str, str], list[Setting]] = {}
     for setting in chosen:
         sections.setdefault((setting.kind, setting.section), []).append(setting)
@@ -112,7 +113,7 @@ def _begins(key: str, given: str) -> bool:
 
 
 def _meaning(key: Key) -> str:
-    """The field's description, which a section may take from the one that it extends, and what it depends on."""
+    """The description of a key's field (or of the field that it overrides), and the settings it depends on."""
     bases = [base for base in key.section.__mro__ if issubclass(base, Section)]
     described = (base.model_fields[key.name].description for base in bases if key.name in base.model_fields)
     text = next((text for text in described if text), "")
@@ -124,7 +125,7 @@ def _meaning(key: Key) -> str:
 
 
 def _values(of: FieldInfo) -> str:
-    """What may be given: words, or the kind of value and its bounds."""
+    """The values that a field accepts: words, or a kind of number and its bounds."""
     kinds = [kind for kind in (get_args(of.annotation) or (of.annotation,)) if kind is not NoneType]
     if get_origin(of.annotation) is Literal or of.examples:
         return ", ".join(_code(value) for value in of.examples or kinds)
@@ -135,7 +136,7 @@ def _values(of: FieldInfo) -> str:
 
 
 def _only_value(of: FieldInfo) -> str:
-    """The one word that a field can hold; empty where there is a choice."""
+    """The only word that a field accepts; empty where there is a choice."""
     words = get_args(of.annotation) if get_origin(of.annotation) is Literal else ()
     return words[0] if len(words) == 1 else ""
 

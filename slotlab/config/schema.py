@@ -1,4 +1,4 @@
-"""The configuration of a run: closed and typed."""
+"""The configuration of a run: frozen, closed and typed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slotlab.config.model import Masks, ModelConfig, ReadBy, Section, SlotAttent
 
 Center = Literal["channel", "position"]
 
-# Form of data.normalize -> the other settings of data that it reads. What each does: slotlab.models.normalise.
+# Form of data.normalize -> the other data settings it uses. slotlab.models.normalise explains each form.
 NORMALISATIONS: dict[str, tuple[str, ...]] = {
     "whiten": ("center", "shrinkage"),
     "whiten=K": ("center",),
@@ -28,7 +28,7 @@ NORMALISATIONS: dict[str, tuple[str, ...]] = {
 
 
 def parse_normalisation(kind: str) -> tuple[str, float]:
-    """The form of ``data.normalize``, and its number; 0 where it has none. ``UsageError`` for one that is not known."""
+    """The form of ``data.normalize`` and its number, or 0 if it has none. ``UsageError`` for an unknown one."""
     name, equals, value = kind.partition("=")
     if not equals and name in NORMALISATIONS:
         return name, 0.0
@@ -47,7 +47,7 @@ def parse_normalisation(kind: str) -> tuple[str, float]:
 
 
 class DataConfig(Section):
-    """What is read, and how it is scaled."""
+    """The data to read, and its normalisation."""
 
     tap: str | None = Field(None, description="Tap that is read; video: the stored frames; unset: the store's first")
     train_split: str = Field("train", description="Split to train on")
@@ -83,12 +83,12 @@ class DataConfig(Section):
 
 
 def _weight(default: float, title: str, of: str) -> Any:
-    """The weight of a loss: its name on charts, and what it weighs."""
+    """A field for the weight of a loss, with the loss's title on charts and its description."""
     return Field(default, ge=0, title=title, description=f"Weight of {of}")
 
 
 class LossConfig(Section):
-    """Weights of the losses (slotlab.training.losses); one at 0 is not computed. Each is logged apart."""
+    """Weights of the losses (slotlab.training.losses). A loss of weight 0 is not computed; each is logged."""
 
     feature_mse: float = _weight(
         1.0, "Feature MSE", "the squared error; of standardised features, 1 is the mean predictor"
@@ -104,15 +104,15 @@ class LossConfig(Section):
 
     @property
     def reconstructs(self) -> bool:
-        """Whether a loss looks at the reconstruction."""
+        """Whether a loss uses the reconstruction."""
         return self.feature_mse > 0 or self.cosine > 0
 
     def weights(self) -> dict[str, float]:
-        """Name -> weight of the losses that are on."""
+        """The weights of the losses in use, by name."""
         return {name: weight for name in LOSS_NAMES if (weight := getattr(self, name)) > 0}
 
 
-# Of each loss its name on charts and what it is. How it is computed: slotlab.training.losses.
+# Loss -> its title on charts, and what it is. slotlab.training.losses computes them.
 LOSS_NAMES: dict[str, tuple[str, str]] = {
     name: (field.title, str(field.description).removeprefix("Weight of "))
     for name, field in LossConfig.model_fields.items()
@@ -169,7 +169,7 @@ class OptimConfig(Section):
 
 
 class Config(Section):
-    """Everything that decides a run's result, besides the store itself."""
+    """Everything that decides a run's result, except the store."""
 
     seed: int = Field(0, ge=0, lt=1 << 63, description="Seed of parameters, of the order of samples, and of all draws")
     data: DataConfig = DataConfig()
@@ -199,7 +199,7 @@ class Config(Section):
             raise ValueError("no loss is on: give one of loss.feature_mse, loss.cosine ... a weight")
         if self.loss.slot_contrast and self.optim.accumulate > 1:
             raise ValueError(
-                "loss.slot_contrast needs optim.accumulate=1: it tells a slot apart from all others of the batch"
+                "loss.slot_contrast needs optim.accumulate=1: it contrasts each slot with all others of the batch"
             )
         if self.loss.slot_contrast and not recurrent:
             raise ValueError("loss.slot_contrast needs slots carried over clips: set model.predictor.kind")
@@ -211,7 +211,7 @@ class Config(Section):
                 "loss.diversity and loss.sharpness need model.decoder.masks = soft: hard masks neither overlap nor blur"
             )
         if (self.model.kind == "pixel") != (self.data.tap == "video"):
-            raise ValueError("model.kind = pixel goes with data.tap = video, the stored frames, and they with it")
+            raise ValueError("model.kind = pixel needs data.tap = video (stored frames), which no other model reads")
         return self
 
     def to_toml(self) -> str:

@@ -1,1 +1,1 @@
-"""From soft masks to pixels. Knows no ground truth."""
+"""Masks: from soft masks on the patch grid to labels of pixels. Uses no ground truth."""

@@ -1,8 +1,8 @@
-"""From soft masks to hard ones: what a score calls a slot's mask is a decision, and here are three.
+"""From soft masks to hard ones, which scores need. There are three ways:
 
-- ``argmax``: each pixel to its largest mask, as all published scores have it;
-- ``threshold=T``: to its largest mask if that is above T, else to none;
-- ``gumbel=T``: each patch to a slot drawn with probabilities proportional to ``mask ** (1 / T)``, by the Gumbel-max
+- ``argmax``: each pixel goes to its largest mask, as in all published scores;
+- ``threshold=T``: each pixel goes to its largest mask if that is above T, else to none;
+- ``gumbel=T``: each patch goes to a slot drawn with probability proportional to ``mask ** (1 / T)``, by the Gumbel-max
   trick (Jang et al. 2017, arXiv:1611.01144); the drawn masks are then upsampled like any others.
 """
 
@@ -23,14 +23,14 @@ KINDS = ("argmax", "threshold=T", "gumbel=T")
 
 @dataclass(frozen=True)
 class Binarisation:
-    """One way to decide, by name."""
+    """One way to make masks hard: its name, and a function to labels (B, H, W)."""
 
     name: str
     label: Callable[[Tensor, tuple[int, int], Draws], Tensor]
 
 
 def parse_binarisation(text: str) -> Binarisation:
-    """``argmax``, ``threshold=T`` with T in [0, 1), or ``gumbel=T`` with T above 0; ``UsageError`` otherwise."""
+    """The binarisation ``argmax``, ``threshold=T`` (0 <= T < 1) or ``gumbel=T`` (T > 0); else ``UsageError``."""
     kind, _, value = text.partition("=")
     try:
         number = float(value) if value else None
@@ -46,7 +46,7 @@ def parse_binarisation(text: str) -> Binarisation:
 
 
 def threshold_labels(masks: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
-    """Slot of each pixel, and K for pixels of none: masks (B, K, h, w) to (B, H, W) int64."""
+    """Slot of each pixel, (B, H, W) int64, from masks (B, K, h, w); K for pixels of no slot."""
     labels = masks_to_labels(masks, size)
     for start in range(len(masks)):  # frame by frame, as the upsampled masks are large
         fine = F.interpolate(masks[start : start + 1].float(), size=size, mode="bilinear")
@@ -55,7 +55,7 @@ def threshold_labels(masks: Tensor, size: tuple[int, int], threshold: float) -> 
 
 
 def gumbel_masks(masks: Tensor, temperature: float, draws: Draws) -> Tensor:
-    """One slot a patch, drawn: masks (B, K, h, w), not negative, to masks of 0 and 1 of the same shape."""
+    """Masks of 0 and 1 with one drawn slot a patch, (B, K, h, w) like the given masks, which are not negative."""
     noise = -draws.exponential(tuple(masks.shape), masks.device).log()  # standard Gumbel
     drawn = (masks.float().clamp_min(1e-12).log() / temperature + noise).argmax(1)  # (B, h, w)
     return F.one_hot(drawn, masks.shape[1]).movedim(-1, 1).float()

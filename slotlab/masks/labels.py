@@ -1,4 +1,4 @@
-"""From soft masks to the slot of each pixel."""
+"""From soft masks to the slot of each pixel, by argmax."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNSEEN = 255  # label of pixels that the model was not shown
 
 
 def fine_labels(masks: Tensor, pictures: npt.NDArray[np.uint8], method: Method | None = None) -> npt.NDArray[np.uint8]:
-    """Slot of each pixel (T, H, W) from masks on a grid (T, K, h, w), refined along the pictures' edges if asked."""
+    """Slot of each pixel (T, H, W) from masks (T, K, h, w), refined along the pictures' edges if there is a method."""
     size = (pictures.shape[1], pictures.shape[2])
     if method is None:
         return masks_to_labels(masks, size).to(torch.uint8).cpu().numpy()
@@ -26,7 +26,7 @@ def fine_labels(masks: Tensor, pictures: npt.NDArray[np.uint8], method: Method |
     return torch.cat(parts).to(torch.uint8).cpu().numpy()
 
 
-# Upsampled mask values alive at once: on the CPU about what its cache holds, on a GPU 512 MB.
+# Upsampled mask values held at once: on the CPU about what its cache holds, on a GPU 512 MB.
 _VALUES_A_CHUNK = {"cpu": 2**21, "cuda": 2**27}
 
 _MAX_LABELS = 256  # labels are held as uint8 between upsampling and counting
@@ -35,15 +35,15 @@ _MAX_LABELS = 256  # labels are held as uint8 between upsampling and counting
 def masks_to_labels(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """Slot index of every pixel: soft masks upsampled bilinearly (align_corners=False), then argmax.
 
-    masks (B, K, h, w) of any float type, size (H, W) in pixels; returns (B, H, W) int64. Of equal slots the
-    lowest index wins, on every device. Raises ValueError on NaN or infinite masks and on more than 256 slots.
+    masks (B, K, h, w) of any float type, size (H, W) in pixels; returns (B, H, W) int64. If masks are equal, the
+    lowest slot wins, on every device. Raises ValueError on NaN or infinite masks and on more than 256 slots.
     """
     chunks = [labels.long() for _, labels in label_chunks(masks, size)]
     return torch.cat(chunks) if chunks else masks.new_zeros((0, *size), dtype=torch.int64)
 
 
 def label_chunks(masks: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the batch with their uint8 labels (b, H, W)."""
+    """Slices of the batch with their labels (b, H, W) uint8; arguments and errors as for :func:`masks_to_labels`."""
     if masks.ndim != 4 or not 1 <= masks.shape[1] <= _MAX_LABELS:
         raise ValueError(f"masks must be (B, K, h, w), 1 <= K <= {_MAX_LABELS}, not {tuple(masks.shape)}")
     if not bool(torch.isfinite(masks).all()):

@@ -1,4 +1,4 @@
-"""Soft slot masks brought from the patch grid to the frame's resolution, along the edges that the frame shows.
+"""Refinement: upsamples soft masks from the patch grid to the frame's resolution along the frame's edges.
 
 - ``guided``: the guided filter (He, Sun & Tang 2013, IEEE TPAMI 35(6)) in its fast form (He & Sun 2015,
   arXiv:1505.00996): in every window of about two patches, each mask is a linear function of the colour; the
@@ -26,19 +26,19 @@ from featcache.errors import UsageError
 Method = Literal["guided", "crf"]
 METHODS: tuple[Method, ...] = get_args(Method)
 
-# Values alive at once, as in slotlab.scoring.metrics: what a cache or a share of a GPU's memory holds.
+# Mask values held at once, as in slotlab.masks.labels: what a cache or a share of a GPU's memory holds.
 _VALUES_A_CHUNK = {"cpu": 2**22, "cuda": 2**27}
-_SMALLEST = 1e-6  # of a mask value, so that masks have a logarithm and a sum
+_SMALLEST = 1e-6  # least mask value, so that masks have a logarithm and a sum above 0
 
 
 @dataclass(frozen=True)
 class Guided:
     """Parameters of the guided filter."""
 
-    scales: tuple[int, ...] = (3, 3)  # of each round's grid, in patch grids
-    radius: float = 1.0  # of the window, in patches
+    scales: tuple[int, ...] = (3, 3)  # each round's grid, as a multiple of the patch grid
+    radius: float = 1.0  # half side of the window, in patches
     epsilon: float = 1e-5  # ridge on the colours, which are in [0, 1]
-    flat: float = 3e-4  # variance of a window's colours, of all channels, at which the filter counts half
+    flat: float = 3e-4  # variance of a window's colours, summed over channels, at which the filter has weight 1/2
     sharpening: float = 4.0  # power that masks are raised to between rounds
 
 
@@ -46,20 +46,20 @@ class Guided:
 class Crf:
     """Parameters of the dense CRF: standard deviations and weights of its two kernels."""
 
-    position: float = 1.25  # of the bilateral kernel, in patches
-    colour: float = 13.0  # of the bilateral kernel, in levels of 0..255
+    position: float = 1.25  # std of the bilateral kernel, in patches
+    colour: float = 13.0  # std of the bilateral kernel, in levels of 0..255
     weight: float = 10.0
-    smooth_position: float = 0.1875  # of the other one, in patches
+    smooth_position: float = 0.1875  # std of the other kernel, in patches
     smooth_weight: float = 1.0
     iterations: int = 5
 
 
 def refine(masks: Tensor, frames: Tensor, method: Method, parameters: Guided | Crf | None = None) -> Tensor:
-    """Masks (B, K, H, W) float32 at the frames' resolution; they sum to one over the slots at every pixel.
+    """Refined masks (B, K, H, W) float32 at the frames' resolution; they sum to one over the slots at every pixel.
 
-    masks (B, K, h, w), not negative, of any float type; frames (B, H, W, 3) uint8. On the masks' device. Raises
-    ``UsageError`` for a method that does not exist or that is not installed, ``ValueError`` for masks that are not
-    finite.
+    masks (B, K, h, w), not negative, of any float type; frames (B, H, W, 3) uint8. The result is on the
+    masks' device. Raises ``UsageError`` for a method that is unknown or not installed, ``ValueError`` for masks that
+    are not finite.
     """
     if method not in METHODS:
         raise UsageError(f"--refine {method}: not known; choose one of {', '.join(METHODS)}")
@@ -82,7 +82,7 @@ def refine(masks: Tensor, frames: Tensor, method: Method, parameters: Guided | C
 
 
 def _guided(masks: Tensor, frames: Tensor, parameters: Guided) -> Tensor:
-    """(B, K, h, w) and (B, H, W, 3) to (B, K, H, W), in as many rounds as there are scales."""
+    """Masks (B, K, h, w) and frames (B, H, W, 3) to masks (B, K, H, W), in one round for each scale."""
     guide = frames.permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
     rows, columns = masks.shape[-2:]
     sizes = [(min(rows * scale, guide.shape[2]), min(columns * scale, guide.shape[3])) for scale in parameters.scales]
@@ -104,7 +104,8 @@ def fast_guided_filter(
 
     ``coarse`` (B, 3, r, c) and ``fine`` (B, 3, H, W) are the guide in two sizes. The functions are fitted on the coarse
     one, in windows of ``2 * radius + 1`` of its cells (rows, columns), ridge-regularised by ``epsilon``: equations 19
-    to 21 of the TPAMI paper. Where the guide's variance v is small, the masks stay: the filter counts v / (v + flat).
+    to 21 of the TPAMI paper. Where the guide's variance v is small, the masks stay: the filter's
+    weight is v / (v + flat).
     """
     masks = F.interpolate(masks, size=coarse.shape[-2:], mode="bilinear")
     guide_mean, mask_mean = _window_mean(coarse, radius), _window_mean(masks, radius)
@@ -119,7 +120,7 @@ def fast_guided_filter(
     mixed = mixed.reshape(len(mixed), 3, -1, *cells) - outer  # (B, 3, K, r, c)
     slope = torch.einsum("brcij,bjkrc->bikrc", inverse, mixed)
     offset = mask_mean - (slope * guide_mean.unsqueeze(2)).sum(1)  # (B, K, r, c)
-    # Each cell lies in many windows: their functions are averaged, then each pixel's is read between the cells.
+    # Each cell lies in many windows: average their functions, then interpolate between cells for each pixel.
     size = fine.shape[-2:]
     filtered = F.interpolate(_window_mean(offset, radius), size=size, mode="bilinear")
     for channel in range(3):
@@ -133,7 +134,7 @@ def fast_guided_filter(
 
 
 def _window_mean(x: Tensor, radius: tuple[int, int]) -> Tensor:
-    """Mean over the window about each cell of (B, C, r, c); at the border, over what lies inside."""
+    """Mean over the window around each cell of (B, C, r, c); at the border, over the cells inside."""
     up, left = radius
     rows = F.avg_pool2d(x, (2 * up + 1, 1), stride=1, padding=(up, 0), count_include_pad=False)
     return F.avg_pool2d(rows, (1, 2 * left + 1), stride=1, padding=(0, left), count_include_pad=False)
@@ -147,7 +148,7 @@ def _normalised(masks: Tensor) -> Tensor:
 
 
 def _crf(masks: Tensor, frame: Tensor, parameters: Crf) -> Tensor:
-    """(K, h, w) and (H, W, 3) to (K, H, W): the mean field's marginals."""
+    """Masks (K, h, w) and a frame (H, W, 3) to masks (K, H, W): the marginals of the mean field."""
     try:
         from pydensecrf.densecrf import DenseCRF2D
     except ImportError as error:

@@ -1,1 +1,1 @@
-"""Run folders; the only owner of the names of the files in one."""
+"""Run folders. No other package names the files in one."""

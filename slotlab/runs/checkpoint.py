@@ -1,15 +1,16 @@
-"""Run folders: readable without any tool, and never a pickle.
+"""Checkpoints and configuration of a run, in files that need no tool to read and never hold a pickle.
 
 ::
 
     runs/NAME/
       config.toml           the configuration, complete
-      store.json            which store was trained on: path and identity
-      metrics.jsonl         a row a logged step
+      store.json            the store of the training: path and identity
+      metrics.jsonl         one row for each logged step
       checkpoint/           model.safetensors, optimizer.safetensors, state.json; average.safetensors with optim.ema
-      summary.json          how it ended and where it was made; written at the end
+      summary.json          outcome and machine; written at the end
 
-A checkpoint is made in a folder beside, synced and swapped in by renaming, so that there is always one whole.
+A checkpoint is written to a folder beside the old one, synced, and swapped in by renaming, so that a whole one always
+exists.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ MODEL, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimiz
 def save(
     run: Path, model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """Write the checkpoint of a run, replacing the one before."""
+    """Write the checkpoint of a run in place of the last one."""
     fresh, old, final = (run / f"{FOLDER}{suffix}" for suffix in (".new", ".old", ""))
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -67,7 +68,7 @@ def exists(run: Path) -> bool:
 
 
 def folder(run: Path) -> Path:
-    """The whole checkpoint of a run. ``DataError`` if it has none."""
+    """The folder of a run's last whole checkpoint. ``DataError`` if there is none."""
     whole = _whole(run)
     if whole is not None:
         return whole
@@ -75,7 +76,7 @@ def folder(run: Path) -> Path:
 
 
 def _whole(run: Path) -> Path | None:
-    for suffix in ("", ".old"):  # a crash between the two renames leaves the old one aside
+    for suffix in ("", ".old"):  # a crash between the two renames leaves only the old one
         if (run / f"{FOLDER}{suffix}" / STATE).exists():
             return run / f"{FOLDER}{suffix}"
     return None
@@ -91,9 +92,10 @@ def state(run: Path) -> dict[str, Any]:
 
 
 def load_model(run: Path, model: Model, name: str | None = None) -> list[str]:
-    """Fill ``model`` with the weights to use: averaged ones if the run has them, unless ``name`` says which.
+    """Fill ``model`` with the run's weights: those in file ``name``, or averaged ones if the run has them.
 
-    Returns what differs from the version that made the run. ``IncompatibleError`` for weights of another model.
+    Returns a sentence for each difference from the version that made the run. ``DataError`` without a whole
+    checkpoint, ``IncompatibleError`` for weights of another model.
     """
     path = folder(run) / (name or _to_use(run))
     tensors = _tensors(path)
@@ -106,9 +108,9 @@ def load_model(run: Path, model: Model, name: str | None = None) -> list[str]:
 
 
 def load_parameters(run: Path, model: nn.Module) -> None:
-    """Fill what is learnt with another run's; what was measured on the store (normalisation, thresholds) stays.
+    """Copy another run's parameters into ``model``; statistics of the store (normalisation, thresholds) stay.
 
-    ``IncompatibleError`` when that run has another model.
+    ``IncompatibleError`` if that run has another model.
     """
     path = folder(run) / _to_use(run)
     theirs, ours = _tensors(path), dict(model.named_parameters())
@@ -134,7 +136,7 @@ def load_optimizer(run: Path, optimizer: torch.optim.Optimizer) -> None:
 
 
 def load_run_config(run: Path) -> Config:
-    """The configuration a run was made with. ``DataError`` for a folder that is no run, or a damaged one."""
+    """The configuration of a run. ``DataError`` for a folder that is not a run, or is damaged."""
     path = run / CONFIG
     if not path.is_file():
         raise DataError(f"{run}: not a run; name a folder that slotlab train made (for example runs/demo)")

@@ -1,4 +1,4 @@
-"""The files of a run folder, and whether a run goes with a store."""
+"""The files of a run folder, and checks that a run and a store belong together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STORE, LOG, SUMMARY = "store.json", "metrics.jsonl", "summary.json"
 
 
 def trained_spec(run: Path) -> StoreSpec:
-    """What the features were that a run was trained on, from its folder."""
+    """The specification of the store that a run was trained on, from the run folder."""
     path, raw = run / STORE, trained_on(run)["spec"]
     if raw.get("schema") != SCHEMA:
         raise IncompatibleError(f"{path}: store schema {raw.get('schema')}, this version reads {SCHEMA}; train again")
@@ -32,7 +32,7 @@ def trained_spec(run: Path) -> StoreSpec:
 
 
 def check_run(config: Config, store: FeatureStore, run: Path, resume: bool) -> None:
-    """``UsageError`` if there is a run already, or none to resume; ``IncompatibleError`` if it is another one."""
+    """Raise ``UsageError`` if a run exists already, or none to resume; ``IncompatibleError`` if it is another run."""
     exists = (run / checkpoint.CONFIG).exists()
     anew = "" if checkpoint.exists(run) else "; it has no checkpoint yet: delete it to start anew"
     if (run / "zarr.json").exists():
@@ -53,14 +53,14 @@ def check_run(config: Config, store: FeatureStore, run: Path, resume: bool) -> N
         raise IncompatibleError(f"{run}: was made with another configuration ({'; '.join(changed)}){anew}")
     check_store(run, store)
     samples = _samples(config, store)
-    if differences := compare_settings(samples, trained_on(run)["samples"] or samples):  # early runs did not note them
+    if differences := compare_settings(samples, trained_on(run)["samples"] or samples):  # early runs lack them
         raise IncompatibleError(
             f"{store.path}: not the videos that {run} was begun on", differences, "name its own store with --cache"
         )
 
 
 def _samples(config: Config, store: FeatureStore) -> dict[str, Any]:
-    """What decides, beside the kind of features, which samples a run is trained on."""
+    """The settings and videos that decide which samples a run is trained on."""
     split, tap = store[config.data.train_split], config.data.tap
     return {
         "split": split.name,
@@ -72,7 +72,7 @@ def _samples(config: Config, store: FeatureStore) -> dict[str, Any]:
 
 
 def create_run(config: Config, store: FeatureStore, run: Path, init_from: Path | None) -> None:
-    """The folder of a fresh run: its configuration, its store, and the run whose parameters it starts with."""
+    """Make a run's folder: record its configuration, its store, and the run whose parameters it starts with."""
     path = store.path.resolve()
     places = {"path": str(path), "from_run": os.path.relpath(path, run.resolve())}  # the run may move, or both
     note = {**places, "identity": store.spec.identity(), "spec": store.spec.to_json()}
@@ -85,7 +85,7 @@ def create_run(config: Config, store: FeatureStore, run: Path, init_from: Path |
 
 
 def trained_on(run: Path) -> dict[str, Any]:
-    """The run's ``store.json``. ``DataError`` if it is missing or damaged."""
+    """The contents of a run's ``store.json``. ``DataError`` if it is missing or damaged."""
     path = run / STORE
     try:
         found: dict[str, Any] = json.loads(path.read_text())
@@ -98,7 +98,7 @@ def trained_on(run: Path) -> dict[str, Any]:
 
 
 def begun_from(run: Path, init_from: Path | None) -> Path | None:
-    """The run whose parameters a run was begun with. ``UsageError`` if ``init_from`` is another one."""
+    """The run whose parameters a run began with, or None. ``UsageError`` if ``init_from`` names another one."""
     noted = trained_on(run)["init_from"]
     if init_from is not None and str(init_from.resolve()) != noted:
         raise UsageError(f"--init-from {init_from}: {run} was begun with {noted or 'fresh parameters'}; leave it out")
@@ -106,7 +106,7 @@ def begun_from(run: Path, init_from: Path | None) -> Path | None:
 
 
 def store_path(run: Path) -> Path:
-    """The store that a run was trained on, as seen from here. ``DataError`` if it is not there."""
+    """The path of the store that a run was trained on, relative to here if below. ``DataError`` if it is gone."""
     noted = trained_on(run)
     places = [Path(noted["path"])]
     if noted["from_run"]:
@@ -118,15 +118,15 @@ def store_path(run: Path) -> Path:
 
 
 def check_store(run: Path, store: FeatureStore) -> None:
-    """``IncompatibleError`` unless the store holds the same kind of features that the run was trained on.
+    """Raise ``IncompatibleError`` unless the store holds the kind of features that the run was trained on.
 
-    A run on the stored frames goes with any store: it reads no features.
+    A run on the stored frames fits any store: it reads no features.
     """
     tap = checkpoint.load_run_config(run).data.tap
     if tap == VIDEO:
         return
     noted, name = trained_on(run), store.tap(tap)
-    ignored = ("dtype", "precision", "frame_stride", "taps.")  # how, and what else, is stored; not what it means
+    ignored = ("dtype", "precision", "frame_stride", "taps.")  # how features are stored, not what they mean
 
     def deciding(identity: Mapping[str, Any], taps: Mapping[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in identity.items() if not key.startswith(ignored)}
@@ -143,17 +143,17 @@ def check_store(run: Path, store: FeatureStore) -> None:
 
 
 def result_path(run: Path, split: str, name: str = "eval") -> Path:
-    """Where a run folder keeps what was found on a split; ``name`` is ``eval`` or ``robustness``."""
+    """The file of a run's result on a split; ``name`` is ``eval`` or ``robustness``."""
     return run / f"{name}-{split}.json"
 
 
 def write_result(run: Path, result: Mapping[str, Any], name: str = "eval") -> None:
-    """Write a result, which names its ``split``, whole or not at all. ``DataError`` where that cannot be."""
+    """Write a result, which names its ``split``, completely or not at all. ``DataError`` if it cannot be written."""
     write_durably(result_path(run, result["split"], name), json.dumps(result, indent=1).encode())
 
 
 def read_result(run: Path, split: str, name: str = "eval") -> dict[str, Any] | None:
-    """A result that was kept; None where there is none. ``DataError`` if it is damaged."""
+    """A run's result on a split, or None if there is none. ``DataError`` if it is damaged."""
     path = result_path(run, split, name)
     try:
         found: dict[str, Any] = json.loads(path.read_text())
@@ -167,14 +167,14 @@ def read_result(run: Path, split: str, name: str = "eval") -> dict[str, Any] | N
 
 
 def keep_result(run: Path, store: FeatureStore, result: Mapping[str, Any], name: str = "eval") -> list[str]:
-    """:func:`write_result`, where reports and tables look for it; gives a warning where the folder cannot be written.
+    """Write a result where reports and tables look for it; return a warning if the folder cannot be written.
 
-    A result on another store than the run's own is not kept, if its own is there.
+    A result on another store than the run's own is not written while the run's own store exists.
     """
     try:
         own = store_path(run).resolve() == store.path.resolve()
     except DataError:
-        own = True  # this store stands for the one that is gone
+        own = True  # this store replaces the one that is gone
     try:
         if own:
             write_result(run, result, name)
@@ -185,7 +185,7 @@ def keep_result(run: Path, store: FeatureStore, result: Mapping[str, Any], name:
 
 
 def keep_rows(path: Path, step: int) -> float:
-    """Drop what was logged after the checkpoint that a run resumes from; the seconds it had then trained."""
+    """Drop the rows logged after ``step``, from which a run resumes; return the seconds it had trained until then."""
     kept = [row for row in read_rows(path) if row["step"] <= step]
     if path.exists():
         path.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
@@ -193,7 +193,7 @@ def keep_rows(path: Path, step: int) -> float:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a ``metrics.jsonl``; a last line that a crash cut short is left out."""
+    """The rows of a ``metrics.jsonl``, without a last line that a crash cut short. ``DataError`` for a damaged line."""
     lines = path.read_text().splitlines() if path.exists() else []
     rows = []
     for number, line in enumerate(lines, 1):
@@ -208,7 +208,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def write_summary(run: Path, device: torch.device, processes: int) -> None:
-    """``summary.json``: how the run ended, and where it was made."""
+    """Write ``summary.json``: the outcome of the run, and the machine and versions that made it."""
     rows = read_rows(run / LOG)
     summary = {
         "finished": True,

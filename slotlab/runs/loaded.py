@@ -1,4 +1,4 @@
-"""A trained model with the configuration and store it belongs to."""
+"""A trained model with its configuration and store."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from slotlab.runs.folder import check_store, store_path
 
 
 def evaluation_split(config: Config, store: FeatureStore, name: str | None = None) -> Split:
-    """The split of this name; else the configuration's for evaluation, or where the store lacks that, its only one.
+    """The split ``name``; by default the configuration's evaluation split, or else the store's only split.
 
-    ``UsageError`` where that is none.
+    ``UsageError`` if the store has no such split.
     """
     known, chosen = store.splits, name or config.data.eval_split
     if name is None and chosen not in known and len(known) == 1:
@@ -34,7 +34,7 @@ def evaluation_split(config: Config, store: FeatureStore, name: str | None = Non
 
 @dataclass(frozen=True)
 class StoreModel:
-    """A model with its configuration, on a store whose videos it segments."""
+    """A model with its configuration, and a store whose videos it segments."""
 
     config: Config
     store: FeatureStore
@@ -46,20 +46,20 @@ class StoreModel:
         return self.inputs.tap
 
     def split(self, name: str | None = None) -> Split:
-        """:func:`evaluation_split`. ``DataError`` for one that is not whole."""
+        """The split of :func:`evaluation_split`. ``DataError`` if it is incomplete."""
         return evaluation_split(self.config, self.store, name).require_complete()
 
     def segment(self, split: Split, video: int) -> Output:
-        """The model's output on all frames of one video, with the masks that the run publishes; always the same."""
+        """The model's output on all frames of one video, with the masks that the run publishes. It is deterministic."""
         return self.segment_input(self.inputs.read(split, video), video)
 
     def segment_input(self, features: Tensor, video: int) -> Output:
-        """The same for another input in the place of that video's: (T, N, D), or (T, H, W, 3) uint8."""
+        """The output of :meth:`segment` on another input for that video: (T, N, D), or (T, H, W, 3) uint8."""
         return self.output(features, video).showing(self.config.published_masks)
 
     @torch.no_grad()
     def output(self, features: Tensor, video: int) -> Output:
-        """The same with the decoder's masks, whichever the run publishes. ``DataError`` where they are not finite."""
+        """The output of :meth:`segment_input` with the decoder's masks always. ``DataError`` if they are not finite."""
         device = next(self.model.parameters()).device
         return self.model.segment(features.to(device), Draws.of_step(self.config.seed, video)).checked()
 
@@ -69,10 +69,10 @@ class LoadedRun(StoreModel):
     """A trained model, from its run folder."""
 
     path: Path
-    differs: tuple[str, ...] = ()  # from the version that made the run
+    differs: tuple[str, ...] = ()  # sentences on differences from the version that made the run
 
     def training_split(self) -> Split | None:
-        """What the run was trained on: in this store, or else in its own; None where neither has it, whole."""
+        """The run's training split, in this store or else in the run's own; None if neither has a complete one."""
         name = self.config.data.train_split
         if name in self.store.splits and self.store[name].complete:
             return self.store[name]
@@ -80,12 +80,15 @@ class LoadedRun(StoreModel):
             own = FeatureStore.open(store_path(self.path))
             check_store(self.path, own)
             return own[name] if own[name].complete else None
-        except FeatcacheError:  # gone, or another store in its place
+        except FeatcacheError:  # gone, or replaced by another store
             return None
 
 
 def load_run(run: Path, cache: Path | None = None, device: torch.device | str = "cpu") -> LoadedRun:
-    """Open a run folder; ``cache`` overrides the store that it was trained on."""
+    """Open a run folder; ``cache`` replaces the store that it was trained on.
+
+    ``DataError`` for a missing or damaged run or store, ``IncompatibleError`` for a store of other features.
+    """
     config = checkpoint.load_run_config(run)
     store = FeatureStore.open(cache or store_path(run))
     check_store(run, store)
