@@ -1,1 +1,1 @@
-"""From a model's output and the ground truth to scores. Prints nothing."""
+"""Scoring: from a model's output and the ground truth to scores. Prints nothing."""

@@ -1,16 +1,16 @@
 """How well masks follow the outlines of objects: the boundary F measure, and bleeding.
 
-Both are taken of hard masks (argmax) at the frame's resolution, each object with its own slot
+Both use hard masks (argmax) at the frame's resolution, and each object's own slot
 (:func:`slotlab.scoring.metrics.matched_slots`):
 
-- **boundary F** (Martin, Fowlkes & Malik 2004, as DAVIS defines it, Perazzi et al. 2016): harmonic mean of the share
-  of the slot's outline that lies within a tolerance of the object's, and of the share of the object's outline that
+- **boundary F** (Martin, Fowlkes & Malik 2004, as DAVIS defines it, Perazzi et al. 2016): the harmonic mean of two
+  shares, of the slot's outline that lies within a tolerance of the object's outline, and of the object's outline that
   lies within it of the slot's. The tolerance is 0.8 % of the frame's diagonal, rounded up: 3 px at 256x256. An object
-  without a slot has 0.
-- **bleeding**: the share of the slot's mask that lies outside its object. Not defined for an object without a slot.
+  without a slot scores 0.
+- **bleeding**: the share of the slot's mask that lies outside its object; not defined for an object without a slot.
 
-Small objects bleed most, because a patch is as large as they are: both are also given by thirds of the areas of the
-split's visible objects, whose bounds do not depend on the run.
+Small objects bleed most, because they are as small as a patch. Both scores are therefore also given for three classes
+of area, thirds of the split's visible objects, whose bounds do not depend on the run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Pixels = npt.NDArray[np.int64]  # (pixels, 2): row and column
 
 
 def tolerance_px(size: tuple[int, int]) -> int:
-    """Whole pixels within which two outlines agree, for frames of ``size`` (H, W)."""
+    """The distance in whole pixels within which two outlines agree, for frames of ``size`` (H, W)."""
     return math.ceil(TOLERANCE * math.hypot(*size))
 
 
@@ -69,16 +69,16 @@ def boundary_f(labels: Tensor, segmentations: Tensor, slots: Tensor, tolerance: 
 
 
 def _outline_f(found: Tensor, true: Tensor, tolerance: int) -> float:
-    """Of two masks (H, W) bool that are not empty."""
+    """Boundary F of two masks (H, W) bool that are not empty."""
     one, other = (outline(mask).nonzero().cpu().numpy() for mask in (found, true))  # (pixels, 2) each
     precision, recall = _share_near(one, other, tolerance), _share_near(other, one, tolerance)
     return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
 
 
 def outline(masks: Tensor) -> Tensor:
-    """Pixels (..., H, W) bool of a mask's boundary: those that differ from the right, lower or diagonal neighbour.
+    """Boundary pixels (..., H, W) bool of masks: those that differ from their right, lower or diagonal neighbour.
 
-    The frame's own border is no boundary.
+    The border of the frame is not a boundary.
     """
     edge = torch.zeros_like(masks)
     edge[..., :, :-1] |= masks[..., :, :-1] ^ masks[..., :, 1:]
@@ -88,7 +88,7 @@ def outline(masks: Tensor) -> Tensor:
 
 
 def _share_near(pixels: Pixels, others: Pixels, radius: int) -> float:
-    """Share of the pixels that lie within ``radius`` (Euclidean) of one of the others; 1 of none, as DAVIS has it."""
+    """Share of pixels within ``radius`` (Euclidean) of one of the others; 1 if there are no pixels, as in DAVIS."""
     return float((KDTree(others).query(pixels)[0] <= radius).mean()) if len(pixels) else 1.0
 
 
@@ -97,14 +97,14 @@ class BoundaryScores:
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.tolerance = tolerance_px(size)
-        self._areas: list[Tensor] = []  # (B, objects) each: pixels of the object
+        self._areas: list[Tensor] = []  # (B, objects) each: each object's number of pixels
         self._f: list[Tensor] = []
         self._bleeding: list[Tensor] = []
 
     def add(self, labels: Tensor, segmentations: Tensor, slots: int, n_true: int) -> Tensor:
-        """Frames by the slot of each pixel, below ``slots``, and the object, below ``n_true``: (B, H, W) both.
+        """Add frames: the slot (below ``slots``) and the object (below ``n_true``) of each pixel, both (B, H, W).
 
-        Returns their contingency tables (B, n_true, slots).
+        Returns their contingency tables (B, n_true, slots) int64.
         """
         table = contingency(labels.flatten(1), segmentations.flatten(1), slots, n_true)
         own = matched_slots(table)
@@ -114,11 +114,11 @@ class BoundaryScores:
         return table
 
     def mean_f(self) -> float | None:
-        """Mean over each frame's objects, then over frames."""
+        """Boundary F, averaged over each frame's objects, then over frames; None if there are no objects."""
         return mean(torch.cat(self._f).nanmean(-1))
 
     def summary(self) -> dict[str, Any]:
-        """Scores of all objects and by area; None where there is nothing to score.
+        """Scores of all objects and by area, JSON-able; None where there is nothing to score.
 
         The boundary F is averaged over each frame's objects and then over frames, as mBO is; bleeding, and all of
         ``by_area``, over objects. ``area_px`` are the smallest and largest areas of a class.

@@ -1,4 +1,4 @@
-"""What shows a collapse, and what to do about it in plain words."""
+"""Diagnostics that show a collapse of the slots, and advice against it."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ NAMES = ("mask_similarity", "slot_similarity", "effective_slots", "largest_activ
 
 
 def by_frame(output: Output) -> dict[str, Tensor]:
-    """Diagnostics of each frame (F,) of one video or batch of frames; see :mod:`slotlab.scoring.metrics` for each.
+    """Each diagnostic at each frame, (F,), of one video or batch of frames; the functions below define them.
 
-    Taken on the host, as not every device has float64.
+    They are computed on the host, because some devices have no float64.
     """
     masks, slots, logits = (values.detach().cpu() for values in (output.masks, output.slots, output.logits))
     live = live_slots(masks)
@@ -37,26 +37,26 @@ def by_frame(output: Output) -> dict[str, Tensor]:
 
 
 class Diagnostics:
-    """The diagnostics of some videos, gathered one by one."""
+    """Collects the diagnostics of videos, one by one."""
 
     def __init__(self) -> None:
-        self._videos: list[dict[str, Tensor]] = []  # of by_frame, (T,) each
+        self._videos: list[dict[str, Tensor]] = []  # by_frame of each video, (T,) each
         self._largest: list[Tensor] = []  # (K,) each
 
     def add(self, output: Output) -> None:
-        """All frames of one video, in order."""
+        """Add all frames of one video, in order."""
         self._videos.append(by_frame(output))
         self._largest.append(largest_activation(output.masks).double().mean(0).cpu())
 
     def means(self) -> dict[str, float]:
-        """Of each diagnostic over the videos, and ``kept_slots``."""
+        """The mean of each diagnostic over the videos, and ``kept_slots``."""
         found = {name: torch.stack([video[name].double().mean() for video in self._videos]).mean() for name in NAMES}
         return {name: float(value) for name, value in found.items()} | {
             "kept_slots": kept_slots([video["effective_slots"] for video in self._videos])
         }
 
     def at_each_frame(self) -> dict[str, list[float]]:
-        """Of each diagnostic, its mean at every frame index over the videos that are so long."""
+        """The mean of each diagnostic at every frame index, over the videos that have such a frame."""
         found = {}
         for name in NAMES:
             values = [video[name].double() for video in self._videos]
@@ -65,15 +65,15 @@ class Diagnostics:
         return found
 
     def largest_by_slot(self) -> list[float]:
-        """Largest activation of each slot, mean over frames and videos."""
+        """Largest activation of each slot (K values), averaged over frames, then over videos."""
         return [float(value) for value in torch.stack(self._largest).mean(0)]
 
 
 def kept_slots(effective: Sequence[Tensor]) -> float:
-    """Effective slots at the last frames over those at the first, each summed over videos: 1 means none are lost.
+    """Effective slots at the videos' last frames divided by those at their first: 1 means that none are lost.
 
-    ``effective`` holds (T,) of each video (:func:`effective_slots`). Objects leave and enter, so it
-    is to be read beside the same of the ground truth.
+    ``effective`` holds :func:`effective_slots` of each video, (T,). Objects leave and enter, so compare the value with
+    that of the ground truth.
     """
     return float(sum(frames[-1] for frames in effective) / sum(frames[0] for frames in effective))
 
@@ -82,15 +82,15 @@ Means = Mapping[str, float]  # Diagnostics.means
 
 
 class Collapse(NamedTuple):
-    """One way to collapse: when it shows, how it is said, and what helps any model."""
+    """One way to collapse: its test, its description, and what helps any model."""
 
     shows: Callable[[Means, Config], bool]
     says: str
     helps: str
 
 
-# Small objects before a wide background have few effective slots, too: in a third of the embedded videos less than 1.5
-# for the truth. Objects leave: of the truth's slots 0.86 are kept there.
+# Thresholds allow for the ground truth: small objects before a wide background also have few effective slots (below 1.5
+# in a third of the embedded videos), and objects leave (the truth keeps 0.86 of its slots there).
 COLLAPSES: dict[Sign, Collapse] = {
     "one_slot": Collapse(
         lambda found, config: found["effective_slots"] < 1.15,
@@ -123,7 +123,7 @@ COLLAPSES: dict[Sign, Collapse] = {
 def warnings(found: Means, config: Config) -> list[str]:
     """One sentence for each way in which the slots of a run have collapsed, with the options that help such a model.
 
-    ``found`` are :meth:`Diagnostics.means`. Which options those are, the model's configuration says (``remedies``).
+    ``found`` are :meth:`Diagnostics.means`. The model's configuration lists the options (``remedies``).
     """
     said = []
     for sign, collapse in COLLAPSES.items():
@@ -136,7 +136,7 @@ def warnings(found: Means, config: Config) -> list[str]:
 
 
 def _advice(remedy: Remedy, config: Config) -> str:
-    """``key=value``; nothing where that is so already, is not read, or does not go with the rest."""
+    """``key=value``; empty if it is set already, has no effect, or contradicts the rest of the configuration."""
     key, value = remedy.key, remedy.value
     if value is None:
         value = float(attrgetter(key)(config)) * remedy.factor
@@ -149,11 +149,11 @@ def _advice(remedy: Remedy, config: Config) -> str:
     return "" if changed == config or idle else f"{key}={text}"
 
 
-_LEAST_ACTIVATION = 0.01  # of a slot that holds anything
+_LEAST_ACTIVATION = 0.01  # least mask value of a slot that holds anything
 
 
 def live_slots(masks: Tensor) -> Tensor:
-    """Which slots hold anything of their frame, (B, K) bool: those with a mask above 0.01 somewhere.
+    """Slots that hold anything of their frame, (B, K) bool: their mask exceeds 0.01 somewhere.
 
     masks (B, K, h, w) or (B, K, N). A model that uses as many slots as a frame needs leaves the others empty; flat
     masks of up to 100 slots are live.
@@ -164,8 +164,8 @@ def live_slots(masks: Tensor) -> Tensor:
 def mask_similarity(masks: Tensor, live: Tensor | None = None) -> Tensor:
     """Mean cosine between the masks of two slots: ``mean_{i<j} <m_i, m_j> / (|m_i| |m_j|)``, (B,) in [0, 1].
 
-    masks (B, K, h, w) or (B, K, N), not negative; live (B, K): the slots to be compared, all without it. 0: no
-    overlap, or less than two slots. 1: all slots have the same mask.
+    masks (B, K, h, w) or (B, K, N), not negative; live (B, K) bool: the slots to compare, by default all. 0: no
+    overlap, or fewer than two slots. 1: all slots have the same mask.
     """
     return _mean_pairwise_cosine(masks.flatten(2), live)
 
@@ -173,14 +173,14 @@ def mask_similarity(masks: Tensor, live: Tensor | None = None) -> Tensor:
 def slot_similarity(slots: Tensor, live: Tensor | None = None) -> Tensor:
     """Mean cosine between two slot vectors: ``mean_{i<j} <s_i, s_j> / (|s_i| |s_j|)``, (B,) in [-1, 1].
 
-    slots (B, K, D); live (B, K): the slots to be compared, all without it. 1: the slots have collapsed to one
-    direction. 0: less than two slots.
+    slots (B, K, D); live (B, K) bool: the slots to compare, by default all. 1: the slots have collapsed to one
+    direction. 0: orthogonal, or fewer than two slots.
     """
     return _mean_pairwise_cosine(slots, live)
 
 
 def _mean_pairwise_cosine(vectors: Tensor, live: Tensor | None) -> Tensor:
-    """vectors (B, K, N) to (B,); a zero vector has cosine 0 with every other."""
+    """Mean cosine (B,) of the pairs of vectors (B, K, N); a zero vector has cosine 0 with every other."""
     unit = F.normalize(vectors.double(), dim=-1)
     live = torch.ones_like(unit[..., 0]) if live is None else live.double()  # (B, K)
     unit = unit * live.unsqueeze(-1)
@@ -190,7 +190,7 @@ def _mean_pairwise_cosine(vectors: Tensor, live: Tensor | None) -> Tensor:
 
 
 def effective_slots(masks: Tensor) -> Tensor:
-    """How many slots share the image: ``exp(-sum_k p_k log p_k)``, p_k slot k's share of the mask mass, (B,).
+    """Effective number of slots, (B,): ``exp(-sum_k p_k log p_k)``, p_k being slot k's share of the mask mass.
 
     masks (B, K, h, w) or (B, K, N), not negative. 1: one slot takes all; K: all have equal mass (which is
     also what flat, useless masks give: read it beside :func:`mask_similarity`).
@@ -202,7 +202,7 @@ def effective_slots(masks: Tensor) -> Tensor:
 
 
 def largest_activation(masks: Tensor) -> Tensor:
-    """Each slot's largest mask value, ``max_n m_kn``, (B, K).
+    """The largest mask value of each slot, ``max_n m_kn``, (B, K).
 
     masks (B, K, h, w) or (B, K, N). Near 1/K for every slot: the softmax over slots is flat; near 0 for some:
     dead slots.

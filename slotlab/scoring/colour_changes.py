@@ -1,4 +1,4 @@
-"""Colour transformations of frames that leave every shape where it is. Fixed, so that two runs see the same."""
+"""Colour transformations of frames that leave every shape in place; fixed, so that all runs see the same ones."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ IDENTITY = "identity"
 JITTERS = 3
 JITTER = {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1}
 
-Colours = Callable[[Tensor], Tensor]  # uint8 frames (T, 3, H, W) to such frames
+Colours = Callable[[Tensor], Tensor]  # frames (T, 3, H, W) uint8 to frames of the same shape
 
 
 def transformations() -> Mapping[str, Colours]:
-    """By name, the identity first.
+    """The transformations by name, the identity first.
 
-    Hues are turned by a share of the circle, brightness, contrast and saturation multiplied by a factor; ``grey``
-    takes all colour away; ``channels`` names which channels stand in the places of red, green and blue; ``jitter``
+    ``hue`` turns by a share of the circle; ``brightness``, ``contrast`` and ``saturation`` multiply by a factor;
+    ``grey`` removes all colour; ``channels`` names the channels that take the places of red, green and blue; ``jitter``
     draws once from torchvision's ``ColorJitter``, by the seed in its name, for all frames of all videos.
     """
     found: dict[str, Colours] = {IDENTITY: lambda frames: frames}
@@ -42,7 +42,7 @@ def _permute(frames: Tensor, order: tuple[int, ...]) -> Tensor:
 
 
 def _jitter(frames: Tensor, seed: int) -> Tensor:
-    with torch.random.fork_rng(devices=[]):  # it draws from the global generator: leave the caller's as it was
+    with torch.random.fork_rng(devices=[]):  # ColorJitter draws from the global generator: keep the caller's state
         torch.manual_seed(seed)
         jittered: Tensor = v2.ColorJitter(**JITTER)(frames)
     return jittered

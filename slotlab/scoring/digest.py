@@ -1,4 +1,4 @@
-"""Which sources made some scores: numbers of other sources are not to be mixed with them."""
+"""A digest of the source code that makes scores, so that numbers of different code are not mixed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from featcache import moments
 from featcache.store import encoding
 
-# Files and rooms that decide numbers: what tokens are, what a configuration means, from tokens to masks, to scores.
+# Files and folders whose code decides scores: statistics and encoding of tokens, configuration, models, masks, scoring.
 DECIDE = (
     Path(moments.__file__),
     Path(encoding.__file__),
@@ -21,12 +21,12 @@ DECIDE = (
 
 @cache
 def scoring_code() -> str:
-    """Digest of the sources that masks and scores come from."""
+    """Digest of the code that masks and scores come from: 12 hex digits."""
     return digest(DECIDE)
 
 
 def digest(places: Iterable[Path]) -> str:
-    """Of what files do, and all files below folders: comments, docstrings, descriptions of settings have no part."""
+    """Digest of the code in files and folders, without comments, docstrings and descriptions of settings."""
     found = hashlib.sha256()
     for place in places:
         for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
@@ -38,7 +38,7 @@ def digest(places: Iterable[Path]) -> str:
 
 class _WithoutWords(ast.NodeTransformer):
     def visit_Expr(self, node: ast.Expr) -> ast.Expr | None:
-        """A string that stands alone is a docstring, or as good as one."""
+        """Drop strings that stand alone: docstrings, or strings without effect."""
         return None if isinstance(node.value, ast.Constant) and isinstance(node.value.value, str) else node
 
     def visit_Call(self, node: ast.Call) -> ast.AST:

@@ -1,4 +1,4 @@
-"""Scoring a run's masks against ground truth, beside a ceiling and a floor that make a score mean something."""
+"""Scores a run's masks against ground truth, with a ceiling and floors to compare them with."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from slotlab.scoring.tables import require_truth
 
 
 class Evaluator:
-    """Scores a run on a split, from each of its videos as it is followed."""
+    """Collects the scores of a run on a split, one followed video at a time."""
 
     def __init__(self, loaded: LoadedRun, split: Split) -> None:
-        """``DataError`` when the split has no masks."""
+        """``DataError`` if the split has no masks."""
         self._loaded, self._split = loaded, require_truth(split)
         self._scores: dict[Masks, Scores] = {kind: Scores() for kind in MASKS}
         self._diagnostics = Diagnostics()
@@ -34,7 +34,7 @@ class Evaluator:
         self._diagnostics.add(followed.shown)
 
     def result(self, known: KnownReferences | None = None) -> Evaluation:
-        """``known`` as in :func:`references`."""
+        """The evaluation of the added videos; ``known`` as in :func:`~slotlab.scoring.references.references`."""
         loaded, split, step = self._loaded, self._split, checkpoint.state(self._loaded.path)["step"]
         published, means = self._scores[loaded.config.published_masks], self._diagnostics.means()
         return Evaluation(
@@ -63,13 +63,13 @@ def evaluate(
     known: KnownReferences | None = None,
     also: Sequence[Callable[[Followed], object]] = (),
 ) -> Evaluation:
-    """Scores of every frame and video of a split.
+    """The evaluation of a run on a split (default: the configuration's), from one pass over its videos.
 
-    ``known`` spares ceilings and floors that runs share (:func:`references`); ``also`` is called with each video, in
-    the same pass.
+    ``known`` holds ceilings and floors that runs share (:func:`~slotlab.scoring.references.references`); each function
+    in ``also`` is called with each video of the pass.
 
-    Scores and diagnostics are those of the masks that the run publishes, beside them the scores of both kinds.
-    ``UsageError`` for a split that is not there, ``DataError`` when it has no masks.
+    Scores and diagnostics are those of the masks that the run publishes; ``masks`` has the scores of both kinds.
+    ``UsageError`` for a split that does not exist, ``DataError`` if it has no masks.
     """
     split = loaded.split(split_name)
     evaluator = Evaluator(loaded, split)

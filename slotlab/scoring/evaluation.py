@@ -1,4 +1,4 @@
-"""What an evaluation found, and its JSON: what ``slotlab eval --json`` prints and run folders keep."""
+"""The result of an evaluation, and its JSON, which ``slotlab eval --json`` prints and run folders keep."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ _DIAGNOSTICS = (*NAMES, "kept_slots")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A run's scores and diagnostics on one split, of the masks that it publishes unless it says otherwise."""
+    """A run's scores and diagnostics on one split, of the masks that it publishes unless stated otherwise."""
 
     run: str
     cache: str
     split: str
     tap: str
     step: int  # of the checkpoint
-    code: str  # digest of the sources that made the numbers
+    code: str  # digest of the code that made the numbers
     resolution: tuple[int, int]  # (H, W) in pixels, of frames and ground truth
     published_masks: Masks
     summary: Summary
-    masks: Mapping[Masks, Summary]  # of both kinds of masks
+    masks: Mapping[Masks, Summary]  # scores of both kinds of masks
     references: References
     diagnostics: Mapping[str, float]  # means over the videos, and kept_slots
-    diagnostics_by_frame: Mapping[str, Sequence[float]]  # (T,) each, means over the videos that are so long
+    diagnostics_by_frame: Mapping[str, Sequence[float]]  # (T,) each, means over the videos with such a frame
     largest_activation_by_slot: Sequence[float]  # (K,)
     warnings: Sequence[str]
     groups: Groups
-    fine: Mapping[str, Any] = field(default_factory=dict)  # what slotlab.scoring.fine adds, where it was asked to
+    fine: Mapping[str, Any] = field(default_factory=dict)  # results of slotlab.scoring.fine, if asked for
 
     @property
     def values(self) -> Values:
@@ -51,11 +51,11 @@ class Evaluation:
 
     @property
     def films(self) -> bool:
-        """Whether a video has several frames; scores of whole videos are those of the frames else."""
+        """Whether a video has several frames; otherwise scores of whole videos equal those of frames."""
         return self.summary.frames > self.summary.videos
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON. The keys are a contract."""
+        """The evaluation as JSON-able values. The keys are a contract."""
         groups = {
             key: {name: of.as_dict() for name, of in parts.items()} for key, parts in self.groups.summaries.items()
         }
@@ -83,9 +83,9 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: str = "evaluation") -> Self:
-        """Of :meth:`as_dict`, by this version or one before, which may have had less to say.
+        """The evaluation of :meth:`as_dict`, by this version or an earlier one, which may have fewer keys.
 
-        ``DataError`` if it is none; ``where`` names its file.
+        ``DataError`` if ``raw`` is not an evaluation; ``where`` names its file.
         """
         try:
             by_video = raw["by_video"]

@@ -1,4 +1,4 @@
-"""Scores of a run's masks at the frame's resolution: outlines, and what refinement and other binarisations change."""
+"""Scores of masks at the frame's resolution: outlines, and the effect of refinement and other binarisations."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from slotlab.scoring.tables import contingency, require_truth
 
 
 class BinarisedScores:
-    """Collects frames under one binarisation, which may give pixels to no slot.
+    """Collects frames under one binarisation, which may leave pixels without a slot.
 
-    Only two scores have a meaning then: in FG-ARI such pixels are one group more, in mBO no object's best slot.
+    Only two scores are meaningful then: FG-ARI counts such pixels as one more group, and mBO ignores that group.
     """
 
     def __init__(self) -> None:
         self._tables: list[Tensor] = []  # (B, n_true, K + 1) each
 
     def add(self, labels: Tensor, segmentations: Tensor, slots: int, n_true: int) -> None:
-        """labels (B, H, W) up to ``slots``, that being none; segmentations (B, H, W) below ``n_true``."""
+        """Add labels (B, H, W) from 0 to ``slots`` (no slot), and segmentations (B, H, W) below ``n_true``."""
         table = contingency(labels.flatten(1), segmentations.flatten(1), slots + 1, n_true)
         self._tables.append(table.cpu())
 
     def summary(self) -> dict[str, Any]:
-        """FG-ARI and mBO, means over frames, and the share of pixels of none."""
+        """FG-ARI and mBO, means over frames, and the share of pixels without a slot."""
         tables = torch.cat(self._tables)
         none = tables[..., -1].sum()
         return {
@@ -48,11 +48,11 @@ class BinarisedScores:
         }
 
 
-GAINS = {**shown("comparison"), "boundary_f": "boundary F"}  # key -> title of what refinement changes
+GAINS = {**shown("comparison"), "boundary_f": "boundary F"}  # key -> title of the scores of refined masks
 
 
 class OutlineScorer:
-    """``boundaries`` of a run's masks beside its grid's reference; where asked, ``refined`` and ``binarised``.
+    """Scores the outlines of a run's masks and of its grid's reference; if asked, also refined and binarised masks.
 
     The reference is the ground truth averaged to the grid and upsampled again, as in :mod:`slotlab.scoring.references`.
     ``refined`` are the scores of the masks after ``method``, their ``gain`` over the plain ones, and the seconds that
@@ -62,7 +62,7 @@ class OutlineScorer:
     def __init__(
         self, model: StoreModel, split: Split, method: Method | None = None, binarisations: Sequence[str] = ()
     ) -> None:
-        """``UsageError`` for a binarisation that is not known."""
+        """``UsageError`` for an unknown binarisation."""
         self._split, self._method, self._seed, self._slots = split, method, model.config.seed, model.model.slots
         self._plain, self._reference, self._refined = (BoundaryScores(split.spec.frame_size) for _ in range(3))
         self._refined_scores, self._plain_scores = Scores(), Scores()
@@ -70,7 +70,7 @@ class OutlineScorer:
         self._seconds, self._frames = 0.0, 0
 
     def add(self, followed: Followed) -> None:
-        """All frames of one video; they need ground truth. ``UsageError`` for a method that lacks its package."""
+        """Add all frames of one video with ground truth. ``UsageError`` if the method's package is not installed."""
         assert followed.truth is not None
         truth, labels, video, size = followed.truth, followed.labels, followed.video, self._split.spec.frame_size
         masks, slots = followed.masks, self._slots
@@ -115,7 +115,7 @@ def outline_scores(
     method: Method | None = None,
     binarisations: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """What :class:`OutlineScorer` finds on a split. ``DataError`` when it has no masks."""
+    """The result of :class:`OutlineScorer` on a split, JSON-able. ``DataError`` if it has no masks."""
     split = require_truth(model.split(split_name))
     scorer = OutlineScorer(model, split, method, binarisations)
     for followed in follow(model, split):

@@ -1,4 +1,4 @@
-"""A run over the videos of a split: the one pass that scores, curves, looks and pictures are all made from."""
+"""A run's output on the videos of a split: the one pass behind scores, curves, looks while training and pictures."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from slotlab.scoring.tables import count_labels, mask_tables
 
 @dataclass(frozen=True)
 class Followed:
-    """All frames of one video as a run sees them. Tables and matches are made when first asked for, on the host."""
+    """A run's output on all frames of one video. Tables and matches are computed on first use, on the host."""
 
-    video: int  # its position in the split
+    video: int  # position in the split
     output: Output  # with the decoder's masks
     published: Masks  # the kind that the run publishes
     truth: Tensor | None = None  # (T, H, W) integer labels, 0 background; None where the split has no masks
@@ -44,7 +44,7 @@ class Followed:
         return self.shown.masks_on_grid.cpu()
 
     def tables(self, kind: Masks | None = None) -> Tensor:
-        """Contingency tables of one kind of masks, or of the published ones: (T, labels, K) int64. Needs ``truth``."""
+        """Contingency tables (T, labels, K) int64 of one kind of masks, default the published ones. Needs ``truth``."""
         kind = kind or self.published
         if kind not in self._tables:
             if self.truth is None:
@@ -57,27 +57,27 @@ class Followed:
 
     @property
     def _one_kind(self) -> bool:
-        """Whether the model decodes by its attention: the same memory, seen twice."""
+        """Whether the decoder's masks are the attention: both tensors then share their memory."""
         one, other = self.output.masks, self.output.attention
         return one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
 
     def score(self, score: Score) -> Tensor:
-        """A score of each frame (T,), of the published masks; NaN where it is not defined. Needs ``truth``."""
+        """The score of each frame (T,) for the published masks; NaN where it is not defined. Needs ``truth``."""
         if score.key not in self._scores:
             self._scores[score.key] = score.of_tables(self.tables())
         return self._scores[score.key]
 
     @cached_property
     def slots(self) -> Tensor:
-        """The slot that shows each object in each frame, (T, objects) int64; -1 for none. Needs ``truth``.
+        """The slot of each object in each frame, (T, objects) int64; -1 for none. Needs ``truth``.
 
-        One to one for the largest total IoU, above ``MATCHED_IOU``.
+        Slots and objects are matched one to one for the largest total IoU; a match needs an IoU above ``MATCHED_IOU``.
         """
         return matched_slots(self.tables(), above=MATCHED_IOU)
 
     @cached_property
     def objects(self) -> Tensor:
-        """The object that each slot shows in each frame, 0 for label 1: (T, K) int64; -1 for none, or without truth."""
+        """The object of each slot in each frame, (T, K) int64: 0 for label 1, -1 for none or without truth."""
         objects = torch.full(self.shown.masks.shape[:2], -1)
         if self.truth is not None:
             frame, item = torch.nonzero(self.slots >= 0, as_tuple=True)
@@ -86,9 +86,9 @@ class Followed:
 
 
 def follow(model: StoreModel, split: Split, videos: Iterable[int] | None = None) -> Iterator[Followed]:
-    """Every video of a split, or these, one at a time: nothing of a video is held here once the next is asked for.
+    """The model's output on each video of a split (or on ``videos``), one at a time; earlier ones are not kept.
 
-    ``DataError`` where the model's masks are not finite.
+    ``DataError`` if the model's masks are not finite.
     """
     labels = count_labels(split) if split.spec.masks else 0
     for video in split.videos if videos is None else videos:

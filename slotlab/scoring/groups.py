@@ -1,7 +1,7 @@
-"""Scores of parts of a split (materials, sizes, crowded frames), and how sure they are.
+"""Scores of parts of a split (materials, sizes, numbers of objects), and their confidence intervals.
 
-Frames of one video resemble each other, so the videos are what is sampled: intervals come from a bootstrap that
-draws whole videos with replacement (a cluster bootstrap; Davison & Hinkley 1997, ch. 3.8, percentile intervals).
+Frames of one video resemble each other, so videos are the sample: intervals come from a bootstrap that draws whole
+videos with replacement (a cluster bootstrap; Davison & Hinkley 1997, ch. 3.8, percentile intervals).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ATTRIBUTES = ("material", "size")  # of an instance; scores are grouped by them
 
 
 def objects_by(split: Split, labels: int, attribute: str) -> dict[str, Tensor]:
-    """Which objects of which video share a label of ``attribute``: its name -> (videos, labels - 1) bool."""
+    """The objects with each value of ``attribute``: value -> (videos, labels - 1) bool."""
     instances = {video: split.instances(video) for video in split.videos}
     names = sorted({getattr(instance, attribute) for of in instances.values() for instance in of} - {""})
     chosen = {name: torch.zeros(max(split.videos) + 1, labels - 1, dtype=torch.bool) for name in names}
@@ -38,7 +38,7 @@ def objects_by(split: Split, labels: int, attribute: str) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Confidence:
-    """Intervals of a split's scores and, under the same names, of every group's; None where there is too little."""
+    """Intervals of the scores of a split and of its groups; None where too few videos have a value."""
 
     level: float
     method: str
@@ -53,7 +53,7 @@ class Confidence:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Of :meth:`as_dict`, by this version or one before."""
+        """The intervals of :meth:`as_dict`, by this version or an earlier one."""
         groups = {key: of for key, of in raw.items() if key.startswith("by_")}
         total: Intervals = in_order(raw)
         level, method = raw.get("level", LEVEL), raw.get("method", METHOD)
@@ -62,15 +62,15 @@ class Confidence:
 
 @dataclass(frozen=True)
 class Groups:
-    """What the parts of a split score, and how sure all of it is."""
+    """Scores of the parts of a split and of its videos, with intervals."""
 
     summaries: Mapping[str, Mapping[str, Summary]]  # by_material -> metal; by_size; by_objects -> "3"
-    by_video: Mapping[str, Values]  # a video's name -> its means over frames, over groups (mbo_metal), and as a whole
+    by_video: Mapping[str, Values]  # a video's name -> its scores: over frames, of groups (mbo_metal), as a whole
     confidence: Confidence
 
 
 def subgroup_scores(scores: Scores, split: Split, bootstrap: Bootstrap | None = None) -> Groups:
-    """Scores of the objects of each material and size, of frames by how many objects they show, and of each video."""
+    """Scores of objects by material and size, of frames by their number of objects, and of each video."""
     bootstrap = bootstrap or Bootstrap()
     (tables, frame_videos), (_, ids) = scores.frame_tables(), scores.video_tables()
 
@@ -82,7 +82,7 @@ def subgroup_scores(scores: Scores, split: Split, bootstrap: Bootstrap | None = 
     summaries: dict[str, dict[str, Summary]] = {}
     intervals: dict[str, dict[str, Intervals]] = {}
     of_frames = scores.frame_values()
-    named = dict(of_frames)  # those of each video, by name
+    named = dict(of_frames)  # scores of each frame, by name
     for attribute in ATTRIBUTES:
         groups = objects_by(split, tables.shape[1], attribute)
         summaries[f"by_{attribute}"] = {name: scores.of_objects(objects) for name, objects in groups.items()}
@@ -90,7 +90,7 @@ def subgroup_scores(scores: Scores, split: Split, bootstrap: Bootstrap | None = 
         for name, objects in groups.items():
             named |= {f"{score}_{name}": values for score, values in scores.frame_values(objects).items()}
     summaries["by_objects"], intervals["by_objects"] = {}, {}
-    shown = visible(tables)  # (F,) objects in sight
+    shown = visible(tables)  # (F,) number of visible objects
     for count in sorted(set(shown.tolist())):
         here = shown == count
         values = {name: of[here] for name, of in of_frames.items()}
@@ -106,7 +106,7 @@ def subgroup_scores(scores: Scores, split: Split, bootstrap: Bootstrap | None = 
 def _by_video(
     split: Split, of_frames: Mapping[str, Tensor], frames: Tensor, of_videos: Mapping[str, Tensor], ids: Tensor
 ) -> Iterator[tuple[str, Values]]:
-    """Each video's mean over its frames, and its scores as a whole, by its name."""
+    """Each video's name, with its means over frames and its scores as a whole."""
     for row, video in enumerate(ids.tolist()):
         means = {name: mean(values[frames == video]) for name, values in of_frames.items()}
         whole = {f"{name}_video": mean(values[row]) for name, values in of_videos.items()}

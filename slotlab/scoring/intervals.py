@@ -1,4 +1,4 @@
-"""How sure a mean over videos is: a bootstrap that draws whole videos with replacement."""
+"""Confidence intervals of means over videos, by a bootstrap that draws whole videos with replacement."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESAMPLES = 10_000
 
 SEED = 0
 
-_DRAWS_AT_ONCE = 2**24  # counts, in float64
+_DRAWS_AT_ONCE = 2**24  # counts held at once, in float64
 
 Float = npt.NDArray[np.float64]
 
@@ -25,16 +25,16 @@ Interval = list[float]  # low, high
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Intervals of means over frames, by drawing whole videos with replacement. The same for every call."""
+    """Intervals of means over frames, by drawing whole videos with replacement. The seed is fixed."""
 
     level: float = LEVEL
     resamples: int = RESAMPLES
     seed: int = SEED
 
     def intervals(self, values: Mapping[str, Tensor], videos: Tensor) -> dict[str, Interval | None]:
-        """Percentile interval of the mean of each (F,), NaN left out; videos (F,) are the frames' ids.
+        """Percentile interval of the mean of each of ``values`` (F,), without NaN; videos (F,) are the frames' ids.
 
-        None where fewer than two videos have a value: nothing then says how much videos differ.
+        None where fewer than two videos have a value: the spread between videos is then unknown.
         """
         if not values:
             return {}
@@ -52,19 +52,19 @@ class Bootstrap:
         return found
 
     def of_mean(self, values: Float) -> Interval | None:
-        """Interval of the mean of one value a video, (V,) without NaN."""
+        """Interval of the mean of one value per video, (V,) without NaN."""
         column = torch.from_numpy(values)
         return self.intervals({"mean": column}, torch.arange(len(column)))["mean"]
 
     def _means(self, sums: Float, counts: Float) -> Float:
-        """Mean over all frames of each resample: (V, scores) twice -> (resamples, scores)."""
+        """Mean over all frames of each resample, (resamples, scores), from each video's sums and counts (V, scores)."""
         rng, videos = np.random.default_rng(self.seed), len(sums)
         parts = []
         step = max(1, _DRAWS_AT_ONCE // videos)
         for start in range(0, self.resamples, step):
             draws = rng.multinomial(videos, np.full(videos, 1 / videos), min(step, self.resamples - start))
             times = draws.astype(np.float64)  # (resamples, V): how often each video was drawn
-            with np.errstate(invalid="ignore"):  # a resample may have none of the videos with a value
+            with np.errstate(invalid="ignore"):  # a resample may miss all videos with a value
                 parts.append(times @ sums / (times @ counts))
         return np.concatenate(parts)
 

@@ -1,8 +1,8 @@
-"""Segmentation scores of contingency tables, and the list of those that every table and page shows: ``SCORES``.
+"""Segmentation scores of contingency tables, and ``SCORES``, the list of scores that tables and pages show.
 
-A video's table is the sum of its frames' tables, so frames and whole videos share one path. All functions work
-on a batch, on any device; counts are int64 and scores float64. NaN means "not defined here": the frame was
-skipped, and means over a split leave it out."""
+A video's table is the sum of its frames' tables, so the same functions score frames and whole videos. All of them
+work on a batch, on any device; counts are int64 and scores float64. NaN means "not defined here"; means over a split
+leave such frames out."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-MATCHED_IOU = 0.1  # below it a slot only grazes the object that the matching gave it
+MATCHED_IOU = 0.1  # at a lower IoU a slot only grazes its matched object
 
 
 def adjusted_rand_index(table: Tensor, foreground: bool, objects: Tensor | None = None) -> Tensor:
     """Adjusted Rand index (Hubert & Arabie 1985), (B,) float64, at most 1 and 0 in expectation for chance.
 
-    table (B, n_true, n_pred). With ``foreground`` the pixels whose ground truth is background (row 0) are
-    left out; the prediction keeps all its slots (FG-ARI). ``objects`` (B, n_true - 1) bool restricts that
-    further to the pixels of some objects, for a score by material, and needs ``foreground``.
+    table (B, n_true, n_pred). ``foreground`` leaves out the pixels whose ground truth is background (row 0);
+    the prediction keeps all its slots (FG-ARI). ``objects`` (B, n_true - 1) bool keeps the pixels of some objects only,
+    for a score by material, and needs ``foreground`` (else ``ValueError``).
 
-    NaN where no pixel is left. Degenerate cases follow scikit-learn: one object in one slot scores 1, one
-    object split among slots 0. Values can be slightly below 0, and are not clipped.
+    NaN if no pixel is left. Degenerate cases follow scikit-learn: one object in one slot scores 1, one
+    object split among several slots 0. Values can be slightly below 0, and are not clipped.
     """
     counts = table.double()
     if objects is not None:
@@ -52,22 +52,22 @@ def adjusted_rand_index(table: Tensor, foreground: bool, objects: Tensor | None 
 def foreground_ari(table: Tensor, objects: Tensor | None = None) -> Tensor:
     """FG-ARI, (B,) float64: :func:`adjusted_rand_index` without the background's pixels.
 
-    ``objects`` (B, n_true - 1) bool keeps the pixels of some objects only; then NaN where fewer than two of them are
-    visible, as for one object it is 1 or 0 by a single stray pixel.
+    ``objects`` (B, n_true - 1) bool keeps the pixels of some objects only. It is then NaN where fewer than two of them
+    are visible: for one object a single stray pixel turns 1 into 0.
     """
     score = adjusted_rand_index(table, foreground=True, objects=objects)
     return score if objects is None else torch.where(visible(table, objects) > 1, score, torch.nan)
 
 
 def whole_ari(table: Tensor, objects: Tensor | None = None) -> Tensor:
-    """ARI of all pixels, the background's among them, (B,) float64. Not defined for some objects only."""
+    """ARI of all pixels, background included, (B,) float64. ``ValueError`` for a subset of objects."""
     if objects is not None:
         raise ValueError("the ARI of all pixels has no part for some objects; take FG-ARI")
     return adjusted_rand_index(table, foreground=False)
 
 
 def visible(table: Tensor, objects: Tensor | None = None) -> Tensor:
-    """How many objects, or how many of some, have a pixel: table (B, n_true, K) to (B,) int64."""
+    """Number of visible objects, (B,) int64, or of those in ``objects``: they have a pixel in table (B, n_true, K)."""
     seen = table[:, 1:].sum(-1) > 0
     return (seen if objects is None else seen & objects).sum(-1)
 
@@ -91,23 +91,23 @@ def best_overlap(table: Tensor) -> Tensor:
 
 
 def mean_best_overlap(table: Tensor, objects: Tensor | None = None) -> Tensor:
-    """mBO: mean over a frame's objects of the IoU of the slot that fits each best, (B,) float64.
+    """mBO: mean over a frame's objects of each one's IoU with its best slot, (B,) float64.
 
-    One slot may serve several objects; background is ignored. ``objects`` (B, n_true - 1) bool says which
-    objects count; NaN where none is present. (Pont-Tuset et al. 2017, as used by DINOSAUR.)
+    One slot may serve several objects; background is ignored. ``objects`` (B, n_true - 1) bool selects objects; NaN
+    if none is present. (Pont-Tuset et al. 2017, as used by DINOSAUR.)
     """
     return _mean_over_objects(best_overlap(table), objects)
 
 
 def matched_slots(table: Tensor, above: float = 0.0) -> Tensor:
-    """The slot of each object, (B, n_true - 1) int64; -1 for an absent object and for one without a slot.
+    """The matched slot of each object, (B, n_true - 1) int64; -1 for an absent object or one without a slot.
 
-    Objects and slots are matched one to one for the largest total IoU (Hungarian algorithm); a slot whose IoU with its
-    object is not ``above`` this one is none.
+    Objects and slots are matched one to one for the largest total IoU (Hungarian algorithm); a match counts only if its
+    IoU exceeds ``above``.
     """
     matched = table.new_full((len(table), table.shape[1] - 1), -1, dtype=torch.int64, device="cpu")
     for frame, overlaps in enumerate(object_iou(table).nan_to_num(0.0).cpu().numpy()):
-        # Rows of absent objects are all 0, so they take no slot that a present one could use.
+        # Rows of absent objects are all 0, so they take no slot from an object that is present.
         rows, columns = linear_sum_assignment(overlaps, maximize=True)
         touching = overlaps[rows, columns] > above
         matched[frame, rows[touching]] = torch.from_numpy(columns[touching])
@@ -127,8 +127,8 @@ def matched_iou(table: Tensor) -> Tensor:
 def mean_iou(table: Tensor, objects: Tensor | None = None) -> Tensor:
     """mIoU: mean over a frame's objects of :func:`matched_iou`, (B,) float64.
 
-    The matching is always among all objects; ``objects`` (B, n_true - 1) bool only says whose IoU is
-    averaged. NaN where none of them is present.
+    The matching always includes all objects; ``objects`` (B, n_true - 1) bool only selects those to average. NaN if
+    none of them is present.
     """
     return _mean_over_objects(matched_iou(table), objects)
 
@@ -139,34 +139,34 @@ def _mean_over_objects(values: Tensor, objects: Tensor | None) -> Tensor:
     return values.nanmean(-1)
 
 
-# -- the scores that are shown -----------------------------------------------------------------------------
+# -- the scores to show ------------------------------------------------------------------------------------
 
-# summary: tables of whole runs. parts: tables of some objects or frames, and so taken of some objects, too.
-# comparison: tables of experiments, and of refined masks beside plain ones. headline: where there is room for few:
-# ladders, gallery, curves over the frames, looks while training, colour changes, tests between runs.
+# summary: tables of whole runs. parts: tables of groups of objects or frames, so the score takes a subset of objects.
+# comparison: tables of experiments, and of refined masks beside plain ones. headline: places with room for few scores
+# (ladders, gallery, curves over the frames, looks while training, colour changes, tests between runs).
 Place = Literal["summary", "parts", "comparison", "headline"]
 EVERYWHERE: tuple[Place, ...] = ("summary", "parts", "comparison", "headline")
 
 
 class OfTables(Protocol):
-    """A score: tables (B, n_true, K) int64, and which objects count (B, n_true - 1) bool, to (B,) float64."""
+    """A score (B,) float64 of tables (B, n_true, K) int64, or of a selection of objects (B, n_true - 1) bool."""
 
     def __call__(self, table: Tensor, objects: Tensor | None = None, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Score:
-    """One metric. An evaluation holds it for every frame, video and group; the places say where people see it."""
+    """One metric. Evaluations hold it for frames, videos and groups; ``frames`` and ``videos`` say where it shows."""
 
-    key: str  # in JSON; with _video behind it, of whole videos
+    key: str  # name in JSON; with the suffix _video, of whole videos
     title: str
     of_tables: OfTables
-    frames: tuple[Place, ...]  # that show its mean over frames
-    videos: tuple[Place, ...] = ()  # that show its mean over whole videos
+    frames: tuple[Place, ...]  # places that show its mean over frames
+    videos: tuple[Place, ...] = ()  # places that show its mean over whole videos
     higher_is_better: bool = True
 
     def order(self, value: float) -> float:
-        """What grows with how good a value is."""
+        """The value, negated if lower is better: a sort key."""
         return value if self.higher_is_better else -value
 
 
@@ -179,27 +179,27 @@ SCORES: tuple[Score, ...] = (
 
 
 def scores_in(place: Place) -> tuple[Score, ...]:
-    """The scores whose means over frames a place shows."""
+    """The scores that a place shows as means over frames."""
     return tuple(score for score in SCORES if place in score.frames)
 
 
 def shown(place: Place) -> dict[str, str]:
-    """Key -> title of these."""
+    """Key -> title of :func:`scores_in` a place."""
     return {score.key: score.title for score in scores_in(place)}
 
 
 def shown_of_videos(place: Place) -> dict[str, str]:
-    """Key -> title of the scores whose means over whole videos a place shows, beside those over frames."""
+    """Key -> title of the scores that a place also shows as means over whole videos."""
     return {f"{score.key}_video": f"{score.title} video" for score in SCORES if place in score.videos}
 
 
 def score_of(name: str) -> Score | None:
-    """The score that a name in JSON is of: ``fg_ari``, ``fg_ari_video``, ``fg_ari_metal``."""
+    """The score that a name in JSON refers to, such as ``fg_ari``, ``fg_ari_video``, ``fg_ari_metal``; None if none."""
     known = [score for score in SCORES if name == score.key or name.startswith(f"{score.key}_")]
     return max(known, key=lambda score: len(score.key), default=None)
 
 
 def title_of(name: str) -> str:
-    """The title of such a name: ``FG-ARI``, ``FG-ARI video``, ``FG-ARI metal``."""
+    """The title of a name in JSON, such as ``FG-ARI``, ``FG-ARI video``, ``FG-ARI metal``."""
     score = score_of(name)
     return name.replace("_", " ") if score is None else f"{score.title} {name[len(score.key) + 1 :]}".strip()

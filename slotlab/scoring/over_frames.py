@@ -1,7 +1,7 @@
-"""A run over the frames of its videos: where a video model drifts, it shows.
+"""Curves over the frame index, which show whether a video model drifts.
 
-Every quantity has one value a frame; :func:`over_videos` reduces them to curves over the frame index. NaN means
-"not defined here": no visible object, or no frame before.
+Every quantity has one value per frame; :func:`over_videos` averages them into curves. NaN means "not defined here": no
+visible object, or no earlier frame.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Float = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Quantity:
-    """One curve: its key, its title, and what it tells."""
+    """One curve: its key, its title, and its caption."""
 
     name: str
     title: str
@@ -32,32 +32,32 @@ class Quantity:
     unit_interval: bool = True  # values lie in [0, 1]
 
 
-# Those that need ground truth come first.
+# Quantities that need ground truth.
 SCORED = (
     *(Quantity(score.key, score.title, "of each frame alone") for score in scores_in("headline")),
-    Quantity("switches", "Identity switches", "share of objects whose slot is not the one of the frame before"),
+    Quantity("switches", "Identity switches", "share of objects whose slot differs from the frame before"),
 )
 UNSCORED = (
     Quantity(
         "slot_persistence",
         "Slot similarity, frame to frame",
-        "mean cosine of each slot with itself one frame before; slots that are empty in either left out",
+        "mean cosine of each slot with itself one frame before, without empty slots",
     ),
     Quantity("slot_similarity", "Slot similarity, slot to slot", "mean cosine of two slots of a frame; 1: collapsed"),
     Quantity("mask_similarity", "Mask similarity, slot to slot", "mean cosine of two masks of a frame; 1: collapsed"),
     Quantity("largest_activation", "Largest activation", "each slot's largest mask value, averaged; 1/K: flat masks"),
-    Quantity("effective_slots", "Effective slots", "exp of the entropy of the slots' shares of a frame", False),
-    Quantity("logit_std", "Spread of the logits", "of the attention, over the slots of each patch; 0: flat", False),
+    Quantity("effective_slots", "Effective slots", "exp of the entropy of the slots' shares of the frame", False),
+    Quantity("logit_std", "Spread of the logits", "std over the slots of each patch; 0: flat attention", False),
 )
 QUANTITIES = SCORED + UNSCORED
 
 
-Trace = Mapping[str, Float]  # a video's quantities by name, (T,) each
+Trace = Mapping[str, Float]  # one video's values by quantity, (T,) each
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A quantity at each frame index, over the videos in which it is defined there; NaN where it is in none."""
+    """A quantity at each frame index, over the videos that define it there; NaN if none does."""
 
     mean: Float  # (T,)
     low: Float  # lower quartile
@@ -66,7 +66,7 @@ class Curve:
 
 
 def trace(followed: Followed) -> Trace:
-    """Every quantity at every frame of one video; those that need ground truth where there is some."""
+    """Every quantity at each frame of one video; those that need ground truth only if there is some."""
     values = {name: found.double().numpy() for name, found in by_frame(followed.shown).items()}
     values["slot_persistence"] = slot_persistence(followed.output.slots.cpu()).numpy()
     if followed.truth is not None:
@@ -78,7 +78,7 @@ def trace(followed: Followed) -> Trace:
 def slot_persistence(slots: Tensor) -> Tensor:
     """Mean cosine of each slot with the same slot one frame before, (T,) float64; NaN at the first frame.
 
-    slots (T, K, D). A slot that is the zero vector in either frame is not in use, and left out.
+    slots (T, K, D). A slot that is zero in either frame is unused, and left out.
     """
     unit = F.normalize(slots.double(), dim=-1)
     cosine = (unit[1:] * unit[:-1]).sum(-1)  # (T - 1, K)
@@ -88,9 +88,9 @@ def slot_persistence(slots: Tensor) -> Tensor:
 
 
 def identity_switches(slots: Tensor) -> Tensor:
-    """Share of objects whose slot is another than in the frame before, (T,); NaN where none has a slot in both.
+    """Share of objects whose slot differs from the frame before, (T,); NaN where no object has a slot in both.
 
-    slots (T, objects) of each object, -1 for none. (The switches of MOTA, Bernardin & Stiefelhagen 2008,
+    slots (T, objects) is the slot of each object, -1 for none. (The switches of MOTA, Bernardin & Stiefelhagen 2008,
     counted between neighbouring frames only.)
     """
     both = (slots[1:] >= 0) & (slots[:-1] >= 0)
@@ -100,7 +100,7 @@ def identity_switches(slots: Tensor) -> Tensor:
 
 
 def over_videos(traces: Sequence[Trace]) -> dict[str, Curve]:
-    """The mean and quartiles of every quantity at each frame index, over videos of any lengths."""
+    """Mean and quartiles of every quantity at each frame index, over videos of any lengths."""
     curves: dict[str, Curve] = {}
     names = [q.name for q in QUANTITIES if traces and all(q.name in item for item in traces)]
     for name in names:

@@ -1,4 +1,4 @@
-"""Whether two runs differ: the same videos, paired."""
+"""Tests whether two runs differ, on the same videos, paired."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from slotlab.scoring.scores import Values
 
 
 def paired(one: Evaluation, other: Evaluation) -> dict[str, Any]:
-    """Does ``one`` score otherwise than ``other`` on the same videos? Takes two evaluations of one split; JSON-able.
+    """The differences between two evaluations of one split, tested over the same videos; JSON-able.
 
     For each score of ``by_video``: the mean over videos of the difference (one - other), its bootstrap interval,
-    the two-sided p-value of Wilcoxon's signed-rank test (scipy, over the videos' differences), and in how many
-    of the videos where both are defined ``one`` is ahead. The sample are the videos: what another seed would
-    give is not in it. Raises ``IncompatibleError`` when the evaluations are of other videos.
+    the two-sided p-value of Wilcoxon's signed-rank test (scipy, over the videos' differences), and the number of
+    videos (with both values) where ``one`` is ahead. The videos are the sample: the test says nothing about other
+    seeds. Raises ``IncompatibleError`` if the evaluations are of different videos.
     """
     for key, ours, theirs in (
         ("split", one.split, other.split),
@@ -44,7 +44,7 @@ def paired(one: Evaluation, other: Evaluation) -> dict[str, Any]:
 
 
 def paired_scores(one: Mapping[str, Values], other: Mapping[str, Values]) -> dict[str, dict[str, Any]]:
-    """The differences that :func:`paired` reports, by score; video id -> score -> value on both sides."""
+    """The differences that :func:`paired` reports, by score, from two mappings video name -> score -> value."""
     names = dict.fromkeys(name for scores in one.values() for name in scores)
     found = {}
     for name in names:
@@ -58,7 +58,7 @@ def paired_scores(one: Mapping[str, Values], other: Mapping[str, Values]) -> dic
 def _difference(name: str, one: Float, other: Float) -> dict[str, Any]:
     differences, score = one - other, score_of(name)
     better = differences < 0 if score is not None and not score.higher_is_better else differences > 0
-    # scipy warns, and answers NaN, when nothing differs
+    # scipy warns and returns NaN if nothing differs
     p = 1.0 if not differences.any() else float(wilcoxon(differences).pvalue)
     interval = Bootstrap().of_mean(differences)
     return {

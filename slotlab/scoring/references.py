@@ -1,6 +1,6 @@
-"""What a score is to be read against: the ceiling that a patch grid sets, and the floor of clustering alone.
+"""References for scores: the ceiling that a patch grid sets, and the floors of clustering without training.
 
-Both give contingency tables through :func:`slotlab.scoring.tables.mask_tables`, the same path as a model's masks.
+Both yield contingency tables through :func:`slotlab.scoring.tables.mask_tables`, the same path as a model's masks.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ FLOORS = {"kmeans_raw": "floor: k-means, raw tokens", "kmeans_whitened": "floor:
 
 @dataclass(frozen=True)
 class References:
-    """What scores lie between."""
+    """A ceiling and floors for the scores of a run."""
 
-    ceiling: Values  # of the ground truth, averaged to the grid
-    kept_slots: float | None  # of the same; None: made by a version that did not tell
-    floors: Mapping[str, Values]  # of k-means, by what it clusters; over frames alone, as it does not track
-    statistics: str | None = None  # path of the split whose moments whitened; None: the version before did not tell
+    ceiling: Values  # scores of the ground truth, averaged to the grid
+    kept_slots: float | None  # kept_slots of the ceiling; None: an earlier version did not record it
+    floors: Mapping[str, Values]  # k-means by its tokens; over frames only, as it does not track
+    statistics: str | None = None  # split that whitens a floor; None: an earlier version did not record it
 
     def as_dict(self) -> dict[str, Any]:
         kept = {} if self.kept_slots is None else {"kept_slots": self.kept_slots}
@@ -43,7 +43,7 @@ class References:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Of :meth:`as_dict`, by this version or one before."""
+        """The references of :meth:`as_dict`, by this version or an earlier one."""
         ceiling, floors = raw.get("reference", {}), raw.get("floor", {})
         kept, told = ceiling.get("kept_slots"), raw.get("floor_statistics")
         return cls(in_order(ceiling), kept, {name: in_order(values) for name, values in floors.items()}, told)
@@ -53,20 +53,20 @@ KnownReferences = dict[tuple[Hashable, ...], References]  # by references_key
 
 
 def statistics_split(split: Split, loaded: LoadedRun) -> Split:
-    """The split whose moments whiten the floor's tokens: what the run was trained on, or the scored one itself."""
+    """The split whose moments whiten the floor's tokens: the run's training split, else the scored split."""
     return loaded.training_split() or split
 
 
 def references_key(split: Split, loaded: LoadedRun) -> tuple[Hashable, ...]:
-    """All that :func:`references` reads of a split and a run: runs that share it have the same references."""
+    """Everything that :func:`references` depends on; runs with equal keys have the same references."""
     statistics = statistics_split(split, loaded).path.resolve()
     return (split.path.resolve(), statistics, loaded.inputs, loaded.model.slots)
 
 
 def references(split: Split, loaded: LoadedRun, known: KnownReferences | None = None) -> References:
-    """The grid's ceiling, and the floor of k-means on each frame's tokens with as many clusters as slots.
+    """The grid's ceiling, and the floors of k-means on each frame's tokens with as many clusters as slots.
 
-    Takes longer than the scores, and so is done once for all that share a ``known``.
+    They take longer than the scores, so ``known`` keeps them for other runs with the same key.
     """
     known = {} if known is None else known
     key = references_key(split, loaded)
@@ -99,7 +99,7 @@ def _measured(split: Split, loaded: LoadedRun) -> References:
     )
 
 
-_FRAMES_CLUSTERED = 64  # at once
+_FRAMES_CLUSTERED = 64  # frames at once
 
 _FRAMES_A_CHUNK = 8  # one-hot ground truth is (frames, n_true, H, W) floats: 23 MB at 256x256 and 11 labels
 
@@ -109,7 +109,7 @@ def grid_reference(segmentations: Tensor, grid: tuple[int, int], n_true: int) ->
 
     segmentations (F, H, W) integer labels below n_true, grid (rows, columns). Each object's mask is averaged
     over the area of each patch (exact also where patches and pixels do not line up), then upsampled and
-    decided like a model's masks: what a perfect model with that grid and no finer decoder would reach.
+    turned into labels like a model's masks. A perfect model with that grid and no finer decoder would score this.
     """
     tables = []
     for start in range(0, len(segmentations), _FRAMES_A_CHUNK):
@@ -119,7 +119,7 @@ def grid_reference(segmentations: Tensor, grid: tuple[int, int], n_true: int) ->
 
 
 def grid_masks(segmentations: Tensor, grid: tuple[int, int], n_true: int) -> Tensor:
-    """Each label's share of each patch: (F, H, W) integer labels below n_true to (F, n_true, rows, columns)."""
+    """Each label's share of each patch, (F, n_true, rows, columns), from integer labels (F, H, W) below n_true."""
     height, width = segmentations.shape[1:]
     rows = area_weights(height, grid[0], segmentations.device)  # (h, H)
     columns = area_weights(width, grid[1], segmentations.device)  # (w, W)
@@ -142,8 +142,8 @@ def kmeans_floor(
     """Tables (F, n_true, k) int64 of k-means on each frame's patch tokens, with no training at all.
 
     tokens (F, N, D), raw or normalised, N = rows * columns of the grid; segmentations (F, H, W). The labels,
-    one-hot on the grid, go the way of a model's masks. The best of several restarts is kept, because a floor
-    should not be low by bad luck. A frame's draws depend on ``seed`` and on its place in the call.
+    one-hot on the grid, are treated like a model's masks. The best of several restarts counts, because a floor should
+    not be low by bad luck. A frame's draws depend on ``seed`` and on its position in the call.
     """
     draws = Draws(seed)
     tables = []

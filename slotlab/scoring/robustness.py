@@ -1,20 +1,20 @@
-"""What a run's slots do when only the colours of the frames change.
+"""Robustness of a run's slots when only the colours of the frames change.
 
-Frames are transformed (:mod:`slotlab.scoring.colour_changes`), pass the backbone that the store was made with,
-and then the model, with the same random draws as without. Compared are the masks that the run publishes:
+Transformed frames (:mod:`slotlab.scoring.colour_changes`) pass the store's backbone and then the model, with the same
+random draws as the original ones. The masks that the run publishes are compared:
 
 - **mask stability**: mean IoU of the slots' hard masks before and after, slots matched one to one for the largest
   total IoU (Hungarian algorithm). Hard masks are what scores are made from: upsampled to the frame, then argmax,
   so that models of different grids are compared pixel by pixel. A frame's sum is divided by the larger of the two
-  numbers of slots that hold a pixel, so that a slot that comes or goes counts as 0 and one that is never used not
-  at all: 1 means the same partition.
+  numbers of slots that hold a pixel, so that a slot that comes or goes counts as 0, and an unused one not at all. 1
+  means the same partition.
 - **mask correlation**: mean Pearson correlation of the soft masks on the model's grid, matched for the largest total
-  correlation, and divided likewise by the number of masks that vary at all.
+  correlation, and likewise divided by the larger number of masks that vary at all.
 - **slot similarity**: mean cosine of the slot vectors that this second matching pairs, of masks that vary.
 - **slot diversity**: 1 - mean cosine between two slots that a frame uses (see :func:`.collapse.slot_similarity`).
 
-A model whose masks do not look at the picture is perfectly stable, so stability is to be read beside the scores.
-Each value is a mean over a video's frames, then over videos; intervals are bootstrapped over the videos.
+A model whose masks ignore the picture is perfectly stable, so read stability beside the scores. Each value is
+a mean over a video's frames, then over videos; intervals are bootstrapped over the videos.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MAX_VIDEOS = 8
 FRAMES = 6
 FLAT = 1e-6  # standard deviation of a mask below which it does not vary
 
-Progress = Callable[[str, int, int], None]  # what, frames done, frames in all
+Progress = Callable[[str, int, int], None]  # name, frames done, frames in all
 
 
 def robustness(
@@ -58,17 +58,17 @@ def robustness(
 ) -> dict[str, Any]:
     """Stability of a run's masks and slots under each colour transformation; JSON-able.
 
-    Takes the first ``frames`` frames of up to ``max_videos`` videos, spread evenly over the split, because each of
-    them passes the backbone once a transformation. ``before`` is always the run on the store's own features, so the
-    row ``identity`` tells what the way through the backbone alone changes, and ``relative_error`` by how much its
-    features differ from the stored ones. ``weights`` are for `featcache.extraction.store_backbone`, which raises
-    ``IncompatibleError`` when they are not those of the store. Scores are None where the split has no masks.
+    Uses the first ``frames`` frames of up to ``max_videos`` videos, spread evenly over the split, because each frame
+    passes the backbone once for every transformation. ``before`` is the run on the stored features, so the row
+    ``identity`` shows the effect of running the backbone again, and ``relative_error`` the difference between its
+    features and the stored ones. ``weights`` are for :mod:`featcache.extraction.store_backbone`, which raises
+    ``IncompatibleError`` if they are not the store's. Scores are None if the split has no masks.
     """
     split = loaded.split(split_name)
     read = loaded.inputs.from_frames(loaded.store, weights, next(loaded.model.parameters()).device)
     videos, changes = split.spread(max_videos), transformations()
     labels = count_labels(split) if split.spec.masks else 0
-    values: dict[str, list[dict[str, float]]] = defaultdict(list)  # transformation -> a row a video
+    values: dict[str, list[dict[str, float]]] = defaultdict(list)  # transformation -> one row per video
     states, errors = [], []
     total = sum(min(frames, split.spec.lengths[video]) for video in videos) * len(changes)
     done = 0
@@ -109,13 +109,13 @@ def robustness(
         "relative_error": float(np.mean(errors)),
         "before": summary(states),
         "transformations": {name: summary(rows) for name, rows in values.items()},
-        "mean": summary(mean_row),  # over all transformations but the identity
+        "mean": summary(mean_row),  # over all transformations except the identity
     }
 
 
 @dataclass(frozen=True)
 class View:
-    """What is compared of a model's output on T frames, on the host."""
+    """The compared parts of a model's output on T frames, on the host."""
 
     masks: Tensor  # (T, K, N) soft, on the model's grid
     labels: Tensor  # (T, H W) the slot of each pixel
@@ -123,12 +123,12 @@ class View:
 
     @classmethod
     def of(cls, output: Output, size: tuple[int, int]) -> View:
-        """Of frames of ``size`` (H, W) in pixels."""
+        """The view of an output on frames of ``size`` (H, W) in pixels."""
         labels = masks_to_labels(output.masks_on_grid.cpu(), size)
         return cls(output.masks.cpu().double(), labels.flatten(1), output.slots.cpu().double())
 
     def state(self, truth: Tensor | None, n_true: int) -> dict[str, float]:
-        """Diversity and scores, means over the frames; NaN where there is nothing to score."""
+        """Slot diversity and headline scores, means over the frames; NaN where there is nothing to score."""
         alike = slot_similarity(self.slots, live_slots(self.masks))
         found = {"slot_diversity": float(1 - alike.mean())}
         if truth is not None:
@@ -138,7 +138,7 @@ class View:
 
 
 def compare(before: View, after: View) -> dict[str, float]:
-    """Stability, correlation and similarity of the same frames' slots, means over the frames."""
+    """Mask stability, mask correlation and slot similarity of two views of the same frames, means over the frames."""
     slots = before.masks.shape[1]
     correlation, cosine = matched_correlation(before, after)
     return {
@@ -149,7 +149,7 @@ def compare(before: View, after: View) -> dict[str, float]:
 
 
 def matched_iou(before: Tensor, after: Tensor, slots: int) -> Tensor:
-    """Mean IoU of matched slots, (T,) float64 in [0, 1]; labels (T, P) below ``slots``."""
+    """Mean IoU of matched slots in each frame, (T,) float64 in [0, 1], from labels (T, P) below ``slots``."""
     both = contingency(after, before, slots, slots).double()  # (T, K before, K after)
     held_before, held_after = both.sum(2), both.sum(1)  # pixels of each slot, (T, K)
     union = held_before.unsqueeze(2) + held_after.unsqueeze(1) - both
@@ -159,7 +159,7 @@ def matched_iou(before: Tensor, after: Tensor, slots: int) -> Tensor:
 
 
 def matched_correlation(before: View, after: View) -> tuple[Tensor, Tensor]:
-    """Mean Pearson correlation of matched soft masks, and mean cosine of the slots so matched: (T,) float64 each.
+    """Mean Pearson correlation of matched soft masks, and mean cosine of their slots, (T,) float64 each.
 
     NaN in frames where no mask varies.
     """
@@ -178,20 +178,20 @@ def matched_correlation(before: View, after: View) -> tuple[Tensor, Tensor]:
 
 
 def match(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the one to one matching with the largest total of scores (K, K)."""
+    """Rows and columns of the one-to-one matching with the largest total of scores (K, K)."""
     rows, columns = linear_sum_assignment(scores.numpy(), maximize=True)
     return torch.from_numpy(rows), torch.from_numpy(columns)
 
 
 def _standardised(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Masks (T, K, N) without mean and of norm 1, or 0 where flat; and which are not flat (T, K)."""
+    """Masks (T, K, N) centred and scaled to norm 1 (0 for flat masks), and a mask (T, K) of those that vary."""
     centred = masks - masks.mean(-1, keepdim=True)
     varies = centred.square().mean(-1).sqrt() > FLAT
     return F.normalize(centred, dim=-1) * varies.unsqueeze(-1), varies
 
 
 def summary(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
-    """Mean over videos and its interval; None where nothing is defined."""
+    """The mean over videos of each column, and its interval; None where no value is defined."""
     found = {}
     for key in rows[0]:
         column = np.array([row[key] for row in rows], np.float64)

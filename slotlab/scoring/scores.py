@@ -1,4 +1,4 @@
-"""Scores of a split, gathered batch by batch from contingency tables."""
+"""Scores of a split, collected batch by batch from contingency tables."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from slotlab.scoring.metrics import SCORES, scores_in, visible
 
-Values = Mapping[str, float | None]  # by a score's key, with _video behind it for whole videos; None: not defined
+Values = Mapping[str, float | None]  # by a score's key, with the suffix _video for whole videos; None: not defined
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Summary:
     frames: int
     videos: int
     values: Values
-    skipped_frames: int | None = None  # of a split: those without a visible object, which ARI alone takes
-    frames_ari: int | None = None  # of some objects: those that show two of them or more, which FG-ARI takes
+    skipped_frames: int | None = None  # of a split: frames without a visible object, which only ARI scores
+    frames_ari: int | None = None  # of some objects: frames that show at least two of them, which FG-ARI scores
 
     def as_dict(self) -> dict[str, Any]:
         counts = {name: getattr(self, name) for name in _COUNTS}
@@ -31,9 +31,9 @@ class Summary:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Self:
-        """Of :meth:`as_dict`, by this version or one before."""
+        """The summary of :meth:`as_dict`, by this version or an earlier one."""
         counts = {name: raw.get(name) for name in _COUNTS}
-        return cls(values=in_order(raw), **counts)  # type: ignore[arg-type]  # frames and videos are always there
+        return cls(values=in_order(raw), **counts)  # type: ignore[arg-type]  # frames and videos are always present
 
 
 _COUNTS = ("frames", "frames_ari", "videos", "skipped_frames")
@@ -43,42 +43,44 @@ T = TypeVar("T")
 
 
 def in_order(raw: Mapping[str, T]) -> dict[str, T]:
-    """What a part of an evaluation's JSON holds by the keys of ``SCORES``: over frames first, then of whole videos."""
+    """The values of an evaluation's JSON by the keys of ``SCORES``: first over frames, then of whole videos."""
     names = [f"{score.key}{suffix}" for suffix in ("", "_video") for score in SCORES]
     return {name: raw[name] for name in names if name in raw}
 
 
 @dataclass
 class Scores:
-    """Collects the tables of frames and yields per-frame and per-video scores.
+    """Collects the contingency tables of frames, and gives their scores per frame and per video.
 
-    Per frame: the score of each frame, averaged over the frames where it is defined. Per video: the score of
-    the summed table of each video's frames, averaged over videos; a slot index must then mean the same thing
-    in all of a video's frames, or the score falls.
+    Per frame: the score of each frame, averaged over the frames that define it. Per video: the score of the
+    sum of a video's tables, averaged over videos; it falls if a slot does not keep its object through the video.
     """
 
     _tables: list[Tensor] = field(default_factory=list)  # (B, n_true, n_pred) each
     _videos: list[Tensor] = field(default_factory=list)  # (B,) each
 
     def add(self, tables: Tensor, videos: Tensor) -> None:
-        """Tables of frames (B, n_true, n_pred), the same sizes in each call, and their video ids (B,)."""
+        """Add tables of frames (B, n_true, n_pred), of the same sizes in each call, and their video ids (B,)."""
         if len(tables) != len(videos):
             raise ValueError(f"{len(tables)} tables but {len(videos)} video ids; give one each a frame")
         self._tables.append(tables.detach().cpu())
         self._videos.append(videos.detach().cpu().long())
 
     def add_video(self, tables: Tensor, video: int) -> None:
-        """Tables (T, n_true, n_pred) of frames of one video."""
+        """Add tables (T, n_true, n_pred) of one video's frames."""
         self.add(tables, torch.full((len(tables),), video))
 
     def frame_tables(self) -> tuple[Tensor, Tensor]:
-        """All frames' tables (F, n_true, n_pred) and their video ids (F,), in the order they were added."""
+        """The tables of all frames (F, n_true, n_pred) and their video ids (F,), in the order they were added.
+
+        ``ValueError`` if there are none.
+        """
         if not self._tables:
             raise ValueError("no frame has been scored; the split is empty")
         return torch.cat(self._tables), torch.cat(self._videos)
 
     def video_tables(self) -> tuple[Tensor, Tensor]:
-        """Tables of videos (V, n_true, n_pred), the sums of their frames', and their ids (V,), rising."""
+        """The sums of each video's tables (V, n_true, n_pred), and the videos' ids (V,) in rising order."""
         tables, videos = self.frame_tables()
         ids, position = torch.unique(videos, return_inverse=True)
         return tables.new_zeros((len(ids), *tables.shape[1:])).index_add_(0, position, tables), ids
@@ -86,28 +88,28 @@ class Scores:
     def frame_values(self, objects: Tensor | None = None) -> dict[str, Tensor]:
         """Scores of each frame by key, (F,) float64; NaN where one is not defined.
 
-        objects (V, n_true - 1) bool keeps some objects only, as in :meth:`of_objects`, and leaves out the scores that
-        have no place for parts.
+        objects (V, n_true - 1) bool keeps some objects only, as in :meth:`of_objects`, and leaves out scores that are
+        not defined for some objects.
         """
         return _values(*self.frame_tables(), objects)
 
     def video_values(self, objects: Tensor | None = None) -> dict[str, Tensor]:
-        """The same of the summed table of each video's frames, (V,), videos in rising order of their ids."""
+        """Scores of each video's summed table by key, (V,) float64, in rising order of video ids."""
         return _values(*self.video_tables(), objects)
 
     def summary(self) -> Summary:
-        """Means over the split; None where no frame has a defined score."""
+        """Means over the split; None for a score that no frame defines."""
         (tables, _), (_, ids) = self.frame_tables(), self.video_tables()
         skipped = int((visible(tables) == 0).sum())
         return Summary(len(tables), len(ids), self._means(None), skipped_frames=skipped)
 
     def of_objects(self, objects: Tensor) -> Summary:
-        """Means for some objects only, for example the metal ones; None where nothing was scored.
+        """Means over some objects only, for example the metal ones; None where nothing was scored.
 
-        objects (V, n_true - 1) bool; row v says which objects of the video with id v count, column k being
-        ground-truth label k + 1. FG-ARI is taken over their pixels alone, in the ``frames_ari`` frames that
-        show two of them or more. mBO and mIoU are means over the ``frames`` that show any; mIoU's matching stays among
-        all objects. So too for ``videos``.
+        Row v of objects (V, n_true - 1) bool selects objects of the video with id v; column k is ground-truth label
+        k + 1. FG-ARI uses their pixels alone, in the ``frames_ari`` frames that show at least two of them. mBO and mIoU
+        are means over the ``frames`` that show any; the matching for mIoU still includes all objects. The same holds
+        for ``videos``.
         """
         seen, seen_in_videos = (
             visible(tables, objects.cpu()[videos]) for tables, videos in (self.frame_tables(), self.video_tables())
@@ -134,6 +136,6 @@ def _values(tables: Tensor, videos: Tensor, objects: Tensor | None) -> dict[str,
 
 
 def mean(values: Tensor) -> float | None:
-    """Over the values that are defined; None if none is."""
+    """Mean of the values that are not NaN; None if all are."""
     found = float(values.nanmean())
     return None if math.isnan(found) else found

@@ -1,4 +1,4 @@
-"""From masks to contingency tables of slots and objects."""
+"""Contingency tables of slots and objects, from masks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slotlab.masks.labels import label_chunks
 
 
 def require_truth(split: Split) -> Split:
-    """This split, or ``DataError`` where its source had no masks."""
+    """Return the split. ``DataError`` if its source had no masks."""
     if not split.spec.masks:
         raise DataError(
             f"{split.path}: its source had no masks, so there is nothing to score against; look at the slots "
@@ -21,7 +21,7 @@ def require_truth(split: Split) -> Split:
 
 
 def count_labels(split: Split) -> int:
-    """Ground-truth labels in a split, background included."""
+    """Number of ground-truth labels in a split, background included."""
     labels = max(len(split.instances(video)) for video in split.videos) + 1
     if labels == 1:  # a source with masks but without instance tables
         labels = max(int(split.segmentations(video).max()) for video in split.videos) + 1
@@ -32,8 +32,8 @@ def mask_tables(masks: Tensor, segmentations: Tensor, n_true: int) -> Tensor:
     """Contingency tables of soft masks against ground truth, at the ground truth's resolution.
 
     masks (B, K, h, w) float, segmentations (B, H, W) integer labels below n_true, 0 being background;
-    returns (B, n_true, K) int64 pixel counts. The same as ``contingency(masks_to_labels(...))``, without ever
-    holding the labels of more than one chunk. Raises ValueError as those two do.
+    returns (B, n_true, K) int64 pixel counts. The result equals ``contingency(masks_to_labels(...))``,
+    without holding the labels of more than one chunk. Raises ValueError as those two do.
     """
     if len(masks) != len(segmentations):
         raise ValueError(f"{len(masks)} masks but {len(segmentations)} segmentations; give one each a frame")
@@ -46,10 +46,10 @@ def mask_tables(masks: Tensor, segmentations: Tensor, n_true: int) -> Tensor:
 
 
 def contingency(pred: Tensor, true: Tensor, n_pred: int, n_true: int) -> Tensor:
-    """How many pixels of each ground-truth object fell to each predicted slot.
+    """Number of pixels of each ground-truth object in each predicted slot.
 
     pred, true (B, P) integer labels in [0, n_pred) and [0, n_true), true 0 being background; returns
-    (B, n_true, n_pred) int64. Raises ValueError when shapes differ or a label is out of range.
+    (B, n_true, n_pred) int64. Raises ValueError if shapes differ or a label is out of range.
     """
     if pred.shape != true.shape or pred.ndim != 2:
         raise ValueError(f"labels must both be (B, P), not {tuple(pred.shape)} and {tuple(true.shape)}")
