@@ -10,7 +10,7 @@ import pytest
 from featcache.errors import DataError, IncompatibleError
 from featcache.store.reading import FeatureStore
 from slotlab.runs import checkpoint
-from slotlab.runs.folder import keep_result, read_rows
+from slotlab.runs.folder import keep_result, read_result, read_rows, write_result
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.evaluate import evaluate
 from slotlab.training.train import train
@@ -128,3 +128,15 @@ def test_damaged_checkpoints_are_named(tmp_path: Path, run: Path) -> None:
 def test_no_pickle_in_a_run(shared_run: Path) -> None:
     suffixes = {path.suffix for path in shared_run.rglob("*") if path.is_file()}
     assert suffixes <= {".toml", ".json", ".jsonl", ".safetensors"}
+
+
+def test_a_result_is_read_as_it_was_written_and_damage_is_named(tmp_path: Path) -> None:
+    assert read_result(tmp_path, "validation") is None
+    write_result(tmp_path, {"split": "validation", "mbo": 0.5})
+    write_result(tmp_path, {"split": "validation", "mbo": 0.25}, "robustness")
+    assert read_result(tmp_path, "validation") == {"split": "validation", "mbo": 0.5}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval-validation.json", "robustness-validation.json"]
+    for damaged in ('{"split": "vali', "[1, 2]", ""):
+        (tmp_path / "eval-validation.json").write_text(damaged)
+        with pytest.raises(DataError, match=r"eval-validation\.json: damaged .*; delete it"):
+            read_result(tmp_path, "validation")

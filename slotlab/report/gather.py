@@ -23,7 +23,7 @@ from slotlab.scoring.evaluate import evaluate
 from slotlab.scoring.evaluation import Evaluation
 from slotlab.scoring.follow import follow
 from slotlab.scoring.over_frames import Curve, Trace, over_videos, trace
-from slotlab.scoring.references import KnownReferences, references_key
+from slotlab.scoring.references import KnownReferences, references_key, statistics_split
 
 Say = Callable[[str], None]
 
@@ -174,6 +174,7 @@ def current_evaluation(loaded: LoadedRun, split: Split, step: int) -> Evaluation
         and found.code == scoring_code()
         and found.published_masks == loaded.config.published_masks
         and Path(found.cache).resolve() == loaded.store.path.resolve()
+        and Path(found.references.statistics or "").resolve() == statistics_split(split, loaded).path.resolve()
     )
     trained = (checkpoint.folder(loaded.path) / checkpoint.STATE).stat().st_mtime
     return found if same and written >= trained else None

@@ -91,7 +91,10 @@ def follow(model: StoreModel, split: Split, videos: Iterable[int] | None = None)
     ``DataError`` if the model's masks are not finite.
     """
     labels = count_labels(split) if split.spec.masks else 0
-    for video in split.videos if videos is None else videos:
+
+    def one(video: int) -> Followed:
         truth = torch.from_numpy(split.segmentations(video)) if split.spec.masks else None
         output = model.output(model.inputs.read(split, video), video)
-        yield Followed(video, output, model.config.published_masks, truth, labels)
+        return Followed(video, output, model.config.published_masks, truth, labels)
+
+    yield from map(one, split.videos if videos is None else videos)
