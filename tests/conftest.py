@@ -19,22 +19,23 @@ from jaxtyping import config, install_import_hook
 install_import_hook(["slotlab.models", "slotlab.training.losses", "featcache.store.encoding"], "beartype.beartype")
 
 from featcache.store.reading import FeatureStore
+from tests.commands import Slotlab, call
 from tests.synthetic import make_store
 from tests.training import small
 
 torch.set_num_threads(1)
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> FeatureStore:
-    """A small finished store with two splits."""
-    return make_store(tmp_path / "synthetic.zarr")
-
-
 @pytest.fixture(scope="session")
 def shared_store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
-    """The same for all tests, which only read it."""
+    """A small finished store with two splits, which the tests only read."""
     return make_store(tmp_path_factory.mktemp("shared") / "synthetic.zarr")
+
+
+@pytest.fixture
+def store(shared_store: FeatureStore, tmp_path: Path) -> FeatureStore:
+    """A copy of it, to do with what one likes."""
+    return FeatureStore.open(shutil.copytree(shared_store.path, tmp_path / "synthetic.zarr"))
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +50,18 @@ def shared_run(shared_store: FeatureStore, tmp_path_factory: pytest.TempPathFact
 def run(shared_run: Path, tmp_path: Path) -> Path:
     """A copy of it, to do with what one likes."""
     return shutil.copytree(shared_run, tmp_path / "run")
+
+
+@pytest.fixture
+def slotlab(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> Slotlab:
+    """A command, run in ``tmp_path``: ``slotlab("eval", run, "--json")``."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: call(monkeypatch, capsys, caplog, *args)
 
 
 @pytest.fixture

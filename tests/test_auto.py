@@ -34,6 +34,7 @@ def backbone() -> Backbone:
     return load_backbone("dinov2_vits14", weights="random", taps=("block2", "block1.key"), input_size=28)
 
 
+@pytest.mark.slow
 def test_what_auto_settles_no_busy_moment_tips(
     tmp_path: Path, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:

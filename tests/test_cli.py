@@ -3,54 +3,46 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-import cli
 from featcache.store import manifest
 from featcache.store.reading import FeatureStore
 from slotlab.commands import doctor
-from tests.synthetic import make_store
+from tests.commands import Slotlab
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 EXTRACT = ("extract", "--backbone", "resnet18", "--weights", "random", "--tap", "layer1", "--input-size", "32")
 
 
-def slotlab(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+Fails = Callable[..., None]
+
+
+def process(*args: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """A command in a Python of its own, whose start takes seconds: for what only a process shows."""
     command = [sys.executable, "-m", "cli", *map(str, args)]
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, timeout=300)
 
 
 @pytest.fixture
-def fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., None]]:
-    """A command that ends in one line, in ``tmp_path``; without another Python, whose start takes seconds."""
-    monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
+def fails(slotlab: Slotlab) -> Fails:
+    """A command that ends with this code and one line, which has this message."""
 
     def check(code: int, message: str, *args: object) -> None:
-        monkeypatch.setattr(sys, "argv", ["slotlab", *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        assert ended.value.code == code, err
-        assert message in err and "Traceback" not in err and out == ""
+        ended = slotlab(*args)
+        assert ended.code == code, ended.said
+        assert message in ended.said and ended.out == ""
 
-    yield check
-    signal.signal(signal.SIGTERM, before)
+    return check
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -64,11 +56,11 @@ print([m for m in ("torch", "timm", "zarr", "h5py", "tensorflow_datasets", "matp
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
-def test_help_lists_the_commands() -> None:
+def test_help_lists_the_commands(slotlab: Slotlab) -> None:
     done = slotlab("--help")
-    assert done.returncode == 0
+    assert done.code == 0
     for command in ("extract", "stats", "train", "eval", "demo", "verify", "weights", "doctor"):
-        assert command in done.stdout
+        assert command in done.out
 
 
 @pytest.mark.parametrize(
@@ -88,48 +80,48 @@ def test_help_lists_the_commands() -> None:
         (2, "--device quantum", ("extract", "--weights", "random", "--device", "quantum")),
     ],
 )
-def test_mistakes_are_one_line_with_an_exit_code(
-    fails: Callable[..., None], code: int, message: str, args: tuple[str, ...]
-) -> None:
+def test_mistakes_are_one_line_with_an_exit_code(fails: Fails, code: int, message: str, args: tuple[str, ...]) -> None:
     fails(code, message, *args)
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_the_process_so(tmp_path: Path) -> None:
-    done = slotlab("train", "--cache", "none.zarr", cwd=tmp_path)
+    done = process("train", "--cache", "none.zarr", cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1)
     assert done.stderr.startswith("slotlab: none.zarr: no such store")
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    done = slotlab("--debug", "train", "--cache", "none.zarr", cwd=tmp_path)
+    done = process("--debug", "train", "--cache", "none.zarr", cwd=tmp_path)
     assert "Traceback" in done.stderr and done.returncode != 0
 
 
-def test_from_a_store_to_scores(tmp_path: Path, fails: Callable[..., None]) -> None:
+def test_from_a_store_to_scores(tmp_path: Path, store: FeatureStore, slotlab: Slotlab, fails: Fails) -> None:
     """stats, train, eval and verify as people type them, each with clean JSON on stdout."""
-    make_store(tmp_path / "cache/synthetic.zarr")
-    stats = json.loads(slotlab("stats", "--json", cwd=tmp_path).stdout)["stores"][0]
+    (tmp_path / "cache").mkdir()
+    store.path.rename(tmp_path / "cache/synthetic.zarr")
+    stats = slotlab("stats", "--json").json["stores"][0]
     assert stats["path"] == "cache/synthetic.zarr" and stats["frames"] == 17
-    recomputed = json.loads(slotlab("stats", "--recompute", "--json", cwd=tmp_path).stdout)["stores"][0]
+    recomputed = slotlab("stats", "--recompute", "--json").json["stores"][0]
     assert recomputed["std"] == pytest.approx(stats["std"], rel=1e-9)
-    assert slotlab("stats", "--plot", "scale.png", cwd=tmp_path).returncode == 0
+    assert slotlab("stats", "--plot", "scale.png").code == 0
     assert (tmp_path / "scale.png").read_bytes().startswith(b"\x89PNG")
 
     trained = slotlab(
         "train", "--cache", "cache/synthetic.zarr", "--steps", 3, "--batch-size", 4, "--set", "model.slots=4",
-        "--normalize", "slow=8", "--out", "runs/one", cwd=tmp_path,
+        "--normalize", "slow=8", "--out", "runs/one",
     )  # fmt: skip
-    assert trained.returncode == 0, trained.stderr
-    assert "step 3/3" in trained.stderr
-    result = json.loads(slotlab("eval", "runs/one", "--json", "--sheet", "masks.png", cwd=tmp_path).stdout)
+    assert trained.code == 0 and "step 3/3" in trained.said
+    result = slotlab("eval", "runs/one", "--json", "--sheet", "masks.png").json
     assert result["frames"] == 8 and 0 <= result["mbo"] <= 1
     assert (tmp_path / "masks.png").read_bytes().startswith(b"\x89PNG")
-    assert slotlab("eval", "runs/one", "--sheet", "masks.png/b.png", cwd=tmp_path).returncode == 3  # below a file
+    assert slotlab("eval", "runs/one", "--sheet", "masks.png/b.png").code == 3  # below a file
     kept = tmp_path / "runs/one/eval-validation.json"
     kept.unlink()
     kept.mkdir()  # as good as a folder that cannot be written
-    again = slotlab("eval", "runs/one", "--json", cwd=tmp_path)
-    assert json.loads(again.stdout)["mbo"] == result["mbo"] and "cannot be written" in again.stderr
+    again = slotlab("eval", "runs/one", "--json")
+    assert again.json["mbo"] == result["mbo"] and "cannot be written" in again.said
     fails(2, "choose one with --split: train", "eval", "runs/one", "--split", "trian")
     fails(
         3, "masks.png",
@@ -144,9 +136,9 @@ def test_from_a_store_to_scores(tmp_path: Path, fails: Callable[..., None]) -> N
         "train", "--cache", "cache/synthetic.zarr", "--set", "data.eval_split=trian", "--out", "runs/two"
     )  # fmt: skip
 
-    assert json.loads(slotlab("verify", "cache/synthetic.zarr", "--json", cwd=tmp_path).stdout)["damaged"] == []
+    assert slotlab("verify", "cache/synthetic.zarr", "--json").json["damaged"] == []
     next((tmp_path / "cache/synthetic.zarr/train/video").glob("c.*")).write_bytes(b"")
-    assert slotlab("verify", "cache/synthetic.zarr", cwd=tmp_path).returncode == 3
+    assert slotlab("verify", "cache/synthetic.zarr").code == 3
     fails(2, "exists already", "train", "--cache", "cache/synthetic.zarr", "--out", "runs/one")
     fails(
         4, "another configuration",
@@ -164,48 +156,41 @@ def test_from_a_store_to_scores(tmp_path: Path, fails: Callable[..., None]) -> N
     ids=["allocation", "pinning", "map"],
 )
 def test_memory_that_is_used_up_is_one_line(
-    fails: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception, told: str
+    fails: Fails, monkeypatch: pytest.MonkeyPatch, store: FeatureStore, error: Exception, told: str
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise error
 
-    make_store(tmp_path / "synthetic.zarr")
     monkeypatch.setattr("slotlab.training.train.train", full)
-    fails(3, told, "train", "--cache", "synthetic.zarr", "--device", "cpu")
+    fails(3, told, "train", "--cache", store.path, "--device", "cpu")
 
 
 @pytest.mark.parametrize("speed, warned", [(0.012, True), (2.5, False)])
 def test_emulated_bfloat16_is_warned_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], speed: float, warned: bool
+    store: FeatureStore, slotlab: Slotlab, monkeypatch: pytest.MonkeyPatch, speed: float, warned: bool
 ) -> None:
-    store = make_store(tmp_path / "synthetic.zarr")
     monkeypatch.setattr(doctor, "bfloat16_speed", lambda: speed)
-    command = ["train", "--cache", str(store.path), "--steps", "1", "--batch-size", "2", "--device", "cpu"]
+    command = ["train", "--cache", store.path, "--steps", 1, "--batch-size", 2, "--device", "cpu"]
     command += ["--set", "model.slots=4", "--set", "optim.warmup_steps=0", "--normalize", "slow=8"]
     for precision in ("float32", "bfloat16"):
-        cli.app(
-            [*command, "--set", f"optim.precision={precision}", "--out", str(tmp_path / precision)],
-            standalone_mode=False,
-        )
-        said = "bfloat16 has 0.012 of float32's speed on the CPU" in " ".join(capsys.readouterr().err.split())
+        ended = slotlab(*command, "--set", f"optim.precision={precision}", "--out", precision)
+        said = "bfloat16 has 0.012 of float32's speed on the CPU" in " ".join(ended.said.split())
         assert said == (warned and precision == "bfloat16")
 
 
-def test_dry_run_writes_nothing(tmp_path: Path) -> None:
-    done = slotlab(
-        *EXTRACT, "--max-videos", 1, "--out", "a.zarr", "--batch-size", 8, "--dry-run", "--json", cwd=tmp_path
-    )
-    plan = json.loads(done.stdout)
+def test_dry_run_writes_nothing(tmp_path: Path, slotlab: Slotlab) -> None:
+    plan = slotlab(*EXTRACT, "--max-videos", 1, "--out", "a.zarr", "--batch-size", 8, "--dry-run", "--json").json
     assert plan["frames_left"] == 48 and plan["bytes_left"] > 48 * 256 * 256 * 3 and plan["seconds"] > 0
     assert not (tmp_path / "a.zarr").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_extraction_leaves_130_and_resumes(tmp_path: Path, sign: signal.Signals) -> None:
+def test_interrupted_extraction_leaves_130_and_resumes(tmp_path: Path, slotlab: Slotlab, sign: signal.Signals) -> None:
     path = tmp_path / "a.zarr"
-    command = [sys.executable, "-m", "cli", *EXTRACT, "--max-videos", "40", "--batch-size", "8", "--out", str(path)]
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    extract = [*EXTRACT, "--split", "train", "--batch-size", "8", "--precision", "float32", "--out", str(path)]
+    command = [sys.executable, "-m", "cli", *extract, "--max-videos", "20"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while len(manifest.read(path / "train") if path.exists() else ()) < 2:
         assert process.poll() is None and time.monotonic() < deadline, process.stderr and process.stderr.read()
@@ -216,6 +201,5 @@ def test_interrupted_extraction_leaves_130_and_resumes(tmp_path: Path, sign: sig
     assert "the same command resumes" in errors and "Traceback" not in errors
     finished = len(manifest.read(path / "train"))
     assert finished >= 2
-    done = slotlab(*EXTRACT, "--max-videos", finished + 1, "--split", "train", "--batch-size", 8, "--out", path)
-    assert done.returncode == 0, done.stderr
+    assert slotlab(*extract, "--max-videos", finished + 1).code == 0
     assert len(FeatureStore.open(path)["train"].manifest) >= finished + 1

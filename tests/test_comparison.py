@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from featcache.backbones.registry import get_spec
 from featcache.errors import DataError, IncompatibleError, UsageError
 from slotlab.experiments.comparison import Settings, plan_comparison
 from slotlab.experiments.plan import opened, require_free
+from tests.commands import Slotlab
 from tests.synthetic import DiscSource
-from tests.test_experiments import slotlab
 
 PAIR = Settings(backbones=("dinov2", "resnet18"), weights=("random",), grid=2, seeds=(0,), max_videos=2)
 
@@ -111,18 +110,17 @@ def test_wrong_comparisons_are_refused_before_anything(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_compare_from_videos_to_a_report(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_compare_from_videos_to_a_report(tmp_path: Path, slotlab: Slotlab) -> None:
     args = (
         "compare", "--backbone", "resnet18", "--weights", "random", "--grid", 2,
         "--preset", "dinosaur", "--preset", "pixel", "--max-videos", 2, "--seeds", 1, "--steps", 2,
         "--set", "optim.batch_size=2", "--set", "model.slots=3", "--workers", 1, "--out", "c", "--json",
     )  # fmt: skip
-    code, out, err = slotlab(tmp_path, *args)
-    assert code == 0, err
-    table = json.loads(out)
+    table = slotlab(*args).json
     assert [cell["name"] for cell in table["cells"]] == ["resnet18-layer3-dinosaur", "pixel"]
     assert all(cell["finished"] == 1 for cell in table["cells"])
     report = (tmp_path / table["report"]).read_text()
     assert f"{table['cells'][0]['fg_ari']['mean']:.3f}" in report
-    code, _, err = slotlab(tmp_path, *args, "--max-videos", 1)
-    assert code == IncompatibleError.exit_code and "max_videos: 2 then, 1 now" in err
+    refused = slotlab(*args, "--max-videos", 1)
+    assert refused.code == IncompatibleError.exit_code and "max_videos: 2 then, 1 now" in refused.said

@@ -288,6 +288,7 @@ def test_pictures_of_other_code_are_checked(
         assert all((again.segmentations(v) == store["train"].segmentations(v)).all() for v in again.videos)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_videos", [0, 2])
 def test_an_export_killed_anywhere_goes_on_to_the_same_bytes(tmp_path: Path, shard_videos: int) -> None:
     store = make_store(tmp_path / "a.zarr", SOURCE, chunk_frames=3)

@@ -27,6 +27,8 @@ from featcache.store.reading import FeatureStore
 from featcache.upkeep.verify import verify
 from tests.synthetic import DiscSource, make_store
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = ExtractOptions(batch_size=8, precision="float32")  # groups of two videos
 
 

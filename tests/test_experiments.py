@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from slotlab.experiments.ablation import read_ablation
 from slotlab.experiments.execute import check_stores, conduct
 from slotlab.experiments.plan import ERROR, PLAN, Plan, cell_name, opened, read_plan
 from slotlab.experiments.table import build_table, to_csv, to_markdown
+from tests.commands import Ended, Slotlab
 from tests.synthetic import make_store
 
 ROOT = Path(__file__).parent.parent
@@ -68,12 +70,6 @@ def start(place: Path, *args: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=place, env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
 
 
-def slotlab(place: Path, *args: object) -> tuple[int, str, str]:
-    process = start(place, *args)
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
 def until(condition: Callable[[], Any], process: subprocess.Popen[str] | None = None, seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -92,10 +88,22 @@ def comparable(table: dict[str, Any]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def unbroken(place: Path) -> dict[str, Any]:
-    code, out, err = slotlab(place, "ablate", "tiny.toml", "--out", "whole", "--workers", 1, "--json")
-    assert code == DataError.exit_code, err
-    assert "Traceback" not in err and "2 runs failed" in err
-    return dict(json.loads(out))
+    """Its table, carried out without a break."""
+    with chdir(place):
+        return conduct(read_ablation(Path("tiny.toml")), Path("whole"), RunsProgress(), workers=1)
+
+
+@pytest.fixture
+def ablate(slotlab: Slotlab, place: Path, monkeypatch: pytest.MonkeyPatch) -> Slotlab:
+    """The command on the ablation above, which stands for the failing runs by its exit code."""
+    monkeypatch.chdir(place)
+
+    def run(out: str) -> Ended:
+        ended = slotlab("ablate", "tiny.toml", "--out", out, "--workers", 1, "--json")
+        assert ended.code == DataError.exit_code and "2 runs failed" in ended.said
+        return ended
+
+    return run
 
 
 # -- plans -------------------------------------------------------------------------------------------------
@@ -243,6 +251,7 @@ def test_processes_share_the_devices() -> None:
 # -- ablate ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_ablation_scores_every_cell_and_a_failing_one_stays(place: Path, unbroken: dict[str, Any]) -> None:
     *good, bad = unbroken["cells"]
     assert [cell["name"] for cell in unbroken["cells"]] == ["mask_temperature=1.0", "mask_temperature=0.5", "too_fast"]
@@ -261,7 +270,11 @@ def test_an_ablation_scores_every_cell_and_a_failing_one_stays(place: Path, unbr
     assert error == bad["runs"][0]["error"] and "\n" not in error
 
 
-def test_the_table_is_made_again_from_the_folders_alone(place: Path, unbroken: dict[str, Any]) -> None:
+@pytest.mark.slow
+def test_the_table_is_made_again_from_the_folders_alone(
+    place: Path, unbroken: dict[str, Any], slotlab: Slotlab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
     whole = place / "whole"
     texts = {name: (whole / name).read_text() for name in ("table.md", "table.csv")}
     for name in texts:
@@ -270,9 +283,7 @@ def test_the_table_is_made_again_from_the_folders_alone(place: Path, unbroken: d
     whole.rename(moved)
     (place / "synthetic.zarr").rename(place / "away.zarr")
     try:
-        code, out, err = slotlab(place, "table", "elsewhere", "--json")
-        assert code == 0, err
-        assert comparable(json.loads(out)) == comparable(unbroken)
+        assert comparable(slotlab("table", "elsewhere", "--json").json) == comparable(unbroken)
         assert (moved / "table.csv").read_text() == texts["table.csv"]
         assert (moved / "table.md").read_text().replace("elsewhere", "whole") == texts["table.md"]
     finally:
@@ -288,7 +299,10 @@ def test_the_table_is_made_again_from_the_folders_alone(place: Path, unbroken: d
     assert "too_fast" in shown and f"{unbroken['cells'][0]['mbo']['mean']:.3f}" in shown
 
 
-def test_broken_off_and_killed_it_ends_in_the_same_table(place: Path, unbroken: dict[str, Any]) -> None:
+@pytest.mark.slow
+def test_broken_off_and_killed_it_ends_in_the_same_table(
+    place: Path, unbroken: dict[str, Any], ablate: Slotlab
+) -> None:
     args = ("ablate", "tiny.toml", "--out", "broken", "--workers", 1, "--json")
     out = place / "broken"
     first = out / "runs/mask_temperature=1.0-seed0"
@@ -313,23 +327,25 @@ def test_broken_off_and_killed_it_ends_in_the_same_table(place: Path, unbroken: 
     time.sleep(0.5)
     assert (second / "metrics.jsonl").read_text() == lines, "a worker outlived its parent"
 
-    code, text, err = slotlab(place, *args)
-    assert code == DataError.exit_code, err
-    assert "1 of 6 runs are finished" in err
-    assert comparable(json.loads(text)) == comparable(unbroken)
+    ended = ablate("broken")
+    assert "1 of 6 runs are finished" in ended.said
+    assert comparable(ended.json) == comparable(unbroken)
     assert (first / "checkpoint/state.json").stat().st_mtime_ns == before, "a finished run was trained again"
     for run in (first, second):
         steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         assert steps == list(range(1, 121))
 
 
-def test_scores_by_other_sources_are_made_again_without_training(place: Path, unbroken: dict[str, Any]) -> None:
+@pytest.mark.slow
+def test_scores_by_other_sources_are_made_again_without_training(
+    place: Path, unbroken: dict[str, Any], ablate: Slotlab
+) -> None:
     run = place / "whole/runs/mask_temperature=1.0-seed0"
     path, log = run / "eval-validation.json", (run / "metrics.jsonl").read_text()
     path.write_text(json.dumps(json.loads(path.read_text()) | {"code": "other sources", "fg_ari": 0.123}))
-    _, text, err = slotlab(place, "ablate", "tiny.toml", "--out", "whole", "--workers", 1, "--json")
-    assert "3 of 6 runs are finished" in err
-    assert comparable(json.loads(text)) == comparable(unbroken)
+    ended = ablate("whole")
+    assert "3 of 6 runs are finished" in ended.said
+    assert comparable(ended.json) == comparable(unbroken)
     assert (run / "metrics.jsonl").read_text() == log
 
 
@@ -345,12 +361,17 @@ def test_scores_whose_renewal_failed_are_not_shown_as_if_it_had_not(tmp_path: Pa
     assert not run.finished and run.error == "the checkpoint is of another model"
 
 
-def test_another_plan_is_refused_by_the_command(place: Path, unbroken: dict[str, Any]) -> None:
-    code, out, err = slotlab(place, "ablate", "tiny.toml", "--out", "whole", "--set", "model.slots=5")
-    assert code == IncompatibleError.exit_code and out == ""
-    assert "model.slots: 4 then, 5 now" in err and len(err.splitlines()) == 1
+@pytest.mark.slow
+def test_another_plan_is_refused_by_the_command(
+    place: Path, unbroken: dict[str, Any], slotlab: Slotlab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    ended = slotlab("ablate", "tiny.toml", "--out", "whole", "--set", "model.slots=5")
+    assert ended.code == IncompatibleError.exit_code and ended.out == ""
+    assert "model.slots: 4 then, 5 now" in ended.said and len(ended.said.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_costs_its_run_alone(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     plan = read_ablation(place / "tiny.toml", seeds=1)

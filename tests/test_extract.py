@@ -85,6 +85,7 @@ def test_more_videos_later_equals_all_at_once(tmp_path: Path, backbone: Backbone
 # -- dying -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_anywhere_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     unbroken = tmp_path / "unbroken.zarr"
     code, writes = crash.run(crash.extraction, str(unbroken))

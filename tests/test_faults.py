@@ -305,6 +305,7 @@ def test_what_differs_is_a_short_table(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_repair_killed_anywhere_is_finished_by_the_next_extraction(tmp_path: Path) -> None:
     whole = tmp_path / "whole.zarr"
     assert crash.run(crash.extraction, str(whole))[0] == 0

@@ -27,6 +27,7 @@ from tests.training import PARTS, rows_of, small
 UNREACHED = ("loss.feature_mse=0", "loss.temporal_similarity=0")  # by a loss: the decoder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "parts"),
     [("dinosaur", PARTS[0]), ("dinosaur", PARTS[2]), ("videosaur", ()), ("videosaur", UNREACHED)],

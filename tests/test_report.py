@@ -418,6 +418,7 @@ def test_a_served_report_follows_its_run(tmp_path: Path) -> None:
             server.shutdown()
 
 
+@pytest.mark.slow
 def test_view_ends_cleanly_at_ctrl_c(home: Path) -> None:
     code = "import typer; from slotlab.commands.report import view; typer.run(view)"
     asked = [sys.executable, "-c", code, str(home / "features"), "--port", "0", "--no-browser", "--videos", "1"]

@@ -12,6 +12,8 @@ import pytest
 from slotlab.config.load import load_config, presets
 from tests.synthetic import fitted, make_store
 
+pytestmark = pytest.mark.slow
+
 VARIANTS = [
     ["default", "optim.accumulate=2"],
     ["dinosaur", "optim.ema=0.9", "model.decoder.recompute=true"],

@@ -44,6 +44,7 @@ def test_threads_are_to_sleep_before_torch_is_loaded(module: str) -> None:
     assert python(code, OMP_WAIT_POLICY="ACTIVE") == "ACTIVE False", "what the user has set stays"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="OpenMP does not spin on one core")
 def test_waiting_threads_burn_nothing_unless_the_user_wants_it() -> None:
     asleep = float(python(IDLE))

@@ -132,6 +132,7 @@ def test_bfloat16_trains(tmp_path: Path, store: FeatureStore) -> None:
 COMPILED = ("optim.compile=true",)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_training_is_the_same_training(tmp_path: Path, store: FeatureStore) -> None:
     """With CUDA graphs, too, which a CPU has none of: the loop around them is the same."""

@@ -163,6 +163,7 @@ def test_download_with_the_wrong_checksum_is_refused_and_not_kept(
     assert list(cache.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_two_processes_converting_at_once_leave_one_sound_file(cache: Path) -> None:
     code = (
         "from featcache.backbones import weights as w; from featcache.backbones.registry import get_spec; "
