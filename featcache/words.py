@@ -12,3 +12,5 @@ Precision = Literal["float32", "float16", "bfloat16"]  # the backbone ran in
 Residence = Literal["auto", "disk", "host", "device"]
 
 Fit = Literal["squash", "crop", "pad"]  # what a backbone is shown of frames that have not its input's proportions
+
+FramesAs = Literal["video", "images"]  # what numbered images beside each other are

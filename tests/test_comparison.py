@@ -20,7 +20,7 @@ PAIR = Settings(backbones=("dinov2", "resnet18"), weights=("random",), grid=2, s
 @pytest.fixture
 def discs(monkeypatch: pytest.MonkeyPatch) -> DiscSource:
     source = DiscSource()
-    monkeypatch.setattr("slotlab.experiments.comparison.open_source", lambda _: source)
+    monkeypatch.setattr("slotlab.experiments.comparison.open_source", lambda *_: source)
     return source
 
 

@@ -121,3 +121,29 @@ def test_oblong_inputs_by_the_command(slotlab: Run) -> None:
     for option in ("--input-size", "--frame-size"):
         ended = slotlab(*QUICK, "--data", "walk", option, "32*64")
         assert ended.code == 2 and f"{option} 32*64: give N, or ROWSxCOLUMNS such as 224x392" in ended.said
+
+
+def test_numbered_images_are_asked_about_once(slotlab: Run) -> None:
+    save_images(Path("frames"), oblong(5))
+    ended = slotlab(*QUICK, "--data", "frames")
+    assert ended.code == 2 and "5 images numbered from 0.png to 4.png: pass --frames-as video" in ended.said
+    assert not Path("s.zarr").exists()
+    assert slotlab(*QUICK, "--data", "frames", "--frames-as", "video").out["splits"] == {"train": 5}
+    assert FeatureStore.open(Path("s.zarr"))["train"].spec.lengths == (5,)
+    images = (*QUICK[:-2], "i.zarr", "--json", "--data", "frames")
+    assert slotlab(*images, "--frames-as", "images").code == 0
+    assert slotlab(*images).code == 0  # the store has the answer
+    assert FeatureStore.open(Path("i.zarr"))["train"].spec.lengths == (1,) * 5
+
+
+def test_what_is_left_out_is_said(slotlab: Run) -> None:
+    save_images(Path("photos"), oblong(1), ["a.png"])
+    for name in ("b.heic", "c.txt", "d.txt"):
+        Path("photos", name).write_text("no picture")
+    for more in (("--dry-run",), ()):
+        ended = slotlab(*QUICK, "--data", "photos", *more)
+        assert ended.code == 0 and ended.out["left_out"] == {".heic": 1, ".txt": 2}
+        assert (
+            "photos: left out files of kinds that are not read here: 1 .heic, 2 .txt; for HEIF: pip install"
+            in ended.said
+        )

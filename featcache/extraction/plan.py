@@ -18,6 +18,7 @@ from featcache.backbones.backbone import Backbone
 from featcache.backbones.inference import choose_batch_size, choose_precision
 from featcache.errors import DataError, UsageError
 from featcache.extraction.fit import Window, fitted, fitting
+from featcache.sources.clips import listed
 from featcache.sources.video import Size, Source, Video
 from featcache.store.encoding import ENCODINGS
 from featcache.store.layout import COMPRESSED, array_layouts
@@ -97,13 +98,15 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
     names = options.splits or source.splits()
     if unknown := [name for name in names if name not in source.splits()]:
         raise UsageError(f"{source.location}: no split {unknown[0]!r}; it has: {', '.join(source.splits())}")
-    remarks = tuple(line for name in names for line in source.remarks(name))
+    store = FeatureStore.open(path) if (path / "zarr.json").exists() else None
+    if store is None and (question := source.question()):
+        raise UsageError(question)
+    remarks = _remarks(source, names)
     for line in remarks:
         logger.warning("%s", line)
     preprocessing = {**backbone.preprocessing, **fitting(options.fit, backbone.spec.mean)}
     stored = {name: _stored_size(source, name, backbone, options) for name in names}
     probes = {name: fitted(strided(source.read(name, 0), options.frame_stride), preprocessing) for name in names}
-    store = FeatureStore.open(path) if (path / "zarr.json").exists() else None
     precision, batch_size = options.precision, options.batch_size
     if precision == "auto":
         frames = [] if store else _some_frames(source, names[0], options, preprocessing)
@@ -147,6 +150,13 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     return ExtractPlan(path, spec, tuple(splits), free, options.frame_size is not None, remarks)
+
+
+def _remarks(source: Source, names: Sequence[str]) -> tuple[str, ...]:
+    lines = [line for name in names for line in source.remarks(name)]
+    if left_out := source.left_out():
+        lines.append(f"{source.location}: left out files of kinds that are not read here: {listed(left_out)}")
+    return tuple(lines)
 
 
 def _some_frames(

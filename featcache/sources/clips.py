@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +12,33 @@ from featcache.errors import DataError
 from featcache.sources import images, video_file
 from featcache.sources.video import Size
 
-KNOWN = " ".join(sorted(video_file.SUFFIXES | images.SUFFIXES))
+KNOWN = " ".join(sorted(video_file.SUFFIXES | images.SUFFIXES | images.PERHAPS))
 
 
 def is_video(path: Path) -> bool:
-    return path.suffix.lower() in video_file.SUFFIXES
+    suffix = path.suffix.lower()
+    return suffix in video_file.SUFFIXES and (suffix != ".ts" or _is_transport_stream(path))
 
 
 def is_image(path: Path) -> bool:
-    return path.suffix.lower() in images.SUFFIXES
+    suffix = path.suffix.lower()
+    return suffix in images.SUFFIXES or (suffix in images.PERHAPS and images.can_read(path))
+
+
+def _is_transport_stream(path: Path) -> bool:
+    """Whether a file .ts is no source code: packets of 188 bytes begin with one byte."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(189)
+    except OSError:
+        return True  # its reader says what is wrong
+    return start[:1] == start[188:] == b"G"
+
+
+def listed(left_out: Mapping[str, int]) -> str:
+    """Counts of files by suffix, and how to read them where that is known."""
+    hint = "; for HEIF: pip install 'slotlab[heif]'" if images.HEIF.intersection(left_out) else ""
+    return ", ".join(f"{count} {suffix}" for suffix, count in left_out.items()) + hint
 
 
 def has_pages(path: Path) -> bool:

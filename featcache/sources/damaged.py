@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from featcache.errors import DataError
@@ -41,6 +41,12 @@ class SoundVideos(Source):
 
     def remarks(self, split: str) -> Sequence[str]:
         return self._source.remarks(split)
+
+    def left_out(self) -> Mapping[str, int]:
+        return self._source.left_out()
+
+    def question(self) -> str:
+        return self._source.question()
 
     def damaged(self, split: str) -> Sequence[str]:
         self._look(split)

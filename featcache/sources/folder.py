@@ -18,7 +18,8 @@ numbers of their frames.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,13 +45,17 @@ class FolderSource(Source):
         self.location = str(root)
         self.root = root
         self.reading = reading or Reading()
-        self._entries = {split: tuple(scan(folder)) for split, folder in split_roots(root).items()}
+        roots = split_roots(root)
+        frames_as = self.reading.frames_as or ("images" if root not in roots.values() else None)
+        self._scans = {split: scan(folder, frames_as) for split, folder in roots.items()}
+        self._entries = {split: found.entries for split, found in self._scans.items()}
         self._lengths: dict[str, tuple[int, ...]] = {}
         self._remarked: set[str] = set()
         if empty := [split for split, entries in self._entries.items() if not entries]:
+            others = clips.listed(self._scans[empty[0]].left_out) or "no file"
             raise DataError(
-                f"{root}: no video and no image in it (split {empty[0]}); known are {clips.KNOWN}, and MOVi folders "
-                "and HDF5 files"
+                f"{root}: no video and no image in it (split {empty[0]}), but {others}; known are {clips.KNOWN}, and "
+                "MOVi folders and HDF5 files"
             )
 
     def splits(self) -> tuple[str, ...]:
@@ -80,8 +85,8 @@ class FolderSource(Source):
         return digest(self._fingerprint_parts(split))
 
     def _fingerprint_parts(self, split: str) -> Iterator[bytes | str]:
-        if self.reading != Reading():
-            yield repr(self.reading)
+        if how := self.reading.of_masks():
+            yield how
         for entry in self._entries[split]:
             yield entry.id
             for path in (*((entry.clip,) if entry.clip else ()), *entry.images, *filter(None, entry.masks or ())):
@@ -108,10 +113,22 @@ class FolderSource(Source):
         self._remarked.add(what)
         return not known
 
+    def left_out(self) -> Mapping[str, int]:
+        counts = sum((Counter(found.left_out) for found in self._scans.values()), Counter[str]())
+        return dict(sorted(counts.items()))
+
+    def question(self) -> str:
+        if not (sequence := next((found.sequence for found in self._scans.values() if found.sequence), ())):
+            return ""
+        return (
+            f"{self.root}: {len(sequence)} images numbered from {sequence[0].name} to {sequence[-1].name}: pass "
+            "--frames-as video if they are the frames of one video, --frames-as images if each is by itself"
+        )
+
     def remarks(self, split: str) -> Sequence[str]:
         check_split(self.location, split, self._entries)
         entries = self._entries[split]
-        found = [unclear_turns(entries), _without_masks(entries)]
+        found = [unclear_turns(entries), _without_masks(entries), _stray(self._scans[split].stray_masks)]
         for path in [path for entry in entries for path in entry.masks or () if path][:LOOKED_AT]:
             with suppress(DataError):  # which reading its video will raise
                 found.append(
@@ -120,6 +137,12 @@ class FolderSource(Source):
                     ).remark
                 )
         return tuple(remark for remark in found if remark and self._is_new(remark))
+
+
+def _stray(masks: Sequence[Path]) -> str:
+    if not masks:
+        return ""
+    return f"{masks[0]}: one of {len(masks)} masks that belong to no frame; a mask has its frame's place and name"
 
 
 def _without_masks(entries: Sequence[Entry]) -> str:

@@ -55,7 +55,7 @@ class Hdf5Source(Source):
 
     def fingerprint(self, split: str) -> str:
         check_split(self.location, split, self._groups)
-        how = () if self.reading == Reading() else (repr(self.reading),)
+        how = (masks,) if (masks := self.reading.of_masks()) else ()
         return digest((*how, split, *(name or "" for name in self._groups[split]), file_digest(self.path)))
 
     def size(self, split: str, index: int) -> Size:

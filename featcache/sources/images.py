@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,8 +18,13 @@ from PIL import ExifTags, Image, ImageOps
 from featcache.errors import DataError
 from featcache.sources.video import Size
 
-SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".apng"))
-PAGED = frozenset(("TIFF", "PNG", "WEBP"))  # formats whose further images are frames, and no previews
+SUFFIXES = frozenset(
+    (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".pnm")
+)
+# What Pillow reads on some machines alone: files of these count as images where it knows them.
+HEIF = frozenset((".heic", ".heif", ".hif"))
+PERHAPS = HEIF | {".avif", ".avifs", ".jp2", ".j2k"}
+PAGED = frozenset(("TIFF", "PNG", "WEBP", "AVIF"))  # formats whose further images are frames, and no previews
 LYING = frozenset((5, 6, 7, 8))  # EXIF orientations that swap height and width
 # Where EXIF may hide in PNG files besides its own chunk: keywords of text chunks.
 PNG_TEXTS_OF_EXIF = (b"Raw profile type exif", b"Raw profile type APP1", b"XML:com.adobe.xmp")
@@ -37,6 +42,18 @@ class Header:
         """Height and width after turning by an orientation; None is the file's own."""
         lying = (self.orientation if orientation is None else orientation) in LYING
         return self.size[::-1] if lying else self.size
+
+
+def can_read(path: Path) -> bool:
+    """Whether Pillow, or its plugin for HEIF where that is installed, knows a file's format."""
+    with suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    with suppress(DataError):
+        read_header(path)
+        return True
+    return False
 
 
 def read_header(path: Path) -> Header:

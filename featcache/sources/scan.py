@@ -1,18 +1,24 @@
-"""What lies in a folder: which files make which video, and which are its masks."""
+"""What lies in a folder: which files make which video, which are its masks, and what is left out."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from featcache.errors import DataError
-from featcache.sources.clips import KNOWN, has_pages, is_image, is_video
+from featcache.sources.clips import KNOWN, frame_size, has_pages, is_image, is_video
+from featcache.sources.images import PERHAPS
 from featcache.sources.images import SUFFIXES as IMAGES
 from featcache.sources.splits import SPLIT_NAMES, split_folders
+from featcache.words import FramesAs
 
 MASKS = "masks"
+SEQUENCE = 5  # images whose names count up by one step: fewer are no video by their look
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,16 @@ class Entry:
     images: tuple[Path, ...] = ()
     # Of images: one a frame, or None. Of a clip: its mask folder's files, or one of as many pages. None without masks/.
     masks: tuple[Path | None, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What was found in a split's folder."""
+
+    entries: tuple[Entry, ...]  # in natural order of their names
+    left_out: Mapping[str, int]  # files of other kinds, by suffix
+    stray_masks: tuple[Path, ...] = ()  # images in masks/ that are no frame's
+    sequence: tuple[Path, ...] = ()  # images in the folder itself that look like frames of one video
 
 
 def split_roots(root: Path) -> dict[str, Path]:
@@ -43,36 +59,93 @@ def natural(path: Path) -> list[tuple[int, int, str]]:
     return [(1, int(part), "") if i % 2 else (0, 0, part) for i, part in enumerate(parts)]
 
 
-def scan(base: Path) -> list[Entry]:
-    """The videos below a split's folder, sorted by name in natural order. No pixel is decoded."""
+def scan(base: Path, frames_as: FramesAs | None = None) -> Scan:
+    """The videos below a split's folder. No pixel is decoded.
+
+    Images directly in the folder are a video each, or one together with ``frames_as="video"``.
+    """
     if base.is_file():
         if not (is_video(base) or is_image(base)):
             raise DataError(f"{base}: no video and no image; known are {KNOWN}, or give a folder")
-        return [Entry(base.name, base)]
+        return Scan((Entry(base.name, base),), {})
     masks = base / MASKS
     with_masks = masks.is_dir()
-    entries = []
-    for folder, below, names in os.walk(base, followlinks=True):
-        here = Path(folder)
-        below[:] = [name for name in below if not name.startswith(".") and here / name != masks]
-        files = sorted((here / name for name in names if not name.startswith(".")), key=natural)
+    entries: list[Entry] = []
+    left_out: Counter[str] = Counter()
+    sequence: tuple[Path, ...] = ()
+    for here, files in _folders(base, masks):
         relative = here.relative_to(base)
-        clips = [p for p in files if is_video(p) or (is_image(p) and has_pages(p))]
-        stills = [p for p in files if is_image(p) and p not in set(clips)]
+        clips, stills = [], []
+        for path in sorted(files, key=natural):
+            if is_video(path) or (is_image(path) and has_pages(path)):
+                clips.append(path)
+            elif is_image(path):
+                stills.append(path)
+            else:
+                left_out[path.suffix.lower() or "no suffix"] += 1
         for path in clips:
             of_clip = _masks_of_clip(masks / relative, path) if with_masks else None
             entries.append(Entry((relative / path.name).as_posix(), path, (), of_clip))
-        for group in [stills] if here != base else [[path] for path in stills]:
+        together = here != base or frames_as == "video"
+        for group in [stills] if together else [[path] for path in stills]:
             if group:
-                name = relative.as_posix() if here != base else group[0].name
+                name = (relative.as_posix() if here != base else base.name) if together else group[0].name
                 of_images = tuple(_mask_file(masks / relative, p) for p in group) if with_masks else None
                 entries.append(Entry(name, None, tuple(group), of_images))
-    if with_masks and not any(entry.masks and any(entry.masks) for entry in entries):
+        if here == base and frames_as is None and _counts_up(stills):
+            sequence = tuple(stills)
+    used = {mask for entry in entries for mask in entry.masks or () if mask}
+    if with_masks and entries and not used:
         raise DataError(
             f"{masks}: no mask in it has the place and name of an image or a clip; name masks as "
             f"{MASKS}/walk/00.png for walk/00.jpg, or remove {MASKS}/"
         )
-    return sorted(entries, key=lambda entry: natural(Path(entry.id)))
+    stray = [p for _, files in _folders(masks) for p in files if is_image(p) and p not in used] if with_masks else []
+    order = sorted(entries, key=lambda entry: natural(Path(entry.id)))
+    return Scan(tuple(order), dict(sorted(left_out.items())), tuple(sorted(stray, key=natural)), sequence)
+
+
+def _folders(base: Path, without: Path | None = None) -> Iterator[tuple[Path, list[Path]]]:
+    """Folders below ``base`` and the files in each, hidden ones left out; each folder once, by the way with the fewest
+    links that leads to it."""
+    entered: set[tuple[int, int]] = set()
+    level = [base]
+    while level:
+        links: list[Path] = []
+        while level:
+            here = level.pop(0)
+            state = here.stat()
+            if (state.st_dev, state.st_ino) in entered:
+                continue
+            entered.add((state.st_dev, state.st_ino))
+            files = []
+            with os.scandir(here) as listed:
+                for found in sorted(listed, key=lambda entry: natural(Path(entry.name))):
+                    path = here / found.name
+                    if found.name.startswith(".") or path == without:
+                        continue
+                    if found.is_dir():
+                        (links if found.is_symlink() else level).append(path)
+                    elif found.is_file() or found.is_symlink():  # a link to nothing is for its reader to refuse
+                        files.append(path)
+            yield here, files
+        level = links
+
+
+def _counts_up(images: Sequence[Path]) -> bool:
+    """Whether images of one size are numbered by one step, as the frames of a video are."""
+    if len(images) < SEQUENCE:
+        return False
+    parts = [re.fullmatch(r"(.*?)(\d+)(\D*)", path.name) for path in images]
+    if not all(parts) or len({(part[1], part[3]) for part in parts if part}) > 1:
+        return False
+    numbers = [int(part[2]) for part in parts if part]
+    if len({after - before for before, after in pairwise(numbers)}) > 1:
+        return False
+    try:
+        return len({frame_size(path) for path in images}) == 1
+    except DataError:
+        return False
 
 
 def _masks_of_clip(folder: Path, clip: Path) -> tuple[Path, ...]:
@@ -83,5 +156,5 @@ def _masks_of_clip(folder: Path, clip: Path) -> tuple[Path, ...]:
 
 
 def _mask_file(folder: Path, image: Path) -> Path | None:
-    paths = (folder / f"{image.stem}{suffix}" for suffix in (".png", *sorted(IMAGES)))
+    paths = (folder / f"{image.stem}{suffix}" for suffix in (".png", *sorted(IMAGES | PERHAPS)))
     return next((path for path in paths if path.is_file()), None)

@@ -66,7 +66,7 @@ class TfdsSource(Source):
     def fingerprint(self, split: str) -> str:
         check_split(self.location, split, self.splits())
         info = self._builder.info.splits[split]
-        how = () if self.reading == Reading() else (self.reading,)
+        how = (masks,) if (masks := self.reading.of_masks()) else ()
         return digest(map(str, (*how, self._builder.info.full_name, split, info.num_bytes, *info.shard_lengths)))
 
     def size(self, split: str, index: int) -> Size | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -96,6 +96,14 @@ class Source(Protocol):
         Found without decoding any frame.
         """
         return ()
+
+    def left_out(self) -> Mapping[str, int]:
+        """Number of files that were not read, for their kind is not known, by suffix."""
+        return {}
+
+    def question(self) -> str:
+        """What must be known before the source can be read for the first time, and how to say it; empty if nothing."""
+        return ""
 
     def damaged(self, split: str) -> Sequence[str]:
         """What is wrong with each of the videos that were left out for being damaged."""

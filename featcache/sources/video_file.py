@@ -22,7 +22,12 @@ from featcache.errors import DataError
 from featcache.sources.images import stack
 from featcache.sources.video import Size
 
-SUFFIXES = frozenset((".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif", ".m4v", ".mpg", ".mpeg"))
+SUFFIXES = frozenset(
+    (
+        *(".mp4", ".m4v", ".mov", ".qt", ".f4v", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".wmv", ".asf", ".flv"),
+        *(".mpg", ".mpeg", ".mpe", ".vob", ".ts", ".mts", ".m2ts", ".ogv", ".mxf", ".y4m", ".gif"),
+    )
+)
 # Codecs whose containers hold one packet a shown frame: counting these need not decode. VP8 and packed
 # MPEG-4 hide or join frames.
 PACKET_IS_FRAME = frozenset(("h264", "hevc", "vp9", "av1", "mjpeg", "gif", "prores", "ffv1"))
@@ -150,6 +155,8 @@ class _Clip:
 
     def decode(self, packet: Any) -> Iterator[Any]:
         """The packet's frames. What FFmpeg says of a packet that an edit list hides is no damage."""
+        if not packet.size and packet.dts is not None:  # says to show the last frame again, as ffmpeg does by itself
+            return
         before = len(self.heard)
         frames = packet.decode()
         if packet.is_discard:

@@ -78,11 +78,11 @@ def bench_extract(
     from featcache.bench.extraction import measure_extract
     from featcache.extraction.plan import ExtractOptions
     from featcache.machine import machine, pick_device
-    from featcache.sources import open_source
+    from featcache.sources import Reading, open_source
     from slotlab.commands import terminal
     from slotlab.commands.tables import plain_table
 
-    source = open_source(data)
+    source = open_source(data, Reading(frames_as="images"))
     model = load_backbone(backbone, weights, (), parse_size("--input-size", input_size), pick_device(device))
     options = ExtractOptions(
         splits=(split or source.splits()[0],), max_videos=videos, batch_size=batch_size, precision=precision

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from featcache.errors import DataError, UsageError
-from slotlab.commands.options import CACHE_FOLDER, Json, print_json
+from slotlab.commands.options import CACHE_FOLDER, AsFrames, IgnoreLabel, Json, MaskColours, print_json
 
 Override = Annotated[list[str] | None, typer.Option("--set", help="Setting of all cells as key=value; repeatable.")]
 Steps = Annotated[int | None, typer.Option(help="Number of optimiser steps of every run.")]
@@ -31,6 +31,9 @@ def compare(
     data: Annotated[
         str | None, typer.Option(help="Source of videos, as for slotlab extract; default: the sample.")
     ] = None,
+    mask_colours: MaskColours = False,
+    ignore_label: IgnoreLabel = None,
+    frames_as: AsFrames = None,
     split: Annotated[str | None, typer.Option(help="Split to score; default: validation.")] = None,
     weights: Annotated[list[str] | None, typer.Option(help="Weights as BACKBONE=FILE, or random; repeatable.")] = None,
     grid: Annotated[int, typer.Option(min=1, help="Patches a side, the same for all backbones.")] = 16,
@@ -47,6 +50,7 @@ def compare(
     names = [get_spec(name).name for name in backbone or ()]  # a misspelt name is an error before anything heavy
     if not names:
         raise UsageError("nothing to compare; name at least one --backbone, for example --backbone dinov2")
+    from featcache.sources import Reading
     from slotlab.commands import terminal
     from slotlab.commands.progress import RunsProgress
     from slotlab.experiments.ablation import seed_range
@@ -64,6 +68,7 @@ def compare(
         overrides=tuple(override or ()),
         steps=steps,
         data=data,
+        reading=Reading.of(mask_colours, ignore_label, frames_as),
         split=split,
         weights=tuple(weights or ()),
         grid=grid,

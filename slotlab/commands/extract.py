@@ -9,7 +9,18 @@ import typer
 
 from featcache.errors import UsageError
 from featcache.words import Fit
-from slotlab.commands.options import CACHE_FOLDER, Device, Dtype, Json, Precision, parse_size, print_json
+from slotlab.commands.options import (
+    CACHE_FOLDER,
+    AsFrames,
+    Device,
+    Dtype,
+    IgnoreLabel,
+    Json,
+    MaskColours,
+    Precision,
+    parse_size,
+    print_json,
+)
 
 
 def extract(
@@ -47,10 +58,9 @@ def extract(
     scheduler: Annotated[
         str | None, typer.Option(help="Address of the dask scheduler; its workers share this file system.")
     ] = None,
-    mask_colours: Annotated[
-        bool, typer.Option("--mask-colours", help="Masks by colour: each colour is one object.")
-    ] = False,
-    ignore_label: Annotated[str | None, typer.Option(help="Number of void pixels in masks; a colour: #rrggbb.")] = None,
+    mask_colours: MaskColours = False,
+    ignore_label: IgnoreLabel = None,
+    frames_as: AsFrames = None,
     skip_damaged: Annotated[
         bool, typer.Option("--skip-damaged", help="Extraction goes on without videos that cannot be read.")
     ] = False,
@@ -86,7 +96,7 @@ def extract(
         precision=precision,
     )
     size = parse_size("--input-size", input_size)
-    reading = Reading.of(mask_colours, ignore_label)
+    reading = Reading.of(mask_colours, ignore_label, frames_as)
     client = None
     if (scheduler or workers is not None) and not dry_run:
         from featcache.extraction.distributed import connect, extract_distributed
@@ -99,6 +109,7 @@ def extract(
     model = load_backbone(backbone, weights, tuple(tap or ()), size, pick_device(device))
     todo = plan(path, source, model, options)
     damaged = [line for split in todo.splits for line in source.damaged(split.name)]
+    said = {"damaged": damaged, "left_out": dict(source.left_out())}
     if dry_run:
         summary = {
             "out": str(path),
@@ -112,7 +123,7 @@ def extract(
             "seconds": measure_seconds(todo, source, model),
         }
         if as_json:
-            print_json(summary | {"remarks": list(todo.remarks), "damaged": damaged})
+            print_json(summary | said | {"remarks": list(todo.remarks)})
         else:
             terminal.out.print(plain_table(("", "value"), [(k, str(v)) for k, v in summary.items()]))
             _list_damaged(damaged)
@@ -124,7 +135,7 @@ def extract(
             store = run_extract(todo, source, model, progress)
     summary = {"path": str(path), "splits": {name: store[name].frames for name in store.splits}}
     if as_json:
-        print_json(summary | {"damaged": damaged})
+        print_json(summary | said)
     else:
         _list_damaged(damaged)
         frames = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ import typer
 
 from featcache.errors import UsageError
 from featcache.words import Dtype as Dtype
+from featcache.words import FramesAs
 
 CACHE_FOLDER = Path("cache")
 
@@ -19,6 +20,11 @@ Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Residence = Literal["auto", "disk", "host", "device"]
 Refine = Literal["guided", "crf"]
 Cache = Annotated[Path, typer.Option("--cache", help="Store made by slotlab extract.", show_default=False)]
+
+
+MaskColours = Annotated[bool, typer.Option("--mask-colours", help="Masks by colour: each colour is one object.")]
+IgnoreLabel = Annotated[str | None, typer.Option(help="Number of void pixels in masks; a colour: #rrggbb.")]
+AsFrames = Annotated[FramesAs | None, typer.Option(help="Kind of numbered images in the folder itself.")]
 
 
 def parse_size(option: str, text: str | None) -> int | tuple[int, int] | None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from featcache.backbones.registry import BackboneSpec, get_spec
 from featcache.errors import DataError, IncompatibleError, UsageError
-from featcache.sources import open_source
+from featcache.sources import Reading, open_source
 from featcache.sources.video import Source
 from featcache.store.reading import FeatureStore
 from slotlab.config.load import load_config
@@ -41,6 +41,7 @@ class Settings:
     overrides: tuple[str, ...] = ()
     steps: int | None = None
     data: str | None = None
+    reading: Reading | None = None
     split: str | None = None  # to evaluate on
     weights: tuple[str, ...] = ()  # BACKBONE=FILE, or one value for all
     grid: int = 16  # patches a side
@@ -158,7 +159,7 @@ def plan_comparison(settings: Settings, out: Path, cache_folder: Path) -> Compar
     specs = {spec.name: spec for spec in map(get_spec, settings.backbones)}
     if not specs:
         raise UsageError("nothing to compare; name a --backbone")
-    source = open_source(settings.data)
+    source = open_source(settings.data, settings.reading)
     data = [config.data for config in configs.values()]
     splits = tuple(dict.fromkeys([*(d.train_split for d in data), *(d.eval_split for d in data)]))
     for name in splits:
