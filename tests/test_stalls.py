@@ -85,7 +85,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Queue]:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: getattr(local, "stream", trainer))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: Current(local, stream))
-    monkeypatch.setattr(Staging, "_empty", lambda staging, of, device: torch.empty(of.shape, dtype=of.dtype))
+    monkeypatch.setattr(Staging, "_empty", lambda staging, of: torch.empty(of.shape, dtype=of.dtype))
     yield trainer
     for stream in (trainer, *others):
         stream.close()

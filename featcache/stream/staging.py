@@ -1,17 +1,21 @@
 """Buffers between the reader and the trainer, and the copies that bring a batch to the device.
 
-On a CPU a batch is used where it was read. For a CUDA device it is read into pinned memory and copied on a
-separate stream, so that the copy of the next batch runs under the computation on this one. Two events for
-each batch keep the order without making the host wait: ``filled`` (the trainer's stream waits for it) and
-``released`` (the copying stream waits for it before it writes again).
+On a CPU a batch is used where it was read. To a CUDA device it passes through a few pieces of page-locked memory,
+copied on a separate stream, so that the copy of the next batch runs under the computation on this one. Page-locked
+memory is scarce (WSL and containers give little), and its pieces are of one size whatever the batch. Two events for
+each batch keep the order without making the host wait: ``filled`` (the trainer's stream waits for it) and ``released``
+(the copying stream waits for it before it writes again). One for each piece, ``left``, keeps the host from writing to
+memory that is still being copied.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,24 +28,44 @@ from featcache.memory.pages import host_empty
 from featcache.store.encoding import Encoding
 from featcache.stream.rows import Rows
 
+PIECE, PIECES = 32 << 20, 3  # bytes of a piece of page-locked memory, and how many there are: one is always being read
+
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Format:
-    """Shape and type of a tensor."""
+    """Shape (B, T, ...) and type of a batch of rows."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def row(self) -> int:
+        """Bytes of a row."""
+        return math.prod(self.shape[2:]) * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Buffers:
-    """Memory of one batch."""
+    """Memory of one batch, on the device."""
 
-    read: Mapping[str, Tensor]  # where rows of each stored array are gathered; (B, T, ...)
-    moved: Mapping[str, Tensor]  # the same on the device; the same tensors when gathered there
+    stored: Mapping[str, Tensor]  # rows of each stored array; (B, T, ...)
     features: Tensor  # (B, T, N, D) on the device: what a trainer gets
     filled: torch.cuda.Event | None
     released: torch.cuda.Event | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Host memory that rows pass through."""
+
+    memory: Tensor  # (bytes,) uint8
+    left: torch.cuda.Event | None  # the copy from it has been done
 
 
 class Stalls:
@@ -95,57 +119,81 @@ class Staging:
 
     def __init__(self, device: torch.device, *, on_device: bool, encoding: Encoding | None = None) -> None:
         self._device, self._encoding = device, encoding
-        self._home = device if on_device else torch.device("cpu")
+        self._direct = on_device or device.type == "cpu"  # rows are gathered where they are used
+        self._pieces: list[Piece] = []
+        self._turn = 0
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def buffers(self, arrays: Mapping[str, Format], batch: Format) -> Buffers:
         """Memory for a batch of that format, read from arrays of those."""
-
-        def empty(device: torch.device) -> dict[str, Tensor]:
-            return {name: self._empty(array, device) for name, array in arrays.items()}
-
-        read = empty(self._home)
-        moved = read if self._home.type == self._device.type else empty(self._device)
-        features = next(iter(moved.values())) if self._encoding is None else self._empty(batch, self._device)
+        if not self._direct and not self._pieces:
+            self._make_pieces(arrays.values())
+        stored = {name: self._empty(array) for name, array in arrays.items()}
+        features = next(iter(stored.values())) if self._encoding is None else self._empty(batch)
         if self._stream is None:
-            return Buffers(read, moved, features, None, None)
-        buffers = Buffers(read, moved, features, torch.cuda.Event(), torch.cuda.Event())  # type: ignore[no-untyped-call]
+            return Buffers(stored, features, None, None)
+        buffers = Buffers(stored, features, torch.cuda.Event(), torch.cuda.Event())  # type: ignore[no-untyped-call]
         self.release(buffers)  # what used this memory before comes first
         return buffers
 
-    def _empty(self, of: Format, device: torch.device) -> Tensor:
-        if device.type == "cpu" and self._stream is None:
+    def _empty(self, of: Format) -> Tensor:
+        if self._device.type == "cpu":
             return host_empty(of.shape, of.dtype)
-        return torch.empty(of.shape, dtype=of.dtype, device=device, pin_memory=device.type == "cpu")
+        return torch.empty(of.shape, dtype=of.dtype, device=self._device)
+
+    def _make_pieces(self, arrays: Iterable[Format]) -> None:
+        size = max(min(PIECE, array.bytes) // array.row * array.row or array.row for array in arrays)
+        lockable = self._stream is not None
+        for _ in range(PIECES):
+            memory = page_locked(size) if lockable else None
+            lockable = memory is not None
+            event = None if self._stream is None else torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._pieces.append(Piece(host_empty((size,), torch.uint8) if memory is None else memory, event))
 
     def fill(self, buffers: Buffers, readers: Mapping[str, Rows], rows: npt.NDArray[np.int64]) -> None:
-        """:meth:`read`, then :meth:`move`. Returns before the device has finished."""
-        self.read(buffers, readers, rows)
-        self.move(buffers)
+        """Gather the runs of rows that begin at ``rows``, one a sample or several, bring them to the device, decode
+        them. Returns before the device has finished."""
+        for _ in self.parts(buffers, readers, rows):
+            pass
 
-    def read(self, buffers: Buffers, readers: Mapping[str, Rows], rows: npt.NDArray[np.int64]) -> None:
-        """Gather the runs of rows that begin at ``rows`` where they are read to: one a sample, or several."""
-        if buffers.filled is not None:
-            buffers.filled.synchronize()  # the pinned buffers have left for the device
+    def parts(self, buffers: Buffers, readers: Mapping[str, Rows], rows: npt.NDArray[np.int64]) -> Iterator[str]:
+        """:meth:`fill`, with a stop behind each of its parts, which is a ``read`` or a ``copy``."""
         with self._queue():
             if self._stream is not None and buffers.released is not None:
                 self._stream.wait_event(buffers.released)
             for name, reader in readers.items():
-                buffer = buffers.read[name]
-                reader.gather(rows, buffer.view(len(rows), -1, *buffer.shape[2:]))
-
-    def move(self, buffers: Buffers) -> None:
-        """Bring what was read to the device, and decode it."""
-        with self._queue():
-            if buffers.moved is not buffers.read:
-                for name, moved in buffers.moved.items():
-                    moved.copy_(buffers.read[name], non_blocking=buffers.filled is not None)
+                target = buffers.stored[name].flatten(0, 1)  # (B T, ...)
+                if self._direct:
+                    reader.gather(rows, target.view(len(rows), -1, *target.shape[1:]))
+                    yield "read"
+                else:
+                    every = (rows[:, None] + np.arange(len(target) // len(rows))).ravel()
+                    yield from self._through_pieces(reader, every, target)
             if self._encoding is not None:
-                self._encoding.decode_into(buffers.moved, buffers.features)
+                self._encoding.decode_into(buffers.stored, buffers.features)
             if buffers.filled is not None:
                 buffers.filled.record(self._stream)
+            yield "copy"
+
+    def _through_pieces(self, reader: Rows, rows: npt.NDArray[np.int64], target: Tensor) -> Iterator[str]:
+        """Gather ``rows`` (R,) into ``target`` (R, ...) on the device. A reader copies rows that are neighbours
+        together, so that the clips whose rows these are cost no more one by one."""
+        row = target[0].nbytes
+        for first in range(0, len(rows), max(1, PIECE // row)):
+            some = rows[first : first + max(1, PIECE // row)]
+            piece = self._pieces[self._turn % PIECES]
+            self._turn += 1
+            if piece.left is not None:
+                piece.left.synchronize()
+            part = piece.memory[: len(some) * row].view(target.dtype).view(len(some), *target.shape[1:])
+            reader.gather(some, part.unsqueeze(1))
+            yield "read"
+            target[first : first + len(some)].copy_(part, non_blocking=piece.left is not None)
+            if piece.left is not None:
+                piece.left.record(self._stream)
+            yield "copy"
 
     def _queue(self) -> contextlib.AbstractContextManager[Any]:
         return torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext()
@@ -162,6 +210,16 @@ class Staging:
             buffers.released.record(torch.cuda.current_stream(self._device))
 
     def close(self) -> None:
-        """Wait for copies under way, before the memory they write to is given back."""
+        """Wait for copies under way, before the memory that they read and write is given back."""
         if self._stream is not None:
             self._stream.synchronize()
+
+
+def page_locked(size: int) -> Tensor | None:
+    """Bytes of host memory that a device reads by itself; None, with a warning, where the system gives none (more)."""
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        logger.warning("no page-locked memory (%s): batches pass through ordinary memory, more slowly", reason)
+        return None

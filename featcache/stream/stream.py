@@ -166,21 +166,18 @@ class FeatureStream:
         """What the thread's two parts of a batch take, by their medians over the stream's next ``batches``."""
         staging = self._staging()
         buffers = staging.buffers(self._arrays, self._batch)
-        reads, copies = [], []
+        taken: list[dict[str, float]] = []
         for batch in range(batches + 1):
             rows = self._rows_to_read(self.samples_seen + batch * self.batch_size * self.world_size)
+            taken.append({"read": 0.0, "copy": 0.0})
             began = time.perf_counter()
-            staging.read(buffers, self._readers, rows)
-            staging.close()
-            read = time.perf_counter()
-            staging.move(buffers)
-            staging.close()
-            reads.append(read - began)
-            copies.append(time.perf_counter() - read)
-        read_seconds, copy_seconds = statistics.median(reads[1:]), statistics.median(copies[1:])  # the first touches
-        if self.device.type == "cpu":
-            return BatchSeconds(read_seconds + copy_seconds, 0.0)
-        return BatchSeconds(read_seconds, copy_seconds)
+            for part in staging.parts(buffers, self._readers, rows):
+                staging.close()
+                now = time.perf_counter()
+                taken[-1][part] += now - began
+                began = now
+        read, copy = (statistics.median(seconds[part] for seconds in taken[1:]) for part in ("read", "copy"))
+        return BatchSeconds(read + copy, 0.0) if self.device.type == "cpu" else BatchSeconds(read, copy)
 
     def __iter__(self) -> Iterator[Batch]:
         staging = self._staging()
