@@ -1,4 +1,4 @@
-"""One page that shows what runs do. ``write_report(runs, out)`` writes it; ``slotlab view`` serves it."""
+"""The report: one page on one or more runs. ``write.write_report`` writes it; ``slotlab view`` serves it."""
 
 from __future__ import annotations
 

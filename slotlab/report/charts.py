@@ -17,25 +17,25 @@ from slotlab.scoring.over_frames import QUANTITIES
 if TYPE_CHECKING:
     from slotlab.report.gather import Gathered, Logged, RunData
 
-# Not losses, though they are logged with them.
+# Logged with the losses, but no losses: key -> title and caption.
 OPTIMISATION = {
-    "learning_rate": ("Learning rate", "of Adam"),
+    "learning_rate": ("Learning rate", "the rate of Adam"),
     "grad_norm": ("Gradient norm", "before clipping"),
-    "samples_per_second": ("Samples a second", "training alone"),
+    "samples_per_second": ("Samples a second", "training steps alone"),
     "wait_share": ("Waiting for data", "share of the time"),
 }
 UNDRAWN = ("step", "seconds", "warnings")
 LOSSES = {"loss": ("Loss, total", "the weighted sum of its components"), **LOSS_NAMES}
-MOST_POINTS = 400  # of a line
+MOST_POINTS = 400  # points of a line, about
 
 
 def training_charts(runs: Sequence[Logged]) -> list[Chart]:
-    """Total loss, each component, looks at the masks, and what the optimiser did, from metrics.jsonl."""
+    """Charts of the total loss, each loss, looks at the masks and the optimiser, from metrics.jsonl."""
     keys: list[str] = []
     for run in runs:
         for row in run.rows:
             keys += [k for k, v in row.items() if k not in (*keys, *UNDRAWN) and isinstance(v, int | float)]
-    # A single component of weight one is the total itself.
+    # A single loss of weight one equals the total.
     redundant = {
         k for k in LOSSES if k != "loss" and all(row.get(k) in (None, row.get("loss")) for r in runs for row in r.rows)
     }
@@ -45,7 +45,7 @@ def training_charts(runs: Sequence[Logged]) -> list[Chart]:
 
 
 def training_chart(key: str, runs: Sequence[Logged]) -> Chart:
-    """One column of metrics.jsonl over the steps."""
+    """The chart of one key of metrics.jsonl over the steps."""
     title, why = LOSSES.get(key) or OPTIMISATION.get(key) or look_name(key)
     series = []
     for n, run in enumerate(runs):
@@ -56,7 +56,7 @@ def training_chart(key: str, runs: Sequence[Logged]) -> Chart:
 
 
 def look_name(key: str) -> tuple[str, str]:
-    """Titles of the values that a look at the masks adds."""
+    """Title and caption of a value that a look at the masks adds."""
     known = {q.name: q.title for q in QUANTITIES}
     name = key.removeprefix("eval_")
     title = title_of(name) if score_of(name) else known.get(name, name.replace("_", " ").capitalize())
@@ -64,7 +64,7 @@ def look_name(key: str) -> tuple[str, str]:
 
 
 def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most about ``MOST_POINTS`` of them, each the mean of its neighbours; the first and the last as they are."""
+    """About ``MOST_POINTS`` points at most: means of neighbours, except the first and last point, which stay."""
     if len(points) <= MOST_POINTS:
         return points
     blocks = np.array_split(np.asarray(points[1:-1], float), MOST_POINTS - 2)
@@ -72,7 +72,7 @@ def thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def time_charts(runs: Sequence[RunData]) -> list[Chart]:
-    """Every quantity over the frame index; empty where no video has two frames."""
+    """Charts of every quantity over the frame index; empty if no video has two frames."""
     charts = []
     for q in QUANTITIES:
         series = []
@@ -89,7 +89,7 @@ def time_charts(runs: Sequence[RunData]) -> list[Chart]:
 
 
 def scale_charts(reports: Sequence[StoreReport]) -> list[Chart]:
-    """Standard deviations of channels, token norms and spectra of stores, side by side."""
+    """Charts of channels' standard deviations, token norms and spectra, with a line for each store."""
     channels, norms, spectrum = [], [], []
     for n, report in enumerate(reports):
         curves, label = report.scale.curves, store_label(report)
@@ -98,7 +98,7 @@ def scale_charts(reports: Sequence[StoreReport]) -> list[Chart]:
         channels.append(Series(n, label, *sampled(rank, std), dot=50))
         norms.append(Series(n, label, *sampled(100 * curves.norm_levels, curves.norm_quantiles), dot=50))
         share = 100 * curves.eigenvalues / max(curves.eigenvalues.sum(), np.finfo(float).tiny)
-        share = np.where(share > share[0] * 1e-6, share, np.nan)  # what rounding alone fills
+        share = np.where(share > share[0] * 1e-6, share, np.nan)  # smaller values are rounding errors
         points = sampled(np.arange(1.0, len(share) + 1), share, log=True)
         spectrum.append(Series(n, label, *points, dot=report.scale.effective_rank))
     if not reports:
@@ -107,7 +107,7 @@ def scale_charts(reports: Sequence[StoreReport]) -> list[Chart]:
         Chart(
             "scale-channels",
             "Standard deviation of channels",
-            "which ones carry the scale; the dot is the median",
+            "a long tail: few channels carry the scale; the dot is the median",
             "channels (%) below",
             tuple(channels),
             log_y=True,
@@ -115,7 +115,7 @@ def scale_charts(reports: Sequence[StoreReport]) -> list[Chart]:
         Chart(
             "scale-norms",
             "Token norms",
-            "a final step means outliers; the dot is the median",
+            "a step at the end shows outliers; the dot is the median",
             "tokens (%) below",
             tuple(norms),
             log_y=True,
@@ -123,7 +123,7 @@ def scale_charts(reports: Sequence[StoreReport]) -> list[Chart]:
         Chart(
             "scale-spectrum",
             "Spectrum, % of the variance",
-            "steep: few directions rule the loss, so whiten; the dot is the effective rank",
+            "steep: few directions dominate the loss, so whiten; the dot is the effective rank",
             "principal direction",
             tuple(spectrum),
             log_x=True,
@@ -133,12 +133,12 @@ def scale_charts(reports: Sequence[StoreReport]) -> list[Chart]:
 
 
 def store_label(report: StoreReport) -> str:
-    """A store and its tap, short."""
+    """A short name of a store and its tap."""
     return f"{report.path.rsplit('/', 1)[-1]} · {report.tap}"
 
 
 def sampled(x: Float, y: Float, log: bool = False) -> tuple[list[float], list[float]]:
-    """At most 120 of the points, evenly spaced on the axis that they are for, both ends included."""
+    """At most 120 of the points, evenly spaced along x (on its logarithm with ``log``), both ends included."""
     count, most = len(x), min(120, len(x))
     places = np.geomspace(1, count, most) - 1 if log else np.linspace(0, count - 1, most)
     kept = np.unique(places.round().astype(int))
@@ -146,7 +146,7 @@ def sampled(x: Float, y: Float, log: bool = False) -> tuple[list[float], list[fl
 
 
 def all_charts(gathered: Gathered) -> Mapping[str, list[Chart]]:
-    """Section -> its charts."""
+    """The charts of a report by section."""
     return {
         "training": training_charts(gathered.runs),
         "time": time_charts(gathered.runs),

@@ -1,4 +1,4 @@
-"""The report's charts and masks as files: PNG to look at, SVG for papers."""
+"""Writes the report's charts and masks to files: PNG to look at, SVG for papers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECTIONS = {"training": "Training", "time": "Over the frames", "scale": "Feature
 def write_figures(gathered: Gathered, folder: Path) -> list[tuple[str, Path]]:
     """Draw every section's charts, and a sheet of the masks of each run, as PNG and SVG.
 
-    Returns titles and PNG files. Raises ``UsageError`` where the folder cannot be written.
+    Returns titles and PNG files. ``UsageError`` if the folder cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def write_figures(gathered: Gathered, folder: Path) -> list[tuple[str, Path]]:
 
 
 def draw_masks(gathered: Gathered, folder: Path) -> list[tuple[str, Path]]:
-    """The gallery's videos on paper: frame, ground truth, slots and single slots at each video's middle."""
+    """Draw a sheet of each run: frame, ground truth, slots and single slots at the middle of the gallery's videos."""
     from slotlab.pictures.sheet import draw_sheet
 
     written = []

@@ -1,4 +1,4 @@
-"""The gallery's cards: a video's frames and ground truth packed for the page, with what each run saw."""
+"""The gallery's cards: a video's frames and ground truth, packed for the page, with each run's masks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WEBP_QUALITY = 82
 
 @dataclass(frozen=True)
 class Footage:
-    """Videos that several runs may share: the same source, split and size."""
+    """Videos of one source, split and size, which several runs may share."""
 
     key: str
     split: Split
@@ -34,7 +34,7 @@ class Footage:
 
 
 def footages(runs: Sequence[RunData]) -> list[Footage]:
-    """The runs by what they look at, each group with the videos that were chosen for its first run."""
+    """The runs grouped by their videos; each group has the videos that were chosen for its first run."""
     groups: dict[str, list[int]] = {}
     for position, run in enumerate(runs):
         if run.loaded is not None:
@@ -83,18 +83,18 @@ def webp(frame: npt.NDArray[np.uint8], size: tuple[int, int]) -> str:
 
 
 def shown_size(size: tuple[int, ...]) -> tuple[int, int]:
-    """Height and width of an embedded frame."""
+    """Height and width of an embedded frame, from those of the stored one."""
     shrink = min(1.0, LARGEST_SIDE / max(size))
     return max(1, round(size[0] * shrink)), max(1, round(size[1] * shrink))
 
 
 def seen_by(run: RunData, position: int, video: int) -> dict[str, Any]:
-    """One run's view of a video, with the video's scores."""
+    """One run's masks of a video, with the video's scores."""
     scores = run.evaluation.by_video.get(run.split.names[video], {}) if run.evaluation else {}
     shown_scores = {key: scores.get(key) for key in shown("headline")}
     return {"run": position, **run.views[video].packed, "scores": shown_scores}
 
 
 def pack(runs: Sequence[RunData], most_frames: int) -> list[Mapping[str, Any]]:
-    """All cards of the gallery."""
+    """All cards of the gallery as JSON."""
     return [pack_video(footage, choice, runs, most_frames) for footage in footages(runs) for choice in footage.choices]

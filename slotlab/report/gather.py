@@ -1,4 +1,4 @@
-"""Everything that a report says of its runs, read from their folders and stores or computed from them."""
+"""Gathers the contents of a report, read from the runs' folders and stores or computed."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Logged:
-    """What a run has written while it trained."""
+    """A run's log of its training."""
 
-    name: str  # tells it from the report's other runs
+    name: str  # distinguishes the run from the report's others
     rows: tuple[dict[str, Any], ...]  # of metrics.jsonl
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Of the last look at the masks."""
+        """Warnings of the last look at the masks."""
         looks = [row["warnings"] for row in self.rows if "warnings" in row]
         return tuple(looks[-1]) if looks else ()
 
 
 @dataclass(frozen=True)
 class RunData(Logged):
-    """One run, as far as it has come: without a checkpoint there are its configuration and curves only."""
+    """One run of a report. Without a checkpoint it has only a configuration and curves."""
 
     path: Path
     config: Config
@@ -53,10 +53,10 @@ class RunData(Logged):
     step: int | None = None  # of the checkpoint
     loaded: LoadedRun | None = None
     evaluation: Evaluation | None = None  # None without ground truth
-    kept: bool = False  # whether the run's folder holds it
+    kept: bool = False  # whether the run folder holds the evaluation
     curves: dict[str, Curve] = field(default_factory=dict)  # by quantity, over the frames
-    choices: tuple[Choice, ...] = ()  # of the videos for the gallery
-    views: dict[int, View] = field(default_factory=dict)  # of these, by video
+    choices: tuple[Choice, ...] = ()  # videos for the gallery
+    views: dict[int, View] = field(default_factory=dict)  # views of the chosen videos, by video
 
     @property
     def finished(self) -> bool:
@@ -69,10 +69,10 @@ class RunData(Logged):
 
 @dataclass(frozen=True)
 class Gathered:
-    """What a report is made of."""
+    """The contents of a report."""
 
     runs: tuple[RunData, ...]
-    scales: tuple[StoreReport, ...]  # of the taps that the runs were trained on
+    scales: tuple[StoreReport, ...]  # one for each tap that runs were trained on
 
 
 def gather(
@@ -84,13 +84,13 @@ def gather(
     say: Say = lambda _: None,
     known: KnownReferences | None = None,
 ) -> Gathered:
-    """Read runs and follow each once over its split: for the scores, if those in its folder are not its checkpoint's,
-    for the curves over the frames, and for what the gallery shows.
+    """The contents of a report on some runs, from one pass of each run over its split.
 
-    ``known`` collects ceilings and floors, so that runs that share them, and later calls, need not wait again.
+    The pass gives the curves over the frames, the gallery, and the scores, unless the run folder has those of its
+    checkpoint. ``known`` collects ceilings and floors for runs and later calls that share them.
 
-    Raises ``DataError`` for a folder that is no run, ``IncompatibleError`` for a store that is not a run's,
-    ``UsageError`` for a split that a store does not have.
+    Raises ``DataError`` for a folder that is not a run, ``IncompatibleError`` for a store that is not a run's,
+    ``UsageError`` for a split that a store lacks.
     """
     gatherer = _Gatherer(split, cache, options or PageOptions(), device, say, {} if known is None else known)
     runs = tuple(gatherer.run(path, name) for path, name in zip(paths, names(paths), strict=True))
@@ -98,13 +98,13 @@ def gather(
 
 
 def logged(paths: Sequence[Path]) -> list[Logged]:
-    """The logs of some runs alone; quick enough to ask while they train."""
+    """The logs of some runs; quick enough to call while they train."""
     return [Logged(name, tuple(read_rows(path / LOG))) for path, name in zip(paths, names(paths), strict=True)]
 
 
 @dataclass
 class _Gatherer:
-    """What :func:`gather` was asked, and what runs share."""
+    """The arguments of :func:`gather`, and what runs share."""
 
     split: str | None
     cache: Path | None
@@ -152,7 +152,7 @@ class _Gatherer:
 
 
 def choose_split(config: Config, store: FeatureStore, name: str | None) -> Split:
-    """:func:`evaluation_split`; the one for training where that is not there, as there is something to see in any."""
+    """The split of :func:`evaluation_split`, or the training split where the default one is missing."""
     data, known = config.data, store.splits
     if name is None and data.eval_split not in known and data.train_split in known:
         name = data.train_split
@@ -160,7 +160,7 @@ def choose_split(config: Config, store: FeatureStore, name: str | None) -> Split
 
 
 def current_evaluation(loaded: LoadedRun, split: Split, step: int) -> Evaluation | None:
-    """The scores in a run's folder, or None if they are of an earlier checkpoint, another store, or other sources."""
+    """The scores in a run's folder, or None if they are of another checkpoint, store or version of the code."""
     try:
         raw = read_result(loaded.path, split.name)
         if raw is None:
@@ -181,7 +181,7 @@ def current_evaluation(loaded: LoadedRun, split: Split, step: int) -> Evaluation
 
 
 def scales_of(runs: Sequence[RunData]) -> list[StoreReport]:
-    """The scale reports of what the runs were trained on, each once."""
+    """The scale reports of the taps that the runs were trained on, each once."""
     reports: dict[tuple[str, str], StoreReport] = {}
     for run in runs:
         split = run.config.data.train_split
@@ -193,10 +193,10 @@ def scales_of(runs: Sequence[RunData]) -> list[StoreReport]:
 
 
 def names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell them apart."""
+    """The shortest ends of the paths that are all different."""
     parts = [path.resolve().parts for path in paths]
     for depth in range(1, max(len(p) for p in parts) + 1):
         ends = ["/".join(p[-depth:]) for p in parts]
         if len(set(ends)) == len(ends):
             return ends
-    return [f"{end} ({number})" for number, end in enumerate(ends, 1)]  # one run named twice
+    return [f"{end} ({number})" for number, end in enumerate(ends, 1)]  # a run given twice

@@ -1,4 +1,4 @@
-"""The Markdown twin of the page: the same tables, for papers and issues."""
+"""The report as Markdown: the page's tables, for papers and issues."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from slotlab.report.tables import Row, Table
 
 
 def render_markdown(gathered: Gathered, title: str, figures: Mapping[str, str], command: str = "") -> str:
-    """The report's tables; ``figures`` are the pictures to show, title -> path from the file's folder."""
+    """The report's tables as Markdown; ``figures`` maps the title of a picture to its path from the file's folder."""
     runs = gathered.runs
     parts = [f"# {title}", *(f"- **{run.name}**: {tables.description(run)}; {tables.state(run)}" for run in runs), ""]
     shown = [
@@ -57,5 +57,5 @@ def render_row(row: Row) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text that does not end its cell."""
+    """Text with the characters escaped that would end its cell."""
     return text.replace("|", "\\|").replace("\n", " ")

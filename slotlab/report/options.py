@@ -1,4 +1,4 @@
-"""What a reader of a report may choose."""
+"""The choices of a reader of a report."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from slotlab.scoring.metrics import SCORES
 
 @dataclass(frozen=True)
 class PageOptions:
-    """Of a page. ``UsageError`` for a score to rank by that there is not."""
+    """Options of a page. ``UsageError`` for an unknown score to rank by."""
 
     title: str | None = None
-    videos: int = 6  # in the gallery
+    videos: int = 6  # videos in the gallery
     rank: str = "mbo"  # the score by which videos are worst and best
-    frames: int = 48  # of a video, at most
-    command: str = ""  # that makes this page again
+    frames: int = 48  # frames of a video, at most
+    command: str = ""  # command that makes this page again
     live: bool = False  # served, and refreshed while a run trains
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The page: one HTML file with everything in it, and nothing that it would have to load."""
+"""Renders the page: one HTML file that holds everything and loads nothing."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from slotlab.report.provenance import environment, provenance
 from slotlab.scoring.metrics import Score, scores_in, shown, title_of
 from slotlab.scoring.references import FLOORS
 
-NAMED_RUNS = 3  # that a page's default title names
+NAMED_RUNS = 3  # most runs that a default title names
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A run between its floors and its ceiling, in one score; positions in percent."""
+    """A run between its floors and its ceiling, by one score."""
 
     name: str
     colour: int
@@ -35,12 +35,12 @@ class Rung:
 
     @property
     def floor(self) -> float:
-        """The best of them."""
+        """The best floor."""
         return max((value for _, value in self.floors), key=self.score.order)
 
     @property
     def share(self) -> float | None:
-        """How much of the way from the best floor to the ceiling the run has come."""
+        """The run's share of the way from the best floor to the ceiling; None if it is not defined."""
         if self.ceiling is None or not self.floors:
             return None
         order = self.score.order
@@ -49,7 +49,7 @@ class Rung:
 
 
 def ladder(runs: Sequence[RunData], score: Score) -> list[Rung]:
-    """Every scored run in one score."""
+    """Every scored run by one score."""
     rungs = []
     for n, run in enumerate(runs):
         if run.evaluation and (found := run.evaluation.values.get(score.key)) is not None:
@@ -77,7 +77,7 @@ def environment_of_templates() -> Environment:
 
 
 def script_json(value: Any) -> Markup:
-    """JSON that may stand in a ``<script>``."""
+    """JSON that is safe inside a ``<script>``."""
     return Markup(json.dumps(value, separators=(",", ":")).replace("<", "\\u003c").replace("&", "\\u0026"))
 
 
@@ -109,13 +109,13 @@ def render(gathered: Gathered, options: PageOptions) -> str:
 
 
 def render_training(runs: Sequence[Logged]) -> str:
-    """The part of the page that changes with every logged row."""
+    """HTML of the part of the page that changes with every logged row."""
     template = environment_of_templates().get_template("training.html.j2")
     return template.render(runs=runs, training=charts.training_charts(runs))
 
 
 def sections(gathered: Gathered) -> Mapping[str, Any]:
-    """Tables and charts."""
+    """Tables and charts of the page by section."""
     runs = gathered.runs
     drawn = charts.all_charts(gathered)
     return {
@@ -136,7 +136,7 @@ def sections(gathered: Gathered) -> Mapping[str, Any]:
 
 
 def colours() -> dict[str, list[palette.Rgb]]:
-    """What the canvases draw with."""
+    """The colours that the page's canvases draw with."""
     return {
         "objects": [palette.rgb(c) for c in palette.OBJECTS],
         "others": [palette.rgb(c) for c in palette.OTHERS],
@@ -145,11 +145,11 @@ def colours() -> dict[str, list[palette.Rgb]]:
 
 
 def default_title(runs: Sequence[RunData]) -> str:
-    """Of a report that was given none."""
+    """The title of a report without a given one: the names, or the number, of its runs."""
     return ", ".join(run.name for run in runs) if len(runs) <= NAMED_RUNS else f"{len(runs)} runs"
 
 
 def coverage(runs: Sequence[RunData]) -> str:
-    """What was looked at."""
+    """The splits, and numbers of videos and frames, of the runs, in one line."""
     seen = dict.fromkeys((r.split.name, len(r.split.videos), r.split.frames) for r in runs)
     return "; ".join(f"split {name}, {videos} videos, {frames} frames" for name, videos, frames in seen)

@@ -1,4 +1,4 @@
-"""Where every number of a report comes from."""
+"""The provenance of every number in a report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = ("slotlab", "torch", "numpy", "zarr", "scipy", "pillow", "matplotlib"
 
 @dataclass(frozen=True)
 class Source:
-    """What some of the numbers are, the file that they were read from, and the command that makes them again."""
+    """The source of some numbers: what they are, their file, and the command that makes them again."""
 
     numbers: str
     file: str
@@ -31,16 +31,16 @@ class Source:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Of one run: facts by name, and sources."""
+    """The provenance of one run: facts by name, and sources."""
 
     name: str
     facts: tuple[tuple[str, str], ...]
     sources: tuple[Source, ...]
-    identity: tuple[tuple[str, str], ...]  # of the store, flat
+    identity: tuple[tuple[str, str], ...]  # flat identity of the store
 
 
 def provenance(run: RunData) -> Provenance:
-    """Facts and sources of one run."""
+    """The provenance of one run, from its folder and store."""
     identity = json.loads(json.dumps(run.store.spec.identity()))
     facts = [("run folder", str(run.path)), ("seed", str(run.config.seed))]
     if run.step is not None:
@@ -65,7 +65,7 @@ def provenance(run: RunData) -> Provenance:
 
 
 def sources(run: RunData) -> list[Source]:
-    """The files that a run's numbers were read from, and commands."""
+    """The files of a run's numbers, and the commands that make them again."""
     train = ("train", "--cache", run.store.path, "--config", run.path / checkpoint.CONFIG, "--out", f"{run.path}-again")
     found = [Source("training curves", str(run.path / LOG), command(*train))]
     if run.evaluation is not None:
@@ -83,7 +83,7 @@ def sources(run: RunData) -> list[Source]:
 
 
 def environment() -> tuple[tuple[str, str], ...]:
-    """When and with what a report was made."""
+    """The time of the report, and the versions of the packages that made it."""
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     return (("made", made), ("versions", f"python {platform.python_version()}, {packages}"))
@@ -104,13 +104,13 @@ def report_command(runs: Sequence[Path], out: Path, options: Sequence[tuple[str,
 
 
 def weights_file(run: Path) -> Path:
-    """The weights that are evaluated: averaged ones where there are any."""
+    """The file of the evaluated weights: averaged ones if the run has them."""
     averaged = checkpoint.folder(run) / checkpoint.AVERAGE
     return averaged if averaged.exists() else checkpoint.folder(run) / checkpoint.MODEL
 
 
 def backbone_weights(model: Any) -> str:
-    """Name and checksum of the frozen weights, as the store has them."""
+    """Name and checksum of the frozen weights, as the store records them."""
     parts = [str(model[key]) for key in ("library", "model_id", "weights_tag") if model.get(key)]
     if model.get("weights_sha256"):
         parts.append(f"sha256 {model['weights_sha256']}")
@@ -118,11 +118,11 @@ def backbone_weights(model: Any) -> str:
 
 
 def digest_of_file(path: Path) -> str:
-    """Hex SHA-256."""
+    """The SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def when(path: Path) -> str:
-    """A file's time of writing."""
+    """The time of a file's last change, UTC."""
     return datetime.fromtimestamp(path.stat().st_mtime, UTC).strftime("%Y-%m-%d %H:%M UTC")

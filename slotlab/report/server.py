@@ -1,7 +1,7 @@
-"""A report served to this machine alone, that follows its runs while they train.
+"""Serves a report on this machine only, and refreshes it while its runs train.
 
-The page asks ``/state`` every other second. When a row is logged it fetches ``/training``, the curves; when a
-checkpoint is written the whole page is made again in the background, and the reader's page reloads where it was.
+The page asks for ``/state`` every other second. When a row is logged, it fetches ``/training``, the curves. When a
+checkpoint is written, the server makes the whole page again in the background, and the open page reloads in place.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-s
 
 @dataclass
 class LiveReport:
-    """The current page of some runs, and how new it is. One thread makes it, any number read it."""
+    """The current page of some runs. One thread makes it; any number may read it."""
 
     runs: Sequence[Path]
     split: str | None = None
@@ -50,14 +50,14 @@ class LiveReport:
         self.options = replace(self.options, live=True)
 
     def refresh(self) -> None:
-        """Make the page, if the runs have new checkpoints; raises what :func:`gather` does."""
+        """Make the page again if the runs have new checkpoints. Errors are those of :func:`gather`."""
         seen = stamp(self.runs, f"{checkpoint.FOLDER}/{checkpoint.STATE}")
         if seen != self._made_of:
             gathered = gather(self.runs, self.split, self.cache, self.options, self.device, self.say, self._known)
             self._page, self._made_of = render(gathered, self.options), seen
 
     def follow(self) -> None:
-        """Refresh until :meth:`stop`. A checkpoint that is being replaced is read at the next look."""
+        """Refresh until :meth:`stop`. A checkpoint that is just being replaced is read at the next look."""
         while not self._stop.wait(LOOK_SECONDS):
             try:
                 self.refresh()
@@ -69,15 +69,15 @@ class LiveReport:
         self._stop.set()
 
     def page(self) -> str:
-        """The page as it was last made."""
+        """The latest page, as HTML."""
         return self._page
 
     def training(self) -> str:
-        """The curves as they are now."""
+        """The current curves, as HTML."""
         return render_training(logged(self.runs))
 
     def state(self) -> dict[str, Any]:
-        """What has changed, for the page to compare, and one line for its reader."""
+        """Stamps that the page compares to notice changes, and one line for its reader."""
         return {
             "page": self._made_of,
             "training": stamp(self.runs, LOG),
@@ -86,7 +86,7 @@ class LiveReport:
 
 
 def stamp(runs: Sequence[Path], file: str) -> str:
-    """Changes whenever one of the runs' files does."""
+    """A text that changes whenever the file changes in one of the run folders."""
     parts = []
     for run in runs:
         try:
@@ -98,7 +98,7 @@ def stamp(runs: Sequence[Path], file: str) -> str:
 
 
 def message(runs: Sequence[Path]) -> str:
-    """How far the runs are."""
+    """The progress of the runs, in one line."""
     steps = [rows[-1]["step"] if (rows := read_rows(run / LOG)) else 0 for run in runs]
     done = sum((run / SUMMARY).exists() for run in runs)
     if len(runs) == 1:
@@ -107,12 +107,12 @@ def message(runs: Sequence[Path]) -> str:
 
 
 def serve(report: LiveReport, port: int) -> ThreadingHTTPServer:
-    """A server for ``report`` on the loopback address, not yet running. ``UsageError`` where the port is taken."""
+    """A server for ``report`` on the loopback address, not yet running. ``UsageError`` if the port is taken."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             host = (self.headers.get("Host") or "").rsplit(":", 1)[0]
-            if host not in (HOST, "localhost"):  # another site's name that was made to point here
+            if host not in (HOST, "localhost"):  # refuse other hosts' names that point here (DNS rebinding)
                 self.send_error(HTTPStatus.FORBIDDEN)
                 return
             path = self.path.partition("?")[0]
@@ -134,11 +134,11 @@ def serve(report: LiveReport, port: int) -> ThreadingHTTPServer:
             self.send_header("Content-Security-Policy", POLICY)
             self.send_header("X-Content-Type-Options", "nosniff")
             self.end_headers()
-            with suppress(ConnectionError):  # a reader who has left
+            with suppress(ConnectionError):  # the reader has left
                 self.wfile.write(body)
 
         def log_message(self, format: str, *args: Any) -> None:
-            """Nothing: the page asks every other second."""
+            """Log nothing: the page asks every other second."""
 
     try:
         return ThreadingHTTPServer((HOST, port), Handler)

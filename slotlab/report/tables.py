@@ -1,4 +1,4 @@
-"""The report's tables, written once for the page and for Markdown."""
+"""The report's tables, for both the page and Markdown."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from slotlab.scoring.paired import paired
 from slotlab.scoring.references import FLOORS
 from slotlab.scoring.scores import Values
 
-GROUPS = {"by_objects": "By number of objects"}  # others are called after their key
+GROUPS = {"by_objects": "By number of objects"}  # other groups are named after their key
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry: what is shown, and the number behind it."""
+    """One entry: its text, and its number."""
 
     text: str
     value: float | None = None
-    detail: str = ""  # beside it, smaller: an interval
-    best: bool = False  # of its column
+    detail: str = ""  # smaller text beside it: an interval
+    best: bool = False  # the best of its column
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Row:
     label: str
     cells: tuple[Cell, ...]
     kind: str = "run"  # run, reference or part
-    colour: int | None = None  # of the run, in the palette of lines
+    colour: int | None = None  # the run's position in the palette of lines
     note: str = ""  # under the label
 
 
@@ -47,7 +47,7 @@ class Row:
 class Table:
     key: str
     title: str
-    columns: tuple[str, ...]  # of the cells; the label's is apart
+    columns: tuple[str, ...]  # titles of the cells, without the label's
     rows: tuple[Row, ...]
     label: str = ""
     note: str = ""
@@ -55,21 +55,21 @@ class Table:
 
 
 def number(value: Any, digits: int = 3) -> Cell:
-    """A score; a dash where it is not defined."""
+    """A cell with a score; a dash if it is None."""
     if value is None:
         return Cell("–")
     return Cell(f"{value:.{digits}f}".replace("-", "−") if isinstance(value, float) else f"{value}", float(value))
 
 
 def scored(values: Values, key: str, confidence: Intervals) -> Cell:
-    """A score with its confidence interval, where there is one."""
+    """A cell with a score and its confidence interval, if there is one."""
     interval = confidence.get(key)
     detail = f"{interval[0]:.3f}–{interval[1]:.3f}".replace("-", "−") if interval else ""
     return replace(number(values.get(key)), detail=detail)
 
 
 def state(run: RunData) -> str:
-    """How far a run has come."""
+    """The progress of a run in steps."""
     steps = run.config.optim.steps
     if run.step is None:
         logged = run.rows[-1]["step"] if run.rows else 0
@@ -87,9 +87,9 @@ def description(run: RunData) -> str:
 
 
 def summary(runs: Sequence[RunData]) -> Table:
-    """Every run, its ceiling and its floors."""
+    """The table of all runs, with their ceiling and floors."""
     films = any(run.evaluation.films for run in runs if run.evaluation)
-    shown_scores = shown("summary") | (shown_of_videos("summary") if films else {})  # not of single images
+    shown_scores = shown("summary") | (shown_of_videos("summary") if films else {})  # single images have none
     columns = (*shown_scores.values(), "Effective slots", "Mask similarity")
     rows = []
     for n, run in enumerate(runs):
@@ -101,27 +101,27 @@ def summary(runs: Sequence[RunData]) -> Table:
     rows += [Row(label, cells_of(values, len(columns)), "reference") for label, values in references(runs)]
     levels = [run.evaluation.groups.confidence.level for run in runs if run.evaluation]
     note = (
-        f"Means over frames, of the {published_masks(runs)} masks at the resolution of the ground truth"
-        + ("; “video”: slots must keep their objects through a video." if films else ".")
+        f"Means over frames for the {published_masks(runs)} masks, at the resolution of the ground truth"
+        + ("; “video” scores need slots that keep their objects through a video." if films else ".")
         if any(run.evaluation for run in runs)
-        else "Without ground-truth masks there is nothing to score against; diagnostics need none."
+        else "There are no ground-truth masks, so there are no scores; diagnostics need none."
     )
     statistics = {run.evaluation.references.statistics or "" for run in runs if run.evaluation} - {""}
     if statistics:
-        note += f" Floors are whitened by the statistics of {', '.join(sorted(statistics))}."
+        note += f" The whitened floors use the statistics of {', '.join(sorted(statistics))}."
     if levels:
-        note += f" Small: {levels[0]:.0%} intervals, by a bootstrap over videos."
+        note += f" In small print: {levels[0]:.0%} intervals by a bootstrap over videos."
     return Table("summary", "Scores", columns, tuple(rows), "run", note)
 
 
 def published_masks(runs: Sequence[RunData]) -> str:
-    """Whose masks the scores are of."""
+    """The owner of the scored masks, for a caption."""
     kinds = {run.config.published_masks for run in runs if run.evaluation}
     return f"{kinds.pop()}’s" if len(kinds) == 1 else "published (decoder’s or attention’s, see configuration)"
 
 
 def diagnostic(run: RunData, key: str) -> float | None:
-    """Of the evaluation, or of the frames followed where there is no ground truth."""
+    """A diagnostic from the evaluation, or, without ground truth, from the run's curves."""
     if run.evaluation is not None:
         return run.evaluation.diagnostics.get(key)
     curve = run.curves.get(key)
@@ -132,7 +132,7 @@ def diagnostic(run: RunData, key: str) -> float | None:
 
 
 def references(runs: Sequence[RunData]) -> Iterator[tuple[str, Values]]:
-    """Ceiling and floors of the runs, equal ones once."""
+    """Names and scores of the runs' ceilings and floors, equal ones once."""
     seen: set[str] = set()
     for run in runs:
         if run.evaluation is None:
@@ -147,7 +147,7 @@ def references(runs: Sequence[RunData]) -> Iterator[tuple[str, Values]]:
 
 
 def references_of(run: RunData) -> list[tuple[str, Values]]:
-    """Of one run: name and scores."""
+    """Names and scores of one run's ceiling and floors."""
     assert run.evaluation is not None
     found = run.evaluation.references
     floors = [(FLOORS.get(name, f"floor: {name.replace('_', ' ')}"), values) for name, values in found.floors.items()]
@@ -155,13 +155,13 @@ def references_of(run: RunData) -> list[tuple[str, Values]]:
 
 
 def cells_of(values: Values, width: int) -> tuple[Cell, ...]:
-    """Scores of a reference, padded to a table's width."""
+    """Cells with the scores of a reference, padded to a table's width."""
     cells = [number(values.get(key)) for key in shown("summary")]
     return tuple(cells + [Cell("")] * (width - len(cells)))
 
 
 def mark_best(rows: Sequence[Row], keys: Iterable[str]) -> list[Row]:
-    """The best value of each of the first columns, which hold the scores ``keys``, where several rows have one."""
+    """The rows with the best value of each score marked, if several differ; the first columns hold ``keys``."""
     marked = [list(row.cells) for row in rows]
     for column, key in enumerate(keys):
         score = score_of(key)
@@ -175,7 +175,7 @@ def mark_best(rows: Sequence[Row], keys: Iterable[str]) -> list[Row]:
 
 
 def groups(runs: Sequence[RunData]) -> list[Table]:
-    """The scores of parts of the objects or frames, a table a kind of part."""
+    """Tables of the scores of groups of objects or frames, one for each kind of group."""
     found = [(n, run.evaluation.groups) for n, run in enumerate(runs) if run.evaluation]
     columns = shown("parts")
     tables = []
@@ -196,26 +196,26 @@ def groups(runs: Sequence[RunData]) -> list[Table]:
 
 
 def run_row(label: str, runs: Sequence[RunData], position: int, cells: tuple[Cell, ...]) -> Row:
-    """A row about something in one run, whose name and colour it has where there are several."""
+    """A row of one run; if there are several runs, it has the run's name and colour."""
     if len(runs) == 1:
         return Row(label, cells)
     return Row(f"{label} · {runs[position].name}", cells, colour=position)
 
 
 def masks_of(runs: Sequence[RunData]) -> Table | None:
-    """Decoder's masks and slot attention's side by side, where they differ."""
+    """The table of both kinds of masks, decoder and attention; None if they do not differ."""
     rows, columns = [], shown("summary")
     for n, run in enumerate(runs):
         masks = run.evaluation.masks if run.evaluation else {}
         values = {label: tuple(of.values.get(key) for key in columns) for label, of in masks.items()}
         if len(set(values.values())) > 1:
             rows += [run_row(label, runs, n, tuple(map(number, of))) for label, of in values.items()]
-    note = "The same slots, by how they were formed (attention) and by how they are decoded."
+    note = "The same slots with two kinds of masks: the attention that formed them, and the decoder’s."
     return Table("masks", "Two kinds of masks", tuple(columns.values()), tuple(rows), "masks", note) if rows else None
 
 
 def paired_runs(runs: Sequence[RunData]) -> Table | None:
-    """Every run against the first, video by video, where both were scored on the same videos."""
+    """The table of every run against the first, for runs that were scored on the same videos; else None."""
     first, rows = runs[0], []
     for n, run in enumerate(runs[1:], 1):
         if first.evaluation is None or run.evaluation is None:
@@ -237,19 +237,19 @@ def paired_runs(runs: Sequence[RunData]) -> Table | None:
                 rows.append(Row(f"{title} · {run.name}", cells, colour=n))
     note = (
         f"Means over videos of the difference from {first.name}, with 95% bootstrap intervals over videos; p of "
-        "Wilcoxon’s signed-rank test, two-sided. The sample are the videos: what another seed would give is not in it."
+        "Wilcoxon’s two-sided signed-rank test. The videos are the sample: this says nothing about other seeds."
     )
     title = f"Against {first.name}"
     return Table("paired", title, ("difference", "p", "videos ahead"), tuple(rows), "score", note) if rows else None
 
 
 def signed(value: float) -> str:
-    """With its sign, a true minus."""
+    """A number with its sign, and a true minus."""
     return f"{value:+.3f}".replace("-", "−")
 
 
 def videos(runs: Sequence[RunData]) -> Table | None:
-    """The scores of every video."""
+    """The table of every video's scores; None without scores."""
     found = [(run.name, run.evaluation.by_video) for run in runs if run.evaluation and run.evaluation.by_video]
     if not found:
         return None
@@ -263,7 +263,7 @@ def videos(runs: Sequence[RunData]) -> Table | None:
 
 
 def time_table(runs: Sequence[RunData]) -> Table | None:
-    """First, last and mean value of the curves over the frames."""
+    """The table of the curves over the frames: first, last and mean values; None without curves."""
     rows = []
     for q in QUANTITIES:
         for n, run in enumerate(runs):
@@ -279,7 +279,7 @@ def time_table(runs: Sequence[RunData]) -> Table | None:
 
 
 def scale(reports: Sequence[StoreReport]) -> Table | None:
-    """What ``slotlab stats`` prints."""
+    """The table that ``slotlab stats`` prints; None without stores of features."""
     if not reports:
         return None
     rows = [Row(row.name, tuple(Cell(row.show(r.scale)) for r in reports), note=row.why) for row in ROWS]
@@ -287,7 +287,7 @@ def scale(reports: Sequence[StoreReport]) -> Table | None:
 
 
 def configuration(runs: Sequence[RunData]) -> Table:
-    """Every key of the configurations; those that differ first."""
+    """The table of all configuration keys, differing ones first."""
     flats = [flatten(run.config.model_dump()) for run in runs]
     keys = list(dict.fromkeys(key for flat in flats for key in flat))
     rows = []
@@ -299,5 +299,5 @@ def configuration(runs: Sequence[RunData]) -> Table:
 
 
 def as_toml(value: Any) -> str:
-    """A configuration's value as TOML has it."""
+    """A configuration's value in TOML; a dash for None."""
     return "–" if value is None else json.dumps(value) if isinstance(value, list | bool) else str(value)

@@ -1,7 +1,7 @@
-"""What a page keeps of the videos that it shows, packed while a run is followed: which ones, and each as a run sees it.
+"""Chooses the videos of the gallery and packs each run's masks of them while the run is followed.
 
-Masks travel as the soft masks they are, on the model's grid, so that the page upsamples and decides them as the
-evaluation does. Arrays are deflated (raw deflate, which browsers inflate themselves) and in base64.
+Masks stay soft and on the model's grid, so that the page upsamples them and takes the largest as the evaluation does.
+Arrays are deflated (raw deflate, which browsers inflate themselves) and encoded in base64.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from slotlab.scoring.follow import Followed
 from slotlab.scoring.metrics import SCORES, scores_in
 from slotlab.scoring.scores import mean
 
-FINE_GRID = 48  # from here on masks have 8 bits, as their number makes up for it; below 16
+FINE_GRID = 48  # grids of this side or more use 8-bit masks, as upsampling needs less; smaller ones 16-bit
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A video of the gallery, and why it is there."""
+    """A video of the gallery, and the reason for its choice."""
 
     video: int
     why: str  # "worst", "best" or ""
@@ -39,7 +39,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class View:
-    """A video as one run sees it."""
+    """One run's masks of a video."""
 
     packed: Mapping[str, Any]  # for the page; its masks are (T, K, rows, columns) of 8 or 16 bits
     still: Still
@@ -65,20 +65,20 @@ class View:
 
 
 class Views:
-    """Chooses the gallery's videos and keeps their views, and never more of them than the gallery has.
+    """Chooses the gallery's videos and keeps their views, never more than the gallery shows.
 
-    Half of them are the worst by a score, worst first, and half the best; without scores they are spread evenly
-    over the split. Videos that are ``chosen`` already, by an evaluation or for an earlier run, are kept to.
+    Half of the videos are the worst by a score, worst first, and half the best; without scores they are spread evenly
+    over the split. If ``chosen`` is given (by an evaluation, or for an earlier run), those videos are used.
     """
 
     def __init__(self, split: Split, options: PageOptions, chosen: Sequence[Choice] | None = None) -> None:
         self._split, self._options, self._chosen = split, options, chosen
         self._score = next(score for score in SCORES if score.key == options.rank)
-        self._ranked: list[tuple[float, int]] = []  # how good, and which video; rising
+        self._ranked: list[tuple[float, int]] = []  # goodness and video, in rising order
         self._views: dict[int, View] = {}
 
     def rank(self, evaluation: Evaluation) -> None:
-        """Choose by scores that are known before, where nothing is chosen already."""
+        """Choose by known scores, unless the videos are chosen already."""
         if self._chosen is not None:
             return
         for video, name in self._split.names.items():
@@ -94,7 +94,7 @@ class Views:
         self._views = {video: view for video, view in self._views.items() if video in wanted}
 
     def choices(self) -> tuple[Choice, ...]:
-        """Those so far."""
+        """The choices so far."""
         if self._chosen is not None:
             return tuple(self._chosen)
         most = self._options.videos
@@ -116,20 +116,20 @@ class Views:
 
 
 def footage_key(split: Split) -> str:
-    """The same for splits that show the same videos at the same size: runs on them share the gallery's frames."""
+    """A key that is equal for splits with the same videos and frame size: their runs share the gallery's frames."""
     return f"{split.name}/{split.spec.source_fingerprint}/{split.spec.frame_size}/{split.spec.lengths}"
 
 
 def frame_indices(frames: int, most: int) -> npt.NDArray[np.int64]:
-    """Every ``n``-th frame, at most ``most`` of them."""
+    """Indices of every ``n``-th frame, ``most`` of them at most."""
     return np.arange(0, frames, max(1, -(-frames // most)))
 
 
 def quantised(masks: Tensor, bits: int) -> tuple[npt.NDArray[Any], list[list[float]]]:
     """Masks (T, ...) as unsigned integers of 8 or 16 bits (little-endian), and each frame's least and largest value.
 
-    A frame's codes span its own range, so that masks that hardly differ (a softmax that is still flat) keep their
-    order too; upsampling commutes with that, so the largest slot of a pixel is decided as if on the values.
+    A frame's codes span its range, so that masks that hardly differ (of a softmax that is still flat) keep their
+    order too. Upsampling commutes with this map, so the largest slot of a pixel is the same as by the values.
     """
     flat = masks.flatten(1).double()
     low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
@@ -139,11 +139,11 @@ def quantised(masks: Tensor, bits: int) -> tuple[npt.NDArray[Any], list[list[flo
 
 
 def packed(values: npt.NDArray[Any]) -> str:
-    """The bytes of an array, in C order, deflated, in base64."""
+    """The bytes of an array in C order, deflated, in base64."""
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
     return base64.b64encode(deflate.compress(np.ascontiguousarray(values).tobytes()) + deflate.flush()).decode()
 
 
 def rounded(values: npt.NDArray[np.float64]) -> list[float | None]:
-    """For JSON: None for NaN."""
+    """Values for JSON, with four digits; None for NaN."""
     return [None if np.isnan(v) else round(float(v), 4) for v in values]

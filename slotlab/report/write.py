@@ -1,4 +1,4 @@
-"""From run folders to files: the page, its Markdown twin, the figures, and a summary for JSON."""
+"""Writes a report of run folders: the page, its Markdown version, the figures, and a summary for JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from slotlab.report.provenance import report_command
 
 @dataclass(frozen=True)
 class Extras:
-    """What is written beside the page."""
+    """Optional outputs beside the page."""
 
     markdown: Path | None = None
     figures: Path | None = None
@@ -40,8 +40,8 @@ def write_report(
 ) -> dict[str, Any]:
     """Write the report of some runs to ``out`` and return its summary; JSON-able.
 
-    A run without current scores is scored, and its ``eval-SPLIT.json`` written, as ``slotlab eval`` does. Raises
-    what :func:`slotlab.report.gather.gather` does, and ``UsageError`` for a file that cannot be written.
+    A run without current scores is scored, and its ``eval-SPLIT.json`` written, as ``slotlab eval`` does. Errors
+    are those of :func:`slotlab.report.gather.gather`, and ``UsageError`` for a file that cannot be written.
     """
     if not runs:
         raise UsageError("nothing to report; name at least one run folder, for example: slotlab report runs/demo")
@@ -74,12 +74,12 @@ def write_report(
 
 
 def summaries(gathered: Gathered) -> list[dict[str, Any]]:
-    """The numbers of every run."""
+    """The numbers of every run, JSON-able."""
     return [summary_of(run) for run in gathered.runs]
 
 
 def summary_of(run: RunData) -> dict[str, Any]:
-    """The numbers of one run; ``evaluation`` is what ``slotlab eval --json`` prints."""
+    """The numbers of one run, JSON-able; ``evaluation`` is the output of ``slotlab eval --json``."""
     return {
         "name": run.name,
         "run": str(run.path),
@@ -102,7 +102,7 @@ def summary_of(run: RunData) -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole, making its folder. ``UsageError`` where that cannot be."""
+    """Write a file completely or not at all, and make its folder. ``UsageError`` if it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = path.with_name(f".{path.name}.new")
