@@ -1,1 +1,1 @@
-"""From masks and frames to files for eyes and other programs."""
+"""Pictures: masks, frames and charts as files for people and other programs."""

@@ -1,8 +1,7 @@
-"""Charts as data, and the one drawer of them.
+"""Charts as data, and their drawing.
 
-A chart is laid out once, as SVG elements. A page takes them as they are, coloured by its custom properties, so that
-they follow light and dark; a file has the palette's colours, and PNG or PDF is what matplotlib paints of the same
-elements.
+A chart is laid out once, as SVG elements. A page uses these with its custom properties as colours, so that charts
+follow light and dark mode; a file uses the palette's colours. For PNG and PDF, matplotlib paints the same elements.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 380, 214
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 34  # margins of the plot in it, for ticks and the axis' name
-DASHES = ("none", "6 4", "2 4")  # of lines that share a colour
-# Of files, where no page gives a chart its title.
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 34  # margins around the plot, for ticks and the axis title
+DASHES = ("none", "6 4", "2 4")  # dash patterns of lines that share a colour
+# Layout of files, which also show each chart's title.
 COLUMNS, GAP, MARGIN = 3, 28, 14
 TITLE, LINE = 18, 15  # heights of a title, and of a line of text below it
-WHY_CHARACTERS = 58  # of such a line
+WHY_CHARACTERS = 58  # characters of such a line
 DPI = 150
 
 Paint = Callable[[str], str]  # the name of a colour -> an SVG colour
@@ -39,7 +38,7 @@ Position = tuple[float, float]
 
 @dataclass(frozen=True)
 class Series:
-    """One line, with a band around it where there is one."""
+    """One line, with an optional band around it."""
 
     colour: int  # position in the palette of lines
     label: str
@@ -47,12 +46,12 @@ class Series:
     y: Sequence[float]  # NaN breaks the line
     low: Sequence[float] = ()
     high: Sequence[float] = ()
-    dot: float | None = None  # x whose nearest point is marked; default: the last
+    dot: float | None = None  # the point nearest this x is marked; default: the last point
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over one axis."""
+    """Lines over one x axis."""
 
     key: str
     title: str
@@ -76,7 +75,7 @@ class Chart:
         return f"{self.title} by {self.x_label}. " + "; ".join(parts)
 
     def points(self, line: Series) -> list[Position]:
-        """The points of a line that have a place on the axes."""
+        """The points of a line that the axes can show."""
         found = zip(line.x, line.y, strict=True)
         return [
             (x, y) for x, y in found if math.isfinite(y) and (x > 0 or not self.log_x) and (y > 0 or not self.log_y)
@@ -85,7 +84,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values that is not empty, and the pixels it covers."""
+    """A range of values, never empty, and the pixels it covers."""
 
     low: float
     high: float
@@ -95,14 +94,14 @@ class Axis:
 
     @classmethod
     def over(cls, low: float, high: float, start: float, end: float, log: bool) -> Axis:
-        """Widens a range that is empty."""
+        """The axis over ``low`` to ``high``, widened if they are equal."""
         if high <= low:
             wider = (low / 1.5, high * 1.5) if log else (low - (abs(low) * 0.1 or 0.5), high + (abs(high) * 0.1 or 0.5))
             low, high = wider
         return cls(low, high, start, end, log)
 
     def __call__(self, value: float) -> float:
-        """From a value to its pixel; what has no logarithm goes beyond the low end."""
+        """The pixel of a value; values without a logarithm go beyond the low end."""
         of = math.log if self.log else float
         value = max(value, self.low * 1e-3) if self.log else value
         return self.start + (self.end - self.start) * (of(value) - of(self.low)) / (of(self.high) - of(self.low))
@@ -114,7 +113,7 @@ class Axis:
 
 
 def axes(chart: Chart, left: float, top: float) -> tuple[Axis, Axis] | None:
-    """The axes of a chart whose upper left corner is there; None for one without values."""
+    """The x and y axes of a chart whose upper left corner is at (left, top); None for a chart without values."""
     xs = [x for line in chart.series for x in line.x if math.isfinite(x) and (x > 0 or not chart.log_x)]
     ys = [y for line in chart.series for y in (*line.y, *line.low, *line.high)]
     ys = [y for y in ys if math.isfinite(y) and (y > 0 or not chart.log_y)]
@@ -132,7 +131,7 @@ def axes(chart: Chart, left: float, top: float) -> tuple[Axis, Axis] | None:
 
 
 def draw(chart: Chart, paint: Paint, left: float = 0, top: float = 0) -> list[Element]:
-    """Grid, ticks and lines as ``path``, ``circle`` and ``text``."""
+    """The chart's grid, ticks and lines as ``path``, ``circle`` and ``text`` elements."""
     found = axes(chart, left, top)
     if found is None:
         return [_text("No values yet.", left + LEFT, top + HEIGHT / 2, paint("ink-3"))]
@@ -188,9 +187,9 @@ def page_svg(chart: Chart) -> str:
 
 
 def save(charts: Sequence[Chart], *paths: Path) -> None:
-    """Charts in rows of three, with their titles, below one legend; SVG, PNG, PDF and others by suffix.
+    """Write charts to files, in rows of three below one legend; the suffix decides the format (SVG, PNG, PDF ...).
 
-    ``UsageError`` for a suffix that is no picture's, and for a file that cannot be written.
+    ``UsageError`` for an unknown suffix, and for a file that cannot be written.
     """
     svg = sheet(charts)
     for path in paths:
@@ -205,7 +204,7 @@ def save(charts: Sequence[Chart], *paths: Path) -> None:
 
 
 def sheet(charts: Sequence[Chart]) -> Element:
-    """The picture of :func:`save`, an ``<svg>`` that any program shows: text is text, colours are the palette's."""
+    """The picture of :func:`save` as an ``<svg>`` for any program, with real text and the palette's colours."""
     paint = palette.LIGHT.__getitem__
     columns = min(COLUMNS, len(charts))
     width = 2 * MARGIN + columns * (WIDTH + GAP) - GAP
@@ -236,7 +235,7 @@ def sheet(charts: Sequence[Chart]) -> Element:
 
 
 def figure(svg: Element) -> Figure:
-    """What :func:`sheet` draws, painted by matplotlib; a pixel is a point."""
+    """The ``<svg>`` of :func:`sheet` as a matplotlib figure; a pixel is a point."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Circle, PathPatch
@@ -284,7 +283,7 @@ def figure(svg: Element) -> Figure:
 
 
 def ticks(low: float, high: float, count: int, log: bool) -> list[float]:
-    """Round values inside a range."""
+    """At most about ``count`` round values in a range."""
     if log and high / low >= 10:
         decades = math.log10(high / low)
         factors = (1, 2, 5) if decades < 2.5 else (1,)
@@ -299,7 +298,7 @@ def ticks(low: float, high: float, count: int, log: bool) -> list[float]:
 
 
 def labels(values: Sequence[float]) -> list[str]:
-    """Ticks in as few digits as tell them apart."""
+    """Texts of tick values, with as few digits as keep them different."""
     gap = min((b - a for a, b in pairwise(values)), default=max(map(abs, values), default=0.0))
     for digits in range(1, 16):
         if all(abs(float(f"{value:.{digits}g}") - value) <= 1e-3 * gap for value in values):
@@ -322,13 +321,13 @@ def short(value: float, digits: int) -> str:
 
 
 def _pen(colour: int, paint: Paint) -> dict[str, str]:
-    """Look of a line: colours in turn, then again with dashes."""
+    """SVG attributes of a line: the colours in turn, then again with dashes."""
     turn, index = divmod(colour, len(palette.LINES))
     return {"stroke": paint(f"line-{index}"), "stroke-width": "1.9", "stroke-dasharray": DASHES[turn % len(DASHES)]}
 
 
 def _path(pieces: Iterable[Sequence[Position]], look: Mapping[str, str]) -> Element:
-    """Lines through points, or with ``fill`` the areas that they enclose."""
+    """A path through points, or with ``fill`` the areas that they enclose."""
     end = "Z" if "fill" in look else ""
     parts = ["M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in piece) + end for piece in pieces if piece]
     round_ends = {"stroke-linejoin": "round", "stroke-linecap": "round"}

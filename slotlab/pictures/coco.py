@@ -1,7 +1,7 @@
 """COCO's run-length encoding of binary masks, in its compressed form, as pycocotools reads and writes it.
 
-A mask is read column by column; the lengths of its runs, zeros first, are written as differences to the run before
-the last, in groups of five bits, each a printable character.
+The format reads a mask column by column, and writes the lengths of its runs, zeros first, as differences to the run
+two before, in groups of five bits, each a printable character.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def encode(mask: npt.NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def decode(rle: dict[str, Any]) -> npt.NDArray[np.bool_]:
-    """The mask (H, W) again. ``DataError`` where the runs do not fill it."""
+    """The mask (H, W) bool of :func:`encode`. ``DataError`` if the runs do not fill it."""
     height, width = rle["size"]
     runs = _unpack(rle["counts"])
     if sum(runs) != height * width or min(runs, default=0) < 0:

@@ -1,4 +1,4 @@
-"""Masks as files: palette PNGs of slot numbers, one COCO file of run lengths, and frames with the masks laid over."""
+"""Writes masks: palette PNGs of slot numbers, one COCO file of run lengths, or frames overlaid with the masks."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ COCO_NAME = "masks.json"
 TINT = 0.55  # share of the slot's colour in an overlay
 
 Pictures = npt.NDArray[np.uint8]  # (T, H, W, 3)
-Progress = Callable[[str, int, int], None]  # what, frames done, frames in all
+Progress = Callable[[str, int, int], None]  # name, frames done, frames in all
 
 
 @dataclass(frozen=True)
 class Masked:
     """The frames of one video with the slot of each pixel."""
 
-    name: str  # of its files
+    name: str  # name of its files
     frames: Pictures  # (T, H, W, 3)
     labels: npt.NDArray[np.uint8]  # (T, H, W), below ``slots``, or UNSEEN
     slots: int
@@ -45,7 +45,7 @@ def store_masks(
     method: Method | None = None,
     progress: Progress = lambda *_: None,
 ) -> Iterator[Masked]:
-    """A run's masks of a split's videos, or of some spread over it. Ground truth is not needed."""
+    """A run's labels for the videos of a split, or for ``videos`` of them spread over it. Needs no ground truth."""
     split = loaded.split(split_name)
     chosen = split.videos if videos is None else split.spread(videos)
     total, done = sum(split.spec.lengths[video] for video in chosen), 0
@@ -61,8 +61,8 @@ def store_masks(
 class MaskWriter:
     """Writes videos' masks below a folder, in one format. Use it in a ``with`` statement.
 
-    ``png`` and ``overlay-png`` give ``NAME/00000.png`` and so on, ``overlay-mp4`` and ``overlay-gif`` one file a video,
-    ``rle`` one COCO file for all, ``masks.json``, written at the end.
+    ``png`` and ``overlay-png`` give ``NAME/00000.png`` and so on, ``overlay-mp4`` and ``overlay-gif`` one file per
+    video, ``rle`` one COCO file for all videos, ``masks.json``, at the end.
     """
 
     def __init__(self, folder: Path, form: Format, frames_a_second: float = 12.0) -> None:
@@ -124,14 +124,14 @@ class MaskWriter:
 
 
 def label_image(labels: npt.NDArray[np.uint8], slots: int) -> Image.Image:
-    """Slot numbers (H, W) as a palette image: its pixels are the numbers, its look the slots' colours."""
+    """A palette image of slot numbers (H, W): its pixels are the numbers, shown in the slots' colours."""
     image = Image.frombytes("P", (labels.shape[1], labels.shape[0]), np.ascontiguousarray(labels).tobytes())
     image.putpalette(slot_colours(slots).ravel().tolist())
     return image
 
 
 def overlay(masked: Masked) -> Pictures:
-    """Frames tinted by slot, with light lines between slots; the one with the most pixels, the background, is not."""
+    """Frames (T, H, W, 3) tinted by slot, except the largest (the background), with light lines between slots."""
     pixels = np.bincount(masked.labels.ravel(), minlength=UNSEEN + 1)[: masked.slots]
     tint = np.zeros(UNSEEN + 1, np.float32)
     tint[: masked.slots] = np.where(np.arange(masked.slots) == pixels.argmax(), 0.0, TINT)
@@ -149,7 +149,7 @@ def overlay(masked: Masked) -> Pictures:
 
 
 def write_mp4(path: Path, pictures: Pictures, rate: float) -> None:
-    """H.264 that every browser plays; an odd side is widened by its last pixels."""
+    """Write an H.264 file that every browser plays; an odd side repeats its last pixels."""
     import av
 
     odd = [(0, side % 2) for side in pictures.shape[1:3]]
@@ -165,6 +165,6 @@ def write_mp4(path: Path, pictures: Pictures, rate: float) -> None:
 
 
 def write_gif(path: Path, pictures: Pictures, rate: float) -> None:
-    """An animation that repeats."""
+    """Write a GIF that repeats."""
     images = [Image.fromarray(picture) for picture in pictures]
     images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / rate), loop=0)

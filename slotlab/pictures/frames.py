@@ -1,4 +1,4 @@
-"""Other people's pictures, in whatever form they come, as one array of frames."""
+"""Your own pictures, in many forms, as one array of frames."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Frames = Any  # an array or tensor, a PIL image, a path, or a sequence of these
 
 
 def as_frames(frames: Frames) -> npt.NDArray[np.uint8]:
-    """Frames (T, H, W, 3) uint8.
+    """Pictures or a video as frames (T, H, W, 3) uint8.
 
     Takes uint8 arrays and tensors (H, W, 3) or (T, H, W, 3), tensors also with channels first; PIL images; paths
     (:func:`read_path`); and sequences of these, all of one size. Raises ``UsageError`` for anything else,
@@ -51,12 +51,15 @@ def as_frames(frames: Frames) -> npt.NDArray[np.uint8]:
 def _checked(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     if array.dtype != np.uint8 or array.ndim not in (3, 4) or array.shape[-1] != 3 or not array.size:
         raise UsageError(f"frames must be uint8 (H, W, 3) or (T, H, W, 3), not {array.dtype} {array.shape}")
-    # Torch shares the memory, and wants it writable.
+    # Torch shares the memory and requires it to be writable.
     return np.require(array if array.ndim == 4 else array[None], requirements=["C", "W"])
 
 
 def read_path(path: Path) -> npt.NDArray[np.uint8]:
-    """A picture (one frame), a clip, or a folder of pictures (a video, in natural order): (T, H, W, 3)."""
+    """Frames (T, H, W, 3) of a picture (one frame), a video file, or a folder of pictures (a video, in natural order).
+
+    ``DataError`` for files that cannot be read, and for a folder without pictures.
+    """
     if not path.is_dir():
         return np.require(clips.read_frames(path), requirements=["C", "W"])
     shown = (file for file in path.iterdir() if not file.name.startswith("."))

@@ -1,4 +1,4 @@
-"""The colours of pictures, charts and pages: here and nowhere else. Colour-blind readers can tell them apart."""
+"""The colours of pictures, charts and pages, chosen so that colour-blind readers can distinguish them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import numpy.typing as npt
 
 Rgb = tuple[int, int, int]
 
-# Okabe and Ito's palette and neighbours, for objects and the slots matched to them.
+# Colours of objects and their matched slots: Okabe and Ito's palette and similar ones.
 OBJECTS = (
     "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#8C6BB1", "#66C2A5", "#A6761D",
     "#E7298A",
 )  # fmt: skip
-# Slots that no object was matched to, and the background.
+# Colours of slots without an object, and of the background.
 OTHERS = (
     "#3b3f46", "#5a606b", "#7a828f", "#9aa2ae", "#b4bac4", "#c9ced6", "#2a2e35", "#6b5f57", "#8a7d73",
 )  # fmt: skip
-# Lines on white and on near-black: the same hues, each at least 3:1 against its ground.
+# Lines on white and on near-black: the same hues, each with a contrast of at least 3:1.
 LINES = ("#0072B2", "#C65200", "#008660", "#B0578D", "#2F7FB0", "#946600", "#5B5B5B")
 LINES_ON_DARK = ("#56B4E9", "#F0883E", "#2FC79A", "#E0A0C4", "#8FCBF0", "#E6B450", "#B5B5B5")
-# Pages, and charts in files, which are light: names of the page's custom properties.
+# Custom properties of light pages, also used by charts in files.
 LIGHT = {
     "ground": "#fbfbfa", "surface": "#ffffff", "raised": "#ffffff", "sunken": "#f3f3f1",
     "ink": "#16181d", "ink-2": "#4d525b", "ink-3": "#6b717b", "rule": "#e6e6e3", "rule-2": "#d2d2ce",
@@ -37,7 +37,7 @@ DARK = {
     "warn": "#f0c674", "warn-ground": "#2b2415", "good": "#7fd6a8", "bad": "#f2a08a",
     **{f"line-{n}": colour for n, colour in enumerate(LINES_ON_DARK)},
 }  # fmt: skip
-# From low to high, even in lightness: stops of matplotlib's cividis.
+# From low to high with even steps of lightness: stops of matplotlib's cividis.
 CONFIDENCE = (
     "#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838",
 )  # fmt: skip
@@ -49,9 +49,10 @@ def rgb(colour: str) -> Rgb:
 
 
 def slot_colours(slots: int, matched: Mapping[int, int] | None = None) -> npt.NDArray[np.uint8]:
-    """Colours of the slots, (K, 3): where objects are known, a slot has the colour of the object that it is matched to.
+    """Colours of the slots, (K, 3) uint8.
 
-    ``matched`` (slot -> object) leaves muted colours to the other slots. Without it all take all colours in turn.
+    With ``matched`` (slot -> object) a slot has its object's colour, and the other slots have muted colours. Without it
+    slots take all colours in turn.
     """
     if matched is None:
         colours = list(islice(cycle((*OBJECTS, *OTHERS)), slots))

@@ -1,4 +1,4 @@
-"""One picture that shows what a model does: frame, ground truth, slots, and each slot's own mask."""
+"""A sheet of a model's masks: frame, ground truth, slots, and the mask of each slot."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SINGLE_SLOTS = 6
 
 
 def draw_sheet(split: Split, stills: Sequence[Still], path: Path) -> Path:
-    """Write the PNG. Objects and the slots that show them share a colour."""
+    """Write the sheet as PNG and return its path. Objects and their matched slots share a colour."""
     columns = 3 + SINGLE_SLOTS
     height = HEADER + 1.75 * len(stills)
     figure, axes = plt.subplots(len(stills), columns, figsize=(1.72 * columns, height), squeeze=False)

@@ -1,4 +1,4 @@
-"""Single frames as a run sees them, kept while its videos are followed."""
+"""Single frames with a run's masks, kept while its videos are followed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from slotlab.scoring.metrics import scores_in
 
 
 def pick_videos(split: Split, materials: Sequence[str] = ("metal",), each: int = 3) -> list[int]:
-    """Videos whose objects are all of one material, then mixed ones: up to ``each`` of both."""
+    """Up to ``each`` videos whose objects all have one of the materials, then up to ``each`` mixed ones."""
     pure = [v for v in split.videos if {i.material for i in split.instances(v)} in [{m} for m in materials]]
     mixed = [v for v in split.videos if v not in pure]
     return pure[:each] + mixed[:each]
@@ -21,12 +21,12 @@ def pick_videos(split: Split, materials: Sequence[str] = ("metal",), each: int =
 
 @dataclass(frozen=True)
 class Still:
-    """The middle frame of a video as a run sees it: a row of the sheet."""
+    """The middle frame of a video with a run's masks: a row of the sheet."""
 
     video: int
     frame: int
     masks: Tensor  # (1, K, rows, columns)
-    objects: Mapping[int, int]  # slot -> the object (0 for label 1) that it shows
+    objects: Mapping[int, int]  # slot -> its object, 0 for label 1
     scores: Mapping[str, float]  # by title
 
     @classmethod
@@ -51,5 +51,5 @@ class Stills:
             self._found[followed.video] = Still.of(followed)
 
     def result(self) -> list[Still]:
-        """In the order of the videos."""
+        """The stills in the order of the videos."""
         return [self._found[video] for video in self._videos]
