@@ -85,7 +85,7 @@ def test_an_earlier_plans_stores_are_kept_to(tmp_path: Path, discs: DiscSource) 
             require_free(plan_comparison(changed(**{"backbones": ("resnet18",), **more}), out, cache).plan, out)
     require_free(plan_comparison(PAIR, out, cache).plan, out)  # one more backbone
     (cache / "a.zarr").rename(cache / "resnet18-2x2-random.zarr")
-    with pytest.raises(UsageError, match=r"--tap layer1: .*resnet18.*zarr, which .* does not hold it; choose another"):
+    with pytest.raises(UsageError, match=r"--tap layer1: missing in .*resnet18.*zarr, the store of .*; choose another"):
         plan_comparison(changed(backbones=("resnet18",), taps=("layer3", "layer1")), out, cache)
 
 

@@ -1,23 +1,23 @@
-"""From a TOML file to a plan: a base, a grid over any keys of the configuration, and single cells.
+"""Reads an ablation's plan from a TOML file: a base, a grid over any configuration keys, and single cells.
 
 ::
 
-    preset = "log-2026"            # and config = "FILE.toml" over it, as in slotlab train
+    preset = "log-2026"            # optional: config = "FILE.toml" over it, as in slotlab train
     cache = "cache/dinov2.zarr"
     seeds = 3                      # 0, 1, 2; or a list of them
 
-    [set]                          # of all cells
+    [set]                          # for all cells
     "optim.steps" = 300
 
     [grid]                         # the full product
     "model.decoder.mask_temperature" = [1.0, 0.5]
     "model.slots" = [5, 7, 11]
 
-    [[cells]]                      # and these; the name is optional
+    [[cells]]                      # further cells; the name is optional
     name = "one linear layer"
     "model.projection" = "linear"
 
-Keys may be quoted and dotted or nested tables. ``preset`` and ``cache`` can vary as well.
+Keys are quoted dotted names or nested tables. ``preset`` and ``cache`` may vary as well.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def read_ablation(
     overrides: Sequence[str] = (),
     steps: int | None = None,
 ) -> Plan:
-    """The plan in a file; arguments, which come from the command line, go before what it says.
+    """The plan in a file; the other arguments, from the command line, override it.
 
-    ``UsageError`` names the key, and the cell, that is unknown or has a wrong value.
+    ``UsageError`` names an unknown key or wrong value, and its cell.
     """
     raw = read_toml(path)
     if unknown := sorted(set(raw) - set(KEYS)):
@@ -69,7 +69,7 @@ def read_ablation(
         if store is None:
             raise UsageError(f"{where}: no store; write cache = in the file, or pass --cache")
         try:
-            # What the command line sets goes before the base, but not before what makes the cell.
+            # The command line overrides the base, but not the settings that make the cell.
             shorthands = {key: value for key, value in values.items() if key in settings or key not in _keys(overrides)}
             if steps is not None and "optim.steps" not in settings:
                 shorthands["optim.steps"] = steps
@@ -93,7 +93,7 @@ def read_ablation(
 
 
 def seed_range(count: int) -> tuple[int, ...]:
-    """``--seeds N`` are 0 to N - 1."""
+    """The seeds 0 to N - 1 of ``--seeds N``. ``UsageError`` for N below 1."""
     if count < 1:
         raise UsageError(f"--seeds {count}: must be at least 1")
     return tuple(range(count))
@@ -125,7 +125,7 @@ def _grid(path: Path, raw: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _labels(settings: Mapping[str, Any]) -> list[str]:
-    """``mask_temperature=0.5``: the last part of the key, or as many as tell it from the others."""
+    """Labels such as ``mask_temperature=0.5``: the last part of each key, or as many parts as make it unique."""
     labels = []
     for key, value in settings.items():
         parts = key.split(".")

@@ -1,8 +1,8 @@
-"""Backbones side by side on one patch grid: the stores they need, and the plan that trains on them.
+"""Plans a comparison of backbones on one patch grid: the stores it needs, and the runs on them.
 
 A score depends on the grid of patches more than on the backbone (a 14x14 grid's ceiling is 0.71 FG-ARI, a 16x16
-grid's 0.79), so each backbone sees frames of the size that gives all the same grid: 224 px for a patch of 14,
-256 px for one of 16.
+grid's 0.79), so each backbone gets frames of the size that makes the grids equal: 224 px for a patch of 14,
+256 px for a patch of 16.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from slotlab.config.load import load_config
 from slotlab.config.schema import Config
 from slotlab.experiments.plan import PLAN, Cell, Plan, cell_name, read_plan
 
-if TYPE_CHECKING:  # the model libraries take seconds to import, and a comparison with its stores needs none
+if TYPE_CHECKING:  # model libraries take seconds to import, and are not needed if the stores exist
     import torch
 
     from featcache.backbones.backbone import Backbone
@@ -31,26 +31,26 @@ if TYPE_CHECKING:  # the model libraries take seconds to import, and a compariso
 
 @dataclass(frozen=True)
 class Settings:
-    """What is compared. Taps are those of every backbone; none means each one's last block."""
+    """The subject of a comparison. Taps apply to every backbone; none means each one's last block."""
 
     backbones: tuple[str, ...]
     taps: tuple[str, ...] = ()
     presets: tuple[str, ...] = ("default",)
     seeds: tuple[int, ...] = (0, 1, 2)
-    config: Path | None = None  # TOML, laid over each preset
+    config: Path | None = None  # TOML file, laid over each preset
     overrides: tuple[str, ...] = ()
     steps: int | None = None
     data: str | None = None
     reading: Reading | None = None
-    split: str | None = None  # to evaluate on
+    split: str | None = None  # split to score
     weights: tuple[str, ...] = ()  # BACKBONE=FILE, or one value for all
     grid: int = 16  # patches a side
-    max_videos: int | None = None  # of each split
+    max_videos: int | None = None  # at most, of each split
 
 
 @dataclass(frozen=True)
 class StoreRequest:
-    """A store that the comparison needs: one backbone, all its taps, both splits."""
+    """A store that the comparison needs: one backbone, with all taps and both splits."""
 
     spec: BackboneSpec
     taps: tuple[str, ...]
@@ -59,11 +59,11 @@ class StoreRequest:
     splits: tuple[str, ...]
     max_videos: int | None
     folder: Path
-    settled: Path | None  # by an earlier start
+    settled: Path | None  # store that an earlier start of this comparison chose
 
     @property
     def path(self) -> Path:
-        """Where it is extracted to if no store that is there will do."""
+        """The store to extract to if no existing one fits."""
         words = [
             self.spec.name,
             f"{self.grid}x{self.grid}",
@@ -74,23 +74,23 @@ class StoreRequest:
         return self.settled or self.folder / f"{cell_name(['-'.join(words)])}.zarr"
 
     def load(self, device: str | torch.device) -> Backbone:
-        """The backbone with the input size that gives the grid."""
+        """Load the backbone with the input size that gives the grid."""
         from featcache.backbones.backbone import load_backbone
 
         size = self.grid * self.spec.patch
         backbone = load_backbone(self.spec.name, self.weights, self.taps, size, device)
-        if backbone.grid != (self.grid, self.grid):  # a tap of another stride than the default one
+        if backbone.grid != (self.grid, self.grid):  # the tap's stride differs from the default tap's
             backbone = load_backbone(self.spec.name, self.weights, self.taps, self.grid * backbone.patch, device)
         return backbone
 
     def find(self, source: Source) -> Path | None:
-        """A finished store that holds all that is asked, with the fewest other taps."""
+        """A finished store that holds everything needed, with the fewest other taps; None if there is none."""
         candidates = [self.path, *sorted(self.folder.glob("*.zarr"))] if self.settled is None else [self.path]
         fitting = [store for path in candidates if (store := self._fits(path, source)) is not None]
         return min(fitting, key=lambda store: len(store.spec.taps)).path if fitting else None
 
     def lacking(self) -> list[str]:
-        """The taps that the store of an earlier start does not hold."""
+        """The taps that are missing in the store of an earlier start."""
         if self.settled is None or not (self.settled / "zarr.json").exists():
             return []
         return [tap for tap in self.taps if tap not in FeatureStore.open(self.settled).spec.taps]
@@ -128,14 +128,14 @@ class StoreRequest:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The plan, the stores it needs, and those of them that are there."""
+    """The plan of a comparison, its source, and the stores that are still missing."""
 
     plan: Plan
     source: Source
     missing: tuple[StoreRequest, ...]
 
     def extract(self, device: str | torch.device, progress: Progress) -> None:
-        """Make the missing stores; an unfinished one is resumed. ``progress`` gets store and split as one name."""
+        """Extract the missing stores, and resume unfinished ones. ``progress`` gets store and split as one name."""
         from featcache.extraction.extract import extract
         from featcache.extraction.plan import ExtractOptions, plan
 
@@ -150,9 +150,9 @@ class Comparison:
 
 
 def plan_comparison(settings: Settings, out: Path, cache_folder: Path) -> Comparison:
-    """Settle what to train and which stores are missing. Nothing is written.
+    """Decide what to train and which stores are missing, without writing anything.
 
-    Every name, key, tap, size and file of weights is checked here, before hours go into an extraction. Raises
+    This checks every name, key, tap, size and file of weights before an extraction takes hours. Raises
     ``UsageError``, ``DataError`` or ``IncompatibleError``.
     """
     configs = {preset: _config(settings, preset) for preset in dict.fromkeys(settings.presets)}
@@ -188,8 +188,8 @@ def plan_comparison(settings: Settings, out: Path, cache_folder: Path) -> Compar
     for request in requests:
         if lacking := request.lacking():
             raise UsageError(
-                f"--tap {lacking[0]}: {request.settled}, which the comparison in {out} has taken {request.spec.name} "
-                "from, does not hold it; choose another --out for a comparison with this tap"
+                f"--tap {lacking[0]}: missing in {request.settled}, the store of {request.spec.name} that the "
+                f"comparison in {out} uses; choose another --out for a comparison with this tap"
             )
     missing = tuple(request for request, store in zip(requests, stores, strict=True) if store is None)
     for request in missing:
@@ -213,7 +213,7 @@ def _cells(
 ) -> Iterator[Cell]:
     for preset, config in configs.items():
         if config.model.kind == "pixel":
-            # Every store of one source has the same frames: a model of pixels is trained once.
+            # All stores of one source hold the same frames, so a model of pixels is trained once.
             yield Cell(
                 cell_name([preset]), {"backbone": None, "tap": config.data.tap, "preset": preset}, str(paths[0]), config
             )
@@ -242,7 +242,7 @@ def _config(settings: Settings, preset: str, tap: str | None = None) -> Config:
 
 
 def _weights(given: Sequence[str], specs: dict[str, BackboneSpec]) -> dict[str, str]:
-    """Backbone -> weights, from ``BACKBONE=FILE`` and from one value that is for all."""
+    """Weights by backbone, from values ``BACKBONE=FILE`` or one value for all backbones."""
     found: dict[str, str] = {}
     for text in given:
         name, equals, value = text.partition("=")

@@ -1,4 +1,4 @@
-"""Carrying out a plan: what is not finished is trained and evaluated, and the table is made."""
+"""Carries out a plan: trains and evaluates unfinished runs, and makes the table."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from slotlab.scoring.digest import scoring_code
 def conduct(
     plan: Plan, out: Path, watcher: Watcher, devices: str = "auto", workers: int | None = None
 ) -> dict[str, Any]:
-    """Carry out what is left of the plan in ``out``; returns the table, which also lies there.
+    """Carry out the rest of the plan in ``out``, write its table there, and return it.
 
-    Finished runs are left alone, unfinished ones resume from their checkpoints, failed ones are tried again; what was
-    scored by other sources is scored again. A run that fails stays in the table with its error. Raises, before
-    anything is trained, what :func:`~slotlab.experiments.plan.opened` and :func:`check_stores` raise.
+    Finished runs stay, unfinished ones resume from their checkpoints, failed ones are tried again, and runs that other
+    versions of the code scored are scored again. A run that fails stays in the table with its error. Raises, before
+    any training, what :func:`~slotlab.experiments.plan.opened` and :func:`check_stores` raise.
     """
     check_stores(plan)
-    places(devices, workers, 1)  # refuses what is not there
+    places(devices, workers, 1)  # raises for devices that do not exist
     with opened(plan, out):
         runs = plan.runs(out)
         left = [run for run in runs if not _stands(run)]
@@ -39,17 +39,17 @@ def conduct(
 
 
 def _stands(run: Run) -> bool:
-    """Whether a run's scores are there, and made by the sources that would make them today."""
+    """Whether a run has scores, and the present code made them."""
     if not run.finished:
         return False
     try:
         return (read_result(run.path, run.split) or {}).get("code") == scoring_code()
-    except DataError:  # damaged: the table says what to do
+    except DataError:  # damaged: the table names the remedy
         return True
 
 
 def check_stores(plan: Plan) -> None:
-    """``DataError`` or ``IncompatibleError`` unless every cell's store has its tap, its splits and masks to score."""
+    """Raise ``DataError`` or ``IncompatibleError`` unless each cell's store has its tap, its splits and masks."""
     for cell in plan.cells:
         try:
             store = FeatureStore.open(cell.cache)

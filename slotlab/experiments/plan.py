@@ -1,4 +1,4 @@
-"""What an experiment is: cells, each one configuration on one store, times seeds; and the folder that holds it."""
+"""The plan of an experiment: cells, each one configuration on one store, times seeds; and its folder."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _SHOWN_DIFFERENCES = 6
 
 @dataclass(frozen=True)
 class Cell:
-    """One configuration on one store. Its seed is the run's."""
+    """One configuration on one store. Each run sets the seed."""
 
-    name: str  # also its folders'
-    settings: Mapping[str, Any]  # what sets it apart from the others
+    name: str  # also part of its folders' names
+    settings: Mapping[str, Any]  # settings that differ from other cells
     cache: str
     config: Config
 
@@ -42,12 +42,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Run:
-    """One cell with one seed, and where it is kept."""
+    """One cell with one seed, and its folder."""
 
     cell: Cell
     seed: int
     path: Path
-    split: str  # it is evaluated on
+    split: str  # split to score
 
     @property
     def config(self) -> Config:
@@ -55,12 +55,12 @@ class Run:
 
     @property
     def evaluation(self) -> Path:
-        """Written last and at once."""
+        """The file of the run's scores; it is written last and atomically."""
         return result_path(self.path, self.split)
 
     @property
     def finished(self) -> bool:
-        """Whether its last step was scored, and no later attempt failed; damaged scores count, and the table tells."""
+        """Whether the last step is scored and no later attempt failed; damaged scores count, and the table says so."""
         if (self.path / ERROR).exists():
             return False
         try:
@@ -71,7 +71,7 @@ class Run:
 
     @property
     def error(self) -> str | None:
-        """Why the last attempt failed, in one line."""
+        """The error of the last attempt in one line; None if it did not fail."""
         path = self.path / ERROR
         return str(json.loads(path.read_text())["error"]) if path.exists() else None
 
@@ -82,18 +82,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Plan:
-    """Cells times seeds, all evaluated on one split."""
+    """Cells times seeds, all scored on one split."""
 
     kind: Kind
     split: str
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
-    stores: Mapping[str, Any] = field(default_factory=dict)  # what a comparison's are made of; {} if they are given
+    stores: Mapping[str, Any] = field(default_factory=dict)  # how a comparison makes its stores; {} if stores are given
 
     def __post_init__(self) -> None:
         if not self.cells or not self.seeds:
             raise UsageError("nothing to run: a plan needs at least one cell and one seed")
-        names = [cell.name.lower() for cell in self.cells]  # some file systems do not tell a from A
+        names = [cell.name.lower() for cell in self.cells]  # some file systems ignore case
         if twice := {cell.name for cell in self.cells if names.count(cell.name.lower()) > 1}:
             raise UsageError(f"two cells are called {min(twice)}; give each another name")
         if len(set(self.seeds)) < len(self.seeds):
@@ -106,7 +106,7 @@ class Plan:
                 )
 
     def runs(self, out: Path) -> list[Run]:
-        """Every run, the first seed of all cells before the second of any: a broken-off plan shows all cells."""
+        """All runs: the first seed of every cell before any second, so that an interrupted plan covers all cells."""
         return [
             Run(cell, seed, out / "runs" / f"{cell.name}-seed{seed}", self.split)
             for seed in self.seeds
@@ -133,7 +133,7 @@ class Plan:
 
 
 def read_plan(out: Path) -> Plan:
-    """The plan of an experiment's folder. ``DataError`` where there is none."""
+    """The plan in an experiment's folder. ``DataError`` if it is missing or damaged."""
     path = out / PLAN
     if not path.exists():
         raise DataError(f"{out}: no {PLAN}; name a folder made by slotlab compare or slotlab ablate")
@@ -148,9 +148,9 @@ def read_plan(out: Path) -> Plan:
 
 @contextmanager
 def opened(plan: Plan, out: Path) -> Iterator[None]:
-    """Hold ``out`` for this plan alone, having written the plan there.
+    """Lock ``out`` for this process, and write the plan there.
 
-    Raises as :func:`require_free` does, and ``DataError`` when another process is at work there.
+    Errors are those of :func:`require_free`, and ``DataError`` if another process holds the folder.
     """
     require_free(plan, out)
     make_directory(out)
@@ -160,9 +160,9 @@ def opened(plan: Plan, out: Path) -> Iterator[None]:
 
 
 def require_free(plan: Plan, out: Path) -> None:
-    """``IncompatibleError``, naming what differs, if another plan has ``out``; ``DataError`` if other things are there.
+    """Raise ``IncompatibleError``, naming differences, if ``out`` has another plan, ``DataError`` if other files.
 
-    An earlier plan is kept to: more seeds and more cells are welcome, anything else is not.
+    A plan may extend an earlier one by seeds and cells, but may not change it otherwise.
     """
     if (out / PLAN).exists():
         if differences := differing(read_plan(out), plan):
@@ -174,7 +174,7 @@ def require_free(plan: Plan, out: Path) -> None:
 
 
 def differing(then: Plan, now: Plan) -> list[str]:
-    """What of an earlier plan is missing or otherwise in this one, a line each."""
+    """The parts of an earlier plan that this one lacks or changes, a line each."""
     found = [
         f"{name}: {before} then, {after} now"
         for name, before, after in (("kind", then.kind, now.kind), ("split", then.split, now.split))
@@ -199,7 +199,7 @@ def differing(then: Plan, now: Plan) -> list[str]:
 
 
 def cell_name(parts: Iterable[str]) -> str:
-    """A name that any file system takes, the same for the same parts."""
+    """A name that any file system accepts, the same for the same parts."""
     name = re.sub(r"[^\w.,=+-]+", "_", ",".join(parts)).strip("._") or "base"
     if len(name) > _LONGEST_NAME:
         name = f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -1,4 +1,4 @@
-"""Several processes on several devices carrying out runs. None of them can take the others down."""
+"""Carries out runs in several processes on several devices. A process that dies does not stop the others."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from slotlab.experiments.worker import work
 
 
 class Watcher(Protocol):
-    """Follows the runs as they are carried out."""
+    """Follows runs while they are carried out."""
 
     def begun(self, runs: Sequence[Run], finished: int) -> None:
-        """Before the first of ``runs`` starts; ``finished`` others of the plan are done already."""
+        """Called before the first of ``runs`` starts; ``finished`` others of the plan are done."""
 
     def started(self, run: Run) -> None: ...
     def row(self, run: Run, row: dict[str, Any]) -> None: ...
@@ -35,8 +35,8 @@ class Watcher(Protocol):
 def places(devices: str, workers: int | None, runs: int) -> list[str]:
     """The device of each process, for ``--devices`` and ``--workers``.
 
-    By default a process a GPU, or on a CPU one a core, and none without a run to do. More ``workers`` than
-    devices share them evenly. ``UsageError`` for a device that is not here.
+    By default there is one process per GPU, or one per CPU core, but never more than ``runs``. More ``workers`` than
+    devices share the devices evenly. ``UsageError`` for a device that this machine lacks.
     """
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be at least 1")
@@ -52,10 +52,10 @@ def places(devices: str, workers: int | None, runs: int) -> list[str]:
 
 
 def carry_out(runs: Sequence[Run], places: Sequence[str], watcher: Watcher) -> None:
-    """Carry out all runs, in order, as processes come free.
+    """Carry out all runs, in order, as processes become free.
 
-    A run that fails, or whose process dies, leaves ``error.json`` in its folder. Interrupted by an exception in
-    this process (Ctrl-C), it ends the others; each run resumes from its last checkpoint.
+    A run that fails, or whose process dies, leaves ``error.json`` in its folder. An exception in this
+    process (Ctrl-C) ends the other processes; each run can resume from its last checkpoint.
     """
     waiting = deque(runs)
     busy: dict[Any, tuple[_Worker, Run]] = {}  # by connection
@@ -65,7 +65,7 @@ def carry_out(runs: Sequence[Run], places: Sequence[str], watcher: Watcher) -> N
         if waiting:
             run = waiting.popleft()
             worker.start()
-            with suppress(OSError):  # it died already; reading from it will tell
+            with suppress(OSError):  # it died already; reading from it will show that
                 worker.link.send(run)
             busy[worker.link] = worker, run
             watcher.started(run)
@@ -94,7 +94,7 @@ def carry_out(runs: Sequence[Run], places: Sequence[str], watcher: Watcher) -> N
 
 @dataclass
 class _Worker:
-    """A process, and the connection to it; replaced by a fresh one when it dies."""
+    """A process and the connection to it; a fresh process replaces one that died."""
 
     device: str
     _process: SpawnProcess | None = None
@@ -119,13 +119,13 @@ class _Worker:
 
     def stop(self) -> None:
         if self._process is not None:
-            self._process.terminate()  # at any moment: what it writes is written aside and renamed
+            self._process.terminate()  # safe at any moment: it writes files aside and renames them
             self._process.join()
         if self._link is not None:
             self._link.close()
 
     def fate(self) -> str:
-        """How the process died, in a line."""
+        """The way the process died, in one line."""
         assert self._process is not None
         self._process.join()
         code = self._process.exitcode or 0
@@ -137,7 +137,7 @@ class _Worker:
 
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """A process started here never gets Ctrl-C, which a terminal sends to all: the parent alone decides."""
+    """Protect processes started here from Ctrl-C, which a terminal sends to all of them: the parent decides alone."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -147,7 +147,7 @@ def _without_interrupts() -> Iterator[None]:
 
 @contextmanager
 def _threads(device: str) -> Iterator[None]:
-    """One thread a process on a CPU, settled before its libraries start theirs."""
+    """Give processes started here one thread each on a CPU, before their libraries start threads."""
     before = os.environ.get("OMP_NUM_THREADS")
     if device == "cpu":
         os.environ["OMP_NUM_THREADS"] = "1"

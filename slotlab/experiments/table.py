@@ -1,4 +1,4 @@
-"""The table of an experiment, made from its folders alone."""
+"""The table of an experiment, made from its folder alone."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from slotlab.scoring.scores import Values
 SHOWN = {**shown("comparison"), **shown_of_videos("comparison")}  # key -> title of scores
 COLUMNS = {**SHOWN, "effective_slots": "slots used", "loss": "loss", "seconds": "seconds"}
 SPREAD = "mean (minimum–maximum) over seeds"
-TESTED = shown("headline")  # against the first cell
+TESTED = shown("headline")  # scores that are tested against the first cell
 
 
 def build_table(out: Path) -> dict[str, Any]:
     """Every cell of the plan in ``out`` with its runs, scores and errors; JSON-able.
 
     Scores have mean, minimum, maximum, standard deviation (n - 1; None for one seed) and the value of each
-    finished seed. ``loss`` is the mean of the last tenth of the logged rows, ``seconds`` those spent in
-    training. ``against_first`` tests the difference to the first cell over the videos, each averaged over
-    seeds (:func:`slotlab.scoring.paired.paired_scores`).
+    finished seed. ``loss`` is the mean of the last tenth of the logged rows, ``seconds`` the time of
+    training. ``against_first`` tests the difference from the first cell over videos, each averaged over seeds
+    (:func:`slotlab.scoring.paired.paired_scores`).
     """
     plan = read_plan(out)
     runs: dict[str, list[Run]] = {cell.name: [] for cell in plan.cells}
@@ -47,7 +47,7 @@ def build_table(out: Path) -> dict[str, Any]:
         "split": plan.split,
         "seeds": list(plan.seeds),
         "spread": "min and max over seeds",
-        "test": "Wilcoxon signed-rank over videos, each the mean of its seeds, against the first cell",
+        "test": "Wilcoxon signed-rank over videos, each averaged over seeds, against the first cell",
         "cells": cells,
     }
 
@@ -106,7 +106,7 @@ def _spread(values: Sequence[float]) -> dict[str, Any] | None:
 
 
 def _mean_by_video(evaluations: Iterable[Evaluation]) -> dict[str, Values]:
-    """Video -> score -> mean over the seeds where it is defined."""
+    """Means over seeds by video and score, of defined values."""
     gathered: dict[str, dict[str, list[float]]] = {}
     for evaluation in evaluations:
         for video, scores in evaluation.by_video.items():
@@ -126,24 +126,24 @@ def _tested(videos: Mapping[str, Values], first: Mapping[str, Values] | None) ->
     return paired_scores(videos, first)
 
 
-# --- what is shown ------------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------
 
 
 def write_table(table: Mapping[str, Any], out: Path) -> None:
-    """``table.md`` and ``table.csv`` in ``out``."""
+    """Write ``table.md`` and ``table.csv`` to ``out``."""
     write_durably(out / "table.md", to_markdown(table).encode())
     write_durably(out / "table.csv", to_csv(table).encode())
 
 
 def to_markdown(table: Mapping[str, Any]) -> str:
-    """Mean and spread of each cell; below it the differences to the first cell, and what failed."""
+    """The table as Markdown: mean and spread of each cell, differences from the first cell, and failures."""
     lines = [f"Split {table['split']}, seeds {', '.join(map(str, table['seeds']))}; {SPREAD}.", ""]
     lines += _pipe(("cell", "runs", *COLUMNS.values()), (row_of(table, cell) for cell in table["cells"]))
     tested = [cell for cell in table["cells"] if cell["against_first"]]
     if tested:
         lines += [
             "",
-            f"Difference to {table['cells'][0]['name']}, mean over videos [95 % interval], p. {table['test']}.",
+            f"Difference from {table['cells'][0]['name']}, mean over videos [95 % interval], p. {table['test']}.",
             "",
         ]
         lines += _pipe(
@@ -156,7 +156,7 @@ def to_markdown(table: Mapping[str, Any]) -> str:
 
 
 def to_csv(table: Mapping[str, Any]) -> str:
-    """A row a cell, a column a setting and a statistic."""
+    """The table as CSV: a row for each cell, a column for each setting and statistic."""
     settings = list(dict.fromkeys(key for cell in table["cells"] for key in cell["settings"]))
     parts = ("mean", "min", "max", "std")
     text = io.StringIO()

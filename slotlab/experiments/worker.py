@@ -1,4 +1,4 @@
-"""The process that trains and evaluates runs, one after the other, on one device."""
+"""The worker process, which trains and evaluates runs one after the other on one device."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OUTPUT = "output.txt"  # what a run printed, if anything
 
 
 def work(link: Connection, device: str) -> None:
-    """Carry out the runs that come through ``link``, until it closes.
+    """Carry out the runs that arrive through ``link`` until it closes.
 
     Sends ``("row", row)`` for each logged row and ``("ended", error or None)`` for each run. A run that fails
     leaves its error in its folder; this process goes on with the next.
@@ -50,8 +50,8 @@ def work(link: Connection, device: str) -> None:
 
 
 def attempt(run: Run, device: str, link: Connection, known: KnownReferences) -> str | None:
-    """Carry out a run; what it prints, and its error, are left in its folder. Returns the error."""
-    if not checkpoint.exists(run.path):  # a start that was cut short may have left half a folder
+    """Carry out a run; write its output and its error to its folder, and return the error in one line, or None."""
+    if not checkpoint.exists(run.path):  # an interrupted start may have left an incomplete folder
         shutil.rmtree(run.path, ignore_errors=True)
     run.path.mkdir(parents=True, exist_ok=True)
     (run.path / ERROR).unlink(missing_ok=True)
@@ -59,7 +59,7 @@ def attempt(run: Run, device: str, link: Connection, known: KnownReferences) -> 
     error = None
     try:
         carry_out(run, device, link, known)
-    except Exception as failure:  # whatever it is, it is this run's alone
+    except Exception as failure:  # any error concerns this run alone
         lines = str(failure).strip().splitlines() or [""]
         error = lines[-1].removeprefix(f"{run.path}: ")
         if not isinstance(failure, FeatcacheError):
@@ -72,9 +72,9 @@ def attempt(run: Run, device: str, link: Connection, known: KnownReferences) -> 
 
 
 def carry_out(run: Run, device: str, link: Connection, known: KnownReferences) -> None:
-    """Train, from the last checkpoint if there is one, and evaluate.
+    """Train a run, from its last checkpoint if there is one, and evaluate it.
 
-    ``known`` keeps the references between the runs of one process.
+    ``known`` keeps ceilings and floors between the runs of one process.
     """
     where, store, resume = torch.device(device), FeatureStore.open(run.cell.cache), checkpoint.exists(run.path)
     train(run.config, store, run.path, resume=resume, device=where, report=lambda row: _send(link, ("row", row)))
@@ -84,12 +84,12 @@ def carry_out(run: Run, device: str, link: Connection, known: KnownReferences) -
 def _send(link: Connection, message: tuple[str, Any]) -> None:
     try:
         link.send(message)
-    except OSError:  # the parent is gone: no fault of the run's
+    except OSError:  # the parent is gone, which is not the run's error
         os._exit(1)
 
 
 def _redirect(path: Path) -> None:
-    """Send all that this process prints to a file: stdout and stderr are the table's and the bar's."""
+    """Send everything that this process prints to a file, because the parent uses stdout and stderr."""
     sys.stdout.flush()
     sys.stderr.flush()
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -99,7 +99,7 @@ def _redirect(path: Path) -> None:
 
 
 def _die_with_parent() -> None:
-    """End with the parent: a person who starts it again must find no run still writing."""
+    """End this process when its parent ends, so that a restart finds no run still writing."""
     parent = parent_process()
     assert parent is not None
     wait([parent.sentinel])
