@@ -1,1 +1,1 @@
-"""The command line: the only part that knows typer and rich."""
+"""The command line: the only package that uses typer and rich."""

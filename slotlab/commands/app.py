@@ -1,4 +1,4 @@
-"""The ``slotlab`` command: its subcommands, and what becomes of errors."""
+"""The ``slotlab`` command: its subcommands, and the way errors are shown."""
 
 from __future__ import annotations
 
@@ -71,15 +71,15 @@ def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
 
 
 def _of_the_machine(error: Exception) -> str | None:
-    """What to say of memory that is not there, and of places that cannot be read or written."""
+    """The message for lack of memory, or for a file that cannot be read or written; None for other errors."""
     if out_of_memory(error):
-        pinned = "CUDA error" in str(error)  # not an allocation of torch's
+        pinned = "CUDA error" in str(error)  # not one of torch's own allocations
         which = " (page-locked, perhaps: --set data.residence=device needs less)" if pinned else ""
         remedy = "take a smaller --batch-size, or --set optim.accumulate=2 or more (extract: fewer --workers)"
         return f"out of memory{which}; {remedy}"
     if isinstance(error, OSError):
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return f"{what}; look at the place and its permissions, or name another"
+        return f"{what}; check the path and its permissions, or name another"
     return None
 
 
@@ -92,7 +92,7 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code)
     except (KeyboardInterrupt, typer.Abort):
-        said = "interrupted; what was finished is kept, the same command resumes (train: with --resume)"
+        said = "interrupted; finished work is kept, and the same command resumes (train: with --resume)"
         print(f"slotlab: {said}", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except FeatcacheError as error:
@@ -104,7 +104,7 @@ def main() -> None:
         if (told := _of_the_machine(error)) and not os.environ.get("SLOTLAB_DEBUG"):
             print(f"slotlab: {told}", file=sys.stderr)
             sys.exit(DataError.exit_code)
-        if not (hasattr(error, "show") and hasattr(error, "exit_code")):  # click's, wherever typer keeps its click
+        if not (hasattr(error, "show") and hasattr(error, "exit_code")):  # an error of click, wherever typer keeps it
             raise
         error.show()
         sys.exit(error.exit_code)

@@ -1,4 +1,4 @@
-"""slotlab bench: measured rates beside what this machine allows."""
+"""slotlab bench: measured rates beside this machine's limits."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def bench_stream(
     ]
     terminal.out.print(plain_table(("pattern", "GB/s", "limit", "ratio", "the limit is"), rows, str(cache)))
     if cold and not any(rate.name.startswith("cold") for rate in rates):
-        terminal.out.print("cold: not measured; another process holds the store in memory, or it must be decoded")
+        terminal.out.print("cold: not measured; another process maps the store, or its chunks must be decoded")
 
 
 @bench.command("extract")

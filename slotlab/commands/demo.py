@@ -1,4 +1,4 @@
-"""slotlab demo: the main job on the embedded sample."""
+"""slotlab demo: every step on the embedded sample."""
 
 from __future__ import annotations
 

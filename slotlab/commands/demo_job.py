@@ -1,4 +1,4 @@
-"""The whole job on the embedded sample: extract, statistics, train, evaluate, and a picture of the masks."""
+"""The demo's work on the embedded sample: extract, statistics, train, evaluate, and a picture of the masks."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class DemoResult:
 
 
 def extract_sample(cache: Path, device: torch.device, progress: Progress) -> FeatureStore:
-    """DINOv2 ViT-S/14 features of the embedded sample; resumes or does nothing where they are there."""
+    """The store of the embedded sample's DINOv2 ViT-S/14 features; extracts or resumes only if needed."""
     source = open_source(None)
     backbone = load_backbone("dinov2_vits14", device=device)
     return extract(plan(cache, source, backbone, ExtractOptions()), source, backbone, progress)
 
 
 def train_and_score(config: Config, store: FeatureStore, out: Path, device: torch.device, report: Report) -> DemoResult:
-    """Train anew (or resume what was interrupted), evaluate, draw."""
+    """Train a run (or resume it), evaluate it, and draw its masks."""
     run = out / f"seed{config.seed}-steps{config.optim.steps}"
     train(config, store, run, resume=(run / checkpoint.CONFIG).exists(), device=device, report=report)
     loaded = load_run(run, store.path, device)

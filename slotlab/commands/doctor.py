@@ -1,4 +1,4 @@
-"""slotlab doctor: what a bug report or a first look needs to know about this machine."""
+"""slotlab doctor: facts about this machine for a bug report or a first look."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def doctor(as_json: Json = False) -> None:
 
 
 def examine() -> dict[str, Any]:
-    """Findings by name, JSON-able; what is missing is said, not raised."""
-    from importlib.metadata import PackageNotFoundError, version  # 50 modules, which --help does without
+    """Findings by name, JSON-able; missing parts are reported, not raised."""
+    from importlib.metadata import PackageNotFoundError, version  # imports 50 modules, which --help does not need
 
     import torch
 
@@ -68,7 +68,7 @@ def examine() -> dict[str, Any]:
 
 
 def bfloat16_speed() -> float:
-    """Rate of matrix products in bfloat16 on the CPU, as a multiple of float32's: below 1 where it is emulated."""
+    """Speed of bfloat16 matrix products on the CPU, as a multiple of float32's: below 1 if they are emulated."""
     import torch
 
     seconds = {}
@@ -85,5 +85,5 @@ def bfloat16_speed() -> float:
 
 
 def bfloat16_verdict(speed: float) -> str:
-    """What :func:`bfloat16_speed` means, in words."""
+    """The result of :func:`bfloat16_speed` in words."""
     return f"{speed:.2g} of float32's speed on the CPU" + ("" if speed > 1 else ": train in float32 there")

@@ -1,4 +1,4 @@
-"""slotlab eval."""
+"""slotlab eval: the scores of a run."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ def evaluate(
 
 
 def _other(run: Path, loaded: LoadedRun, cache: Path | None) -> LoadedRun:
-    """The run to test against, on the store that ``--cache`` names if it holds what this run reads; else on its own."""
+    """The run to test against, on the store of ``--cache`` if that holds its features; else on its own store."""
     from slotlab.runs.loaded import load_run
 
     device = next(loaded.model.parameters()).device
     try:
         return load_run(run, cache, device)
-    except IncompatibleError:  # of other features
+    except IncompatibleError:  # the store holds other features
         return load_run(run, None, device)

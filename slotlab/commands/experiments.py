@@ -1,4 +1,4 @@
-"""Commands that carry out many runs: compare, ablate, and the table of either."""
+"""slotlab compare, ablate and table: experiments of many runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Override = Annotated[list[str] | None, typer.Option("--set", help="Setting of al
 Steps = Annotated[int | None, typer.Option(help="Number of optimiser steps of every run.")]
 Devices = Annotated[str, typer.Option(help="Devices: auto, or a list such as cuda:0,cuda:1.")]
 Workers = Annotated[int | None, typer.Option(help="Number of processes; default: one a GPU, or one a core of the CPU.")]
-WIDTH = 120  # columns of a table that goes to no terminal
+WIDTH = 120  # columns of a table outside a terminal
 
 
 def compare(
@@ -47,7 +47,7 @@ def compare(
     """Backbones, taps and presets side by side: extract what is missing, train, evaluate, report. Resumes."""
     from featcache.backbones.registry import get_spec
 
-    names = [get_spec(name).name for name in backbone or ()]  # a misspelt name is an error before anything heavy
+    names = [get_spec(name).name for name in backbone or ()]  # report a misspelt name before heavy imports
     if not names:
         raise UsageError("nothing to compare; name at least one --backbone, for example --backbone dinov2")
     from featcache.sources import Reading
@@ -76,7 +76,7 @@ def compare(
     )
     folder = out or Path("compare") / "-".join(dict.fromkeys(name.replace("/", "_") for name in names))
     comparison = plan_comparison(settings, folder, cache_folder)
-    require_free(comparison.plan, folder)  # before hours go into an extraction
+    require_free(comparison.plan, folder)  # check before an extraction that takes hours
     if comparison.missing:
         device = places(devices, workers, 1)[0]
         with terminal.ExtractProgress() as progress:
@@ -131,7 +131,7 @@ def table(
 
 
 def _leave(table: dict[str, Any]) -> None:
-    """Exit code 3 if a run failed; the others are in the table all the same."""
+    """Exit with code 3 if a run failed, after its error; the table has the other runs."""
     from slotlab.experiments.table import failures
 
     if failed := failures(table):

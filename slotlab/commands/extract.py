@@ -1,4 +1,4 @@
-"""slotlab extract."""
+"""slotlab extract: the store of a backbone's features."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def extract(
 
     from featcache.backbones.registry import get_spec
 
-    get_spec(backbone)  # a misspelt name is an error before anything heavy is imported
+    get_spec(backbone)  # report a misspelt name before heavy imports
     from featcache.backbones.backbone import load_backbone
     from featcache.extraction.extract import extract as run_extract
     from featcache.extraction.extract import measure_seconds

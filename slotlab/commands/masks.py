@@ -1,4 +1,4 @@
-"""Masks as files: slotlab masks for the videos of a store, slotlab segment for any other pictures and videos."""
+"""slotlab masks and segment: masks as files, for the videos of a store or for your own pictures and videos."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from featcache.errors import UsageError
 from slotlab.commands.options import Device, Json, Refine, print_json
 
 Format = Literal["png", "rle", "overlay-png", "overlay-mp4", "overlay-gif"]
-FRAMES_A_SECOND = 12.0  # of MOVi's videos
+FRAMES_A_SECOND = 12.0  # the rate of MOVi's videos
 
 Out = Annotated[Path, typer.Option(help="Folder to make or add to.")]
 Refined = Annotated[Refine | None, typer.Option(help="Method that brings masks to the frame's edges first.")]

@@ -1,4 +1,4 @@
-"""Options and output that commands share."""
+"""Options and output functions that commands share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs done and running on stderr: bars on a terminal, else a line a run."""
+"""Progress of an experiment's runs on stderr: bars on a terminal, else a line for each run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking at runs: report and view."""
+"""slotlab report and view: the page on runs, as a file or served."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def view(
             webbrowser.open(address)
         try:
             server.serve_forever()
-        except KeyboardInterrupt:  # how one stops it, and so no failure
+        except KeyboardInterrupt:  # the normal way to stop it
             terminal.err.print("stopped")
         finally:
             live.stop()

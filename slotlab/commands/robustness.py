@@ -1,4 +1,4 @@
-"""slotlab robustness: a run under other colours."""
+"""slotlab robustness: a run's masks under other colours."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def robustness(
             terminal.out.print(f"{name} changes by {' / '.join(bounds)} (mean / interval)")
     terminal.out.print(
         f"first {result['frames_a_video']} frames of {result['videos']} of {result['videos_in_split']} videos",
-        f"mean: of all colours but identity; {result['interval']}",
-        f"the way through the backbone alone changes the stored features by {result['relative_error']:.1e}",
+        f"mean: over all colours except identity; {result['interval']}",
+        f"running the backbone again changes the stored features by {result['relative_error']:.1e}",
         sep="\n",
         style="dim",
     )

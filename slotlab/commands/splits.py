@@ -1,4 +1,4 @@
-"""Which split a command takes, said where it is not the one that the configuration names."""
+"""The split that a command uses, with a note if it is not the configuration's."""
 
 from __future__ import annotations
 

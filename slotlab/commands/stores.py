@@ -1,4 +1,4 @@
-"""Commands about stores and weights: stats, verify, export, import, weights."""
+"""slotlab stats, verify, export, import and weights: stores, and the weights of backbones."""
 
 from __future__ import annotations
 

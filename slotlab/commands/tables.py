@@ -1,4 +1,4 @@
-"""Results as tables for the terminal."""
+"""Tables of results for the terminal."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from slotlab.scoring.metrics import shown, title_of
 from slotlab.scoring.references import FLOORS
 from slotlab.scoring.scores import Values
 
-# More columns than this are hard to read in a terminal; further stores go to a second table.
+# More columns are hard to read in a terminal; further stores go to a second table.
 STORES_A_TABLE = 4
 
 
 def render(reports: Sequence[StoreReport]) -> RenderableType:
-    """Tables with a column a store and a row a quantity, then what the quantities are good for."""
+    """Tables with a column for each store and a row for each quantity, then a legend of the quantities."""
     parts: list[RenderableType] = []
     for start in range(0, len(reports), STORES_A_TABLE):
         parts += [_table(reports[start : start + STORES_A_TABLE]), Text()]
@@ -72,7 +72,7 @@ def interval(bounds: Sequence[float] | None) -> str:
 
 
 def scores_table(found: Evaluation) -> Table:
-    """The evaluation of one run, with its ceiling and floors as rows beside it."""
+    """The table of one run's scores, with rows for its ceiling and floors."""
     columns = shown("summary")
     table = Table(title=f"{found.run} on {found.split}", title_justify="left")
     table.add_column("masks")
@@ -109,12 +109,12 @@ def scores_table(found: Evaluation) -> Table:
         f"mask similarity {found.diagnostics['mask_similarity']:.2f}"
     )
     if found.references.statistics:
-        table.caption += f"\nthe floor is whitened by the statistics of {found.references.statistics}"
+        table.caption += f"\nthe whitened floor uses the statistics of {found.references.statistics}"
     return table
 
 
 def paired_table(compared: Mapping[str, Any]) -> Table:
-    """Whether two runs differ, score by score."""
+    """The table of the differences between two runs, score by score."""
     table = Table(title=f"{compared['run']} against {compared['against']} on {compared['split']}", title_justify="left")
     for title in ("score", "this run", "the other", "difference", "interval", "p", "ahead"):
         table.add_column(title, justify="left" if title == "score" else "right")
@@ -137,7 +137,7 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: st
 
 
 def outlines_table(found: Evaluation) -> Table:
-    """What :func:`outline_scores` found, a column a kind of mask."""
+    """The table of outline scores, with a column for each kind of mask."""
     boundaries, refined = found.fine["boundaries"], found.fine.get("refined")
     kinds = {"this run": boundaries}
     if refined:
@@ -154,7 +154,7 @@ def outlines_table(found: Evaluation) -> Table:
 
 
 def gains_table(found: Evaluation) -> Table:
-    """Scores of refined and of otherwise binarised masks beside the plain ones."""
+    """The table of refined and otherwise binarised masks beside the plain ones."""
     plain = {**found.values, "boundary_f": found.fine["boundaries"]["boundary_f"]}
     rows: list[tuple[Any, ...]] = [("this run", *(plain[key] for key in GAINS), None)]
     if refined := found.fine.get("refined"):
@@ -168,7 +168,7 @@ def gains_table(found: Evaluation) -> Table:
 
 
 def experiment_table(table: Mapping[str, Any]) -> Table:
-    """What :func:`slotlab.experiments.table.build_table` made: a row a cell, its spread below its mean."""
+    """The table of :func:`slotlab.experiments.table.build_table`: a row for each cell, the spread below the mean."""
     from slotlab.experiments.table import COLUMNS, SPREAD, row_of
 
     shown = Table(title=f"{table['out']} on {table['split']}", title_justify="left")

@@ -1,4 +1,4 @@
-"""What a person sees: rich tables on stdout, live progress and logs on stderr, and no motion without a terminal."""
+"""Output for people: tables on stdout, progress and logs on stderr, and no animation without a terminal."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ out = Console()
 
 err = Console(stderr=True)
 
-LOOKED_AT = ("effective_slots", "mask_similarity", "kept_slots")  # beside the scores
+LOOKED_AT = ("effective_slots", "mask_similarity", "kept_slots")  # keys that a look shows beside the scores
 
-QUIET_SECONDS = 10.0  # between two lines of progress where nothing may animate
+QUIET_SECONDS = 10.0  # between two lines of progress without a terminal
 
 
 class FrameRate(ProgressColumn):
@@ -29,7 +29,7 @@ class FrameRate(ProgressColumn):
 
 
 class ExtractProgress:
-    """Frames done by split, with rate and time left; plain lines when stderr is no terminal."""
+    """Progress of an extraction by split, with rate and time left; plain lines if stderr is not a terminal."""
 
     def __init__(self) -> None:
         self._bars = Progress(
@@ -49,7 +49,7 @@ class ExtractProgress:
     def __call__(self, split: str, done: int, total: int) -> None:
         if split not in self._tasks:
             self._tasks[split] = self._bars.add_task(split, total=total)
-            self._began = self._last  # a split begins where the one before ended
+            self._began = self._last  # a split begins when the last one ended
         self._bars.update(self._tasks[split], completed=done)
         now = self._last = time.monotonic()
         if not err.is_terminal and (now - self._said > QUIET_SECONDS or done == total):
@@ -60,11 +60,11 @@ class ExtractProgress:
 
 @contextmanager
 def training_display(steps: int) -> Iterator[Any]:
-    """A callable that takes each logged row: a live table on a terminal, else a line now and then.
+    """A function that shows each logged row: a live table on a terminal, else a line now and then.
 
     Every look at the masks is printed, with its warnings.
     """
-    from slotlab.scoring.metrics import shown, shown_of_videos  # not before a command that trains
+    from slotlab.scoring.metrics import shown, shown_of_videos  # imports torch, which only commands that train need
 
     looked_at = (*shown("headline"), *shown_of_videos("headline"), *LOOKED_AT)
     began = said = time.monotonic()

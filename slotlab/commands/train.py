@@ -1,4 +1,4 @@
-"""slotlab train."""
+"""slotlab train: a run on a store."""
 
 from __future__ import annotations
 
