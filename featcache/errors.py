@@ -1,7 +1,7 @@
 """Errors that a user can act on.
 
-Each message is one line: what is wrong, where, and what to do next. The command line prints that line
-and leaves with the class's exit code; a traceback appears only under ``--debug``.
+Each message is one line: what is wrong, where, and what to do next. The command line prints that line and exits with
+the class's exit code; ``--debug`` shows the traceback.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ _CELL = 40  # characters of a value that a table shows
 
 
 class FeatcacheError(Exception):
-    """Base of every error that is the user's to mend."""
+    """Base of all errors that the user can mend."""
 
     exit_code = 1
 
     def render(self) -> str:
-        """What the command line shows: the message, and below it whatever belongs to it."""
+        """The text that the command line shows: the message, and details below it."""
         return str(self)
 
 
@@ -37,7 +37,7 @@ class DataError(FeatcacheError):
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether memory is used up: Python's, the system's, or, as torch says it, a device's or page-locked memory."""
+    """Whether an error means lack of memory: of Python, of the system, or (by torch's message) of a device."""
     if isinstance(error, RuntimeError):
         return "out of memory" in str(error) or "can't allocate memory" in str(error)
     return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
@@ -45,7 +45,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Difference:
-    """One setting that does not agree; None is a setting that one side lacks."""
+    """One setting that differs; None where one side lacks it."""
 
     setting: str
     present: Any
@@ -53,9 +53,9 @@ class Difference:
 
 
 class IncompatibleError(FeatcacheError):
-    """A store or checkpoint is sound, but does not fit what was asked of it.
+    """A store or checkpoint is sound, but does not fit the request.
 
-    ``differences`` names what does not agree; the message then reads ``what (differences); remedy``.
+    ``differences`` lists the settings that differ; the message then reads ``what (differences); remedy``.
     """
 
     exit_code = 4
@@ -68,7 +68,7 @@ class IncompatibleError(FeatcacheError):
         self.remedy = remedy
 
     def render(self) -> str:
-        """The line without the differences, and a table of them."""
+        """The message without the differences, and a table of them below it."""
         if not self.differences:
             return str(self)
         rows = [("", "store", "asked")]
@@ -79,7 +79,7 @@ class IncompatibleError(FeatcacheError):
 
 
 def compare_settings(present: Mapping[str, Any], asked: Mapping[str, Any]) -> list[Difference]:
-    """Every setting of two flat mappings that does not agree, by name."""
+    """The settings that differ between two flat mappings, in order of their names."""
     return [
         Difference(key, present.get(key), asked.get(key))
         for key in sorted({*present, *asked})

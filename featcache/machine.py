@@ -1,7 +1,7 @@
-"""This machine: where to compute, threads kept from fighting, time measured fairly, memory that is free.
+"""This machine: its devices and free memory, limits on threads, and fair measurements of time.
 
-``torch.set_num_threads`` limits the thread that calls it, but also sets what threads born later begin with: every
-helper puts that back."""
+``torch.set_num_threads`` limits the calling thread, but also sets the default of threads that start later, so every
+helper here restores that default."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ import torch
 from featcache.errors import UsageError
 
 CPUINFO = Path("/proc/cpuinfo")
-BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # as Linux names the instructions of x86, and of arm64
+BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # Linux's names of the instructions on x86 and arm64
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The named device, or with ``auto`` the fastest there is. ``UsageError`` where the machine lacks it.
+    """The named device, or with ``auto`` the fastest one. ``UsageError`` if the machine lacks it.
 
-    Under torchrun each process of a machine has a GPU, and touches no other.
+    Under torchrun each process of a machine gets its own GPU, and touches no other.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -40,7 +40,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def free_memory() -> int:
-    """Bytes of host memory that can be had: what the page cache would give back included, where the system tells."""
+    """Bytes of host memory that are available, with reclaimable page cache on Linux; 0 if unknown."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")), 0)
@@ -49,9 +49,9 @@ def free_memory() -> int:
 
 @functools.cache
 def native_bfloat16() -> bool:
-    """Whether the processor has instructions for products of bfloat16, and torch the library that uses them.
+    """Whether the processor has instructions for bfloat16 products, and torch has the library that uses them.
 
-    As the system lists the instructions: where it does not (outside Linux), no.
+    Linux lists the instructions; on other systems the answer is False.
     """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
@@ -64,10 +64,10 @@ def native_bfloat16() -> bool:
 
 @contextlib.contextmanager
 def limited(cores: int = 1) -> Iterator[None]:
-    """Torch operations of the calling thread use ``cores`` cores.
+    """Limit torch operations of the calling thread to ``cores`` cores, as a context manager.
 
-    One is best for many small operations: what a second thread gains on each is less than the wait for it, and beside
-    another program that wait is a turn of the scheduler.
+    One core is best for many small operations: a second thread gains less on each than the wait for it costs, and
+    beside another program that wait is a whole turn of the scheduler.
     """
     threads = torch.get_num_threads()
     if threads == cores:
@@ -81,7 +81,7 @@ def limited(cores: int = 1) -> Iterator[None]:
 
 
 def start_limited(work: Callable[[], None], name: str, cores: int = 1) -> threading.Thread:
-    """A started daemon thread whose own torch operations use ``cores`` cores."""
+    """A running daemon thread whose torch operations use ``cores`` cores."""
     threads = torch.get_num_threads()
     limited = threading.Event()
 
@@ -98,18 +98,18 @@ def start_limited(work: Callable[[], None], name: str, cores: int = 1) -> thread
 
 
 def limited_executor(name: str, workers: int = 1) -> ThreadPoolExecutor:
-    """Worker threads whose own torch operations use one core each."""
+    """An executor of ``workers`` threads whose torch operations use one core each."""
     threads = torch.get_num_threads()
     executor = ThreadPoolExecutor(workers, name, initializer=torch.set_num_threads, initargs=(1,))
-    everyone = threading.Barrier(workers)  # each waits for the others, so that none takes two of the calls
+    everyone = threading.Barrier(workers)  # each thread waits for the others, so that none takes two calls
     for call in [executor.submit(everyone.wait) for _ in range(workers)]:
-        call.result()  # the threads are there, and limited
+        call.result()  # all threads exist now, and are limited
     torch.set_num_threads(threads)
     return executor
 
 
 def machine() -> str:
-    """One line that names what a figure was measured on."""
+    """One line that describes this machine, for measured figures."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     model = platform.processor() or platform.machine()
@@ -120,7 +120,7 @@ def machine() -> str:
 
 
 def alternate(jobs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Run each job in turn, ``rounds`` times over: A B A B. Each returns its own rate."""
+    """The rates of jobs that run in turn for ``rounds`` rounds (A B A B); each job returns its rate."""
     rates: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds):
         for name, job in jobs.items():
@@ -129,7 +129,7 @@ def alternate(jobs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str,
 
 
 def timed(work: Callable[[], int], device: torch.device | None = None) -> float:
-    """Rate of ``work``, which returns how many items (or bytes) it did, once the device has finished them."""
+    """Rate of ``work`` in items (or bytes) a second, until the device has finished; ``work`` returns their number."""
     start = time.perf_counter()
     count = work()
     if device is not None:
@@ -138,7 +138,7 @@ def timed(work: Callable[[], int], device: torch.device | None = None) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was queued on the device."""
+    """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -146,5 +146,5 @@ def synchronize(device: torch.device) -> None:
 
 
 def paired_ratio(rates: Mapping[str, list[float]], of: str, to: str) -> float:
-    """Median over the rounds of one job's rate over the other's in the same round."""
+    """Median over rounds of job ``of``'s rate divided by job ``to``'s rate in the same round."""
     return statistics.median(a / b for a, b in zip(rates[of], rates[to], strict=True))

@@ -1,8 +1,8 @@
 """Mergeable moments of patch tokens.
 
-Everything a trainer must know of a store's scale comes from one pass over its tokens: moments of two sets
-of frames add up to those of their union (Chan, Golub & LeVeque 1979), so that they can be gathered video by
-video while extracting, or block by block over a finished store, with the same result to rounding.
+One pass over a store's tokens gives everything that training needs to know of their scale: moments of two sets of
+frames add up to those of their union (Chan, Golub & LeVeque 1979). They can therefore be gathered video by video during
+extraction, or block by block from a finished store, with the same result up to rounding.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ Int = npt.NDArray[np.int64]
 
 # Token norms are counted in log-spaced buckets (DDSketch, Masson et al. 2019): with a base g, bucket k holds
 # (g^(k-1), g^k], and 2 g^k / (g + 1) is within RELATIVE_ACCURACY of every norm in it. The edges are the same
-# for all stores, so two sketches merge by adding counts. Norms outside the range go to the end buckets.
+# for all stores, so counts of two sketches add up. Norms outside the range go to the end buckets.
 RELATIVE_ACCURACY = 0.005
 _LOG_GAMMA = math.log((1 + RELATIVE_ACCURACY) / (1 - RELATIVE_ACCURACY))
 _FIRST_BUCKET = math.floor(math.log(1e-8) / _LOG_GAMMA)  # holds everything up to 1e-8, zero too
 _LAST_BUCKET = math.ceil(math.log(1e8) / _LOG_GAMMA)
 BUCKETS = _LAST_BUCKET - _FIRST_BUCKET + 1
 
-# Frames are taken in blocks of about this many tokens, to bound the float64 copies of a long video.
+# Tokens in a block of frames, about: bounds the float64 copies of a long video.
 _BLOCK_TOKENS = 2**14
 
-# Number of blocks of columns that are multiplied: 3/4 of the work of the whole product, in blocks still large.
+# Number of blocks of columns in a product: two need 3/4 of the work of the whole product, and are still large.
 GRAM_BLOCKS = 2
 
 
 class NonFiniteTokensError(ValueError):
-    """NaN or infinity among the tokens: how many values, and the first one's frame and patch."""
+    """Tokens hold NaN or infinity: the number of such values, and the frame and patch of the first."""
 
     def __init__(self, count: int, frame: int, patch: int) -> None:
         super().__init__(f"{count} non-finite values, the first at frame {frame}, patch {patch}")
@@ -48,29 +48,29 @@ class NonFiniteTokensError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Moments of a set of frames' tokens, in float64 on the host. D channels.
+    """Moments of the tokens of a set of frames, with D channels, in float64 on the host.
 
     ``within`` and ``between`` split the total co-moment (the sum over tokens of the outer product of
     deviations from the overall mean): ``within`` takes deviations from the token's own frame's mean,
-    ``between`` those of the frames' means, weighted by their tokens. They sum to the total exactly.
+    ``between`` deviations of the frames' means, weighted by their tokens. They sum to the total exactly.
 
-    ``motion`` sums the outer products of each token's change since the frame before at the same position.
+    ``motion`` sums the outer products of each token's change since the previous frame at the same position.
     """
 
     frames: int
-    position_mean: Float  # (N, D), the mean token of each patch position
+    position_mean: Float  # (N, D), mean token of each patch position
     min: Float  # (D,); +inf when empty
     max: Float  # (D,); -inf when empty
     within: Float  # (D, D)
     between: Float  # (D, D)
-    norm_counts: Int  # (BUCKETS,) token norms
-    norm_max: float  # exact, the sketch's is not
+    norm_counts: Int  # (BUCKETS,) counts of token norms
+    norm_max: float  # exact, unlike the sketch
     motion: Float  # (D, D)
-    motion_tokens: int  # tokens that have a frame before them
+    motion_tokens: int  # number of tokens with a previous frame
 
     @classmethod
     def empty(cls, patches: int, dim: int) -> Self:
-        """Moments of no frames of N patches and D channels, the neutral element of ``merge``."""
+        """Moments of no frames, with N patches and D channels: the neutral element of ``merge``."""
         return cls(
             frames=0,
             position_mean=np.zeros((patches, dim)),
@@ -88,7 +88,7 @@ class Moments:
     def from_tokens(cls, tokens: Tensor, lengths: Sequence[int] | None = None) -> Self:
         """Moments of tokens (F, N, D) of any float type on any device, computed in float64 where they are.
 
-        ``lengths`` are those of the videos whose frames these are, one behind the other; None: of one video.
+        ``lengths`` are the numbers of frames of consecutive videos; None: all frames are of one video.
         Raises :class:`NonFiniteTokensError` (a ``ValueError``) if any value is NaN or infinite.
         """
         if tokens.ndim != 3 or not tokens.is_floating_point():
@@ -100,7 +100,7 @@ class Moments:
         if tokens.device.type == "mps":  # has no float64
             tokens = tokens.cpu()
         step = max(1, _BLOCK_TOKENS // patches)
-        follows = np.ones(frames, np.bool_)  # there is a frame before it in its video
+        follows = np.ones(frames, np.bool_)  # the frame has a previous one in its video
         follows[np.cumsum([0, *(lengths or [frames])])[:-1]] = False
         for start in range(0, frames, step):
             try:
@@ -108,7 +108,7 @@ class Moments:
                 block = slice(start, start + step)
                 total = total.merge(cls._from_block(tokens[block].detach(), before, follows[block]))
             except NonFiniteTokensError:
-                # Located over all frames, not the block: the message must count them all.
+                # Search all frames, not the block: the message counts all values.
                 bad = ~torch.isfinite(tokens)
                 frame, patch, _ = torch.nonzero(bad)[0].tolist()
                 raise NonFiniteTokensError(int(bad.sum()), frame, patch) from None
@@ -146,7 +146,7 @@ class Moments:
         )
 
     def merge(self, other: Moments) -> Self:
-        """Moments of both sets together. ``ValueError`` if their shapes differ."""
+        """Moments of the union of both sets. ``ValueError`` if their shapes differ."""
         if self.position_mean.shape != other.position_mean.shape:
             shapes = f"{self.position_mean.shape} and {other.position_mean.shape}"
             raise ValueError(f"cannot merge moments of {shapes} patches and channels")
@@ -173,12 +173,12 @@ class Moments:
     # -- storage ---------------------------------------------------------------------------------------
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Every field as an array (scalars as 0-d ones), lossless: ``from_arrays`` gives the moments back."""
+        """The fields as arrays (scalars are 0-d), without loss: ``from_arrays`` restores the moments."""
         return {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Self:
-        """Inverse of ``to_arrays``, whatever number type the counts were stored as."""
+        """The moments of ``to_arrays``, whatever number type holds the counts. ``ValueError`` if fields are missing."""
         missing = {f.name for f in fields(cls)} - set(arrays)
         if missing:
             raise ValueError(f"statistics lack {', '.join(sorted(missing))}")
@@ -193,7 +193,7 @@ class Moments:
             **{name: np.asarray(arrays[name], np.float64) for name in names},
         )
 
-    # -- what is read from them --------------------------------------------------------------------------
+    # -- derived statistics ------------------------------------------------------------------------------
 
     @property
     def patches(self) -> int:
@@ -230,7 +230,7 @@ class Moments:
 
     @property
     def motion_covariance(self) -> Float:
-        """Mean outer product of a token's change since the frame before (D, D); zeros if all are first frames."""
+        """Mean outer product of tokens' changes since the previous frame (D, D); zeros if all are first frames."""
         return self.motion / max(self.motion_tokens, 1)
 
     @property
@@ -248,7 +248,10 @@ class Moments:
         return float(np.maximum(-self.min, self.max).max())
 
     def norm_quantile(self, q: float) -> float:
-        """The ``q`` quantile (0 to 1, the lower of two neighbours) of token norms, to RELATIVE_ACCURACY."""
+        """The ``q`` quantile (0 to 1, the lower of two neighbours) of token norms, to RELATIVE_ACCURACY.
+
+        ``ValueError`` if there are no tokens.
+        """
         if self.tokens == 0:
             raise ValueError("no tokens, so no quantiles")
         cumulative = np.cumsum(self.norm_counts)
@@ -259,15 +262,15 @@ class Moments:
         return min(2 * math.exp(_LOG_GAMMA * (bucket + _FIRST_BUCKET)) / (gamma + 1), self.norm_max)
 
     def norm_share_above(self, threshold: float) -> float:
-        """Share of tokens whose norm is above ``threshold``, taken to within RELATIVE_ACCURACY."""
+        """Share of tokens with a norm above ``threshold``, which is rounded to RELATIVE_ACCURACY."""
         bucket = int(_buckets(torch.tensor([threshold], dtype=torch.float64)))
         return float(self.norm_counts[bucket + 1 :].sum() / self.tokens)
 
 
 def _gram(rows: Tensor) -> Float:
-    """Sum of the rows' outer products, (D, D), of float64 (R, D).
+    """Sum of the outer products of rows (R, D) float64, (D, D).
 
-    By blocks of columns, because the result is symmetric: those below the diagonal are copied, not computed.
+    It multiplies blocks of columns, because the result is symmetric: blocks below the diagonal are copies.
     """
     dim = rows.shape[1]
     step = -(-dim // GRAM_BLOCKS)

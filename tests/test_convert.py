@@ -231,7 +231,7 @@ def test_damage_is_not_copied(tmp_path: Path, store: FeatureStore, form: str) ->
 
 
 def test_what_must_not_be_overwritten_is_not(tmp_path: Path, store: FeatureStore) -> None:
-    with pytest.raises(UsageError, match="is what would be read"):
+    with pytest.raises(UsageError, match="is the store or file to copy"):
         copy(store, store.path)
     (tmp_path / "a.h5").write_text("mine")
     with pytest.raises(UsageError, match="exists already"):

@@ -1,1 +1,1 @@
-"""What this machine reaches beside its own limits."""
+"""Measured rates beside this machine's limits."""

@@ -1,4 +1,4 @@
-"""Extraction's rate beside the bare model's."""
+"""Measures the rate of extraction beside the bare model's."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from featcache.bench.stream import BARE_MODEL
 
 @dataclass(frozen=True)
 class ExtractionRate:
-    """Frames a second from the source to a finished, synced store, beside the backbone's own."""
+    """Frames a second from the source to a finished, synced store, beside those of the backbone alone."""
 
     name: str
     frames_per_s: float
     limit_frames_per_s: float
-    ratio: float  # median of the rounds' own
+    ratio: float  # median over rounds of the ratio within a round
     limit: str
     frames: int  # in one round
     batch_size: int
@@ -39,10 +39,10 @@ class ExtractionRate:
 
 
 def measure_extract(source: Source, backbone: Backbone, options: ExtractOptions, rounds: int = 5) -> ExtractionRate:
-    """Extraction of one split of the source into a temporary folder, beside the same batches on the bare model.
+    """The rate of extracting one split into a temporary folder, beside the same batches on the bare model.
 
-    ``options`` name the split and how many of its videos; batch size and precision are settled as for an extraction
-    where they are not given, once for both.
+    ``options`` name the split and the number of its videos; batch size and precision, if not given, are chosen as for
+    an extraction, once for both.
     """
     from featcache.backbones.inference import autocast
     from featcache.extraction.extract import extract

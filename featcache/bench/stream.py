@@ -1,4 +1,4 @@
-"""The stream's rate beside what the machine's memory and disk give."""
+"""Measures the stream's rate beside those of the machine's memory and disk."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from featcache.stream.rows import TORCH_DTYPES, FileRows
 from featcache.stream.stream import RING, FeatureStream, clip_starts, feature_arrays, open_readers
 from featcache.words import Residence
 
-WINDOW = 2 << 30  # bytes of features that a measurement draws from: far more than caches, far less than memory
+WINDOW = 2 << 30  # bytes of features that a measurement reads: far more than caches, far less than memory
 
 MEMORY = "index_select of float16 in memory"
 
@@ -30,7 +30,7 @@ DISK = "sequential read of the disk"
 
 BARE_MODEL = "the bare model on ready images"
 
-STILL_CACHED = 0.05  # share of pages that may be left when the cache has been dropped
+STILL_CACHED = 0.05  # share of pages that may remain after the cache is dropped
 
 Starts = npt.NDArray[np.int64]
 
@@ -52,10 +52,10 @@ ACCESSES = (Access(32, 6), Access(128, 6), Access(1024, 1))
 
 @dataclass(frozen=True)
 class Rate:
-    """One pattern's median rate, its limit's, and the median of their ratios round by round.
+    """One pattern's median rate, its limit's, and the median of their ratios within each round.
 
-    Rates in memory count what is handed over as float16, so that int8 stores compare in samples a second; cold
-    rates count bytes on the disk.
+    Rates in memory count the tokens as float16, so that int8 stores compare by samples a second; cold rates count bytes
+    on the disk.
     """
 
     name: str
@@ -80,9 +80,9 @@ class Window:
         self.split, self.tap = split, tap
         self.arrays = feature_arrays(split, tap)
         self.readers = open_readers(split, tap, None, threads)
-        self.tokens = next(iter(self.arrays.values()))  # of what a stream reads, most
+        self.tokens = next(iter(self.arrays.values()))  # the largest of the arrays that a stream reads
         self.frame_bytes = int(np.prod(self.tokens.shape[1:])) * 2  # as float16
-        self.stop = min(split.spec.rows, max(1, WINDOW // self.frame_bytes))  # rows before this one
+        self.stop = min(split.spec.rows, max(1, WINDOW // self.frame_bytes))  # only rows before this one are read
         self._rng = np.random.default_rng(0)
 
     def starts(self, clip: int) -> Starts:
@@ -91,13 +91,13 @@ class Window:
         return inside if len(inside) else starts[:1]
 
     def draws(self, access: Access, batches: int) -> list[Starts]:
-        """Starts of the batches, in order; no sample twice in a batch while there are enough."""
+        """The starts of each batch's samples, sorted; no sample comes twice in a batch if there are enough."""
         starts = self.starts(access.frames)
         few = len(starts) < access.samples
         return [np.sort(self._rng.choice(starts, access.samples, replace=few)) for _ in range(batches)]
 
     def buffers(self, access: Access) -> dict[str, Tensor]:
-        """What a batch is read into: memory as the stream's, touched before."""
+        """Buffers for a batch, in the same memory as the stream's, with their pages already mapped."""
         shape = (access.samples, access.frames)
         return {
             name: host_empty((*shape, *array.shape[1:]), TORCH_DTYPES[str(array.dtype)]).zero_()
@@ -109,21 +109,21 @@ class Window:
             reader.gather(starts, buffers[name])
 
     def files(self) -> list[str]:
-        """Raw chunk files of the tokens, in the order of their rows; empty for stores that must be decoded."""
+        """The raw chunk files of the tokens, in the order of their rows; empty for stores that must be decoded."""
         reader, chunk_rows = next(iter(self.readers.values())), self.tokens.chunks[0]
         if not isinstance(reader, FileRows):
             return []
         chunks = np.unique(self.starts(1) // chunk_rows).tolist()
-        return list(dict.fromkeys(str(reader.path(chunk)) for chunk in chunks))  # a shard holds several
+        return list(dict.fromkeys(str(reader.path(chunk)) for chunk in chunks))  # a shard holds several chunks
 
 
 def epoch_batches(window: Window, access: Access) -> int:
-    """Batches that see about all of the window: the first touch of a mapped page costs a fault, later ones none."""
+    """Number of batches that touch about the whole window, as the first touch of a mapped page costs a fault."""
     return -(-window.stop // (access.samples * access.frames))
 
 
 def memory_limit(window: Window, access: Access, batches: int) -> Callable[[], float]:
-    """A job: random float16 rows by one ``torch.index_select`` into reused buffers, as many as the window's."""
+    """A job whose rate is the memory's limit: ``torch.index_select`` of random float16 rows into reused buffers."""
     rows = torch.ones((window.stop, *window.tokens.shape[1:]), dtype=torch.float16)  # ones: zeros stay unmapped
     count = access.samples * access.frames
     ring = [torch.zeros((count, *rows.shape[1:]), dtype=torch.float16) for _ in range(RING)]
@@ -141,7 +141,7 @@ def memory_limit(window: Window, access: Access, batches: int) -> Callable[[], f
 
 
 def bare_read(window: Window, access: Access, batches: int) -> Callable[[], float]:
-    """A job: the stream's reader alone, into reused buffers, nothing ahead."""
+    """A job that runs the stream's reader alone, into reused buffers, without reading ahead."""
     ring = [window.buffers(access) for _ in range(RING)]
 
     def read(draws: list[Starts]) -> int:
@@ -166,7 +166,7 @@ def whole_stream(
     residence: Residence,
     threads: int | None = None,
 ) -> Callable[[], float]:
-    """A job: batches as a trainer gets them, ready for use on the device."""
+    """A job that takes batches from the stream as a trainer does, ready for use on the device."""
     stream = FeatureStream(
         window.split,
         window.tap,
@@ -187,11 +187,11 @@ def whole_stream(
         return batches * access.samples * access.frames * window.frame_bytes
 
     def job() -> float:
-        for _ in islice(iterator, RING):  # what was read ahead while other jobs ran
+        for _ in islice(iterator, RING):  # skip batches that were read ahead during other jobs
             pass
         achieved = timed(work, device)
         time.sleep(2 * RING * access.samples * access.frames * window.frame_bytes / achieved)
-        return achieved  # and the thread, having read ahead again, leaves the next job alone
+        return achieved  # by now the thread has read ahead again, and does not disturb the next job
 
     return job
 
@@ -208,9 +208,9 @@ def measure_stream(
 ) -> list[Rate]:
     """Rates of the bare read and of the whole stream on random clips and frames, and of the disk behind them.
 
-    Reads on one core, as the stream's thread does. ``cold`` drops the store's pages from the page cache (the
-    files are not touched); it is left out where the system cannot (macOS, or another process has them mapped) and
-    for stores that must be decoded.
+    It reads on one core, like the stream's thread. ``cold`` drops the store's pages from the page cache (without
+    changing the files); cold rates are left out if the system cannot do that (macOS, or another process maps the
+    files), and for stores that must be decoded.
     """
     with limited():
         results = measure_warm(split, tap, torch.device(device), residence, rounds, batches)
@@ -222,7 +222,7 @@ def measure_stream(
 def measure_warm(
     split: Split, tap: str, device: torch.device, residence: Residence, rounds: int, batches: int
 ) -> list[Rate]:
-    """Random clips and frames from files that the page cache holds, beside copying them in memory."""
+    """Rates of random clips and frames from files in the page cache, beside copying them in memory."""
     window = Window(split, tap)
     results = []
     for access in ACCESSES:
@@ -250,7 +250,7 @@ def drop_cache(files: list[str]) -> None:
 
 
 def still_cached(files: list[str]) -> bool:
-    """Whether the page cache holds more of the files than a few pages."""
+    """Whether the page cache still holds more than a few pages of the files."""
     shares = []
     for file in files:
         size = os.path.getsize(file)
@@ -260,7 +260,7 @@ def still_cached(files: list[str]) -> bool:
 
 
 def sequential_read(files: list[str]) -> int:
-    """Read files from end to end, one after the other; bytes read."""
+    """Read files from end to end, one after the other; return the number of bytes."""
     buffer, total = memoryview(bytearray(8 << 20)), 0
     for file in files:
         with open(file, "rb", buffering=0) as handle:
@@ -270,9 +270,9 @@ def sequential_read(files: list[str]) -> int:
 
 
 def measure_cold(split: Split, tap: str, rounds: int) -> list[Rate]:
-    """Random frames and whole videos from files that the page cache does not hold, beside reading them in order.
+    """Rates of random frames and whole videos from files outside the page cache, beside reading them in order.
 
-    Empty where that cannot be had: another process has them mapped, or they are not on a disk.
+    Empty if the cache keeps the files: another process maps them, or they are not on a disk.
     """
     window = Window(split, tap)
     files = window.files()
@@ -303,7 +303,7 @@ def measure_cold(split: Split, tap: str, rounds: int) -> list[Rate]:
         ) -> float:
             chosen = np.sort(np.random.default_rng().choice(starts, count, replace=False))
             drop_cache(files)
-            fresh = Window(split, tap)  # maps keep their pages in the cache
+            fresh = Window(split, tap)  # existing maps keep their pages in the cache
 
             def work() -> int:
                 fresh.read(chosen, buffers)

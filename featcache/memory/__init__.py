@@ -1,1 +1,1 @@
-"""Addresses and copies: host memory, the kernel's advice, threads that move bytes. Knows no store."""
+"""Host memory: buffers, advice to the kernel, and threads that copy. Knows nothing of stores."""

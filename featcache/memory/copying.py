@@ -1,4 +1,4 @@
-"""Copies of runs of rows into a batch's buffer, shared among threads."""
+"""Copies runs of rows into a batch's buffer, on several threads."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from functools import partial
 
 from featcache.memory import kernels
 
-Piece = tuple[int, int, int]  # target and source address, and bytes
+Piece = tuple[int, int, int]  # target address, source address, number of bytes
 
-CHECK = 16  # copies between two looks at what the caller wants looked at
+CHECK = 16  # copies between two calls of ``between``
 
 
 class Copier:
@@ -25,7 +25,7 @@ class Copier:
         self._threads = threads
 
     def __call__(self, pieces: Sequence[Piece], between: Callable[[Sequence[Piece]], None] = lambda _: None) -> None:
-        """Copy all pieces. ``between(rest)`` is called every few copies with those that are left to this thread."""
+        """Copy all pieces. ``between(rest)`` is called every ``CHECK`` copies with the pieces left to this thread."""
         past_caches = sum(size for *_, size in pieces) >= kernels.PAST_CACHES
         copy = partial(_copy, kernels.copy() if past_caches else ctypes.memmove)
         mine, *others = (pieces[part :: self._threads] for part in range(self._threads))
@@ -38,7 +38,7 @@ class Copier:
 
 
 def _copy(lines: Callable[[int, int, int], object], pieces: Sequence[Piece]) -> None:
-    """By ``lines`` what consists of whole ones. Both copy without the GIL, and take half the call of Tensor.copy_."""
+    """Copy pieces, those of whole lines by ``lines``. Both ways release the GIL, at half the cost of Tensor.copy_."""
     for target, source, size in pieces:
         copy = ctypes.memmove if (target | size) % kernels.LINE else lines
         copy(target, source, size)

@@ -1,10 +1,10 @@
-"""Two loops over host memory whose stores go past the processor's caches.
+"""Two loops over host memory whose stores bypass the processor's caches.
 
-An ordinary store first fetches the line that it is about to overwrite: a third of a copy's traffic, for nothing where
-the target is larger than the caches, as batches are. Non-temporal stores do without. libc has them, but only for single
-copies of tens of megabytes, and a clip has two; torch has none. So the loops are written here, in LLVM's assembly, and
-compiled on first use for the processor at hand (some 50 ms) by llvmlite, the extra ``slotlab[fast]``. Without it libc's
-copy and torch's own operations do the same work.
+An ordinary store first fetches the line that it overwrites: a third of a copy's traffic, wasted if the target is larger
+than the caches, as batches are. Non-temporal stores avoid that. libc uses them only for single copies of tens of
+megabytes, while a clip has two; torch does not have them. So the loops are written here, in LLVM's assembly. llvmlite,
+the extra ``slotlab[fast]``, compiles them on first use for the present processor (about 50 ms). Without it libc's copy
+and torch's own operations do the same work.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
-LINE = 64  # bytes that a step of a loop writes; targets and sizes are multiples of it
-PAST_CACHES = 16 << 20  # bytes; larger copies have left the caches before they are used
+LINE = 64  # bytes that one step of a loop writes; targets and sizes are multiples of it
+PAST_CACHES = 16 << 20  # bytes; larger copies leave the caches before they are used
 
 COPY = """
 define void @copy(ptr %target, ptr %source, i64 %size) {
@@ -76,15 +76,19 @@ end:
 
 @cache
 def copy() -> Callable[[int, int, int], object]:
-    """A function of target and source address and size in bytes; target and size are multiples of ``LINE``, not 0."""
+    """The copy loop, compiled, or libc's copy: a function of target address, source address and size in bytes.
+
+    Target and size are multiples of ``LINE``, and not 0.
+    """
     return _compiled("copy", COPY, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t) or ctypes.memmove
 
 
 @cache
 def dequantise() -> Callable[[int, int, int, int, int], None] | None:
-    """A function of the addresses of float32 values (R, D) to write, int8 codes (R, D), float32 scales (R,), R and D.
+    """The dequantising loop, compiled: a function of the addresses of values, codes and scales, and of R and D.
 
-    The values' address is a multiple of ``LINE``, D one of 16, and neither R nor D is 0. None without llvmlite.
+    It writes float32 values (R, D) from int8 codes (R, D) and float32 scales (R,). The values' address is a multiple of
+    ``LINE``, D a multiple of 16, and neither R nor D is 0. None without llvmlite.
     """
     addresses = (ctypes.c_void_p,) * 3
     return _compiled("dequantise", DEQUANTISE, *addresses, ctypes.c_size_t, ctypes.c_size_t)
@@ -97,11 +101,11 @@ def _compiled(name: str, assembly: str, *arguments: Any) -> Callable[..., None] 
         return None
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    # The features, too: a virtual machine may lack what its processor's name promises.
+    # Pass the features, too: a virtual machine may lack some that its processor's name implies.
     host = {"cpu": llvm.get_host_cpu_name(), "features": llvm.get_host_cpu_features().flatten()}
     machine = llvm.Target.from_default_triple().create_target_machine(**host, opt=3)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(assembly), machine)
     engine.finalize_object()
     function: Any = ctypes.CFUNCTYPE(None, *arguments)(engine.get_function_address(name))
-    function.engine = engine  # the code lives as long
+    function.engine = engine  # keeps the code alive
     return cast(Callable[..., None], function)

@@ -1,7 +1,7 @@
-"""What the kernel is asked about memory: huge pages for buffers, and which pages of a mapped file it holds.
+"""Requests to the kernel about memory: huge pages for buffers, and the cached pages of a mapped file.
 
-Addresses are bare integers, as ``Tensor.data_ptr`` gives them. Where the system has no such call (the advice is
-Linux's), everything still works, without what the advice would have gained.
+Addresses are integers, as from ``Tensor.data_ptr``. On systems without a call (the advice is Linux's) everything still
+works, only slower.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 HUGE = 2 << 20  # bytes of a huge page on x86-64 and, mostly, on arm64
-ADVICE = 128 << 10  # bytes asked for in one call: Linux cuts it down to a device's readahead, by default this
-POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14; older kernels refuse it, and pages come in one by one
+ADVICE = 128 << 10  # bytes in one call; Linux limits it to a device's readahead, which is this by default
+POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14; older kernels refuse it, and pages are mapped one by one
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -25,23 +25,23 @@ _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
 
 
 def host_empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor in host memory, in huge pages where it is large enough and the system has them.
+    """An uninitialised tensor in host memory, in huge pages if it is large enough and the system has them.
 
-    Copying between 4 KiB pages waits for address translation: huge pages on the target's side gain about a
-    tenth, on both sides a third.
+    A copy between 4 KiB pages waits for address translation: huge pages for the target gain about a tenth, for both
+    sides a third.
     """
     size = torch.Size(shape).numel() * dtype.itemsize
     if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype)
     memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
-    held = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the memory
+    held = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the memory alive
     start = -held.data_ptr() % HUGE
     return held[start : start + size].view(dtype).view(shape)
 
 
 def cached_share(address: int, size: int) -> float:
-    """Share of a mapped file's pages that the page cache holds; 1 where the file is another user's (Linux hides it)."""
+    """Share of a mapped file's pages in the page cache; 1 if the file is another user's (Linux hides it)."""
     pages = ctypes.create_string_buffer(-(-size // mmap.PAGESIZE))
     if _libc.mincore(address, size, pages):
         return 0.0
@@ -49,12 +49,12 @@ def cached_share(address: int, size: int) -> float:
 
 
 def populate(address: int, size: int) -> None:
-    """Enter pages of a map that the page cache holds into the page table at once, instead of fault by fault."""
+    """Map the cached pages of a mapped file into the page table at once, instead of fault by fault."""
     _libc.madvise(address, size, POPULATE_READ)
 
 
 def read_ahead(spans: Iterable[tuple[int, int]]) -> None:
-    """Start reading from the disk what the page cache does not hold of the mapped (address, size) spans."""
+    """Start reading those parts of the mapped (address, size) spans that the page cache lacks from the disk."""
     for address, size in spans:
         page = address - address % mmap.PAGESIZE
         for part in range(page, address + size, ADVICE):
@@ -62,6 +62,6 @@ def read_ahead(spans: Iterable[tuple[int, int]]) -> None:
 
 
 def disk_reads() -> int:
-    """Grows whenever the calling thread reads from a disk (for the whole process where that is all there is)."""
+    """A count that grows when the calling thread reads from a disk (the whole process on some systems)."""
     usage = resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF))
     return usage.ru_majflt + usage.ru_inblock

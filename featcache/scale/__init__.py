@@ -1,1 +1,1 @@
-"""From moments to the scale report."""
+"""The scale of features: reports from moments, and moments computed again."""

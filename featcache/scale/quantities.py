@@ -1,4 +1,4 @@
-"""The scale report: how large a store's features are, and where their variance lies."""
+"""The quantities of a scale report: the size of a store's features, and the places of their variance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from featcache.moments import Float, Moments
 
 # The norms of artefact ("register") tokens form a second mode far above the first (Darcet et al.
-# 2024, fig. 3). Their cut at 150 is for one model; twice the median is the same idea without a scale.
+# 2024, fig. 3). Their cut at 150 fits one model; twice the median does the same at any scale.
 OUTLIER_RATIO = 2.0
 
 
@@ -52,7 +52,7 @@ class FrameVariance:
 
 @dataclass(frozen=True)
 class Curves:
-    """What a plot draws; left out of ``as_dict``."""
+    """Data for plots; not part of ``as_dict``."""
 
     channel_std: Float  # (D,)
     eigenvalues: Float  # (D,) of the covariance, largest first
@@ -62,7 +62,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class ScaleReport:
-    """How large a store's features are and where their variance lies. Population statistics throughout."""
+    """The scale of one tap's features and the places of their variance, as population statistics."""
 
     frames: int
     patches: int
@@ -75,7 +75,7 @@ class ScaleReport:
     channel_std: ChannelStd
     variance_share: VarianceShare
     effective_rank: float  # exp of the entropy of the covariance's spectrum (Roy & Vetterli 2007), 1 to D
-    mean_predictor_mse: float  # MSE of always predicting each channel's mean: what a decoder must beat
+    mean_predictor_mse: float  # MSE of predicting each channel's mean, which a decoder must beat
     frame_variance: FrameVariance
     curves: Curves = field(repr=False, compare=False)
 
@@ -97,7 +97,7 @@ def scale_report(moments: Moments) -> ScaleReport:
     std = np.sqrt(variance)
     ranked = np.sort(variance)[::-1]
     total = float(variance.sum())
-    # Rounding leaves eigenvalues slightly below zero where the rank is not full.
+    # If the rank is not full, rounding leaves eigenvalues slightly below zero.
     eigenvalues = np.linalg.eigvalsh(moments.covariance)[::-1].clip(min=0)
     mean = float(moments.mean.mean())
     median = moments.norm_quantile(0.5)
@@ -125,7 +125,7 @@ def scale_report(moments: Moments) -> ScaleReport:
 
 
 def effective_rank(eigenvalues: Float) -> float:
-    """exp of the Shannon entropy of the normalised spectrum (Roy & Vetterli 2007); 0 for constant data."""
+    """Effective rank: exp of the entropy of the normalised spectrum (Roy & Vetterli 2007); 0 for constant data."""
     positive = eigenvalues[eigenvalues > 0]
     if len(positive) == 0:
         return 0.0

@@ -1,7 +1,7 @@
-"""Moments of a stored array, reduced block by block with dask.
+"""Computes moments of stored arrays block by block with dask.
 
-For statistics of a store whose own are missing or doubted: a tree of merges over the array's chunks or videos,
-in bounded memory, here or on dask workers, equal to what the extraction gathered up to rounding.
+It replaces statistics of a store that are missing or in doubt, by a tree of merges over the arrays' chunks or videos,
+in bounded memory, here or on dask workers. The result equals the statistics of the extraction up to rounding.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from featcache.words import Dtype
 if TYPE_CHECKING:
     from distributed import Client
 
-# How many moments one task merges. Dask runs the tree depth first, so that few wait in memory.
+# Number of moments that one task merges. Dask runs the tree depth first, so few of them wait in memory.
 FAN_IN = 8
 
-# One block is read while another is reduced; torch already spreads the reduction over the cores.
+# One worker reads a block while another reduces one; torch already spreads the reduction over the cores.
 WORKERS = 2
 
 Source: TypeAlias = da.Array | zarr.Array[Any] | str | Path
@@ -44,13 +44,14 @@ def reduce_moments(
     workers: int = WORKERS,
     client: Client | None = None,
 ) -> Moments:
-    """Moments of features (F, N, D), an array of dask or zarr or the path of a zarr one; or of all the arrays of the
-    stored form ``dtype``, by their folders.
+    """Moments of stored features (F, N, D).
 
-    ``valid`` (F,) selects the real frames; blocks without any are never read. ``blocks`` gives the rows of each block,
-    else those are the array's chunks: motion is counted within a block. Holds about ``workers`` blocks in float64, or
-    runs on a dask client's workers, with the same result. Raises ``DataError`` where no array can be read and for
-    non-finite values, whose row and patch it names; ``ValueError`` for shapes and types that do not fit each other.
+    ``features`` is a dask or zarr array or the path of a zarr array; or, for a stored form ``dtype`` of several arrays,
+    a mapping of all its arrays by folder. ``valid`` (F,) bool selects the real frames; blocks without any are never
+    read. ``blocks`` gives the number of rows of each block, by default the array's chunks; motion is counted within a
+    block. The computation holds about ``workers`` blocks in float64, or runs on the workers of a dask ``client``, with
+    the same result. Raises ``DataError`` for arrays that cannot be read, and for non-finite values, with row and patch;
+    ``ValueError`` for shapes and types that do not fit.
     """
     arrays = dict(features) if isinstance(features, Mapping) else {FEATURES: features}
     wanted = {array.folder: array for array in ENCODINGS[dtype].arrays}
@@ -89,9 +90,9 @@ def reduce_moments(
 
 
 def recomputed_statistics(split: Split, tap: str, client: Client | None = None) -> Moments:
-    """Moments of a split's real frames from the stored features themselves, video by video.
+    """Moments of a split's real frames, computed from the stored features video by video.
 
-    With a dask ``client``, its workers read them; they must see the store under the same path.
+    With a dask ``client`` its workers read the features; they must see the store under the same path.
     """
     valid = np.zeros(split.spec.rows, np.bool_)
     valid[split.valid_rows()] = True
@@ -107,7 +108,7 @@ def _reduce_block(
     start: int,
     name: str,
 ) -> Moments:
-    """Moments of the ``chosen`` rows of the arrays, of which ``block`` holds those from ``start``."""
+    """Moments of the ``chosen`` rows of the arrays; ``block`` holds consecutive rows from row ``start``."""
     local = torch.from_numpy(chosen - start)
     stored = {folder: torch.from_numpy(np.ascontiguousarray(values))[local] for folder, values in block.items()}
     tokens = ENCODINGS[dtype].decode(stored)  # (F', N, D)

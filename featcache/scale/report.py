@@ -1,4 +1,4 @@
-"""The scale report of stores, and the rows of a table that has them side by side."""
+"""Scale reports of stores, and the rows of a table that compares them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StoreReport:
-    """The scale report of one tap of one store, and where it comes from."""
+    """The scale report of one tap of a store, with its origin."""
 
     path: str
     split: str
@@ -35,11 +35,11 @@ class StoreReport:
 def store_reports(
     path: str | Path, split: str | None = None, recompute: bool = False, client: Client | None = None
 ) -> list[StoreReport]:
-    """The report of every tap of a store: of ``split``, else of ``train``, else of the first there is.
+    """The report of every tap of a store, on ``split``, or else ``train``, or else the first split.
 
-    ``recompute`` reduces the stored features again, block by block with dask (on the workers of ``client``, which
-    must see the store under the same path), instead of reading what the extraction gathered. Raises ``DataError``
-    for a store that is missing, unfinished or damaged.
+    ``recompute`` computes the statistics again from the stored features with dask (on the workers of ``client``, which
+    must see the store under the same path), instead of reading those of the extraction. Raises ``DataError`` for a
+    store that is missing, unfinished or damaged.
     """
     store = FeatureStore.open(path)
     part = store.split(split).require_complete()
@@ -76,7 +76,7 @@ ROWS = (
     Row("patches by channels", lambda r: f"{r.patches} by {r.dim}"),
     Row("mean", lambda r: _number(r.mean)),
     Row("std", lambda r: _number(r.std), "the scale a loss sees: an MSE grows with its square"),
-    Row("largest |value|", lambda r: _number(r.abs_max), "float16 ends at 65504, int8 steps widen with it"),
+    Row("largest |value|", lambda r: _number(r.abs_max), "float16 ends at 65504; int8 steps grow with it"),
     Row("token norm p1", lambda r: _number(r.token_norm.p1)),
     Row("token norm p50", lambda r: _number(r.token_norm.p50)),
     Row("token norm p99", lambda r: _number(r.token_norm.p99)),
@@ -84,14 +84,14 @@ ROWS = (
     Row(
         "outlier tokens",
         lambda r: _percent(r.outlier_tokens),
-        f"norm above {OUTLIER_RATIO:g} times the median: artefacts that draw a slot to themselves",
+        f"norm above {OUTLIER_RATIO:g} times the median: artefacts that attract a slot",
     ),
     Row("channel std min", lambda r: _number(r.channel_std.min)),
     Row("channel std p50", lambda r: _number(r.channel_std.p50)),
     Row(
         "channel std max",
         lambda r: _number(r.channel_std.max),
-        "far above p50: that channel rules the loss",
+        "far above p50: that channel dominates the loss",
     ),
     Row("variance in top channel", lambda r: _percent(r.variance_share.top1)),
     Row(
@@ -102,17 +102,17 @@ ROWS = (
     Row(
         "effective rank",
         lambda r: f"{r.effective_rank:.0f} of {r.dim}",
-        "directions in use; far below the channels: whiten",
+        "number of directions in use; far below the channels: whiten",
     ),
     Row(
         "mean predictor's MSE",
         lambda r: _number(r.mean_predictor_mse),
-        "a decoder on raw features that is not below this has learnt nothing",
+        "a decoder of raw features must get below this to have learnt anything",
     ),
     Row("variance between frames", lambda r: _percent(r.frame_variance.between)),
     Row(
         "variance within frames",
         lambda r: _percent(r.frame_variance.within),
-        "the part that can tell objects of one frame apart",
+        "the part that can distinguish objects within a frame",
     ),
 )

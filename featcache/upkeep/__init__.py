@@ -1,1 +1,1 @@
-"""From store to store: verify, repair, convert."""
+"""Upkeep of stores: verify, repair, convert."""

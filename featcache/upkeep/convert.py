@@ -1,8 +1,8 @@
-"""Copies of a store in another dtype, with fewer taps, or in another layout: raw, sharded, HDF5.
+"""Copies a store in another dtype, with fewer taps, or in another layout: raw, sharded, HDF5.
 
-Videos pass one at a time, each checked against its checksum on the way, so that no damage is copied and given
-a fresh one. Statistics are those of the values as the copy stores them. A copy into a zarr store that was cut
-short goes on where it stopped; an HDF5 file appears when it is whole.
+Videos are copied one at a time, and each is checked against its checksums first, so that a copy never gives damage a
+valid checksum. The copy's statistics are those of its own stored values. An interrupted copy into a zarr store resumes
+where it stopped; an HDF5 file appears only when it is complete.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What the copy is; what is left out stays as it is."""
+    """Options of a copy; by default it keeps everything unchanged."""
 
     dtype: Dtype | None = None
     taps: tuple[str, ...] = ()
     splits: tuple[str, ...] = ()
-    shard_videos: int = 0  # videos that share a file of a zarr store; 0 gives each its own
+    shard_videos: int = 0  # videos that share a file of a zarr store; 0: no shards
 
     def __post_init__(self) -> None:
         if self.shard_videos < 0:
@@ -51,25 +51,25 @@ class ConvertOptions:
 
 
 class OriginSplit(Protocol):
-    """Videos to copy, by position."""
+    """A split whose videos are copied."""
 
     @property
     def spec(self) -> SplitSpec:
         """``DataError`` for a split that is unfinished."""
 
     def read(self, video: int, names: list[str]) -> tuple[Row, Arrays]:
-        """Manifest row and stored rows of the arrays named. ``DataError`` if they are damaged."""
+        """A video's manifest row, and its stored rows of the named arrays. ``DataError`` if they are damaged."""
 
 
 class Origin(Protocol):
-    """Where a copy comes from."""
+    """The origin of a copy."""
 
     path: Path
     spec: StoreSpec
 
     @property
     def splits(self) -> Mapping[str, OriginSplit]:
-        """By name."""
+        """The splits by name."""
 
 
 class _StoreSplit:
@@ -110,7 +110,7 @@ class _StoreOrigin:
 
 @contextmanager
 def open_origin(path: Path) -> Iterator[Origin]:
-    """A store, or an HDF5 file of the layout in `featcache.upkeep.hdf5_copy`."""
+    """Open a store, or an HDF5 file with the layout of :mod:`featcache.upkeep.hdf5_copy`, as the origin of a copy."""
     if path.is_file():
         with Hdf5Origin.open(path) as origin:
             yield origin
@@ -127,11 +127,11 @@ def convert(
 ) -> None:
     """Copy the store or HDF5 file at ``path`` to ``out``.
 
-    Raises ``DataError`` where the origin is unfinished or damaged, or the disk is full; ``UsageError`` for
-    splits or taps that it does not have, ``IncompatibleError`` where ``out`` holds other features.
+    Raises ``DataError`` if the origin is unfinished or damaged, or the disk is full; ``UsageError`` for splits or taps
+    that it lacks, ``IncompatibleError`` if ``out`` holds other features.
     """
     if path.resolve() == out.resolve():
-        raise UsageError(f"{out}: is what would be read; choose another OUT")
+        raise UsageError(f"{out}: is the store or file to copy; choose another OUT")
     if form == "hdf5" and options.shard_videos:
         raise UsageError("--shard-videos: an HDF5 file has no shards; leave it out")
     with open_origin(path) as origin:
@@ -146,7 +146,7 @@ def convert(
 
 
 class _Target:
-    """A split of either kind of writer; only a zarr store may hold some of the videos already."""
+    """A split of either writer; only a zarr store may already hold some of the videos."""
 
     def __init__(self, writer: Hdf5Writer | StoreWriter, name: str, spec: SplitSpec) -> None:
         self.split = writer.split(name, spec)
@@ -182,20 +182,20 @@ def _copy_split(origin: Origin, name: str, target: _Target, spec: StoreSpec, pro
 
 
 def _recode(arrays: Arrays, tap: str, present: Dtype, spec: StoreSpec) -> torch.Tensor:
-    """Replace a tap's arrays by those of another dtype; gives its tokens (T, N, D) as a reader will see them."""
+    """Replace a tap's arrays by those of another dtype; return its tokens (T, N, D) as a reader will see them."""
     origin, target = ENCODINGS[present], ENCODINGS[spec.dtype]
     stored = {array: arrays.pop(array.path(tap)) for array in origin.arrays}
     tokens = origin.decode({array.folder: torch.from_numpy(values) for array, values in stored.items()})
     if origin is target and all(values.dtype == array.dtype for array, values in stored.items()):
         arrays |= {array.path(tap): values for array, values in stored.items()}
-        return tokens  # bit for bit; a file by other code may hold other floats
+        return tokens  # unchanged bits; a file by other code may hold other floats
     encoded = target.encode(tokens)
     arrays |= {array.path(tap): encoded[array.folder].numpy() for array in target.arrays}
     return target.decode(encoded)
 
 
 def copied_spec(origin: Origin, options: ConvertOptions) -> StoreSpec:
-    """What a copy's features are: the origin's provenance, and what the copy changes."""
+    """The specification of a copy: the origin's provenance with the changes of the copy."""
     present = origin.spec
     taps = _chosen("tap", options.taps, present.taps, origin.path)
     dtype = options.dtype or present.dtype
@@ -218,5 +218,5 @@ def _chosen(what: str, asked: Sequence[str], known: Mapping[str, Any], path: Pat
 
 
 def _shard_chunks(spec: SplitSpec, options: ConvertOptions) -> int:
-    """Chunks a shard, such that it holds that many of the longest videos."""
+    """Number of chunks in a shard, so that it holds ``shard_videos`` of the longest videos; 0 for no shards."""
     return options.shard_videos * -(-max(spec.lengths) // spec.chunk_frames)

@@ -1,20 +1,20 @@
-"""Feature stores as one HDF5 file, which is what most object-centric code reads.
+"""Feature stores as one HDF5 file, the format that most object-centric code reads.
 
-Layout, one group a split (a file without such groups is one split, called train)::
+The layout has one group per split (a file without such groups is one split, called train)::
 
-    features/<tap>     (frame, patch, feature) float16; of other stored forms, all their arrays, such as
+    features/<tap>     (frame, patch, feature) float16; other stored forms have all their arrays, such as
     scales/<tap>       (frame, patch) float16 beside int8 features
     video              (frame, y, x, rgb) uint8
     segmentations      (frame, y, x) uint8, where the source had masks
     video_offsets      (video + 1,) int64: the frames of video v are rows [offset v, offset v + 1)
     video_ids          (video,) text
-    instances          (video,) text: JSON, one object an instance
+    instances          (video,) text: JSON, one object per instance
     checksums/<array>  (video,) uint32: CRC32C of each video's rows of that array
     statistics/<tap>/<name>   the moments, as in the zarr store
 
-The attribute ``featcache`` (JSON) of the file and of each group keeps the provenance. Frames of all videos lie
-end to end without padding; features are contiguous, so that they can be mapped. A file by other code needs
-``features/<tap>``, ``video`` and ``video_offsets`` alone.
+The attribute ``featcache`` (JSON) of the file and of each group keeps the provenance. Frames of all videos follow
+each other without padding; features are contiguous, so that they can be mapped. A file by other code only needs
+``features/<tap>``, ``video`` and ``video_offsets``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Hdf5Writer:
-    """Writes a file under another name, and gives it its own when it is whole. Use `create`."""
+    """Writes a file under a temporary name, and renames it when it is complete. ``create`` makes one."""
 
     def __init__(self, file: Any, spec: StoreSpec) -> None:
         self._file = file
@@ -58,7 +58,7 @@ class Hdf5Writer:
     @classmethod
     @contextmanager
     def create(cls, path: Path, spec: StoreSpec) -> Iterator[Hdf5Writer]:
-        """Writer of a new file. ``UsageError`` where one exists, ``DataError`` when the disk is full."""
+        """The writer of a new file. ``UsageError`` if the file exists, ``DataError`` if the disk is full."""
         if path.exists():
             raise UsageError(f"{path}: exists already; delete it or choose another OUT")
         make_directory(path.absolute().parent)
@@ -84,11 +84,11 @@ class Hdf5Writer:
 
 
 class Hdf5SplitWriter:
-    """One group of the file. Videos come in order."""
+    """Writes one group of the file, video by video in order."""
 
     def __init__(self, group: Any, store: StoreSpec, split: SplitSpec) -> None:
         self._group = group
-        # The lengths are in the offsets, and would not fit an attribute for long data sets.
+        # The offsets hold the lengths, which would not fit an attribute for large data sets.
         group.attrs[ATTRIBUTE] = json.dumps({**asdict(split), "lengths": (), "shard_chunks": 0, "statistics_videos": 0})
         self._offsets = np.concatenate([[0], np.cumsum(split.lengths)])
         group["video_offsets"] = self._offsets
@@ -106,7 +106,7 @@ class Hdf5SplitWriter:
             group.create_dataset(f"checksums/{layout.name}", (videos,), "uint32")
 
     def write_arrays(self, row: Row, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Add one video's rows of every array, encoded as they shall lie."""
+        """Add one video's rows of every array, already encoded."""
         rows = slice(int(self._offsets[row.video]), int(self._offsets[row.video + 1]))
         for name, values in arrays.items():
             self._group[name][rows] = values
@@ -121,7 +121,7 @@ class Hdf5SplitWriter:
 
 
 class Hdf5Origin:
-    """A file of the layout above, opened for reading."""
+    """A file with the layout above, open for reading."""
 
     def __init__(self, file: Any, path: Path) -> None:
         self._file = file
@@ -184,13 +184,13 @@ class _Hdf5Split:
         self.spec = SplitSpec.from_json({**known, "lengths": lengths.tolist()})
 
     def token_dtypes(self) -> dict[str, str]:
-        """Types of the arrays that hold the first tap's tokens, by their folders."""
+        """The dtypes of the arrays of the first tap's tokens, by folder."""
         tap = next(iter(self.taps))
         folders = {array.folder for encoding in ENCODINGS.values() for array in encoding.arrays}
         return {folder: str(self.group[folder][tap].dtype) for folder in folders if f"{folder}/{tap}" in self.group}
 
     def _check_pictures(self, frames: int) -> None:
-        """``DataError`` for frames and masks that are not as docs/store.md has them; masks may be of any integers."""
+        """Raise ``DataError`` unless frames and masks follow docs/store.md; masks may have any integer type."""
         shape, dtype = self.group["video"].shape, self.group["video"].dtype
         if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8:
             raise DataError(f"{self._where}: video is {dtype} {shape}; expected uint8 ({frames}, height, width, 3)")
@@ -199,7 +199,7 @@ class _Hdf5Split:
             raise DataError(f"{self._where}: segmentations are {found}; expected {shape[:3]}, like the video")
 
     def read(self, video: int, names: list[str]) -> tuple[Row, Arrays]:
-        """One video's rows of the arrays named, and its manifest row without checksums."""
+        """One video's manifest row without checksums, and its rows of the named arrays. ``DataError`` if damaged."""
         rows = slice(int(self._offsets[video]), int(self._offsets[video + 1]))
         arrays: Arrays = {}
         for name in names:

@@ -1,8 +1,8 @@
-"""Repairing a store: what its specifications and manifest tell is written again, what they do not is made again.
+"""Repairs a store: writes again what its specifications and manifest determine, and makes the rest again.
 
-Damaged videos lose their manifest rows, which makes the store an unfinished one, and are then extracted by the
-extractor itself, or copied again from where the store was exported. A repair that is killed therefore leaves a
-store that the next extraction, export or repair finishes.
+Damaged videos lose their manifest rows, which makes the store unfinished. The extractor then extracts them, or they are
+copied again from the store's origin, if it was exported. A repair that is killed therefore leaves a store that the next
+extraction, export or repair finishes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from featcache.upkeep.verify import Damage, extra_files, metadata_problem, open_
 
 @dataclass(frozen=True)
 class Means:
-    """What a repair may use; None is what the store itself names."""
+    """Inputs of a repair; None stands for what the store names."""
 
     data: str | Source | None = None
     weights: str | None = None
@@ -54,10 +54,10 @@ class Means:
 
 
 def repair(path: Path, means: Means | None = None, progress: Progress = lambda *_: None) -> list[Damage]:
-    """Mend a store and return what was damaged. Everything sound stays untouched.
+    """Repair a store and return its damage. Everything sound stays untouched.
 
-    Nothing is forgotten before it is sure that it can be made again. Raises ``DataError`` where the root
-    metadata, the source or the weights are gone, ``IncompatibleError`` where they are not the store's.
+    Nothing is deleted before a check that it can be made again. Raises ``DataError`` if the root metadata, the source
+    or the weights are gone, ``IncompatibleError`` if they are not the store's.
     """
     means = means or Means()
     found = verify(path)
@@ -67,7 +67,7 @@ def repair(path: Path, means: Means | None = None, progress: Progress = lambda *
     with StoreWriter(path, store.spec):
         for name in sorted({d.split for d in found if d.kind == "metadata"}):
             _restore_metadata(store, path / name, means)
-    # Metadata that was lost has hidden the rest of its split.
+    # Lost metadata had hidden the damage in the rest of its split.
     damage = {name: list(verify_split(store.spec, path / name)) for name in sorted({d.split for d in found})}
     found += [d for split in damage.values() for d in split if d not in found]
 
@@ -84,17 +84,17 @@ def repair(path: Path, means: Means | None = None, progress: Progress = lambda *
 
 
 def _must_be_made_again(folder: Path, damage: list[Damage]) -> bool:
-    """Whether a split that was complete has lost videos; those of another are for extract, which goes on with it."""
+    """Whether a complete split has lost videos; an unfinished split is left to ``slotlab extract``."""
     complete = read_split_spec(folder).statistics_videos > 0
     return complete and any(d.kind in ("chunk", "manifest") for d in damage)
 
 
 def _forget(store: StoreSpec, folder: Path, damage: list[Damage]) -> None:
-    """Take damaged videos out of the manifest, and files that do not belong out of the folder."""
+    """Remove damaged videos from the manifest, and foreign files from the folder."""
     spec = read_split_spec(folder)
     kinds = {d.kind for d in damage}
     if kinds - {"extra"}:
-        save_split_spec(folder, replace(spec, statistics_videos=0))  # before anything that it vouched for changes
+        save_split_spec(folder, replace(spec, statistics_videos=0))  # first: it marks the split complete
     if kinds & {"chunk", "manifest"}:
         bad = {d.video for d in damage}
         rows, _ = manifest.scan(folder)
@@ -104,13 +104,13 @@ def _forget(store: StoreSpec, folder: Path, damage: list[Damage]) -> None:
 
 
 def _finish(writer: StoreWriter, name: str) -> None:
-    """Write tables and statistics from the stored values, if every video is there."""
+    """Write tables and statistics from the stored values, if every video exists."""
     path, store = writer.path, writer.spec
     with closing(writer.split(name, read_split_spec(path / name))) as split:
         if len(split.done) < len(split.spec.lengths):
             return
         job = SplitJob(split.path.absolute(), name, store, split.spec, str(path), resize_frames=False)
-        # Merged as whoever made them did, so that the sums are rounded alike.
+        # Merge in the original order, so that sums are rounded alike.
         groups = [range(v, v + 1) for v in split.done] if store.exported_from else job.groups()
         statistics: dict[str, Moments] = {}
         for group in groups:
@@ -122,7 +122,7 @@ def _finish(writer: StoreWriter, name: str) -> None:
 
 
 def _prepare(store: FeatureStore, names: list[str], means: Means, progress: Progress) -> Callable[[], object]:
-    """What makes the videos that these splits lack, after checking that it would make the same ones."""
+    """A function that makes the missing videos of these splits, after a check that it makes the same ones."""
     if store.spec.exported_from:
         return _prepare_copy(store, names, means, progress)
     source, spec = means.source(store), store.spec
@@ -134,7 +134,7 @@ def _prepare(store: FeatureStore, names: list[str], means: Means, progress: Prog
     backbone = means.backbone or store_backbone(store, weights=means.weights, device=means.device)
     refuse_other_backbone(store, backbone)
     free = shutil.disk_usage(store.path).free
-    # Stored frames have the size that was settled then, whether or not it was asked for.
+    # Stored frames have the size of the first extraction, whether or not it was an option then.
     plan = ExtractPlan(store.path, spec, tuple(splits), free, resize_frames=True)
     return lambda: extract(plan, source, backbone, progress)
 
@@ -185,7 +185,7 @@ def _origin_path(store: FeatureStore, means: Means) -> Path:
 
 
 def _restore_metadata(store: FeatureStore, folder: Path, means: Means) -> None:
-    """Write again every zarr.json that does not say what the specifications do."""
+    """Write every zarr.json again that differs from the specifications."""
     try:
         spec = read_split_spec(folder)
     except DataError:
@@ -195,7 +195,7 @@ def _restore_metadata(store: FeatureStore, folder: Path, means: Means) -> None:
 
 
 def _rebuilt_spec(store: FeatureStore, folder: Path, means: Means) -> SplitSpec:
-    """A split's lost specification, from its arrays, its manifest and the source."""
+    """A split's lost specification, rebuilt from its arrays, its manifest and the source."""
     name, spec = folder.name, store.spec
     try:
         video = zarr.open_array(str(folder / "video"), mode="r")
@@ -225,7 +225,7 @@ def _rebuilt_spec(store: FeatureStore, folder: Path, means: Means) -> SplitSpec:
         chunk_frames=frames,
         frame_size=(video.shape[1], video.shape[2]),
         masks=(folder / "segmentations").is_dir(),
-        # Verification looks at the tables and statistics of a split that says it is complete.
+        # Verification checks tables and statistics only of a split that is marked complete.
         statistics_videos=len(lengths) if len(rows) == len(lengths) else 0,
         shard_chunks=video.shards[0] // frames if video.shards else 0,
     )

@@ -1,7 +1,7 @@
-"""Checking a store: everything that can be computed from its specifications and manifest, against the files.
+"""Verifies a store: compares its files with its specifications and manifest.
 
-Chunks are compared with the manifest's checksums, metadata and tables with what `featcache.store.layout` would write,
-and real features must be finite. One chunk is held at a time.
+Chunks must have the manifest's checksums, metadata and tables must match what ``featcache.store`` would write, and real
+features must be finite. One chunk is in memory at a time.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ Kind = Literal["chunk", "manifest", "metadata", "extra", "table", "statistics"]
 
 @dataclass(frozen=True)
 class Damage:
-    """Something that is not what the manifest and the specifications promise; of one video, or of a whole split."""
+    """A difference from the manifest and the specifications, in one video or in a whole split."""
 
     split: str
     video: int | None
@@ -58,21 +58,21 @@ class Damage:
 
 
 def verify(path: Path) -> list[Damage]:
-    """What is wrong with a store; an empty list says that every finished video is whole.
+    """The damage of a store; an empty list means that every finished video is sound.
 
-    Raises ``DataError`` when there is no store, or its root metadata, from which all else follows, is lost.
+    Raises ``DataError`` if there is no store, or if its root metadata, which everything else depends on, is lost.
     """
     store = open_root(path)
     return [damage for name in split_names(path) for damage in verify_split(store.spec, path / name)]
 
 
 def open_root(path: Path) -> FeatureStore:
-    """The store at ``path``; ``DataError`` says so if only its root metadata is lost."""
+    """The store at ``path``. ``DataError`` if it is missing, or, with a remedy, if its root metadata is lost."""
     try:
         return FeatureStore.open(path)
     except DataError as error:
         if path.exists():
-            refuse_foreign(path)  # names a root that is missing
+            refuse_foreign(path)  # raises for a missing root
         if any(path.glob(f"*/{manifest.NAME}")):
             raise DataError(
                 f"{path / METADATA}: damaged, and with it what the features are; "
@@ -82,12 +82,12 @@ def open_root(path: Path) -> FeatureStore:
 
 
 def split_names(path: Path) -> list[str]:
-    """Folders that are, or were, splits."""
+    """The names of folders that are, or were, splits."""
     return sorted({file.parent.name for name in (manifest.NAME, METADATA) for file in path.glob(f"*/{name}")})
 
 
 def verify_split(store: StoreSpec, folder: Path) -> Iterator[Damage]:
-    """What is wrong with the split in ``folder``."""
+    """The damage of the split in ``folder``."""
     split = folder.name
     try:
         spec = read_split_spec(folder)
@@ -96,7 +96,7 @@ def verify_split(store: StoreSpec, folder: Path) -> Iterator[Damage]:
             yield Damage(split, None, "", f"{split}/{METADATA} is missing or damaged", "metadata")
         return  # without it nothing else can be checked
     if not (folder / manifest.NAME).exists():
-        if spec.statistics_videos:  # else it was never finished being created
+        if spec.statistics_videos:  # otherwise its creation was never finished
             yield Damage(split, None, "", f"{split}/{manifest.NAME} is missing", "manifest")
         return
     yield from _metadata(store, spec, folder)
@@ -129,7 +129,7 @@ def verify_split(store: StoreSpec, folder: Path) -> Iterator[Damage]:
 
 
 def chunk_problems(folder: Path, spec: SplitSpec, layout: ArrayLayout, row: manifest.Row) -> Iterator[str]:
-    """What is wrong with one video's chunks of one array, each with its file."""
+    """Descriptions of damage in one video's chunks of one array, each with its file."""
     frames, length = spec.chunk_frames, row.frames
     for place, number in enumerate(chunk_numbers(spec, row.video)):
         file = chunk_path(folder / layout.name, number // max(1, spec.shard_chunks), layout.ndim)
@@ -138,7 +138,7 @@ def chunk_problems(folder: Path, spec: SplitSpec, layout: ArrayLayout, row: mani
         try:
             data = checked_chunk(folder, spec, layout, row, place)
             if layout.name in COMPRESSED and real == frames:
-                continue  # the checksum has said it all
+                continue  # a matching checksum is enough
             values = layout.decode(data, frames)
         except ValueError as error:
             yield f"{where} {error}"
@@ -150,7 +150,7 @@ def chunk_problems(folder: Path, spec: SplitSpec, layout: ArrayLayout, row: mani
 
 
 def checked_chunk(folder: Path, spec: SplitSpec, layout: ArrayLayout, row: manifest.Row, place: int) -> bytes:
-    """Encoded bytes of a video's ``place``-th chunk. ``ValueError`` says what is wrong with them."""
+    """The encoded bytes of a video's chunk number ``place``. ``ValueError`` describes damage."""
     data = read_chunk(folder / layout.name, spec, chunk_numbers(spec, row.video)[place], layout.ndim)
     if data is None:
         raise ValueError("is missing")
@@ -161,7 +161,7 @@ def checked_chunk(folder: Path, spec: SplitSpec, layout: ArrayLayout, row: manif
 
 
 def _non_finite(values: npt.NDArray[np.float16]) -> npt.NDArray[np.bool_]:
-    """As ``~isfinite``, several times faster for float16, which numpy computes by way of float32."""
+    """``~isfinite`` of float16 values, several times faster than numpy, which converts to float32."""
     exponent = np.uint16(0x7C00)
     return np.asarray((values.view(np.uint16) & exponent) == exponent)
 
@@ -178,13 +178,13 @@ def _contradiction(row: manifest.Row, spec: SplitSpec, layouts: list[ArrayLayout
 
 
 def extra_files(folder: Path, spec: SplitSpec, layouts: list[ArrayLayout]) -> Iterator[Path]:
-    """Files among the chunks that no metadata accounts for. Chunks of unfinished videos are no damage."""
+    """Files among the chunks that no metadata explains. Chunks of unfinished videos are not damage."""
     files = -(-spec.rows // (spec.chunk_frames * max(1, spec.shard_chunks)))
     for layout in layouts:
         array = folder / layout.name
         known = {chunk_path(array, number, layout.ndim).name for number in range(files)} | {METADATA}
         for file in sorted(array.iterdir()) if array.is_dir() else ():
-            if file.name not in known and file.suffix not in (TEMPORARY, ".partial"):  # the next writer sweeps those
+            if file.name not in known and file.suffix not in (TEMPORARY, ".partial"):  # the next writer deletes those
                 yield file
 
 
@@ -198,7 +198,7 @@ def _metadata(store: StoreSpec, spec: SplitSpec, folder: Path) -> Iterator[Damag
 
 
 def metadata_problem(file: Path, expected: bytes) -> str | None:
-    """How a zarr.json differs from the one that its specifications ask for; None if it says the same."""
+    """The difference of a zarr.json from the one by the specifications; None if they mean the same."""
     wanted = json.loads(expected)
     try:
         found = json.loads(file.read_bytes())
@@ -214,13 +214,13 @@ def metadata_problem(file: Path, expected: bytes) -> str | None:
 
 
 def _described(document: dict[str, Any]) -> dict[str, Any]:
-    # Through zarr, so that documents by other versions of it compare by their meaning.
+    # Parsed by zarr, so that documents by its other versions compare by meaning.
     return {k: v for k, v in ArrayV3Metadata.from_dict(document).to_dict().items() if k != "attributes"}
 
 
 def _array_problem(found: dict[str, Any], wanted: dict[str, Any]) -> str | None:
     rows, rest = found["shape"][0], tuple(found["shape"][1:])
-    # More rows are what growing leaves when it is cut short; they hold no finished video.
+    # An interrupted growth leaves more rows; they hold no finished video.
     if rows < wanted["shape"][0] or rest != tuple(wanted["shape"][1:]):
         return f"has shape {tuple(found['shape'])}, not {tuple(wanted['shape'])}"
     for key in sorted(set(found) | set(wanted)):
