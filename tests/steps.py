@@ -20,6 +20,7 @@ import itertools
 import json
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,8 +185,12 @@ def compiled(store: FeatureStore, preset: str, *overrides: str) -> tuple[str, in
 
 
 def sent_to_cuda(values: Tensor, device: torch.device | None) -> Tensor:
-    """In place of ``send``: what its branch for CUDA is to the compiler, which has no kernel to trace that pins."""
-    return values.pin_memory() if torch.compiler.is_compiling() else values
+    """In place of ``send``: what its branch for CUDA is to the compiler, which has no kernel to trace that pins.
+
+    The stream's thread draws the frames to read while this one compiles, and is not traced.
+    """
+    traced = torch.compiler.is_compiling() and threading.current_thread() is threading.main_thread()
+    return values.pin_memory() if traced else values
 
 
 def main() -> None:
