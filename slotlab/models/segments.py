@@ -1,0 +1,107 @@
+"""Training-free segments (TFS): the parts of a frame, from its patch tokens alone, without a number of parts.
+
+Tokens are whitened by the data set's statistics (:class:`~slotlab.models.normalise.Normaliser`, kind ``whiten``) and
+made unit vectors z. z' is the unit mean of a patch's 3 x 3 neighbours, each weighted by ``max(cosine, 0)``: that evens
+out noise and does not reach across edges. Two patches belong together by
+
+    affinity = (z.z + z'.z') / 2 - 0.6 * distance in patches / side of the grid
+
+and average linkage joins patches and groups of patches as long as their mean affinity is above 1 - cut. A model may
+start from these segments; by themselves they are the floor that a trained model has to pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import squareform
+from torch import Tensor
+
+from featcache.errors import DataError
+
+CUT = 0.6  # 1 - the least mean affinity of what is joined
+POSITION = 0.6  # affinity that a distance of the grid's whole side costs
+MOST = 64  # segments of a frame
+
+_VALUES_A_CHUNK = 2**22  # affinities held at once: 16 MB
+
+
+@torch.no_grad()
+def segments(
+    tokens: Float[Tensor, "T N D"], grid: tuple[int, int], cut: float = CUT, most: int = MOST
+) -> Int[Tensor, "T N"]:
+    """The segment of each patch, int64: 0 is the frame's largest, ties go to the one that begins first.
+
+    tokens of any float type, whitened (or learnt keys); N = rows * columns of the grid, row by row. Each frame is cut
+    by itself. A frame that falls into more than ``most`` segments is cut higher, so that it has at most as many.
+    ``DataError`` for NaN or infinity.
+    """
+    found = [_joined(1 - one, cut, most) for part in _affinities(tokens, grid) for one in part.double().cpu().numpy()]
+    labels = np.asarray(found, np.int64).reshape(tokens.shape[:2])
+    return torch.from_numpy(labels).to(tokens.device)
+
+
+@torch.no_grad()
+def affinity(tokens: Float[Tensor, "T N D"], grid: tuple[int, int]) -> Float[Tensor, "T N N"]:
+    """How well two patches belong together: likeness, up to 1, less a penalty for distance. float32."""
+    rows, columns = grid
+    with torch.autocast(tokens.device.type, enabled=False):
+        z = _unit(tokens.float())
+        smooth = _unit(_smoothed(z.unflatten(1, grid)).flatten(1, 2))
+        alike = torch.baddbmm(z @ z.mT, smooth, smooth.mT, beta=0.5, alpha=0.5)
+        places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()  # (N, 2)
+        side = (rows * columns) ** 0.5  # of the square grid with as many patches
+        return alike - (POSITION / side * torch.cdist(places, places)).to(alike.device)
+
+
+def _affinities(tokens: Tensor, grid: tuple[int, int]) -> Iterator[Tensor]:
+    """Affinities of a few frames at a time."""
+    if tokens.shape[1] != grid[0] * grid[1]:
+        raise ValueError(f"{tokens.shape[1]} tokens a frame do not lie on a grid of {grid[0]} x {grid[1]}")
+    if not bool(tokens.isfinite().all()):
+        raise DataError("tokens hold NaN or infinity, so they have no segments; check the store with slotlab verify")
+    for part in tokens.split(max(1, _VALUES_A_CHUNK // max(1, tokens.shape[1] ** 2))):
+        yield affinity(part, grid)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Unit vectors (..., D). Zero has no direction: all zeros get one and the same, so that they are alike."""
+    norm = x.norm(dim=-1, keepdim=True)
+    return torch.where(norm > 0, x / norm, x.shape[-1] ** -0.5)
+
+
+def _smoothed(z: Tensor) -> Tensor:
+    """Sums of the 3 x 3 neighbours of unit vectors (T, rows, columns, D), weighted by ``max(cosine, 0)``."""
+    rows, columns = z.shape[1:3]
+    around = F.pad(z, (0, 0, 1, 1, 1, 1))  # beyond the grid 0, which has no weight
+    total = torch.zeros_like(z)
+    for down in range(3):
+        for right in range(3):
+            neighbour = around[:, down : down + rows, right : right + columns]
+            total += (z * neighbour).sum(-1, keepdim=True).clamp_min(0) * neighbour
+    return total
+
+
+def _joined(distance: npt.NDArray[np.float64], cut: float, most: int) -> npt.NDArray[np.int64]:
+    """Groups (N,) by average linkage of distances (N, N), the largest first."""
+    count = len(distance)
+    if count == 1:
+        return np.zeros(1, np.int64)
+    tree = linkage(squareform(np.maximum(distance, 0), checks=False), "average")
+    if count > most:
+        cut = max(cut, tree[count - most - 1, 2])  # heights of the joints rise
+    return _largest_first(fcluster(tree, cut, "distance"))
+
+
+def _largest_first(labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    _, first, inverse, sizes = np.unique(labels, return_index=True, return_inverse=True, return_counts=True)
+    rank = np.empty(len(sizes), np.int64)
+    rank[np.lexsort((first, -sizes))] = np.arange(len(sizes))
+    return rank[inverse.reshape(-1)]
