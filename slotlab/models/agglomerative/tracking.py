@@ -36,6 +36,7 @@ class Tracks:
         self.absent = torch.full((slots,), 10**6)  # frames since each was seen
         self.past: deque[Seen] = deque(maxlen=FLOW_FRAMES)  # newest first
 
+    @torch.no_grad()
     def step(self, keys: Float[Tensor, "N S"], masks: Float[Tensor, "K N"]) -> Int[Tensor, " K"]:
         """Follow the slots of the next frame; return the order of them by which each is at its identity's place."""
         slots = F.normalize(masks @ keys, dim=-1)
