@@ -26,9 +26,11 @@ from torch import Tensor
 
 from featcache.errors import DataError
 
+SHRINKAGE = 0.1  # of the covariance that whitens the tokens
 CUT = 0.6  # 1 - the least mean affinity of what is joined
 POSITION = 0.6  # affinity that a distance of the grid's whole side costs
 MOST = 64  # segments of a frame
+TEMPERATURE = 0.05  # of soft masks
 
 _VALUES_A_CHUNK = 2**22  # affinities held at once: 16 MB
 
@@ -43,32 +45,72 @@ def segments(
     by itself. A frame that falls into more than ``most`` segments is cut higher, so that it has at most as many.
     ``DataError`` for NaN or infinity.
     """
-    found = [_joined(1 - one, cut, most) for part in _affinities(tokens, grid) for one in part.double().cpu().numpy()]
-    labels = np.asarray(found, np.int64).reshape(tokens.shape[:2])
-    return torch.from_numpy(labels).to(tokens.device)
+    found = [_labels(part, cut, most) for part in _affinities(tokens, grid)]
+    return torch.cat(found) if found else torch.zeros(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
+
+
+@torch.no_grad()
+def soft_segments(
+    tokens: Float[Tensor, "T N D"],
+    grid: tuple[int, int],
+    cut: float = CUT,
+    most: int = MOST,
+    temperature: float = TEMPERATURE,
+) -> Float[Tensor, "T K N"]:
+    """Masks of :func:`segments` that sum to one over a frame's segments; a frame with fewer has empty ones at the end.
+
+    A softmax over the segments of each patch's mean affinity to their patches. Upsampled, these find an edge between
+    two patches where labels would put it half way.
+    """
+    found = []
+    for part in _affinities(tokens, grid):
+        member = F.one_hot(_labels(part, cut, most)).float()  # (t, N, K)
+        size = member.sum(1, keepdim=True)  # (t, 1, K)
+        mean = (part @ member / size.clamp_min(1)).masked_fill(size == 0, -torch.inf)
+        found.append((mean / temperature).softmax(-1).mT)
+    count = max((len(one[0]) for one in found), default=1)
+    masks = [F.pad(one, (0, 0, 0, count - one.shape[1])) for one in found]
+    return torch.cat(masks) if masks else tokens.new_zeros((0, count, tokens.shape[1]), dtype=torch.float32)
 
 
 @torch.no_grad()
 def affinity(tokens: Float[Tensor, "T N D"], grid: tuple[int, int]) -> Float[Tensor, "T N N"]:
     """How well two patches belong together: likeness, up to 1, less a penalty for distance. float32."""
-    rows, columns = grid
-    with torch.autocast(tokens.device.type, enabled=False):
-        z = _unit(tokens.float())
-        smooth = _unit(_smoothed(z.unflatten(1, grid)).flatten(1, 2))
-        alike = torch.baddbmm(z @ z.mT, smooth, smooth.mT, beta=0.5, alpha=0.5)
-        places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).float()  # (N, 2)
-        side = (rows * columns) ** 0.5  # of the square grid with as many patches
-        return alike - (POSITION / side * torch.cdist(places, places)).to(alike.device)
+    side = (grid[0] * grid[1]) ** 0.5  # of the square grid with as many patches
+    return _likeness(tokens, grid).sub_(_distances(grid, tokens.device), alpha=POSITION / side)
 
 
 def _affinities(tokens: Tensor, grid: tuple[int, int]) -> Iterator[Tensor]:
     """Affinities of a few frames at a time."""
+    for part in _parts(tokens, grid):
+        yield affinity(part, grid)
+
+
+def _parts(tokens: Tensor, grid: tuple[int, int]) -> Iterator[Tensor]:
+    """A few frames at a time, checked."""
     if tokens.shape[1] != grid[0] * grid[1]:
         raise ValueError(f"{tokens.shape[1]} tokens a frame do not lie on a grid of {grid[0]} x {grid[1]}")
     if not bool(tokens.isfinite().all()):
-        raise DataError("tokens hold NaN or infinity, so they have no segments; check the store with slotlab verify")
-    for part in tokens.split(max(1, _VALUES_A_CHUNK // max(1, tokens.shape[1] ** 2))):
-        yield affinity(part, grid)
+        raise DataError(
+            "tokens hold NaN or infinity, so they have no segments; check the backbone's weights, "
+            "or its store with slotlab verify"
+        )
+    if len(tokens):
+        yield from tokens.split(max(1, _VALUES_A_CHUNK // tokens.shape[1] ** 2))
+
+
+def _likeness(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Cosine of two patches, averaged with that of their smoothed vectors, (T, N, N) float32."""
+    with torch.autocast(tokens.device.type, enabled=False):
+        z = _unit(tokens.float())
+        smooth = _unit(_smoothed(z.unflatten(1, grid)).flatten(1, 2))
+        return torch.baddbmm(z @ z.mT, smooth, smooth.mT, beta=0.5, alpha=0.5)
+
+
+def _distances(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """Distance of two places of a grid in patches, (N, N)."""
+    places = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).float()  # (N, 2)
+    return torch.cdist(places, places).to(device)
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -89,12 +131,18 @@ def _smoothed(z: Tensor) -> Tensor:
     return total
 
 
+def _labels(affinities: Tensor, cut: float, most: int) -> Tensor:
+    """Segments (T, N) of frames with affinities (T, N, N)."""
+    labels = [_joined(one, cut, most) for one in (1 - affinities).clamp_min_(0).double().cpu().numpy()]
+    return torch.from_numpy(np.stack(labels)).to(affinities.device)
+
+
 def _joined(distance: npt.NDArray[np.float64], cut: float, most: int) -> npt.NDArray[np.int64]:
-    """Groups (N,) by average linkage of distances (N, N), the largest first."""
+    """Groups (N,) by average linkage of distances (N, N)."""
     count = len(distance)
     if count == 1:
         return np.zeros(1, np.int64)
-    tree = linkage(squareform(np.maximum(distance, 0), checks=False), "average")
+    tree = linkage(squareform(distance, checks=False), "average")
     if count > most:
         cut = max(cut, tree[count - most - 1, 2])  # heights of the joints rise
     return _largest_first(fcluster(tree, cut, "distance"))
