@@ -22,10 +22,10 @@ from featcache.extraction.extract import extract
 from featcache.extraction.plan import ExtractOptions, plan
 from slotlab.config.load import load_config
 from slotlab.masks.labels import masks_to_labels
-from slotlab.runs.loaded import load_run
 from slotlab.models.normalise import Normaliser
 from slotlab.models.segments import segments, soft_segments
 from slotlab.models.whitening import Natural
+from slotlab.runs.loaded import load_run
 from slotlab.segment import ENOUGH, RunSegmenter
 from slotlab.training.train import train
 from tests.commands import Slotlab
