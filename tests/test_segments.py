@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from featcache.errors import DataError
 from slotlab.models import segments as module
-from slotlab.models.segments import affinity, segments, soft_segments
+from slotlab.models.segments import affinity, normalised_cuts, segments, soft_segments
 
 GRIDS = [(4, 4), (3, 7), (6, 2), (1, 5)]
 
@@ -164,6 +165,54 @@ def test_what_is_not_finite_is_refused(value: float) -> None:
     for function in (segments, soft_segments):
         with pytest.raises(DataError, match="NaN or infinity"):
             function(tokens, (4, 4))
+
+
+# -- normalised cuts ---------------------------------------------------------------------------------------
+
+
+def plain_weights(tokens: npt.NDArray[np.float64], grid: tuple[int, int]) -> npt.NDArray[np.float64]:
+    rows, columns = grid
+    y, x = np.divmod(np.arange(rows * columns), columns)
+    apart = np.hypot(y[:, None] - y, x[:, None] - x)
+    alike = plain_affinity(tokens, grid) + 0.6 * apart / np.sqrt(rows * columns)
+    return np.maximum(alike, 1e-6) * np.exp(-(apart**2) / 18)
+
+
+def plain_cut(weights: npt.NDArray[np.float64], apart: npt.NDArray[np.bool_]) -> float:
+    between = weights[apart][:, ~apart].sum()
+    return between / weights[apart].sum() + between / weights[~apart].sum()
+
+
+@pytest.mark.parametrize("grid", [(3, 6), (4, 4)])
+def test_a_normalised_cut_is_the_best_threshold_of_the_second_eigenvector(grid: tuple[int, int]) -> None:
+    """By the generalised eigenproblem (D - W) y = lambda D y, threshold by threshold."""
+    for tokens in scenes(4, grid).double().numpy():
+        weights = plain_weights(tokens, grid)
+        volume = np.diag(weights.sum(1))
+        y = scipy.linalg.eig(volume - weights, volume)
+        second = y[1][:, np.argsort(y[0].real)[1]].real
+        tried = {plain_cut(weights, second > t): second > t for t in np.sort(second)[:-1]}
+        labels = normalised_cuts(torch.from_numpy(tokens)[None], grid, largest=9.0, most=2)[0].numpy()
+        best = tried[min(tried)]
+        assert (labels == labels[0]).tolist() == (best == best[0]).tolist()
+        # The threshold decides whether it is made.
+        for largest, count in ((min(tried) - 1e-4, 1), (min(tried) + 1e-4, 2)):
+            found = normalised_cuts(torch.from_numpy(tokens)[None], grid, largest=largest, most=2)
+            assert len(found.unique()) == count
+
+
+def test_normalised_cuts_go_on_within_the_parts() -> None:
+    tokens = scenes(3, (4, 8), noise=0.05)
+    columns = torch.arange(8).repeat(4) // 2
+    for labels in normalised_cuts(tokens, (4, 8), largest=0.5):
+        assert groups(labels) == [torch.nonzero(columns == column).flatten().tolist() for column in range(4)]
+    assert (
+        not normalised_cuts(torch.ones(1, 32, 8), (4, 8)).any()
+        and not normalised_cuts(torch.ones(1, 1, 8), (1, 1)).any()
+    )
+    assert normalised_cuts(torch.empty(0, 6, 4), (2, 3)).shape == (0, 6)
+    with pytest.raises(DataError, match="NaN or infinity"):
+        normalised_cuts(torch.full((1, 6, 4), torch.nan), (2, 3))
 
 
 def test_another_grid_is_refused() -> None:

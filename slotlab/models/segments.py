@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.linalg import eigh
 from scipy.spatial.distance import squareform
 from torch import Tensor
 
@@ -31,7 +32,11 @@ CUT = 0.6  # 1 - the least mean affinity of what is joined
 POSITION = 0.6  # affinity that a distance of the grid's whole side costs
 MOST = 64  # segments of a frame
 TEMPERATURE = 0.05  # of soft masks
+NEAR = 3.0  # standard deviation of the Gaussian of normalised cuts, in patches
+LARGEST_CUT = 0.3  # normalised cut up to which a group is split
+MOST_PATCHES = 1024  # of a grid whose segments take no longer than a fraction of a second a frame
 
+_LEAST_WEIGHT = 1e-6  # so that every patch has neighbours
 _VALUES_A_CHUNK = 2**22  # affinities held at once: 16 MB
 
 
@@ -74,10 +79,28 @@ def soft_segments(
 
 
 @torch.no_grad()
+def normalised_cuts(
+    tokens: Float[Tensor, "T N D"], grid: tuple[int, int], largest: float = LARGEST_CUT, most: int = MOST
+) -> Int[Tensor, "T N"]:
+    """Segments by recursive normalised cuts (Shi & Malik 2000, IEEE TPAMI 22(8)), numbered as those of `segments`.
+
+    The weight of two patches is their likeness, if that is positive, times a Gaussian of their distance. A group is
+    split where its second generalised eigenvector, at its best threshold, has the least normalised cut, as long as that
+    is below ``largest``.
+    """
+    near = torch.exp(-distances(grid).square() / (2 * NEAR**2)).double()
+    found = []
+    for part in _parts(tokens, grid):
+        weights = likeness(part, grid).cpu().double().clamp_min(_LEAST_WEIGHT) * near
+        found += [_largest_first(_split(one, largest, most)) for one in weights.numpy()]
+    return torch.from_numpy(np.asarray(found, np.int64).reshape(tokens.shape[:2])).to(tokens.device)
+
+
+@torch.no_grad()
 def affinity(tokens: Float[Tensor, "T N D"], grid: tuple[int, int]) -> Float[Tensor, "T N N"]:
     """How well two patches belong together: likeness, up to 1, less a penalty for distance. float32."""
     side = (grid[0] * grid[1]) ** 0.5  # of the square grid with as many patches
-    return _likeness(tokens, grid).sub_(_distances(grid, tokens.device), alpha=POSITION / side)
+    return likeness(tokens, grid).sub_(distances(grid).to(tokens.device), alpha=POSITION / side)
 
 
 def _affinities(tokens: Tensor, grid: tuple[int, int]) -> Iterator[Tensor]:
@@ -99,7 +122,7 @@ def _parts(tokens: Tensor, grid: tuple[int, int]) -> Iterator[Tensor]:
         yield from tokens.split(max(1, _VALUES_A_CHUNK // tokens.shape[1] ** 2))
 
 
-def _likeness(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+def likeness(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Cosine of two patches, averaged with that of their smoothed vectors, (T, N, N) float32."""
     with torch.autocast(tokens.device.type, enabled=False):
         z = _unit(tokens.float())
@@ -107,10 +130,10 @@ def _likeness(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         return torch.baddbmm(z @ z.mT, smooth, smooth.mT, beta=0.5, alpha=0.5)
 
 
-def _distances(grid: tuple[int, int], device: torch.device) -> Tensor:
+def distances(grid: tuple[int, int]) -> Tensor:
     """Distance of two places of a grid in patches, (N, N)."""
     places = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).float()  # (N, 2)
-    return torch.cdist(places, places).to(device)
+    return torch.cdist(places, places)
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -153,3 +176,39 @@ def _largest_first(labels: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     rank = np.empty(len(sizes), np.int64)
     rank[np.lexsort((first, -sizes))] = np.arange(len(sizes))
     return rank[inverse.reshape(-1)]
+
+
+# -- normalised cuts ---------------------------------------------------------------------------------------
+
+
+def _split(weights: npt.NDArray[np.float64], largest: float, most: int) -> npt.NDArray[np.int64]:
+    """Groups (N,) by weights (N, N)."""
+    labels, count, todo = np.zeros(len(weights), np.int64), 1, [0]
+    while todo and count < most:
+        group = todo.pop(0)
+        members = np.flatnonzero(labels == group)
+        cut, apart = _best_cut(weights[np.ix_(members, members)])
+        if cut < largest:
+            labels[members[apart]] = count
+            todo += [group, count]
+            count += 1
+    return labels
+
+
+def _best_cut(weights: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.bool_]]:
+    """The least normalised cut among the thresholds of the second eigenvector, and the patches (N,) above it."""
+    count = len(weights)
+    if count < 2:
+        return np.inf, np.zeros(count, np.bool_)
+    scale = weights.sum(1) ** -0.5
+    _, vectors = eigh(scale[:, None] * weights * scale, subset_by_index=[count - 2, count - 1])  # rising
+    order = np.argsort(scale * vectors[:, 0], kind="stable")
+    ordered = weights[np.ix_(order, order)]
+    volume = ordered.sum(1).cumsum()  # of the first 1, 2, ... patches
+    within = ordered.cumsum(0).cumsum(1).diagonal()
+    between = (volume - within)[:-1]
+    cuts = between / volume[:-1] + between / (volume[-1] - volume[:-1])
+    best = int(cuts.argmin())
+    apart = np.zeros(count, np.bool_)
+    apart[order[best + 1 :]] = True
+    return float(cuts[best]), apart
