@@ -1,7 +1,7 @@
 """Statistics of natural pictures: made from stores, and judged beside statistics of the pictures themselves.
 
-    python -m benchmarks.natural write STORE:SPLIT [STORE:SPLIT ...]
-    python -m benchmarks.natural judge STORE:SPLIT [--from STORE:SPLIT ...] [--numbers 1 4 16 64]
+    python -m benchmarks.natural write STORE:SPLIT [STORE:SPLIT ...] [--of TEXT]
+    python -m benchmarks.natural judge STORE:SPLIT [--from STORE:SPLIT ...] [--numbers 1 4 16 64] [--cut 0.6]
 
 ``write`` merges the splits' moments into the file that the package ships for their backbone. ``judge`` scores
 training-free segments of a split with masks, whitened by the shipped statistics (or by those of other splits), and by
@@ -24,7 +24,7 @@ from benchmarks.harness import report
 from featcache.moments import Moments
 from featcache.store.reading import FeatureStore, Split
 from slotlab.models.normalise import Normaliser
-from slotlab.models.segments import SHRINKAGE, soft_segments
+from slotlab.models.segments import CUT, SHRINKAGE, soft_segments
 from slotlab.models.whitening import Natural, natural, save_natural
 from slotlab.scoring.metrics import adjusted_rand_index, mean_best_overlap
 from slotlab.scoring.tables import count_labels, mask_tables, stacked
@@ -46,21 +46,17 @@ def merged(moments: Iterable[Moments]) -> Moments:
     return functools.reduce(operator.add, moments)
 
 
-def write(names: list[str]) -> None:
+def write(names: list[str], pictures: str) -> None:
     backbone, tap, grid = spec_of(names[0])
     found = merged(split_of(name).statistics(tap) for name in names)
     weights = FeatureStore.open(Path(names[0].rpartition(":")[0])).spec.model["weights_sha256"]
-    about = {
-        "weights_sha256": weights,
-        "grid": "{}x{}".format(*grid),
-        "of": ", ".join(Path(name).name for name in names),
-    }
+    about = {"of": pictures, "weights_sha256": weights, "grid": "{}x{}".format(*grid)}
     statistics = Natural(torch.from_numpy(found.mean), torch.from_numpy(found.covariance), found.frames)
     path = save_natural(statistics, backbone, tap, about)
     report("natural", {"written": str(path), "bytes": path.stat().st_size, "pictures": found.frames, **about})
 
 
-def judge(name: str, others: list[str], numbers: list[int]) -> None:
+def judge(name: str, others: list[str], numbers: list[int], cut: float) -> None:
     backbone, tap, grid = spec_of(name)
     split = split_of(name)
     labels = count_labels(split)
@@ -71,7 +67,7 @@ def judge(name: str, others: list[str], numbers: list[int]) -> None:
     def score(whitened: list[Tensor]) -> dict[str, float]:
         tables = []
         for one, true in zip(whitened, truth, strict=True):
-            tables.append(mask_tables(soft_segments(one, grid).unflatten(-1, grid), true, labels))
+            tables.append(mask_tables(soft_segments(one, grid, cut).unflatten(-1, grid), true, labels))
         several = torch.tensor([len(true.unique()) > 2 for true in truth])
         table = stacked(tables)
         fg_ari = adjusted_rand_index(table, foreground=True)[several].nanmean()
@@ -95,20 +91,22 @@ def judge(name: str, others: list[str], numbers: list[int]) -> None:
             )
             whitened += [own(one) for one in tokens[len(whitened) : start + number]]
         found[f"own {number}"] = score(whitened)
-    report("natural", {"split": name, "pictures": len(tokens), **found})
+    report("natural", {"split": name, "pictures": len(tokens), "cut": cut, **found})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", choices=("write", "judge"))
     parser.add_argument("splits", nargs="+", metavar="STORE:SPLIT")
+    parser.add_argument("--of", default="", help="what the pictures are, for the file")
+    parser.add_argument("--cut", type=float, default=CUT)
     parser.add_argument("--from", dest="others", nargs="*", default=[], metavar="STORE:SPLIT")
     parser.add_argument("--numbers", type=int, nargs="*", default=[1, 4, 16, 64])
     args = parser.parse_args()
     if args.job == "write":
-        write(args.splits)
+        write(args.splits, args.of)
     else:
-        judge(args.splits[0], args.others, args.numbers)
+        judge(args.splits[0], args.others, args.numbers, args.cut)
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def load(run: str | Path, *, device: str | torch.device = "auto", weights: str |
     return RunSegmenter(config, model.to(chosen).eval(), read, store.spec.preprocessing)
 
 
-ENOUGH = 16  # pictures from which the user's own whiten better than natural ones; benchmarks/natural.py
+ENOUGH = 64  # own pictures from which they whiten about as well as natural ones; benchmarks/natural.py
 _OWN, _FRAMES = 256, 8  # own pictures or videos that are measured at most, and frames of each
 
 

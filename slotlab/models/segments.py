@@ -31,9 +31,9 @@ SHRINKAGE = 0.1  # of the covariance that whitens the tokens
 CUT = 0.6  # 1 - the least mean affinity of what is joined
 POSITION = 0.6  # affinity that a distance of the grid's whole side costs
 MOST = 64  # segments of a frame
-TEMPERATURE = 0.05  # of soft masks
+TEMPERATURE = 0.1  # of soft masks
 NEAR = 3.0  # standard deviation of the Gaussian of normalised cuts, in patches
-LARGEST_CUT = 0.3  # normalised cut up to which a group is split
+LARGEST_CUT = 0.6  # normalised cut up to which a group is split
 MOST_PATCHES = 1024  # of a grid whose segments take no longer than a fraction of a second a frame
 
 _LEAST_WEIGHT = 1e-6  # so that every patch has neighbours
