@@ -19,6 +19,7 @@ Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, mps 
 Precision = Literal["auto", "float32", "bfloat16", "float16"]
 Residence = Literal["auto", "disk", "host", "device"]
 Refine = Literal["guided", "crf"]
+Floors = Literal["usual", "all"]
 Cache = Annotated[Path, typer.Option("--cache", help="Store made by slotlab extract.", show_default=False)]
 
 

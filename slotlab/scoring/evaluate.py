@@ -14,7 +14,7 @@ from slotlab.scoring.digest import scoring_code
 from slotlab.scoring.evaluation import Evaluation
 from slotlab.scoring.follow import Followed, follow
 from slotlab.scoring.groups import subgroup_scores
-from slotlab.scoring.references import KnownReferences, references
+from slotlab.scoring.references import Asked, KnownReferences, references
 from slotlab.scoring.scores import Scores
 from slotlab.scoring.tables import require_truth
 
@@ -33,8 +33,9 @@ class Evaluator:
             scores.add_video(followed.tables(kind), followed.video)
         self._diagnostics.add(followed.shown)
 
-    def result(self, known: KnownReferences | None = None) -> Evaluation:
-        """The evaluation of the added videos; ``known`` as in :func:`~slotlab.scoring.references.references`."""
+    def result(self, known: KnownReferences | None = None, floors: Asked = "usual") -> Evaluation:
+        """The evaluation of the added videos, beside the ceiling and floors of
+        :func:`~slotlab.scoring.references.references`."""
         loaded, split, step = self._loaded, self._split, checkpoint.state(self._loaded.path)["step"]
         published, means = self._scores[loaded.config.published_masks], self._diagnostics.means()
         return Evaluation(
@@ -48,7 +49,7 @@ class Evaluator:
             published_masks=loaded.config.published_masks,
             summary=published.summary(),
             masks={kind: scores.summary() for kind, scores in self._scores.items()},
-            references=references(split, loaded, known),
+            references=references(split, loaded, known, floors),
             diagnostics=means,
             diagnostics_by_frame=self._diagnostics.at_each_frame(),
             largest_activation_by_slot=self._diagnostics.largest_by_slot(),
@@ -62,11 +63,12 @@ def evaluate(
     split_name: str | None = None,
     known: KnownReferences | None = None,
     also: Sequence[Callable[[Followed], object]] = (),
+    floors: Asked = "usual",
 ) -> Evaluation:
     """The evaluation of a run on a split (default: the configuration's), from one pass over its videos.
 
-    ``known`` holds ceilings and floors that runs share (:func:`~slotlab.scoring.references.references`); each function
-    in ``also`` is called with each video of the pass.
+    ``known`` holds ceilings and floors that runs share, ``floors`` says which to measure
+    (:func:`~slotlab.scoring.references.references`); each function in ``also`` is called with each video of the pass.
 
     Scores and diagnostics are those of the masks that the run publishes; ``masks`` has the scores of both kinds.
     ``UsageError`` for a split that does not exist, ``DataError`` if it has no masks.
@@ -76,7 +78,7 @@ def evaluate(
     for followed in follow(loaded, split):
         for take in (evaluator.add, *also):
             take(followed)
-    return evaluator.result(known)
+    return evaluator.result(known, floors)
 
 
 def _unfinished(step: int, config: Config) -> list[str]:

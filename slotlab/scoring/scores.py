@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from slotlab.scoring.metrics import SCORES, scores_in, visible
+from slotlab.scoring.tables import stacked
 
 Values = Mapping[str, float | None]  # by a score's key, with the suffix _video for whole videos; None: not defined
 
@@ -60,7 +61,7 @@ class Scores:
     _videos: list[Tensor] = field(default_factory=list)  # (B,) each
 
     def add(self, tables: Tensor, videos: Tensor) -> None:
-        """Add tables of frames (B, n_true, n_pred), of the same sizes in each call, and their video ids (B,)."""
+        """Add tables of frames (B, n_true, n_pred), of the same n_true in each call, and their video ids (B,)."""
         if len(tables) != len(videos):
             raise ValueError(f"{len(tables)} tables but {len(videos)} video ids; give one each a frame")
         self._tables.append(tables.detach().cpu())
@@ -77,7 +78,7 @@ class Scores:
         """
         if not self._tables:
             raise ValueError("no frame has been scored; the split is empty")
-        return torch.cat(self._tables), torch.cat(self._videos)
+        return stacked(self._tables), torch.cat(self._videos)
 
     def video_tables(self) -> tuple[Tensor, Tensor]:
         """The sums of each video's tables (V, n_true, n_pred), and the videos' ids (V,) in rising order."""
