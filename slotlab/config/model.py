@@ -343,9 +343,12 @@ class AgglomerativeConfig(Section):
     kind: Literal["agglomerative"] = "agglomerative"
     slots: int = Field(40, ge=2, le=MOST_SLOTS, description="Most slots of a frame")
     slot_dim: int = Field(128, ge=1, description="Width of a key, and of a slot")
-    hidden: int = Field(512, ge=1, description="Width of the learnt correction of the keys")
-    cut: float = Field(0.5, gt=0, description="Distance, 1 less the affinity, up to which segments are joined")
-    temperature: float = Field(0.2, gt=0, description="Divisor of the cosines of keys and slots; smaller is sharper")
+    hidden: int = Field(256, ge=1, description="Width of the learnt correction of the keys")
+    cut: float = Field(0.4, gt=0, description="Distance, 1 less the affinity, up to which segments are joined")
+    temperature: float = Field(0.2, gt=0, description="Divisor of the cosines of slots and keys; smaller is sharper")
+    share_weight: float = Field(0.5, ge=0, description="Weight of the logarithm of a slot's share of the frame")
+    train_cut: float = Field(0.5, gt=0, description="Cut of the segments that teach; coarser, or parts are learnt")
+    train_temperature: float = Field(0.1, gt=0, description="Temperature in training")
     tracking: bool = Field(True, description="Slots carried from frame to frame of a video; false: frames apart")
 
     remedies: ClassVar[Remedies] = {

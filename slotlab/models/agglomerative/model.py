@@ -2,40 +2,46 @@
 
 One frame, in training and in use:
 
-- **keys** (B, N, S): unit vectors; a linear map of the normalised tokens, which starts as their first S channels, plus
+- **keys** (B, N, S): unit vectors; a linear map of the tokens' directions, which starts as their first S channels, plus
   a small MLP that starts at zero. So an untrained model is a training-free one;
 - **segments** (:mod:`slotlab.models.segments`): average linkage of the keys' affinities, up to a cut. They say how many
   slots the frame has; no part of it is taken for the background;
 - **slots** (B, K, S): the mean key of each segment, as a unit vector;
-- **competition** (slot attention's: Locatello et al., 2020, arXiv:2006.15055): the share of a patch that each slot
-  holds is the softmax over slots of the cosine of slot and key, divided by a temperature.
+- **competition**: attention is the softmax over slots (Locatello et al., 2020, arXiv:2006.15055) of a mixture model's
+  logits, by a slot's likeness, place and size::
+
+      logit = (slot . key - 0.6 * distance to the segment / side of the grid) / temperature + weight * log share
+
+  where keys are evened out over 3 x 3 patches. Patches on an edge, which look a little like both sides, so go to the
+  larger one, and equal objects in two places stay apart.
 
 Training is swapped prediction (Caron et al., 2020, arXiv:2006.09882) of segments: the slots of one frame compete for
-the patches of another frame of the clip, and the segments of that frame say which slot should have won: the one whose
-segment is the likeliest for theirs, and theirs for it. A patch whose segment has no such partner teaches nothing. The
-keys so learn what stays the same within an object and over time, and what differs between objects. The segments are
-those of the keys as they are, without gradient; nothing else is kept from step to step.
+the patches of another frame of the clip, by their likeness alone, and that frame's own segments say which one should
+have won: the one whose segment is the likeliest for theirs, and theirs for it. A patch whose segment has no such
+partner teaches nothing. The keys so learn what stays the same within an object and over time, and what differs between
+objects. The segments are those of the keys as they are, without gradient; nothing else is kept from step to step. A
+single image is paired with itself: its keys learn what a segment has in common, which the linkage knew by place.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from featcache.errors import DataError
-from featcache.machine import limited
 from slotlab.config.model import AgglomerativeConfig
 from slotlab.config.schema import Config
-from slotlab.models.agglomerative.tracking import Tracks
+from slotlab.models.agglomerative.tracking import follow
 from slotlab.models.base import NO_SLOT, Model, Output
 from slotlab.models.flow import patch_positions
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
-from slotlab.models.segments import segments
+from slotlab.models.segments import POSITION, distances, segments, side, smoothed
 
-NEVER = -1e4  # a logit whose softmax is 0
+NEVER = -1e4  # a cosine whose share is 0
+LEAST = 1e-6  # what a logarithm is taken of, at least
 LEAST_LIKENESS = 0.5  # cosine of two frames' slots below which they are of no common object
 
 
@@ -69,31 +75,32 @@ class AgglomerativeModel(Model):
     def forward(self, features: Float[Tensor, "B N D"] | Float[Tensor, "B T N D"], draws: Draws) -> Output:
         """The training pass: the slots of a clip's last frame compete for the patches of its first.
 
-        A single image competes with itself.
+        The two frames are drawn before they are read (``AgglomerativeConfig.frames_a_step``).
         """
-        frames = features if features.ndim == 4 else features.unsqueeze(1)
-        tokens, other = self.normaliser(frames[:, 0]), self.normaliser(frames[:, -1])
-        keys, other_keys = self.keys(tokens), self.keys(other)
-        held, other_held = self.segments(keys), self.segments(other_keys)  # (B, N, K) each
-        slots = slot_means(other_held, other_keys)
-        logits = self.compete(keys, slots, other_held.sum(1) > 0)
-        partners = matched(slot_means(held, keys), slots, held.sum(1) > 0, other_held.sum(1) > 0)  # (B, K)
-        assigned = partners.gather(1, held.argmax(-1))
-        return self.output(tokens, logits, slots, means(other_held, other), assigned)
+        clips = features if features.ndim == 4 else features.unsqueeze(1)
+        pairs = clips[:, :: max(1, clips.shape[1] - 1)]  # (B, 2, N, D); of images (B, 1, N, D)
+        tokens = self.normaliser(pairs)
+        keys = self.keys(tokens.flatten(0, 1))
+        held = self.segments(keys, self.config.train_cut).unflatten(0, pairs.shape[:2])  # (B, 2, N, K)
+        keys = keys.unflatten(0, pairs.shape[:2])
+        slots = slot_means(held[:, -1], keys[:, -1])
+        logits = likeness(slots, keys[:, 0], held[:, -1]) / self.config.train_temperature
+        partners = matched(slot_means(held[:, 0], keys[:, 0]), slots)
+        assigned = partners.gather(1, held[:, 0].argmax(-1))
+        known = means(held[:, -1], tokens[:, -1])
+        return self.output(tokens[:, 0], logits.softmax(1), logits, slots, known, assigned)
 
     def segment(self, features: Float[Tensor, "T N D"], draws: Draws) -> Output:
         """Slots and masks of all frames of a video in order; each slot stays with its object (:mod:`.tracking`)."""
         tokens = self.normaliser(features)
         keys = self.keys(tokens)
-        held = self.segments(keys)
-        logits = self.compete(keys, slot_means(held, keys), held.sum(1) > 0)
+        attention = self.compete(keys).softmax(1)  # (T, K, N)
         if self.config.tracking:
-            tracks = Tracks(self.slots, patch_positions(self.grid))
-            with limited():  # one thread: hundreds of small operations a frame
-                order = [tracks.step(*frame) for frame in zip(keys.cpu(), logits.softmax(1).cpu(), strict=True)]
-            logits = logits.gather(1, torch.stack(order).to(logits.device).unsqueeze(-1).expand_as(logits))
-        attention = logits.softmax(1).transpose(1, 2)  # (T, N, K)
-        return self.output(tokens, logits, slot_means(attention, keys), means(attention, tokens))
+            order = follow(keys.cpu(), attention.cpu(), patch_positions(self.grid)).to(attention.device)  # (T, K)
+            attention = attention.gather(1, order.unsqueeze(-1).expand_as(attention))
+        held = attention.mT
+        logits = attention.clamp_min(LEAST).log()
+        return self.output(tokens, attention, logits, slot_means(held, keys), means(held, tokens))
 
     def keys(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N S"]:
         """Unit keys of normalised tokens."""
@@ -101,47 +108,59 @@ class AgglomerativeModel(Model):
         return F.normalize((self.line(unit) + self.bend(unit)).float(), dim=-1)
 
     @torch.no_grad()
-    @torch.compiler.disable
-    def segments(self, keys: Float[Tensor, "B N S"]) -> Float[Tensor, "B N K"]:
+    @torch.compiler.disable  # of what happens on the host
+    def segments(self, keys: Float[Tensor, "B N S"], cut: float) -> Float[Tensor, "B N K"]:
         """The segment of each patch, one-hot. ``DataError`` for keys that are not finite."""
         if not bool(keys.isfinite().all()):
             raise DataError(
                 "the model's keys are not finite: the store holds NaN (slotlab verify), or the model diverged (train "
                 "again with a lower optim.learning_rate)"
             )
-        return F.one_hot(segments(keys, self.grid, self.config.cut, self.slots), self.slots).float()
+        return F.one_hot(segments(keys, self.grid, cut, self.slots), self.slots).float()
 
-    def compete(
-        self, keys: Float[Tensor, "B N S"], slots: Float[Tensor, "B K S"], active: Bool[Tensor, "B K"]
-    ) -> Float[Tensor, "B K N"]:
-        """Logits of the slots at each patch; a slot that is not active holds nothing."""
-        return (slots @ keys.mT / self.config.temperature).masked_fill(~active.unsqueeze(-1), NEVER)
+    def compete(self, keys: Float[Tensor, "B N S"]) -> Float[Tensor, "B K N"]:
+        """Logits of the slots that a frame's own segments give, by likeness, place and share."""
+        config = self.config
+        held = self.segments(keys, config.cut)  # (B, N, K)
+        smooth = F.normalize(keys + smoothed(keys, self.grid), dim=-1)
+        alike = likeness(slot_means(held, smooth), smooth, held)
+        close = (-distances(self.grid)).exp().to(keys.device)  # (N, N)
+        far = -(held.mT @ close).clamp_min(LEAST).log() / side(self.grid)  # (B, K, N)
+        share = held.mean(1).clamp_min(LEAST).log().unsqueeze(-1)  # (B, K, 1)
+        return (alike - POSITION * far) / config.temperature + config.share_weight * share
 
     def output(
         self,
         tokens: Float[Tensor, "B N D"],
+        attention: Float[Tensor, "B K N"],
         logits: Float[Tensor, "B K N"],
         slots: Float[Tensor, "B K S"],
-        held: Float[Tensor, "B K D"],
+        known: Float[Tensor, "B K D"],
         assigned: Int[Tensor, "B N"] | None = None,
     ) -> Output:
-        """The output; it is decoded by mixing what the slots hold, their mean tokens, by their attention."""
-        attention = logits.softmax(1)
+        """The output, decoded by mixing what the slots know, the mean token of each, by their attention."""
         return Output(
             slots=slots,
             attention=attention,
             logits=logits,
             masks=attention,
-            reconstruction=attention.mT @ held,
+            reconstruction=attention.mT @ known,
             target=tokens,
             grid=self.grid,
             assigned=assigned,
         )
 
 
+def likeness(
+    slots: Float[Tensor, "B K S"], keys: Float[Tensor, "B N S"], held: Float[Tensor, "B N K"]
+) -> Float[Tensor, "B K N"]:
+    """Cosines of slots and keys; far below any for a slot that holds nothing of its own frame."""
+    return (slots @ keys.mT).masked_fill((held.sum(1) == 0).unsqueeze(-1), NEVER)
+
+
 def means(held: Float[Tensor, "B N K"], values: Float[Tensor, "B N S"]) -> Float[Tensor, "B K S"]:
     """Mean of the values that each slot holds; 0 for a slot that holds nothing."""
-    return held.mT @ values / held.sum(1).clamp_min(1e-6).unsqueeze(-1)
+    return held.mT @ values / held.sum(1).clamp_min(LEAST).unsqueeze(-1)
 
 
 def slot_means(held: Float[Tensor, "B N K"], keys: Float[Tensor, "B N S"]) -> Float[Tensor, "B K S"]:
@@ -150,15 +169,12 @@ def slot_means(held: Float[Tensor, "B N K"], keys: Float[Tensor, "B N S"]) -> Fl
 
 
 @torch.no_grad()
-def matched(
-    slots: Float[Tensor, "B K S"],
-    others: Float[Tensor, "B K S"],
-    active: Bool[Tensor, "B K"],
-    others_active: Bool[Tensor, "B K"],
-) -> Int[Tensor, "B K"]:
-    """The other frame's slot that is the likeliest for each slot of a frame, and it for that one; else NO_SLOT."""
+def matched(slots: Float[Tensor, "B K S"], others: Float[Tensor, "B K S"]) -> Int[Tensor, "B K"]:
+    """The other frame's slot that is the likeliest for each slot of a frame, and it for that one; else NO_SLOT.
+
+    Slots are unit vectors, and 0 where they hold nothing.
+    """
     likeness = slots @ others.mT  # (B, K, K)
-    likeness = likeness.masked_fill(~(active.unsqueeze(2) & others_active.unsqueeze(1)), -1.0)
     best, there = likeness.max(2)
     mutual = likeness.argmax(1).gather(1, there) == torch.arange(slots.shape[1], device=slots.device)
-    return torch.where(mutual & active & (best > LEAST_LIKENESS), there, NO_SLOT)
+    return torch.where(mutual & (best > LEAST_LIKENESS), there, NO_SLOT)

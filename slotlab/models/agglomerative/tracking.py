@@ -15,11 +15,22 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from featcache.machine import limited
 from slotlab.models.flow import Seen, flow
 
 FLOW_FRAMES = 5  # past frames that attention flows from
 LEAST_OVERLAP = 0.2  # of a slot and what flows to it (Dice): less is another object
 SAME_OBJECT = 0.8  # cosine of keys from which a new slot is an object that has been away
+
+
+@torch.no_grad()
+def follow(
+    keys: Float[Tensor, "T N S"], masks: Float[Tensor, "T K N"], position: Float[Tensor, "N 2"]
+) -> Int[Tensor, "T K"]:
+    """The order of each frame's slots by which every slot of a video stays with its object; all on the host."""
+    tracks = Tracks(masks.shape[1], position)
+    with limited():  # one thread: hundreds of small operations a frame
+        return torch.stack([tracks.step(*frame) for frame in zip(keys, masks, strict=True)])
 
 
 class Tracks:
@@ -36,7 +47,6 @@ class Tracks:
         self.absent = torch.full((slots,), 10**6)  # frames since each was seen
         self.past: deque[Seen] = deque(maxlen=FLOW_FRAMES)  # newest first
 
-    @torch.no_grad()
     def step(self, keys: Float[Tensor, "N S"], masks: Float[Tensor, "K N"]) -> Int[Tensor, " K"]:
         """Follow the slots of the next frame; return the order of them by which each is at its identity's place."""
         slots = F.normalize(masks @ keys, dim=-1)
