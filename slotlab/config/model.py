@@ -344,7 +344,7 @@ class AgglomerativeConfig(Section):
     slots: int = Field(40, ge=2, le=MOST_SLOTS, description="Most slots of a frame")
     slot_dim: int = Field(128, ge=1, description="Width of a key, and of a slot")
     hidden: int = Field(256, ge=1, description="Width of the learnt correction of the keys")
-    cut: float = Field(0.4, gt=0, description="Distance, 1 less the affinity, up to which segments are joined")
+    cut: float = Field(0.35, gt=0, description="Distance, 1 less the affinity, up to which segments are joined")
     temperature: float = Field(0.2, gt=0, description="Divisor of the cosines of slots and keys; smaller is sharper")
     share_weight: float = Field(0.5, ge=0, description="Weight of the logarithm of a slot's share of the frame")
     train_cut: float = Field(0.5, gt=0, description="Cut of the segments that teach; coarser, or parts are learnt")
