@@ -53,9 +53,7 @@ def test_a_cache_is_read_by_what_is_in_it(shared_store: FeatureStore) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 @pytest.mark.parametrize(("clip", "stride", "every"), [(None, 1, 1), (2, 1, 1), (2, 2, 1), (2, 1, 2), (1, 1, 3)])
-def test_clips_are_the_stores_values(
-    tmp_path: Path, dtype: str, clip: int | None, stride: int, every: int
-) -> None:
+def test_clips_are_the_stores_values(tmp_path: Path, dtype: str, clip: int | None, stride: int, every: int) -> None:
     split = make_store(tmp_path / "s.zarr", dtype=dtype)["train"]
     clips = featcache.Clips(split, clip=clip, stride=stride, every=every, frames=True, segmentations=True)
     span = ((clip or 1) - 1) * stride
@@ -130,6 +128,7 @@ def test_what_cannot_be_is_one_line(train: Split) -> None:
         featcache.Batches(train, batch_size=99)
 
 
+@pytest.mark.slow
 def test_extraction_from_python_is_that_of_the_command(tmp_path: Path) -> None:
     save_images(tmp_path / "data" / "train" / "a", oblong(3))
     said: list[tuple[str, int, int]] = []

@@ -130,9 +130,7 @@ class _Readers:
     def __init__(self, split: Split, taps: Sequence[str], truth: Sequence[str]) -> None:
         self.split = split
         self.tokens = {tap: _Gather(split, feature_arrays(split, tap), decoder(split, tap)) for tap in taps}
-        self.truth = {
-            key: _Gather(split, {key: split.array(GROUND_TRUTH[key])}, None) for key in truth
-        }
+        self.truth = {key: _Gather(split, {key: split.array(GROUND_TRUTH[key])}, None) for key in truth}
 
 
 class _Gather:
@@ -186,7 +184,9 @@ class Batches(IterableDataset[Item]):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self._rank, self._world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         if not len(self):
-            raise UsageError(f"{split.path}: {self._samples} samples make no batch of {batch_size} x {self._world} ranks")
+            raise UsageError(
+                f"{split.path}: {self._samples} samples make no batch of {batch_size} x {self._world} ranks"
+            )
 
     def __len__(self) -> int:
         """Number of batches of this rank in an epoch, without workers or with one."""
