@@ -58,7 +58,7 @@ def track_scores(found: Labels, truth: Labels, ignored: npt.NDArray[np.bool_] | 
     if not len(objects):
         raise ValueError("a video without objects has no tracks to score")
     slots, areas = np.unique(found[known], return_counts=True)
-    kept = np.sort(slots[np.argsort(-areas, kind="stable")[:MOST_TRACKS]])
+    kept = np.sort(slots.astype(np.int64)[np.argsort(-areas, kind="stable")[:MOST_TRACKS]])
     j, f = np.zeros((2, len(truth), len(kept), len(objects)))
     for frame in range(len(truth)):
         one = (found[frame] == kept[:, None, None]) & known[frame]
