@@ -43,7 +43,8 @@ def _f(one: np.ndarray, other: np.ndarray) -> float:
 def _by_definition(found: np.ndarray, truth: np.ndarray, known: np.ndarray) -> tuple[float, float]:
     """J and F, means over the objects, by the best of all assignments."""
     objects = [n for n in np.unique(truth[known]) if n]
-    tracks = [*np.unique(found[known]), *[-1] * len(objects)]  # with empty ones to spare
+    tracks = [*np.unique(found[known])]
+    tracks += [-1] * (len(objects) - len(tracks))  # empty ones, where there are fewer than objects
     values = {
         (i, n): np.mean(
             [
