@@ -1,4 +1,4 @@
-"""Names of splits, and what is said where a split or a video is not there."""
+"""Names of splits, and checks that a split or a video exists."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def check_index(location: str, split: str, index: int, videos: int) -> None:
 
 
 def split_folders(names: Iterable[str], where: str) -> dict[str, str]:
-    """Of the given names, those that are splits: canonical split name -> given name, in the usual order."""
+    """The names that are splits: canonical split name -> given name, in the usual order.
+
+    ``DataError`` if two names mean the same split.
+    """
     found: dict[str, str] = {}
     for name in names:
         if split := SPLIT_NAMES.get(name.lower()):
