@@ -106,8 +106,8 @@ def scan(base: Path, frames_as: FramesAs | None = None) -> Scan:
 
 
 def _folders(base: Path, without: Path | None = None) -> Iterator[tuple[Path, list[Path]]]:
-    """Folders below ``base`` and the files in each, hidden ones left out; each folder once, by the way with the fewest
-    links that leads to it."""
+    """``base`` and the folders below it, each with its files, without hidden ones. A folder that several links lead to
+    comes once, by the path with the fewest links."""
     entered: set[tuple[int, int]] = set()
     level = [base]
     while level:
