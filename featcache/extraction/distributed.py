@@ -110,8 +110,8 @@ def extract_distributed(
 ) -> FeatureStore:
     """Carry out a plan on a client's workers and return the finished store, which equals that of `extract`.
 
-    Each worker passes ``weights`` and ``device`` to `load_backbone`; ``auto`` is the best device it has. The paths of the
-    store and of the source's files must be the same on every worker.
+    Each worker passes ``weights`` and ``device`` to `load_backbone`; ``auto`` is the best device it has. The paths of
+    the store and of the source's files must be the same on every worker.
 
     Raises ``DataError`` if the disk is too small, a video is damaged, the scheduler is lost, or a group's workers keep
     dying; ``IncompatibleError`` if the store or a worker's backbone is another one.
@@ -238,8 +238,8 @@ class _Work:
 
 @dataclass(frozen=True)
 class _GroupResult:
-    """The result of a group. A user's error is returned, not raised, so that dask logs no traceback and the rows of the
-    videos before it are kept."""
+    """The result of a group. A user's error is returned, not raised, so that dask logs no traceback and the rows of
+    the videos before it are kept."""
 
     rows: Sequence[Row]
     statistics: Mapping[str, Moments]

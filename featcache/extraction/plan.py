@@ -93,8 +93,8 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
 
     Batch size and precision, if not given, depend only on the backbone, the machine and some of the frames, so that the
     same command gives the same store, however busy the machine is. An existing store keeps its values, so that a
-    resumed run cuts the same batches. Raises ``UsageError`` for a split that the source lacks or a question that it asks,
-    ``DataError`` for frames of several sizes.
+    resumed run cuts the same batches. Raises ``UsageError`` for a split that the source lacks or a question that the
+    user must answer first, ``DataError`` for frames of several sizes.
     """
     names = options.splits or source.splits()
     if unknown := [name for name in names if name not in source.splits()]:

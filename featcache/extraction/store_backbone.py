@@ -84,7 +84,8 @@ def _deciding(spec: StoreSpec) -> dict[str, Any]:
 def recorded_weights(spec: StoreSpec) -> str | None:
     """The ``--weights`` value that reproduces a store's recorded weights; None if it records none.
 
-    ``DataError`` if the recorded file is gone."""
+    ``DataError`` if the recorded file is gone.
+    """
     origin = Origin.read(spec.model.get("weights_origin"))
     if origin is None:
         return None
