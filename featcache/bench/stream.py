@@ -37,7 +37,7 @@ Starts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Access:
-    """Random access in batches of ``samples`` clips of ``frames`` consecutive frames."""
+    """Random access in batches of ``samples`` clips, each of ``frames`` consecutive frames."""
 
     samples: int
     frames: int

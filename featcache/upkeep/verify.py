@@ -198,7 +198,7 @@ def _metadata(store: StoreSpec, spec: SplitSpec, folder: Path) -> Iterator[Damag
 
 
 def metadata_problem(file: Path, expected: bytes) -> str | None:
-    """The difference of a zarr.json from the one by the specifications; None if they mean the same."""
+    """The difference between a zarr.json and the expected one; None if they mean the same."""
     wanted = json.loads(expected)
     try:
         found = json.loads(file.read_bytes())
