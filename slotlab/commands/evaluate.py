@@ -22,12 +22,12 @@ def evaluate(
     cache: Annotated[Path | None, typer.Option(help="Another store of the same features.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to score; default: the configuration's, validation.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="PNG to draw: frames, ground truth and slots.")] = None,
-    boundaries: Annotated[bool, typer.Option("--boundaries", help="Boundary F and bleeding by area, too.")] = False,
+    boundaries: Annotated[bool, typer.Option("--boundaries", help="Boundary F and bleeding as well, by area.")] = False,
     refine: Annotated[
-        Refine | None, typer.Option(help="Method of refinement by the frames; the refined masks are scored, too.")
+        Refine | None, typer.Option(help="Method that refines masks along the frames' edges; both are scored.")
     ] = None,
     binarise: Annotated[
-        list[str] | None, typer.Option(help="Binarisation to score, too: argmax, threshold=T or gumbel=T; repeatable.")
+        list[str] | None, typer.Option(help="Binarisation to score as well: argmax, threshold=T, gumbel=T; repeatable.")
     ] = None,
     against: Annotated[Path | None, typer.Option(help="Run to test this one against, video by video.")] = None,
     device: Device = "auto",

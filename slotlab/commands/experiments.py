@@ -37,7 +37,7 @@ def compare(
     split: Annotated[str | None, typer.Option(help="Split to score; default: validation.")] = None,
     weights: Annotated[list[str] | None, typer.Option(help="Weights as BACKBONE=FILE, or random; repeatable.")] = None,
     grid: Annotated[int, typer.Option(min=1, help="Patches a side, the same for all backbones.")] = 16,
-    max_videos: Annotated[int | None, typer.Option(min=1, help="Number of videos of each split, at most.")] = None,
+    max_videos: Annotated[int | None, typer.Option(min=1, help="Largest number of videos of each split.")] = None,
     cache_folder: Annotated[Path, typer.Option(help="Folder of stores, found or made.")] = CACHE_FOLDER,
     out: Annotated[Path | None, typer.Option(help="Folder of the experiment; default: compare/BACKBONES.")] = None,
     devices: Devices = "auto",

@@ -11,11 +11,11 @@ from featcache.errors import UsageError
 from slotlab.commands.options import Device, Json, Refine, print_json
 
 Format = Literal["png", "rle", "overlay-png", "overlay-mp4", "overlay-gif"]
-FRAMES_A_SECOND = 12.0  # the rate of MOVi's videos
+FRAMES_A_SECOND = 12.0  # the frame rate of MOVi
 
 Out = Annotated[Path, typer.Option(help="Folder to make or add to.")]
-Refined = Annotated[Refine | None, typer.Option(help="Method that brings masks to the frame's edges first.")]
-Fps = Annotated[float, typer.Option(min=1, help="Frames a second of mp4 and gif.")]
+Refined = Annotated[Refine | None, typer.Option(help="Method that refines masks along the frames' edges.")]
+Fps = Annotated[float, typer.Option(min=1, help="Frames per second of mp4 and gif.")]
 
 
 def masks(

@@ -23,8 +23,8 @@ Cache = Annotated[Path, typer.Option("--cache", help="Store made by slotlab extr
 
 
 MaskColours = Annotated[bool, typer.Option("--mask-colours", help="Masks by colour: each colour is one object.")]
-IgnoreLabel = Annotated[str | None, typer.Option(help="Number of void pixels in masks; a colour: #rrggbb.")]
-AsFrames = Annotated[FramesAs | None, typer.Option(help="Kind of numbered images in the folder itself.")]
+IgnoreLabel = Annotated[str | None, typer.Option(help="Number of void pixels in masks, or their colour as #rrggbb.")]
+AsFrames = Annotated[FramesAs | None, typer.Option(help="Meaning of numbered images in the folder itself.")]
 
 
 def parse_size(option: str, text: str | None) -> int | tuple[int, int] | None:

@@ -34,8 +34,8 @@ def robustness(
 ) -> None:
     """Masks and slots when only the colours change: hue, brightness, contrast, saturation, grey, channels, jitter.
 
-    A subset of videos and frames by default, as every transformation runs the backbone anew. The result is kept in
-    the run folder as robustness-SPLIT.json.
+    Uses some videos and frames by default, as every transformation runs the backbone again. The result is kept in the
+    run folder as robustness-SPLIT.json.
     """
     from featcache.machine import pick_device
     from slotlab.commands import terminal
