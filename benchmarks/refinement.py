@@ -19,11 +19,12 @@ from torch import Tensor
 
 from benchmarks.harness import report
 from featcache.machine import pick_device
-from slotlab.masks.refine import Crf, Guided, Method, refine
+from slotlab.masks.refine import Crf, Guided, Parameters, refine
 from slotlab.runs.loaded import LoadedRun, load_run
 from slotlab.scoring.fine import outline_scores
 from slotlab.scoring.metrics import adjusted_rand_index, mean_best_overlap
 from slotlab.scoring.tables import count_labels, mask_tables
+from slotlab.words import Refinement
 
 CHANGES: dict[type[Guided] | type[Crf], dict[str, tuple[Any, ...]]] = {
     Guided: {
@@ -73,7 +74,7 @@ def main() -> None:
 
     runs = [load_run(run, None, pick_device(args.device)) for run in args.runs]
     masks, pictures, truth, labels = frames_of(runs[0], args.videos, args.frames)
-    methods: dict[Method, Guided | Crf] = {"guided": Guided(), **({"crf": Crf()} if args.crf else {})}
+    methods: dict[Refinement, Parameters] = {"guided": Guided(), **({"crf": Crf()} if args.crf else {})}
     tried: list[dict[str, Any]] = [{"parameters": "plain", **score(masks, truth, labels)}]
     for method, default in methods.items():
         others = [

@@ -13,3 +13,5 @@ Residence = Literal["auto", "disk", "host", "device"]  # places of the features 
 Fit = Literal["squash", "crop", "pad"]  # ways to bring frames of other proportions to the input
 
 FramesAs = Literal["video", "images"]  # readings of numbered images in one folder
+
+StoreFormat = Literal["zarr", "hdf5"]  # formats of a copy

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slotlab.commands.options import Cache, Device, Json, Precision, Residence, parse_size, print_json
+from featcache.words import Residence
+from slotlab.commands.options import Cache, Device, Json, Precision, parse_size, print_json
 
 if TYPE_CHECKING:
     from slotlab.training.speed import TrainingRate

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featcache.errors import IncompatibleError, UsageError
-from slotlab.commands.options import Device, Json, Refine, print_json
+from slotlab.commands.options import Device, Json, print_json
+from slotlab.words import Refinement
 
 if TYPE_CHECKING:
     from slotlab.runs.loaded import LoadedRun
@@ -24,7 +25,8 @@ def evaluate(
     sheet: Annotated[Path | None, typer.Option(help="PNG to draw: frames, ground truth and slots.")] = None,
     boundaries: Annotated[bool, typer.Option("--boundaries", help="Boundary F and bleeding as well, by area.")] = False,
     refine: Annotated[
-        Refine | None, typer.Option(help="Method that refines masks along the frames' edges; both are scored.")
+        Refinement | None,
+        typer.Option(help="Method that refines masks along edges; refined and plain masks are scored."),
     ] = None,
     binarise: Annotated[
         list[str] | None, typer.Option(help="Binarisation to score as well: argmax, threshold=T, gumbel=T; repeatable.")

@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 
 from featcache.errors import UsageError
-from featcache.words import Fit
+from featcache.words import Dtype, Fit
 from slotlab.commands.options import (
     CACHE_FOLDER,
     AsFrames,
     Device,
-    Dtype,
     IgnoreLabel,
     Json,
     MaskColours,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from featcache.errors import DataError, UsageError
-from slotlab.commands.options import CACHE_FOLDER, Device, Dtype, Json, print_json
+from featcache.words import Dtype, StoreFormat
+from slotlab.commands.options import CACHE_FOLDER, Device, Json, print_json
 
 
 def stats(
@@ -90,7 +91,7 @@ def verify(
 def export(
     cache: Annotated[Path, typer.Argument(help="Store to copy.")],
     out: Annotated[Path, typer.Argument(help="Store or file to make.")],
-    form: Annotated[Literal["zarr", "hdf5"], typer.Option("--format", help="Format of the copy.")] = "zarr",
+    form: Annotated[StoreFormat, typer.Option("--format", help="Format of the copy.")] = "zarr",
     dtype: Annotated[Dtype | None, typer.Option(help="Form of the copied tokens; default: as they are.")] = None,
     tap: Annotated[list[str] | None, typer.Option(help="Tap to copy; repeatable; default: every tap.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Split to copy; repeatable; default: every split.")] = None,
