@@ -74,7 +74,7 @@ class Segmenter:
         return window.put_back(fine_labels(self._output(pictures)[1], pictures, refine), UNSEEN)
 
     def _shown(self, frames: Frames) -> tuple[npt.NDArray[np.uint8], Window]:
-        """What the model sees of frames, and where that lies in them."""
+        """The part (T, h, w, 3) of the frames that the model sees, and its window in them."""
         pictures = as_frames(frames)
         window = shown(self._preprocessing, (pictures.shape[1], pictures.shape[2]))
         return window.cut(pictures, self._preprocessing.get(MARGIN, 0)), window

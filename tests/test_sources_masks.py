@@ -111,7 +111,7 @@ def test_lossy_masks_are_refused(tmp_path: Path, name: str, options: dict[str, A
     save_images(tmp_path, oblong(1), [f"{Path(name).stem}.png"])
     (tmp_path / "masks").mkdir()
     Image.fromarray(NUMBERS * 60).save(tmp_path / "masks" / name, **options)
-    with pytest.raises(DataError, match=rf"masks/{name}: mask is a lossy .* make it again as PNG"):
+    with pytest.raises(DataError, match=rf"masks/{name}: mask is a lossy .* save it as PNG"):
         open_source(tmp_path).read("train", 0)
     if name.endswith("webp"):
         Image.fromarray(NUMBERS).save(tmp_path / "masks" / name, lossless=True)

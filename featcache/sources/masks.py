@@ -52,7 +52,7 @@ def decode_mask(data: bytes, where: str, colours: bool = False) -> list[MaskPage
 def _mask(page: Page, colours: bool, data: bytes) -> MaskPage:
     image, name = page.image, page.name
     if image.format in LOSSY or str(image.info.get("compression", "")).endswith("jpeg") or _lossy_webp(data):
-        raise DataError(f"{name}: mask is a lossy {image.format}, whose numbers are blurred; make it again as PNG")
+        raise DataError(f"{name}: mask is a lossy {image.format}, whose numbers are blurred; save it as PNG")
     with errors_named(name):
         image = ImageOps.exif_transpose(image)
         if colours:

@@ -1,4 +1,4 @@
-"""How to read a data set, where its files alone do not say."""
+"""Choices on how to read a data set, where its files alone do not say."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from featcache.words import FramesAs
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read the files of a source. The default is what they say themselves."""
+    """Choices on how to read the files of a source. The defaults add nothing to what the files say."""
 
     mask_colours: bool = False  # masks show each object in a colour
     ignore_label: int | None = None  # the number, or the colour 0xRRGGBB, of pixels whose truth is not known

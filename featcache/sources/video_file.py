@@ -129,7 +129,7 @@ def _upright(
     others = (a, d) if lying else (b, c)
     if max(map(abs, others)) >= SKEW * min(abs(across), abs(down)):
         raise DataError(
-            f"{path}: is to be shown at an angle that is no quarter turn; encode it upright (ffmpeg -i FILE new.mp4)"
+            f"{path}: its display matrix is not a multiple of a quarter turn; encode it upright (ffmpeg -i FILE new.mp4)"
         )
     image = image.swapaxes(0, 1) if lying else image
     return np.ascontiguousarray(image[:: 1 if down > 0 else -1, :: 1 if across > 0 else -1])

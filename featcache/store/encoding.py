@@ -37,7 +37,7 @@ class StoredArray:
     fill: float | int
 
     def path(self, tap: str) -> str:
-        """Where the array lies below its split."""
+        """Path of the array below its split."""
         return f"{self.folder}/{tap}"
 
     def shape(self, patches: int, dim: int) -> tuple[int, ...]:

@@ -201,7 +201,7 @@ def _put(
 
 
 def _files(build: Any) -> Files:
-    """What zarr-python writes for a group, by path, in the order of paths."""
+    """The files that zarr-python writes for a group, by path, in the order of paths."""
     held: dict[str, Any] = {}
     build(zarr.create_group(MemoryStore(held), zarr_format=3))
     return {path: held[path].to_bytes() for path in sorted(held)}
