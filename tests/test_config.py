@@ -149,7 +149,7 @@ def test_configuration_is_frozen() -> None:
         ("model.slot=7", "model.slot: no such key; did you mean model.slots"),
         ("model.slots=0", "model.slots: Input should be greater than or equal to 2"),
         ("model.decoder=cnn", "model.decoder: no such key"),  # not one of this kind of model
-        ("model.kind=slot_attention", "data.clip above 1 needs a model of video"),
+        ("model.kind=slot_attention", "data.clip above 1 needs a video model"),
         ("model.kind=perceiver", "model: Input tag 'perceiver'"),
         ("loss.temporal_similarity=0.1", "loss.temporal_similarity needs model.kind = slot_attention"),
         ("loss.slot_contrast=0.5", "loss.slot_contrast needs slots carried over clips"),

@@ -188,7 +188,7 @@ def _result(future: Future[_GroupResult], job: SplitJob, group: range) -> _Group
     except KilledWorker as error:
         raise DataError(
             f"{job.location}: the workers that ran {job.name} videos {group[0]} to {group[-1]} died "
-            f"{error.allowed_failures + 1} times, most often for want of memory; use a smaller --batch-size or fewer "
+            f"{error.allowed_failures + 1} times, most often for lack of memory; use a smaller --batch-size or fewer "
             "workers on a machine, the same command resumes"
         ) from error
     assert isinstance(result, _GroupResult)

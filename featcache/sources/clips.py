@@ -82,4 +82,4 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); look at the file and its permissions") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from error

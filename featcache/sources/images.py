@@ -175,7 +175,7 @@ def errors_named(where: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:  # from the file system
             raise DataError(
-                f"{where}: cannot be read ({error.strerror}); look at the file and its permissions"
+                f"{where}: cannot be read ({error.strerror}); check the file and its permissions"
             ) from error
         raise DataError(
             f"{where}: image cannot be decoded ({error}); copy or make it again, "

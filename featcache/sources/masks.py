@@ -174,7 +174,7 @@ def check_fit(frames: Sequence[int], masks: Sequence[int], where: str, remedy: s
         raise DataError(
             f"{where}: {masks[0]} masks of {size_text(masks[1:]) if masks[0] else 'no size'} do not match "
             f"{frames[0]} frames of {size_text(frames[1:])}; "
-            + (remedy or "give one mask a frame, of the frame's size")
+            + (remedy or "give one mask per frame, of the frame's size")
         )
 
 

@@ -252,7 +252,7 @@ def _shards(directory: Path, partial: bool) -> dict[str, tuple[Path, ...]]:
     for split, shards in splits.items():
         stems = sorted({(match["stem"], match["shards"]) for _, match in shards})
         if len(stems) > 1:
-            raise DataError(f"{directory}: shards of two writings of split {split} ({stems}); remove one set")
+            raise DataError(f"{directory}: shards of two versions of split {split} ({stems}); remove one set")
         count = int(stems[0][1])
         missing = sorted(set(range(count)) - {int(match["shard"]) for _, match in shards})
         if missing and not partial:
@@ -276,7 +276,7 @@ def _expected_records(directory: Path, split: str) -> dict[str, int]:
         stem = f"{info['name']}-{split}.tfrecord"
         return {f"{stem}-{i:05d}-of-{len(lengths):05d}": int(length) for i, length in enumerate(lengths)}
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not as TFDS writes it ({error!r}); copy it again, or remove it") from error
+        raise DataError(f"{path}: not in TFDS's format ({error!r}); copy it again, or remove it") from error
 
 
 def _decode_mask(data: bytes, where: str) -> npt.NDArray[np.uint8]:

@@ -80,7 +80,7 @@ def _places(entry: Entry, pages: Sequence[MaskPage], frames: int) -> list[int]:
     what = f"{first.parent}: {len(pages)} masks of {frames} frames of {entry.clip.name}"
     numbers = [int(match[0]) for path in entry.masks if path and (match := re.search(r"\d+(?=\D*$)", path.stem))]
     if len(numbers) < len(pages) or len(set(numbers)) < len(numbers):
-        raise DataError(f"{what}; give one mask a frame, or name each by the number of its frame, from 0")
+        raise DataError(f"{what}; give one mask per frame, or name each by the number of its frame, from 0")
     start = 0 if 0 in numbers else 1 if frames in numbers else None
     if start is None and max(numbers) < frames:
         raise DataError(

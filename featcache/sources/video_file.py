@@ -128,9 +128,7 @@ def _upright(
     across, down = (c, b) if lying else (a, d)  # what moves one pixel across and down in the picture shown
     others = (a, d) if lying else (b, c)
     if max(map(abs, others)) >= SKEW * min(abs(across), abs(down)):
-        raise DataError(
-            f"{path}: its display matrix is not a multiple of a quarter turn; encode it upright (ffmpeg -i FILE new.mp4)"
-        )
+        raise DataError(f"{path}: its display matrix is not a quarter turn; encode it upright (ffmpeg -i FILE new.mp4)")
     image = image.swapaxes(0, 1) if lying else image
     return np.ascontiguousarray(image[:: 1 if down > 0 else -1, :: 1 if across > 0 else -1])
 
@@ -190,7 +188,7 @@ def _opened(path: Path, **options: str) -> Iterator[_Clip]:
                 raise DataError(f"{path}: no video stream in it; take it out of the folder")
             clip = _Clip(path, container, container.streams.video[0], heard)
             if clip.stream.codec_context is None:
-                raise DataError(f"{path}: its codec is not known here, or damaged; {REMEDY}")
+                raise DataError(f"{path}: its codec is unknown or damaged; {REMEDY}")
             clip.stream.codec_context.thread_count = 1  # callers decode several videos side by side
             yield clip
             complaint = clip.complaint()

@@ -315,7 +315,7 @@ def refuse_foreign(path: Path) -> None:
     found = [p.name for p in path.iterdir() if not p.name.startswith((".", METADATA))]
     if any((path / name / manifest.NAME).exists() for name in found):
         raise DataError(
-            f"{path / METADATA}: missing, and with it what the features are; "
+            f"{path / METADATA}: missing, and with it the specification of the features; "
             "put back a copy of that file, or extract to another --out"
         )
     if found:

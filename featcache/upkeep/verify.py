@@ -75,7 +75,7 @@ def open_root(path: Path) -> FeatureStore:
             refuse_foreign(path)  # raises for a missing root
         if any(path.glob(f"*/{manifest.NAME}")):
             raise DataError(
-                f"{path / METADATA}: damaged, and with it what the features are; "
+                f"{path / METADATA}: damaged, and with it the specification of the features; "
                 "put back a copy of that file, or extract to another --out"
             ) from error
         raise

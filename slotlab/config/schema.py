@@ -188,7 +188,7 @@ class Config(Section):
     def _parts_fit(self) -> Self:
         recurrent = self.model.kind != "clustering" and self.model.predictor is not None
         if self.data.clip > 1 and self.model.kind != "clustering" and not recurrent:
-            raise ValueError("data.clip above 1 needs a model of video: set model.predictor.kind")
+            raise ValueError("data.clip above 1 needs a video model: set model.predictor.kind")
         if recurrent and self.data.clip == 1:
             raise ValueError("model.predictor needs clips: set data.clip to 2 or more")
         if self.loss.temporal_similarity and self.model.kind != "slot_attention":
