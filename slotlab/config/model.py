@@ -303,7 +303,7 @@ class ClusteringConfig(Section):
         "prior_floor": Gone.fixed(0.05),
         # Earlier versions gave short-lived slots to the background, in use but not in training.
         "lasting_frames": Gone((8,), "is gone"),
-        "lasting_threshold": Gone((0.8, 0), "is gone: a slot stays an object however soon it passes"),
+        "lasting_threshold": Gone((0.8, 0), "is gone: short-lived slots stay objects"),
     }
     remedies: ClassVar[Remedies] = {
         "one_slot": (Remedy("model.objectness.threshold", 0.8),),
