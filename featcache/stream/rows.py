@@ -1,10 +1,10 @@
 """Reads rows of one stored array into a given tensor: from raw chunk files, through zarr-python, or from memory.
 
-A chunk whose only codec is ``bytes`` consists of its values, in a file or at some place in a shard. Its rows are copied
-from a memory map of the file straight into the batch's buffer. Cached pages move at the rate of a copy in memory
-(``preadv`` reaches half of that if the cache has 4 KiB pages). Other pages would arrive one by one; so, once the thread
-waits for the disk, the rest of the batch is requested at once (``MADV_WILLNEED``), which keeps the disk's queue full
-without further threads.
+A chunk whose only codec is ``bytes`` is just its values, in a file or at some place in a shard. So rows are copied from
+a memory map of the file straight into the batch's buffer. Cached pages move at the rate of a copy in memory (``preadv``
+reaches half of that if the cache has 4 KiB pages). Other pages would arrive one by one; so, once the thread waits for
+the disk, the rest of the batch is requested at once (``MADV_WILLNEED``), which keeps the disk's queue full without
+further threads.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class Buffers:
     """The memory of one batch, on the device."""
 
     stored: Mapping[str, Tensor]  # rows of each stored array; (B, T, ...)
-    features: Tensor  # (B, T, N, D): what a trainer gets
+    features: Tensor  # (B, T, N, D), or frames (B, T, H, W, 3): what a trainer gets
     filled: torch.cuda.Event | None
     released: torch.cuda.Event | None
 
