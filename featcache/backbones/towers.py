@@ -105,7 +105,7 @@ def _norm(module: nn.Module, spec: BackboneSpec) -> nn.Module | None:
 
 
 def _fit(model: nn.Module, state: Mapping[str, Tensor], spec: BackboneSpec, weights: Weights) -> None:
-    """Load ``state``. `IncompatibleError` unless it has exactly the parameters that tokens depend on."""
+    """Load ``state``. `IncompatibleError` if it lacks parameters that tokens depend on, or has other ones."""
     own = model.state_dict()
     missing = [k for k in own if k not in state and not k.startswith(UNUSED)]
     unexpected = [k for k in state if k not in own and not k.startswith(UNUSED)]
