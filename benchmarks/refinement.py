@@ -1,4 +1,4 @@
-"""How the parameters of mask refinement were chosen, and what refinement gains where they were not.
+"""Scores of mask refinement: on the frames that its parameters were chosen on, and its gain on other frames.
 
     python -m benchmarks.refinement RUN [RUN ...] [--videos 30] [--frames 2] [--crf]
 
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--videos", type=int, default=30)
-    parser.add_argument("--frames", type=int, default=2, help="of each video")
+    parser.add_argument("--frames", type=int, default=2, help="number of frames of each video")
     parser.add_argument("--crf", action="store_true")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
