@@ -14,7 +14,7 @@ from slotlab.commands.options import Cache, Device, Json, Precision, parse_size,
 if TYPE_CHECKING:
     from slotlab.training.speed import TrainingRate
 
-bench = typer.Typer(help="Measured rates beside what this machine allows.", no_args_is_help=True)
+bench = typer.Typer(help="Measured rates beside the limits of this machine.", no_args_is_help=True)
 
 
 @bench.command("stream")

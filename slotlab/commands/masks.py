@@ -21,7 +21,7 @@ Fps = Annotated[float, typer.Option(min=1, help="Frames per second of mp4 and gi
 def masks(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     out: Out,
-    cache: Annotated[Path | None, typer.Option(help="Another store of the same features.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Store of the same features, instead of the run's own.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to write; default: the configuration's, validation.")] = None,
     videos: Annotated[
         int | None, typer.Option(min=1, help="Number of videos, spread over the split; default: all.")

@@ -20,7 +20,7 @@ COLUMNS = {
 
 def robustness(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    cache: Annotated[Path | None, typer.Option(help="Another store of the same features.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Store of the same features, instead of the run's own.")] = None,
     split: Annotated[
         str | None, typer.Option(help="Split to look at; default: the configuration's, validation.")
     ] = None,

@@ -16,7 +16,7 @@ def stats(
     context: typer.Context,
     caches: Annotated[list[Path] | None, typer.Argument(help="Stores; default: all in cache/.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to report; default: train, or the first.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="File for a figure.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Figure to draw, such as stats.png.")] = None,
     recompute: Annotated[
         bool, typer.Option(help="Statistics computed again from the stored features, block by block with dask.")
     ] = False,
