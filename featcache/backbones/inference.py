@@ -93,6 +93,7 @@ def _frame_memory(backbone: Backbone, precision: Precision) -> int:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """A context in which torch computes in ``precision`` on the device."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, getattr(torch, precision))

@@ -29,6 +29,7 @@ class Tower:
 
 
 def timm_tower(spec: BackboneSpec, size: tuple[int, int], weights: Weights) -> Tower:
+    """The tower of a timm model with input ``size`` (rows, columns). `IncompatibleError` if the weights do not fit."""
     import timm
 
     plain = TAP.fullmatch(spec.default_tap) is not None
@@ -76,6 +77,7 @@ def _converted(model: nn.Module, weights: Weights, spec: BackboneSpec) -> Mappin
 
 
 def open_clip_tower(spec: BackboneSpec, size: tuple[int, int], weights: Weights) -> Tower:
+    """The image tower of an open_clip model; arguments and errors as for :func:`timm_tower`."""
     import open_clip
     from open_clip.model import _build_vision_tower, resize_pos_embed
 

@@ -51,6 +51,7 @@ class SplitJob:
 
     @classmethod
     def of(cls, writer: SplitWriter, plan: ExtractPlan, source: Source) -> SplitJob:
+        """The job of a split that is open for writing."""
         path = writer.path.absolute()
         return cls(path, writer.name, plan.spec, writer.spec, source.location, plan.resize_frames)
 
@@ -61,6 +62,7 @@ class SplitJob:
         return [range(i, min(i + size, videos)) for i in range(0, videos, size)]
 
     def read(self, source: Source, index: int) -> Shown:
+        """Decode one video of the source. ``DataError`` if it is damaged, or does not fit the split."""
         video = strided(source.read(self.name, index), self.store.frame_stride)
         video = fitted(video, self.store.preprocessing)
         return Shown(video.frames, _resized(video, self.spec, self.resize_frames, source.where(self.name, index)))

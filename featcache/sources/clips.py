@@ -16,11 +16,13 @@ KNOWN = " ".join(sorted(video_file.SUFFIXES | images.SUFFIXES | images.PERHAPS))
 
 
 def is_video(path: Path) -> bool:
+    """Whether a file is a video, by its suffix, or by its content if that is .ts."""
     suffix = path.suffix.lower()
     return suffix in video_file.SUFFIXES and (suffix != ".ts" or _is_transport_stream(path))
 
 
 def is_image(path: Path) -> bool:
+    """Whether a file is an image that this machine can read, by its suffix."""
     suffix = path.suffix.lower()
     return suffix in images.SUFFIXES or (suffix in images.PERHAPS and images.can_read(path))
 
@@ -79,6 +81,7 @@ def read_images(paths: Sequence[Path]) -> npt.NDArray[np.uint8]:
 
 
 def read_bytes(path: Path) -> bytes:
+    """The content of a file. ``DataError`` if it cannot be read."""
     try:
         return path.read_bytes()
     except OSError as error:

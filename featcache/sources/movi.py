@@ -65,6 +65,7 @@ class Layout:
 
     @classmethod
     def load(cls, directory: Path) -> Layout:
+        """The layout of a data set's folder. ``DataError`` if it is not a MOVi data set."""
         path = directory / "features.json"
         try:
             features = json.loads(path.read_text(encoding="utf-8"))["featuresDict"]["features"]

@@ -10,11 +10,13 @@ SPLIT_NAMES = {"train": "train", "validation": "validation", "valid": "validatio
 
 
 def check_split(location: str, split: str, known: Collection[str]) -> None:
+    """``UsageError`` unless the split is known."""
     if split not in known:
         raise UsageError(f"{location}: no split {split!r}; it has: {', '.join(known)}")
 
 
 def check_index(location: str, split: str, index: int, videos: int) -> None:
+    """``UsageError`` unless a split of ``videos`` videos has one at ``index``."""
     if not 0 <= index < videos:
         raise UsageError(f"{location}: no video {index} in {split}; it has 0..{videos - 1}")
 

@@ -57,6 +57,7 @@ class FeatureStore:
 
     @property
     def splits(self) -> tuple[str, ...]:
+        """Names of the splits, sorted."""
         return tuple(sorted(p.parent.name for p in self.path.glob(f"*/{manifest.NAME}")))
 
     def __getitem__(self, name: str) -> Split:
@@ -113,6 +114,7 @@ class Split:
 
     @property
     def complete(self) -> bool:
+        """Whether all videos are finished and the statistics cover them."""
         return len(self.manifest) == len(self.spec.lengths) == self.spec.statistics_videos
 
     def require_complete(self) -> Split:
@@ -140,6 +142,7 @@ class Split:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def array(self, path: str) -> zarr.Array[Any]:
+        """The array at ``path`` below the split. ``DataError`` if it is missing or damaged."""
         try:
             item = self.group[path]
         except Exception as error:
@@ -176,6 +179,7 @@ class Split:
         return np.asarray(self.array("segmentations")[self.rows(video)])
 
     def instances(self, video: int) -> tuple[Instance, ...]:
+        """The instance table of a video."""
         return self.manifest[video].instances
 
     def statistics(self, tap: str) -> Moments:

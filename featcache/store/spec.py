@@ -92,6 +92,7 @@ class SplitSpec:
 
     @property
     def rows(self) -> int:
+        """Number of rows of the split's arrays, padding included."""
         return int(self.starts[-1])
 
     @classmethod

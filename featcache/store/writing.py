@@ -150,6 +150,7 @@ class SplitWriter:
 
     @property
     def complete(self) -> bool:
+        """Whether all videos are finished and the statistics cover them."""
         return len(self.done) == len(self.spec.lengths) == self.spec.statistics_videos
 
     def write(self, index: int, video: Video, tokens: Mapping[str, torch.Tensor]) -> None:

@@ -146,9 +146,11 @@ class FeatureStream:
         return order[1]
 
     def state_dict(self) -> dict[str, int]:
+        """The position in the stream, for a checkpoint."""
         return {"samples_seen": self.samples_seen, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue at the position of :meth:`state_dict`."""
         self.samples_seen, self.seed = state["samples_seen"], state["seed"]
         self._order = None
 

@@ -34,4 +34,5 @@ def parse_size(option: str, text: str | None) -> int | tuple[int, int] | None:
 
 
 def print_json(value: dict[str, Any]) -> None:
+    """Print one JSON object to stdout."""
     print(json.dumps(value))

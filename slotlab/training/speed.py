@@ -237,6 +237,7 @@ def matmul_rate(device: torch.device, precision: str) -> Callable[[], float]:
 
 
 def reset_peak_memory(device: torch.device) -> None:
+    """Let :func:`peak_memory` count from now on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
