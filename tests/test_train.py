@@ -163,7 +163,7 @@ def test_accumulated_parts_are_the_whole_batch(tmp_path: Path, store: FeatureSto
 
 @pytest.mark.parametrize("log_every", [1, 50])
 def test_a_loss_that_is_not_finite_names_the_batch(tmp_path: Path, store: FeatureStore, log_every: int) -> None:
-    """The first bad step is told, however late it is noticed; and nothing of it is saved."""
+    """The error names the first bad step, however late it is noticed, and nothing of it is saved."""
     overrides = (f"log_every={log_every}", "optim.learning_rate=1e30", "optim.warmup_steps=0")
     message = r"not finite at step 2 \(samples that begin at store rows \[\d+, \d+, \d+, \d+\]\); lower --set"
     with pytest.raises(DataError, match=message):
