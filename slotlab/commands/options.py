@@ -23,7 +23,7 @@ Cache = Annotated[Path, typer.Option("--cache", help="Store made by slotlab extr
 
 
 MaskColours = Annotated[bool, typer.Option("--mask-colours", help="Masks by colour: each colour is one object.")]
-IgnoreLabel = Annotated[str | None, typer.Option(help="Number of void pixels in masks; a colour: #rrggbb.")]
+IgnoreLabel = Annotated[str | None, typer.Option(help="Number of void pixels in masks; a colour: #rrggbb; or none.")]
 AsFrames = Annotated[FramesAs | None, typer.Option(help="Kind of numbered images in the folder itself.")]
 
 
