@@ -19,7 +19,9 @@ from sklearn.metrics import adjusted_rand_score
 from featcache.errors import DataError
 from featcache.sources.video import Video
 from featcache.store.reading import FeatureStore, Split
+from slotlab.masks.binarise import threshold_labels
 from slotlab.masks.labels import masks_to_labels
+from slotlab.masks.refine import refine
 from slotlab.models.kmeans import kmeans
 from slotlab.models.randomness import Draws
 from slotlab.pictures import palette
@@ -195,10 +197,24 @@ def test_outlines_are_known_ones(loaded: LoadedRun) -> None:
                 frame.append(2 * precision * recall / (precision + recall) if hit else 0.0)
                 bleeds += [1 - (found & true).sum() / (found & known[t]).sum()] if slot >= 0 else []
             scores += [np.mean(frame)] if frame else []
-    result = outline_scores(loaded, None, "guided", ["threshold=0.3"])
-    assert result["boundaries"]["boundary_f"] == pytest.approx(np.mean(scores))
-    assert result["boundaries"]["bleeding"] == pytest.approx(np.mean(bleeds))
-    assert 0 <= result["refined"]["mbo"] <= 1 and 0 <= result["binarised"]["threshold=0.3"]["unassigned"] < 1
+    result = outline_scores(loaded)["boundaries"]
+    assert result["boundary_f"] == pytest.approx(np.mean(scores))
+    assert result["bleeding"] == pytest.approx(np.mean(bleeds))
+
+
+def test_refined_and_binarised_masks_are_scored_alike(loaded: LoadedRun) -> None:
+    split, fine, sure = loaded.split(), [], []
+    for video, truth, known in known_pixels(split):
+        masks, pictures = loaded.segment(split, video).masks_on_grid, torch.from_numpy(split.video(video))
+        labels = masks_to_labels(refine(masks, pictures, "guided"), (SIZE, SIZE)).numpy()
+        seen = [t for t in range(len(truth)) if known[t].any()]
+        fine += [reference(truth[t][known[t]], labels[t][known[t]]) for t in seen]
+        sure.append(threshold_labels(masks, (SIZE, SIZE), 0.205).numpy()[known] == 5)
+    found = outline_scores(loaded, None, "guided", ["threshold=0.205"])
+    for key in ("fg_ari", "mbo", "miou"):
+        assert found["refined"][key] == pytest.approx(mean(fine, key)), key
+    unassigned = np.concatenate(sure).mean()
+    assert found["binarised"]["threshold=0.205"]["unassigned"] == pytest.approx(unassigned) and 0 < unassigned < 1
 
 
 def followed_slots(followed: Any, t: int) -> list[int]:
