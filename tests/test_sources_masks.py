@@ -151,6 +151,16 @@ def test_a_palettes_255_beside_small_numbers_is_void(tmp_path: Path, caplog: pyt
     np.testing.assert_array_equal(video.ignore[0], only == 255)
     assert not video.segmentations.any() and not video.instances
 
+    every = Reading.of(ignore_label="none")
+    video = _read(tmp_path, _palette(only, VOC), reading=every)
+    np.testing.assert_array_equal(video.segmentations[0], only // 255)
+    caplog.clear()
+    video = _read(tmp_path, _palette(voc, VOC), reading=every)
+    np.testing.assert_array_equal(video.segmentations[0], voc)
+    assert len(video.instances) == 255 and not video.ignored.any() and not caplog.text
+    assert open_source(tmp_path, every).fingerprint("train") != open_source(tmp_path).fingerprint("train")
+    assert "pass --ignore-label none" in remark
+
     many = (np.arange(48 * 64) % 256).astype(np.uint8).reshape(48, 64)
     assert _read(tmp_path, _palette(many, VOC)).ignore is None  # 255 of 255 objects
 

@@ -131,6 +131,13 @@ def _resized(video: Video, spec: SplitSpec, resize: bool, where: str) -> Video:
     """The video at the store's frame size. ``DataError`` if that needs a resize that the user did not ask for."""
     if (video.segmentations is not None) != spec.masks:
         raise DataError(f"{where}: {'has' if not spec.masks else 'lacks'} masks, unlike the first video of its split")
+    if video.ignore is not None and video.segmentations is not None:  # a source may count pixels of every number
+        video = replace(video, instances=recounted(video, video.segmentations))
+    if spec.masks and not spec.ignored and video.ignored.any():
+        raise DataError(
+            f"{where}: has pixels or frames whose truth is not known, and the store, by an earlier version, has no "
+            "place for that; extract to another --out"
+        )
     if video.frames.shape[1:3] == spec.frame_size:
         return video
     height, width = spec.frame_size

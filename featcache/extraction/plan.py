@@ -23,7 +23,7 @@ from featcache.sources.video import Size, Source, Video
 from featcache.store.encoding import ENCODINGS
 from featcache.store.layout import COMPRESSED, array_layouts
 from featcache.store.reading import FeatureStore
-from featcache.store.spec import MAX_CHUNK_FRAMES, SplitSpec, StoreSpec, TapSpec
+from featcache.store.spec import MAX_CHUNK_FRAMES, SCHEMA, SplitSpec, StoreSpec, TapSpec
 from featcache.words import Dtype, Fit, Precision
 
 logger = logging.getLogger(__name__)
@@ -125,6 +125,7 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
         source=source.location,
         batch_size=batch_size,
         versions={"python": platform.python_version(), **{p: version(p) for p in ("torch", "zarr", "slotlab")}},
+        schema=store.spec.schema if store else SCHEMA,
     )
     splits = []
     for name, probe in probes.items():
@@ -137,6 +138,7 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
             chunk_frames=chunk_frames,
             frame_size=(height, width),
             masks=probe.segmentations is not None,
+            ignored=probe.segmentations is not None and spec.schema > 1,
         )
         done: Sequence[int] = store[name].videos if store and name in store.splits else ()
         left = [length for i, length in enumerate(split_spec.lengths) if i not in set(done)]

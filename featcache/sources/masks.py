@@ -113,14 +113,15 @@ def settle(pages: Sequence[MaskPage], reading: Reading) -> Masks:
     numbers, ignore = without_void(as_mask(shown, name), reading.ignore_label)
     present = set(np.flatnonzero(np.bincount(numbers.ravel(), minlength=256)).tolist())
     others, palette = present - {0, VOID}, all(page.palette for page in pages)
-    if VOID in present and not others and not (palette and not any(page.white for page in pages)):
+    said = reading.ignore_label is not None
+    if VOID in present and not others and (said or not palette or any(page.white for page in pages)):
         return Masks(np.minimum(numbers, 1), ignore)
-    if VOID not in present or max(others, default=0) >= SMALL or reading.ignore_label is not None:
+    if VOID not in present or max(others, default=0) >= SMALL or said:
         return Masks(numbers, ignore)
     if not palette:
         what = "255 beside small numbers is taken as an object; if it marks void, pass --ignore-label 255"
         return Masks(numbers, None, f"{name}: {what}")
-    what = "a palette mask's 255 beside small numbers is taken as void, which belongs to no object"
+    what = "a palette mask's 255 beside small numbers is taken as void; if it is an object, pass --ignore-label none"
     return Masks(*without_void(numbers, VOID), f"{name}: {what}")
 
 

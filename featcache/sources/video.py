@@ -30,7 +30,7 @@ class Video:
 
     ``segmentations`` holds 0 for the background and ``k`` for ``instances[k - 1]``; it is ``None`` where the
     source has no masks. ``ignore`` marks pixels whose truth is not known: 0 in ``segmentations``, and no background.
-    ``labelled`` marks the frames whose masks are known, where some are not.
+    ``labelled`` marks the frames whose masks are known, where some are not. ``ignored`` is both together.
     """
 
     id: str
@@ -49,6 +49,14 @@ class Video:
             raise ValueError(f"ignored pixels {self.ignore.shape} do not match masks")
         if self.labelled is not None and self.labelled.shape != self.frames.shape[:1]:
             raise ValueError(f"{self.labelled.shape} labelled frames do not match frames {self.frames.shape}")
+
+    @property
+    def ignored(self) -> npt.NDArray[np.bool_]:
+        """Pixels whose truth is not known (T, H, W); in a frame that is not labelled, all of them."""
+        ignored = np.zeros(self.frames.shape[:3], bool) if self.ignore is None else self.ignore.copy()
+        if self.labelled is not None:
+            ignored[~self.labelled] = True
+        return ignored
 
 
 class Source(Protocol):

@@ -24,7 +24,7 @@ from featcache.store import manifest
 from featcache.store.encoding import ENCODINGS
 from featcache.store.spec import SplitSpec, StoreSpec
 
-COMPRESSED = ("video", "segmentations")  # features are raw, so that they can be mapped
+COMPRESSED = ("video", "segmentations", "ignored")  # features are raw, so that they can be mapped
 METADATA = "zarr.json"
 ZSTD_LEVEL = 3
 LABELS = ("shape", "size", "color", "material")
@@ -72,6 +72,8 @@ def array_layouts(store: StoreSpec, split: SplitSpec) -> list[ArrayLayout]:
     layouts = [ArrayLayout("video", (height, width, 3), ("y", "x", "rgb"), "uint8", 0)]
     if split.masks:
         layouts.append(ArrayLayout("segmentations", (height, width), ("y", "x"), "uint8", 0))
+    if split.ignored:
+        layouts.append(ArrayLayout("ignored", (height, width), ("y", "x"), "bool", False))
     for tap, spec in store.taps.items():
         for array in ENCODINGS[store.dtype].arrays:
             shape = array.shape(spec.patches, spec.dim)

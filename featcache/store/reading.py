@@ -17,7 +17,7 @@ from featcache.moments import Moments
 from featcache.sources.video import Instance
 from featcache.store import manifest
 from featcache.store.encoding import ENCODINGS, Encoding
-from featcache.store.spec import SCHEMA, SplitSpec, StoreSpec
+from featcache.store.spec import READABLE, SplitSpec, StoreSpec
 
 
 class FeatureStore:
@@ -39,9 +39,10 @@ class FeatureStore:
             raise DataError(
                 f"{path}: not a featcache store; name one made by slotlab extract (for example cache/dinov2.zarr)"
             ) from error
-        if raw.get("schema") != SCHEMA:
+        if raw.get("schema") not in READABLE:
+            known = " and ".join(map(str, READABLE))
             raise IncompatibleError(
-                f"{path}: store schema {raw.get('schema')}, this version reads {SCHEMA}; extract it again"
+                f"{path}: store schema {raw.get('schema')}, this version reads {known}; extract it again"
             )
         if raw.get("dtype", "float16") not in ENCODINGS:
             raise IncompatibleError(
@@ -177,6 +178,21 @@ class Split:
         if not self.spec.masks:
             raise DataError(f"{self.path}: its source had no masks, so there is nothing to score against")
         return np.asarray(self.array("segmentations")[self.rows(video)])
+
+    def ignored(self, video: int) -> npt.NDArray[np.bool_]:
+        """Pixels whose truth is not known (T, H, W); they are 0 in the masks, and no background."""
+        if not self.spec.ignored:
+            return np.zeros((self.spec.lengths[video], *self.spec.frame_size), bool)
+        return np.asarray(self.array("ignored")[self.rows(video)])
+
+    def labelled(self, video: int) -> npt.NDArray[np.bool_]:
+        """Frames (T,) with pixels whose truth is known."""
+        return ~self.ignored(video).all((1, 2)) if self.spec.ignored else np.ones(self.spec.lengths[video], bool)
+
+    @cached_property
+    def has_truth(self) -> bool:
+        """Whether the truth of any pixel is known."""
+        return self.spec.masks and any(self.labelled(video).any() for video in self.videos)
 
     def instances(self, video: int) -> tuple[Instance, ...]:
         """The instance table of a video."""

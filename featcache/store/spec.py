@@ -15,7 +15,8 @@ import numpy.typing as npt
 from featcache.errors import IncompatibleError, compare_settings
 from featcache.words import Dtype, Precision
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, SCHEMA)  # stores of schema 1 have no array of ignored pixels: all of their truth is known
 
 MAX_CHUNK_FRAMES = 64
 
@@ -66,7 +67,7 @@ class StoreSpec:
     def identity(self) -> dict[str, Any]:
         """Flat mapping of everything that must agree before a run may add to this store."""
         raw = self.to_json()
-        for free in ("source", "batch_size", "versions", "exported_from"):
+        for free in ("source", "batch_size", "versions", "exported_from", "schema"):
             del raw[free]
         raw["model"] = {k: v for k, v in raw["model"].items() if k not in ("library_version", "weights_origin")}
         return flatten(raw)
@@ -83,6 +84,7 @@ class SplitSpec:
     masks: bool
     statistics_videos: int = 0  # number of videos that the stored statistics cover
     shard_chunks: int = 0  # chunks that share a file; 0 gives each its own
+    ignored: bool = False  # whether an array says which pixels of the masks are not known
 
     @cached_property
     def starts(self) -> npt.NDArray[np.int64]:

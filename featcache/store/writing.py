@@ -217,6 +217,8 @@ def write_chunks(
     if split.masks:
         assert video.segmentations is not None
         arrays["segmentations"] = video.segmentations
+    if split.ignored:
+        arrays["ignored"] = video.ignored
     for array in ENCODINGS[store.dtype].arrays:
         arrays |= {array.path(tap): stored[array.folder].cpu().numpy() for tap, stored in tokens.items()}
     row = manifest.Row(index, video.id, len(video.frames), {}, video.instances)

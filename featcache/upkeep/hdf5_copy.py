@@ -6,6 +6,7 @@ The layout has one group per split (a file without such groups is one split, cal
     scales/<tap>       (frame, patch) float16 beside int8 features
     video              (frame, y, x, rgb) uint8
     segmentations      (frame, y, x) uint8, where the source had masks
+    ignored            (frame, y, x) bool: pixels of the masks whose truth is not known
     video_offsets      (video + 1,) int64: the frames of video v are rows [offset v, offset v + 1)
     video_ids          (video,) text
     instances          (video,) text: JSON, one object per instance
@@ -181,6 +182,7 @@ class _Hdf5Split:
             "chunk_frames": int(min(lengths.max(), MAX_CHUNK_FRAMES)),
             "frame_size": group["video"].shape[1:3],
             "masks": "segmentations" in group,
+            "ignored": "segmentations" in group and "ignored" in group,
             **kept,
         }
         self.spec = SplitSpec.from_json({**known, "lengths": lengths.tolist()})
@@ -196,9 +198,10 @@ class _Hdf5Split:
         shape, dtype = self.group["video"].shape, self.group["video"].dtype
         if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8:
             raise DataError(f"{self._where}: video is {dtype} {shape}; expected uint8 ({frames}, height, width, 3)")
-        if "segmentations" in self.group and self.group["segmentations"].shape != shape[:3]:
-            found = self.group["segmentations"].shape
-            raise DataError(f"{self._where}: segmentations are {found}; expected {shape[:3]}, like the video")
+        for name in {"segmentations", "ignored"} & self.group.keys():
+            if self.group[name].shape != shape[:3]:
+                found = self.group[name].shape
+                raise DataError(f"{self._where}: {name} are {found}; expected {shape[:3]}, like the video")
 
     def read(self, video: int, names: list[str]) -> tuple[Row, Arrays]:
         """One video's manifest row without checksums, and its rows of the named arrays. ``DataError`` if damaged."""
@@ -213,6 +216,8 @@ class _Hdf5Split:
                 raise DataError(f"{self._where}/{name}: video {video} has another checksum; copy the file again")
             if name == "segmentations":
                 arrays[name] = as_mask(arrays[name], f"{self._where}/{name}: video {video}")
+            if name == "ignored":
+                arrays[name] = arrays[name] != 0
         name = self._text("video_ids", video) or f"{self.group.name.strip('/') or 'train'}_{video:05d}"
         instances = json.loads(self._text("instances", video) or "[]")
         known = tuple(Instance(**{**item, "visibility": tuple(item["visibility"])}) for item in instances)

@@ -23,7 +23,7 @@ from featcache.extraction.job import SplitJob, merge
 from featcache.extraction.plan import ExtractPlan, SplitPlan
 from featcache.extraction.store_backbone import refuse_other_backbone, store_backbone
 from featcache.moments import Moments
-from featcache.sources import open_source
+from featcache.sources import Reading, open_source
 from featcache.sources.video import Source
 from featcache.store import manifest
 from featcache.store.durable import write_tree
@@ -34,6 +34,8 @@ from featcache.store.writing import StoreWriter, read_split_spec, save_split_spe
 from featcache.upkeep.convert import ConvertOptions, convert, copied_spec, open_origin
 from featcache.upkeep.verify import Damage, extra_files, metadata_problem, open_root, verify, verify_split
 
+READ_ALIKE = ", and --ignore-label, --mask-colours and --frames-as as they were then"
+
 
 @dataclass(frozen=True)
 class Means:
@@ -43,13 +45,14 @@ class Means:
     weights: str | None = None
     backbone: Backbone | None = None
     device: str = "cpu"
+    reading: Reading | None = None  # of ``data``
 
     def source(self, store: FeatureStore) -> Source:
         """The source of the store's videos. ``DataError`` if it is gone."""
         if self.data is not None and not isinstance(self.data, str):
             return self.data
         try:
-            return open_source(self.data or store.spec.source)
+            return open_source(self.data or store.spec.source, self.reading)
         except DataError as error:
             raise DataError(f"{error} (the store's own source; name where it is now with --data)") from error
 
@@ -150,7 +153,9 @@ def _refuse_other_source(folder: Path, split: SplitSpec, source: Source, stride:
     )
     if differences:
         raise IncompatibleError(
-            f"{folder}: {source.location} does not hold its videos", differences, "give the same videos with --data"
+            f"{folder}: {source.location} does not hold its videos",
+            differences,
+            f"give the same videos with --data{READ_ALIKE}",
         )
 
 
@@ -218,7 +223,9 @@ def _rebuilt_spec(store: FeatureStore, folder: Path, means: Means) -> SplitSpec:
     if video.shape[0] not in ends or any(
         row not in range(len(lengths)) or rows[row].frames != lengths[row] for row in rows
     ):
-        raise IncompatibleError(f"{folder}: the source does not hold its videos; give the same ones with --data")
+        raise IncompatibleError(
+            f"{folder}: the source does not hold its videos; give the same ones with --data{READ_ALIKE}"
+        )
     lengths = lengths[: ends.index(video.shape[0]) + 1]
     return SplitSpec(
         source_fingerprint=fingerprint,
@@ -226,6 +233,7 @@ def _rebuilt_spec(store: FeatureStore, folder: Path, means: Means) -> SplitSpec:
         chunk_frames=frames,
         frame_size=(video.shape[1], video.shape[2]),
         masks=(folder / "segmentations").is_dir(),
+        ignored=(folder / "ignored").is_dir(),
         # Verification checks tables and statistics only of a split that is marked complete.
         statistics_videos=len(lengths) if len(rows) == len(lengths) else 0,
         shard_chunks=video.shards[0] // frames if video.shards else 0,

@@ -19,7 +19,7 @@ Device = Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, cu
 Precision = Literal["auto", words.Precision]
 Cache = Annotated[Path, typer.Option("--cache", help="Store made by slotlab extract.", show_default=False)]
 MaskColours = Annotated[bool, typer.Option("--mask-colours", help="Masks by colour: each colour is one object.")]
-IgnoreLabel = Annotated[str | None, typer.Option(help="Number of void pixels in masks, or their colour as #rrggbb.")]
+IgnoreLabel = Annotated[str | None, typer.Option(help="Number of void pixels in masks; a colour: #rrggbb; or none.")]
 AsFrames = Annotated[FramesAs | None, typer.Option(help="Meaning of numbered images in the folder itself.")]
 
 

@@ -9,7 +9,15 @@ import typer
 
 from featcache.errors import DataError, UsageError
 from featcache.words import Dtype, StoreFormat
-from slotlab.commands.options import CACHE_FOLDER, Device, Json, print_json
+from slotlab.commands.options import (
+    CACHE_FOLDER,
+    AsFrames,
+    Device,
+    IgnoreLabel,
+    Json,
+    MaskColours,
+    print_json,
+)
 
 
 def stats(
@@ -61,6 +69,9 @@ def verify(
     data: Annotated[str | None, typer.Option(help="Source of the store's videos, if they have moved.")] = None,
     weights: Annotated[str | None, typer.Option(help="Checkpoint file of the backbone, if it has moved.")] = None,
     device: Device = "auto",
+    mask_colours: MaskColours = False,
+    ignore_label: IgnoreLabel = None,
+    frames_as: AsFrames = None,
     as_json: Json = False,
 ) -> None:
     """Check all of a store against its manifest; names the damaged videos, exit code 3 if any are left."""
@@ -71,11 +82,14 @@ def verify(
 
     damage, repaired = run_verify(cache), []
     if damage and repair:
+        from featcache.sources import Reading
         from featcache.upkeep.repair import Means
         from featcache.upkeep.repair import repair as run_repair
 
         with terminal.ExtractProgress() as progress:
-            repaired = run_repair(cache, Means(data, weights, device=str(pick_device(device))), progress)
+            reading = Reading.of(mask_colours, ignore_label, frames_as)
+            means = Means(data, weights, device=str(pick_device(device)), reading=reading)
+            repaired = run_repair(cache, means, progress)
         damage = run_verify(cache)
     if as_json:
         lists = {"damaged": damage, "repaired": repaired}

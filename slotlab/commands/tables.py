@@ -108,6 +108,8 @@ def scores_table(found: Evaluation) -> Table:
         f"{found.diagnostics['effective_slots']:.1f} effective slots, "
         f"mask similarity {found.diagnostics['mask_similarity']:.2f}"
     )
+    if found.left_out:
+        table.caption += f"\n{found.left_out}"
     if found.references.statistics:
         table.caption += f"\nthe whitened floor uses the statistics of {found.references.statistics}"
     return table

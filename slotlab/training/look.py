@@ -34,7 +34,7 @@ def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
     row: dict[str, Any] = {f"eval_{key}": value for key, value in means.items()}
     row["eval_diagnostics_by_frame"] = found.at_each_frame()
     row["eval_largest_activation_by_slot"] = found.largest_by_slot()
-    if split.spec.masks:
+    if split.has_truth:
         values = scores.summary().values
         row |= {f"eval_{key}": values[key] for key in (*shown("headline"), *shown_of_videos("headline"))}
     row["warnings"] = warnings(means, config)
