@@ -114,8 +114,11 @@ class StoreRequest:
     def _holds(self, store: FeatureStore, name: str, source: Source) -> bool:
         split = store[name]
         videos = len(source.lengths(name)[: self.max_videos])
-        fingerprint = source.fingerprint(name)
-        return split.complete and split.spec.source_fingerprint == fingerprint and len(split.videos) == videos
+        if not split.complete or len(split.videos) != videos:
+            return False
+        if split.spec.fingerprints:  # in the source's order: comparisons pair videos by their places
+            return split.spec.fingerprints == tuple(source.fingerprints(name)[:videos])
+        return split.spec.source_fingerprint == source.fingerprint(name)
 
     def _has_weights(self, store: FeatureStore) -> bool:
         if self.weights in (None, "wheel", "hub"):
