@@ -50,6 +50,10 @@ class Found:
         """Name, fingerprint and frames of one."""
         return self.names[index], self.fingerprints[index], self.lengths[index]
 
+    def has(self, index: int | None, fingerprint: str) -> bool:
+        """Whether a video is there, and as it was."""
+        return index is not None and self.fingerprints[index] == fingerprint
+
 
 @dataclass(frozen=True)
 class Changes:
@@ -105,11 +109,11 @@ def settle(
     if split is None or not split.manifest:
         return _fresh(fresh, found, max_videos)
     present = replace(split.spec, statistics_videos=0)
+    asked = {**fresh.form(), "chunk_frames": present.chunk_frames, "shard_chunks": present.shard_chunks}
+    refuse_if_different(split.path, present.form(), asked)
     if split.complete and _is_same(present, found, max_videos):
         everything = range(len(present.lengths))
         return Settled(present, tuple(everything), Changes(len(everything)), frozenset(everything))
-    asked = {**fresh.form(), "chunk_frames": present.chunk_frames, "shard_chunks": present.shard_chunks}
-    refuse_if_different(split.path, present.form(), asked)
     if not present.fingerprints:
         present = _adopted(split.path, present, found)
     settled = _Merge(present, split, found, max_videos, grow, prune).settled()
@@ -179,17 +183,24 @@ def arranged(split: SplitSpec, rows: Mapping[int, Row], found: Found) -> SplitSp
     """``split`` with the videos that its finished rows and its source tell of; more may follow than it had."""
     if not all(row.fingerprint for row in rows.values()):  # version 0.1, which kept the source's order
         return replace(split, source_fingerprint=found.fingerprint, lengths=found.lengths)
-    finished = [(row.id, row.fingerprint, row.frames) for row in rows.values()]
-    stored = _with_videos(split, finished)
-    others = iter(sorted(set(range(len(found.names))) - set(match(stored, found))))
+    origins = match(_with_videos(split, [(row.id, row.fingerprint, row.frames) for row in rows.values()]), found)
+    finished = {
+        video: (_name(found, origin, row), row.fingerprint, row.frames)
+        for (video, row), origin in zip(rows.items(), origins, strict=True)
+    }
+    others = iter(sorted(set(range(len(found.names))) - set(origins)))
     videos: list[tuple[str, str, int]] = []
     while True:
-        if row := rows.get(len(videos)):
-            videos.append((row.id, row.fingerprint, row.frames))
+        if len(videos) in finished:
+            videos.append(finished[len(videos)])
         elif (origin := next(others, None)) is not None:
             videos.append(found.video(origin))
         else:
             return replace(_with_videos(split, videos), source_fingerprint=found.fingerprint)
+
+
+def _name(found: Found, origin: int | None, row: Row) -> str:
+    return found.names[origin] if origin is not None and found.has(origin, row.fingerprint) else row.id
 
 
 def _with_videos(split: SplitSpec, videos: Sequence[tuple[str, str, int]]) -> SplitSpec:
@@ -211,10 +222,7 @@ class _Merge:
     def settled(self) -> Settled:
         present, found, finished = self.present, self.found, self.split.manifest
         origins = match(present, found)
-        unchanged = [
-            origin is not None and found.fingerprints[origin] == fingerprint
-            for origin, fingerprint in zip(origins, present.fingerprints, strict=True)
-        ]
+        unchanged = [found.has(origin, f) for origin, f in zip(origins, present.fingerprints, strict=True)]
         if not any(unchanged):
             raise IncompatibleError(
                 f"{self.split.path}: {found.source.location} has none of its videos",

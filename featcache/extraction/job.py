@@ -53,7 +53,8 @@ class SplitJob:
     @classmethod
     def of(cls, writer: SplitWriter, split: SplitPlan, plan: ExtractPlan, source: Source) -> SplitJob:
         path = writer.path.absolute()
-        return cls(path, writer.name, plan.spec, writer.spec, source.location, plan.resize_frames, split.origins)
+        spec = replace(writer.spec, names=())  # it is sent to workers with every group
+        return cls(path, writer.name, plan.spec, spec, source.location, plan.resize_frames, split.origins)
 
     def groups(self) -> list[range]:
         """Videos that share batches: a matter of position and batch size alone."""

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from featcache.errors import DataError
 from featcache.sources import clips
@@ -58,6 +59,9 @@ class FolderSource(Source):
                 f"{root}: no video and no image in it (split {empty[0]}), but {others}; known are {clips.KNOWN}, and "
                 "MOVi folders and HDF5 files"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_hashed": {}}  # which no other process asks for
 
     def splits(self) -> tuple[str, ...]:
         return tuple(self._entries)
