@@ -33,19 +33,16 @@ def extraction(path: str, batch_size: int | None = 3, max_videos: int | None = N
     extract(plan(Path(path), source, backbone, options), source, backbone)
 
 
-def follow(path: str, source: str, prune: bool, exchange: bool = True) -> None:
-    """Extract a folder of videos as it is now into a store of what it was."""
+def follow(path: str, source: str) -> None:
+    """Bring a store of a folder of videos to what the folder holds now."""
     import torch
 
     from featcache.backbones.backbone import load_backbone
-    from featcache.store import durable
     from tests.growing import GROW, run
 
     torch.set_num_threads(1)
-    if not exchange:
-        durable._exchange = lambda *_: False
     backbone = load_backbone("resnet18", weights="random", taps=("layer1",), input_size=32)
-    run(Path(path), Path(source), backbone, replace(GROW, prune=prune))
+    run(Path(path), Path(source), backbone, replace(GROW, prune=True))
 
 
 def repair(path: str) -> None:

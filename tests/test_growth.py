@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,6 +38,12 @@ from tests.commands import Slotlab
 from tests.growing import GROW, OPTIONS, PRUNE, Reading, drop, files, ids, put, rename, run, same_as_fresh, videos
 from tests.movi_files import example, scene, write_movi
 from tests.training import small
+
+
+@pytest.fixture(autouse=True)
+def unsynced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No waiting for the disk: what a kill leaves is the matter of test_growth_killed.py."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture(scope="module")

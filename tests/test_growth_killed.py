@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -22,6 +23,9 @@ from tests import crash
 from tests.growing import GROW, PRUNE, drop, files, ids, put, rename, run, videos
 
 
+STEPS = 12  # of a change, at which it dies
+
+
 @pytest.fixture(scope="module")
 def backbone() -> Backbone:
     return load_backbone("resnet18", weights="random", taps=("layer1",), input_size=32)
@@ -39,7 +43,7 @@ def everything(source: Path) -> None:
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
-    "added": added_and_moved,
+    "added, another renamed": added_and_moved,
     "repaired": lambda source: put(source, "b", 9),
     "removed": lambda source: drop(source, "c"),
     "removed, where names cannot be exchanged": lambda source: drop(source, "c"),
@@ -47,32 +51,82 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+class Killed(BaseException):
+    pass
+
+
+def dead_after(patch: pytest.MonkeyPatch, writes: float) -> list[str]:
+    """Let no more than so many calls reach the disk, as if the process had died then; gives those that did."""
+    made: list[str] = []
+
+    def wrap(name: str) -> None:
+        real = getattr(os, name)
+
+        def counting(*args: Any, **how: Any) -> Any:
+            if len(made) >= writes:
+                raise Killed
+            made.append(name)
+            return None if name == "fsync" else real(*args, **how)
+
+        patch.setattr(os, name, counting)
+
+    for name in crash.WRITES:
+        wrap(name)
+    return made
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
-def test_killed_anywhere_it_comes_to_the_same_store(tmp_path: Path, backbone: Backbone, change: str) -> None:
-    prune, exchange = "removed" in change or change == "all of it", "cannot" not in change
-    options = replace(GROW, prune=prune)
-    source, old, new = videos(tmp_path / "v", "abcd"), tmp_path / "old.zarr", tmp_path / "new.zarr"
-    run(old, source, backbone)
-    CHANGES[change](source)
-    shutil.copytree(old, new)
-    code, writes = crash.run(crash.follow, str(new), str(source), prune, exchange)
-    assert code == 0 and writes > 30
-    before, after = files(old), files(new)
-    assert before != after
-    for die_at in np.linspace(1, writes - 1, 8).astype(int).tolist():
-        path = shutil.copytree(old, tmp_path / "s.zarr")
-        code, _ = crash.run(crash.follow, str(path), str(source), prune, exchange, die_at=die_at)
-        assert code == -9
+def test_dead_at_any_step_it_comes_to_the_same_store(
+    tmp_path: Path, backbone: Backbone, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(GROW, prune="removed" in change or change == "all of it")
+    if in_two_steps := "cannot" in change:
+        monkeypatch.setattr(durable, "_exchange", lambda *_: False)
+    source, old, new, path = videos(tmp_path / "v", "abcd"), *(tmp_path / f"{n}.zarr" for n in ("old", "new", "s"))
+    with monkeypatch.context() as patch:
+        dead_after(patch, math.inf)
+        run(old, source, backbone)
+        CHANGES[change](source)
+        shutil.copytree(old, new)
+        made = dead_after(patch, math.inf)
+        run(new, source, backbone, options)
+        writes = len(made)
+    after = files(new)
+    assert files(old) != after and writes > 30
+    for die_at in np.linspace(1, writes - 1, STEPS).astype(int).tolist():
+        shutil.copytree(old, path)
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            dead_after(patch, die_at)
+            run(path, source, backbone, options)
         assert verify(path) == []
-        if exchange or (path / "train").exists():
+        if not in_two_steps:
             split = FeatureStore.open(path)["train"]
-            assert split.complete or change.startswith(("added", "repaired", "all"))
-            if split.complete:
-                assert ids(split) in (list("abcd"), ids(FeatureStore.open(new)["train"]))
-        run(path, source, backbone, options)
+            assert not split.complete or ids(split) in (list("abcd"), ids(FeatureStore.open(new)["train"]))
+            assert split.complete or not change.startswith("removed"), "what needs no extraction is never unfinished"
+        with monkeypatch.context() as patch:
+            dead_after(patch, math.inf)
+            run(path, source, backbone, options)
+            StoreWriter(path, FeatureStore.open(path).spec).close()  # a finished store is not opened for writing
         assert files(path) == after, f"differs after dying at write {die_at} of {writes}"
         shutil.rmtree(path)
+
+
+@pytest.mark.slow
+def test_killed_for_good(tmp_path: Path, backbone: Backbone) -> None:
+    """The same in a process of its own, by the system."""
+    source, old, new = videos(tmp_path / "v", "abcd"), tmp_path / "old.zarr", tmp_path / "new.zarr"
+    run(old, source, backbone)
+    everything(source)
+    shutil.copytree(old, new)
+    code, writes = crash.run(crash.follow, str(new), str(source))
+    assert code == 0
+    for die_at in (writes // 4, writes // 2):
+        path = shutil.copytree(old, tmp_path / f"{die_at}.zarr")
+        assert crash.run(crash.follow, str(path), str(source), die_at=die_at)[0] == -9
+        assert verify(path) == []
+        run(path, source, backbone, replace(GROW, prune=True))
+        assert files(path) == files(new)
 
 
 def test_what_a_kill_leaves_between_two_names_is_undone(
@@ -82,9 +136,6 @@ def test_what_a_kill_leaves_between_two_names_is_undone(
     run(path, source, backbone)
     before = files(path)
     drop(source, "c")
-
-    class Killed(BaseException):
-        pass
 
     moved: list[str] = []
 
