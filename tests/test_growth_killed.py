@@ -22,8 +22,7 @@ from featcache.upkeep.verify import verify
 from tests import crash
 from tests.growing import GROW, PRUNE, drop, files, ids, put, rename, run, videos
 
-
-STEPS = 12  # of a change, at which it dies
+STEPS = 8  # of a change, at which it dies
 
 
 @pytest.fixture(scope="module")
