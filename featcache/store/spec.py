@@ -115,7 +115,8 @@ class SplitSpec:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> SplitSpec:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()})
+        values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in raw.items()}
+        return cls(**values)
 
 
 _OF_VIDEOS = ("source_fingerprint", "lengths", "statistics_videos", "names", "fingerprints", "skipped")
