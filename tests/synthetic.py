@@ -42,7 +42,10 @@ class DiscSource(Source):
         return self._lengths[split]
 
     def fingerprint(self, split: str) -> str:
-        return f"{split}-{self._lengths[split]}"
+        return f"{split}-{self._lengths[split]}"  # which stands in fixtures/v0.1
+
+    def fingerprints(self, split: str) -> tuple[str, ...]:
+        return tuple(f"{split}-{index}-{length}" for index, length in enumerate(self._lengths[split]))
 
     def read(self, split: str, index: int) -> Video:
         rng = np.random.default_rng((index, len(split)))

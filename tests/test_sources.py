@@ -132,6 +132,9 @@ def test_movi_fingerprint_follows_content_not_place_or_time(tmp_path: Path) -> N
     write_records(tmp_path / "b" / SHARD, [example(0), example(1), example(9)])
     assert MoviSource(tmp_path / "b").fingerprint("train") != a.fingerprint("train")
     assert MoviSource(tmp_path / "b").fingerprint("validation") == a.fingerprint("validation")
+    assert MoviSource(tmp_path / "b").fingerprints("train")[:2] == a.fingerprints("train")[:2]
+    assert MoviSource(tmp_path / "b").fingerprints("train")[2] != a.fingerprints("train")[2]
+    assert list(a.names("train")) == [f"{SHARD}:{record}" for record in range(3)]
 
 
 def test_movi_missing_shard_is_named_and_partial_reads_the_rest(tmp_path: Path) -> None:

@@ -121,12 +121,12 @@ def extract_distributed(
         weights = str(Path(weights).absolute())
     with StoreWriter(plan.path, plan.spec) as writer, _permit(plan.path) as permit:
         for split in plan.splits:
-            with closing(writer.split(split.name, split.spec)) as split_writer:
+            with closing(writer.split(split.name, split.spec, rearrange=True)) as split_writer:
                 if split_writer.complete:
                     total = sum(split_writer.spec.lengths)
                     progress(split.name, total, total)
                     continue
-                job = SplitJob.of(split_writer, plan, source)
+                job = SplitJob.of(split_writer, split, plan, source)
                 work = _pickled(_Work(job, source, weights, device, permit))
                 try:
                     _run_split(split_writer, job, work, client, progress)
@@ -265,7 +265,7 @@ def _run_group(work: bytes, group: range, done: frozenset[int]) -> _GroupResult:
             task, source, backbone = _prepared(work)
         job = task.job
         _require_permit(task.permit)
-        videos = [] if done.issuperset(group) else [job.read(source, index) for index in group]
+        videos = [] if done.issuperset(group) else [job.read(source, index, done) for index in group]
         with _model_lock:
             tokens = job.forward(backbone, videos) if videos else []
         _require_permit(task.permit)

@@ -48,8 +48,9 @@ def extract(
     require_space(plan)
     with StoreWriter(plan.path, plan.spec) as writer:
         for split in plan.splits:
-            with closing(writer.split(split.name, split.spec)) as split_writer:
-                _extract_split(split_writer, SplitJob.of(split_writer, plan, source), source, backbone, progress)
+            with closing(writer.split(split.name, split.spec, rearrange=True)) as split_writer:
+                job = SplitJob.of(split_writer, split, plan, source)
+                _extract_split(split_writer, job, source, backbone, progress)
     return FeatureStore.open(plan.path)
 
 
@@ -62,7 +63,7 @@ def _finished(plan: ExtractPlan) -> FeatureStore | None:
         return None  # the writer will report the differences
     for split in plan.splits:
         there = store[split.name]
-        if not there.complete or replace(there.spec, statistics_videos=0, shard_chunks=0) != split.spec:
+        if not there.complete or replace(there.spec, statistics_videos=0) != split.spec:
             return None
     return store
 
@@ -107,7 +108,7 @@ def _decoded_groups(source: Source, job: SplitJob, done: frozenset[int]) -> Iter
         try:
             for group in job.groups():
                 wanted = [] if done.issuperset(group) else list(group)
-                ahead.append((group, [decoding.submit(job.read, source, index) for index in wanted]))
+                ahead.append((group, [decoding.submit(job.read, source, index, done) for index in wanted]))
                 if len(ahead) > READ_AHEAD:
                     first, futures = ahead.pop(0)
                     yield first, [future.result() for future in futures]

@@ -16,7 +16,7 @@ from featcache.backbones.backbone import Backbone
 from featcache.backbones.inference import forward
 from featcache.errors import DataError
 from featcache.extraction.fit import fitted, recounted
-from featcache.extraction.plan import ExtractPlan, strided
+from featcache.extraction.plan import ExtractPlan, SplitPlan, strided
 from featcache.moments import Moments, NonFiniteTokensError
 from featcache.sources.video import Source, Video
 from featcache.store.encoding import ENCODINGS, FEATURES, Stored
@@ -48,12 +48,14 @@ class SplitJob:
     spec: SplitSpec
     location: str  # of the source
     resize_frames: bool
+    origins: Sequence[int | None] = ()  # place of each video in the source; None where it is no longer
 
     @classmethod
-    def of(cls, writer: SplitWriter, plan: ExtractPlan, source: Source) -> SplitJob:
+    def of(cls, writer: SplitWriter, split: SplitPlan, plan: ExtractPlan, source: Source) -> SplitJob:
         """The job of a split that is open for writing."""
         path = writer.path.absolute()
-        return cls(path, writer.name, plan.spec, writer.spec, source.location, plan.resize_frames)
+        spec = replace(writer.spec, names=())  # it is sent to workers with every group
+        return cls(path, writer.name, plan.spec, spec, source.location, plan.resize_frames, split.origins)
 
     def groups(self) -> list[range]:
         """Videos that share batches; only their position and the batch size decide."""
@@ -61,11 +63,17 @@ class SplitJob:
         videos = len(self.spec.lengths)
         return [range(i, min(i + size, videos)) for i in range(0, videos, size)]
 
-    def read(self, source: Source, index: int) -> Shown:
-        """Decode one video of the source. ``DataError`` if it is damaged, or does not fit the split."""
-        video = strided(source.read(self.name, index), self.store.frame_stride)
+    def read(self, source: Source, index: int, done: Container[int]) -> Shown:
+        """One video of the split; ``DataError`` if it is damaged or does not fit. One that is ``done`` is read from the store: it shares its group's batch, and its
+        source may have lost it."""
+        if index in done:
+            frames = self._stored.video(index)
+            return Shown(frames, Video("", frames))
+        origin = self.origins[index]
+        assert origin is not None, "a video that its source has lost was asked for"
+        video = strided(source.read(self.name, origin), self.store.frame_stride)
         video = fitted(video, self.store.preprocessing)
-        return Shown(video.frames, _resized(video, self.spec, self.resize_frames, source.where(self.name, index)))
+        return Shown(video.frames, _resized(video, self.spec, self.resize_frames, source.where(self.name, origin)))
 
     def forward(self, backbone: Backbone, videos: Sequence[Shown]) -> list[Tokens]:
         """Each video's tokens in the store's form, on the backbone's device."""
@@ -99,7 +107,7 @@ class SplitJob:
 
     @cached_property
     def _stored(self) -> Split:
-        return Split(FeatureStore.open(self.path.parent), self.name)
+        return Split(FeatureStore.open(self.path.parent), self.path.name)
 
     def _moments(self, group: range, tap: str, done: Container[int], tokens: Sequence[Tokens]) -> Moments:
         decode = ENCODINGS[self.store.dtype].decode

@@ -6,7 +6,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +17,14 @@ import numpy.typing as npt
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.inference import choose_batch_size, choose_precision
 from featcache.errors import DataError, UsageError
+from featcache.extraction.changes import Changes, Found, settle
 from featcache.extraction.fit import Window, fitted, fitting
 from featcache.sources.clips import listed
 from featcache.sources.video import Size, Source, Video
 from featcache.store.encoding import ENCODINGS
 from featcache.store.layout import COMPRESSED, array_layouts
 from featcache.store.reading import FeatureStore
-from featcache.store.spec import MAX_CHUNK_FRAMES, SCHEMA, SplitSpec, StoreSpec, TapSpec
+from featcache.store.spec import MAX_CHUNK_FRAMES, SCHEMA, SplitSpec, StoreSpec, TapSpec, refuse_if_different
 from featcache.words import Dtype, Fit, Precision
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,8 @@ class ExtractOptions:
     # Height and width of the stored frames and masks, or their shorter side; None: those of the source.
     frame_size: int | tuple[int, int] | None = None
     fit: Fit = "squash"
+    grow: bool = False  # videos that the source has got since are added
+    prune: bool = False  # videos that the source has no longer are removed
 
     def __post_init__(self) -> None:
         if self.frame_stride < 1:
@@ -63,9 +66,10 @@ class SplitPlan:
 
     name: str
     spec: SplitSpec
-    videos_done: int
-    frames_left: int
-    bytes_left: int  # upper bound: frames and masks counted uncompressed
+    origins: tuple[int | None, ...]  # place of each video in the source; None where it is no longer
+    changes: Changes = field(default_factory=Changes)
+    frames_left: int = 0
+    bytes_left: int = 0  # upper bound: frames and masks counted uncompressed
 
 
 @dataclass(frozen=True)
@@ -127,21 +131,28 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
         versions={"python": platform.python_version(), **{p: version(p) for p in ("torch", "zarr", "slotlab")}},
         schema=store.spec.schema if store else SCHEMA,
     )
+    if store:
+        refuse_if_different(path, store.spec.identity(), spec.identity())
     splits = []
     for name, probe in probes.items():
-        lengths = [-(-length // options.frame_stride) for length in source.lengths(name)]
-        chunk_frames = min(max(lengths), MAX_CHUNK_FRAMES)
+        found = Found(source, name, options.frame_stride)
         height, width = stored[name] or probe.frames.shape[1:3]
-        split_spec = SplitSpec(
-            source_fingerprint=source.fingerprint(name),
-            lengths=tuple(lengths[: options.max_videos]),
-            chunk_frames=chunk_frames,
+        fresh = SplitSpec(
+            source_fingerprint=found.fingerprint,
+            lengths=found.lengths,
+            chunk_frames=min(max(found.lengths), MAX_CHUNK_FRAMES),
             frame_size=(height, width),
             masks=probe.segmentations is not None,
             ignored=probe.segmentations is not None and spec.schema > 1,
         )
-        done: Sequence[int] = store[name].videos if store and name in store.splits else ()
-        left = [length for i, length in enumerate(split_spec.lengths) if i not in set(done)]
+        there = store[name] if store and name in store.splits else None
+        settled = settle(fresh, found, there, options.max_videos, options.grow, options.prune)
+        split_spec, chunk_frames = settled.spec, settled.spec.chunk_frames
+        lines = settled.changes.lines(str(path / name), source.location)
+        for line in lines:
+            logger.warning("%s", line)
+        remarks += tuple(lines)
+        left = [length for i, length in enumerate(split_spec.lengths) if i not in settled.finished]
         padded = sum(-(-length // chunk_frames) * chunk_frames for length in left)  # raw chunks are written full
         bytes_left = sum(
             (sum(left) if layout.name in COMPRESSED else padded)
@@ -149,7 +160,7 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
             * np.dtype(layout.dtype).itemsize
             for layout in array_layouts(spec, split_spec)
         )
-        splits.append(SplitPlan(name, split_spec, len(done), sum(left), bytes_left))
+        splits.append(SplitPlan(name, split_spec, settled.origins, settled.changes, sum(left), bytes_left))
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     return ExtractPlan(path, spec, tuple(splits), free, options.frame_size is not None, remarks)

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from featcache.errors import DataError
 from featcache.sources import clips
@@ -50,6 +51,7 @@ class FolderSource(Source):
         self._scans = {split: scan(folder, frames_as) for split, folder in roots.items()}
         self._entries = {split: found.entries for split, found in self._scans.items()}
         self._lengths: dict[str, tuple[int, ...]] = {}
+        self._hashed: dict[Path, bytes] = {}
         self._remarked: set[str] = set()
         if empty := [split for split, entries in self._entries.items() if not entries]:
             others = clips.listed(self._scans[empty[0]].left_out) or "no file"
@@ -57,6 +59,9 @@ class FolderSource(Source):
                 f"{root}: no video and no image in it (split {empty[0]}), but {others}; known are {clips.KNOWN}, and "
                 "MOVi folders and HDF5 files"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_hashed": {}}  # which no other process asks for
 
     def splits(self) -> tuple[str, ...]:
         return tuple(self._entries)
@@ -80,9 +85,27 @@ class FolderSource(Source):
         entry = self._entries[split][index]
         return str(entry.clip or (entry.images[0] if entry.images[1:] == () else entry.images[0].parent))
 
+    def names(self, split: str) -> Sequence[str]:
+        check_split(self.location, split, self._entries)
+        return tuple(entry.id for entry in self._entries[split])
+
+    def fingerprints(self, split: str) -> Sequence[str]:
+        check_split(self.location, split, self._entries)
+        return tuple(digest(self._content(entry)) for entry in self._entries[split])
+
+    def _content(self, entry: Entry) -> Iterator[bytes | str]:
+        """The entry's files in their order; a mask with the frame that it is for."""
+        yield self.reading.of_masks()
+        for path in entry.images or filter(None, (entry.clip,)):
+            yield self._digest(path)
+        for path in entry.masks or ():
+            # Masks of a clip may be named by the numbers of their frames.
+            yield path.name.removeprefix(entry.clip.stem) if path and entry.clip else ""
+            yield self._digest(path) if path else ""
+
     def fingerprint(self, split: str) -> str:
         check_split(self.location, split, self._entries)
-        return digest(self._fingerprint_parts(split))
+        return digest(self._fingerprint_parts(split))  # as stores of version 0.1 have it
 
     def _fingerprint_parts(self, split: str) -> Iterator[bytes | str]:
         if how := self.reading.of_masks():
@@ -91,7 +114,12 @@ class FolderSource(Source):
             yield entry.id
             for path in (*((entry.clip,) if entry.clip else ()), *entry.images, *filter(None, entry.masks or ())):
                 yield path.name
-                yield file_digest(path)
+                yield self._digest(path)
+
+    def _digest(self, path: Path) -> bytes:
+        if path not in self._hashed:
+            self._hashed[path] = file_digest(path)
+        return self._hashed[path]
 
     def read(self, split: str, index: int) -> Video:
         check_split(self.location, split, self._entries)

@@ -123,6 +123,17 @@ class MoviSource(Source):
                 self._lengths[split] = (self._layout.frames,) * records
         return self._lengths[split]
 
+    def names(self, split: str) -> Sequence[str]:
+        return tuple(f"{file.path.name}:{record}" for file in self._open(split) for record in range(len(file)))
+
+    def fingerprints(self, split: str) -> Sequence[str]:
+        how = self.reading.of_masks()
+        return tuple(
+            digest((how, length.tobytes(), crc.tobytes()))
+            for file in self._open(split)
+            for length, crc in zip(file.lengths, file.crcs, strict=True)
+        )
+
     def fingerprint(self, split: str) -> str:
         return digest(self._fingerprint_parts(split))
 

@@ -10,6 +10,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from featcache.sources.fingerprint import digest
+
 Size = tuple[int, int]  # height, width
 
 
@@ -76,12 +78,20 @@ class Source(Protocol):
         """Number of frames of each video, in order, without decoding any."""
 
     @abstractmethod
-    def fingerprint(self, split: str) -> str:
-        """Short hash that changes when the split's files change."""
+    def fingerprints(self, split: str) -> Sequence[str]:
+        """Short hash of each video, in order, that changes when its files do, but not with their names and places."""
 
     @abstractmethod
     def read(self, split: str, index: int) -> Video:
         """Decode one video. Raises ``DataError`` naming file, record and remedy when it is damaged."""
+
+    def names(self, split: str) -> Sequence[str]:
+        """What to call each video, in order: one name a video, by which it is known when its files have changed."""
+        return tuple(f"{split}_{index:05d}" for index in range(self.videos(split)))
+
+    def fingerprint(self, split: str) -> str:
+        """Short hash that changes when a split's videos do."""
+        return digest((*self.names(split), *self.fingerprints(split)))
 
     def videos(self, split: str) -> int:
         """Number of videos, known even where one is damaged."""
@@ -113,6 +123,6 @@ class Source(Protocol):
         """What the user must decide before the source is first read, and the option for it; empty if nothing."""
         return ""
 
-    def damaged(self, split: str) -> Sequence[str]:
-        """A line for each video that was left out because it is damaged: its error."""
-        return ()
+    def damaged(self, split: str) -> Mapping[str, str]:
+        """What is wrong with each of the videos that were left out for being damaged, by name."""
+        return {}

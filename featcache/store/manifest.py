@@ -25,11 +25,12 @@ NAME = "manifest.jsonl"
 class Row:
     """One finished video."""
 
-    video: int  # position in the source's split
+    video: int  # position in the split
     id: str
     frames: int
     crc32c: Mapping[str, tuple[int, ...]]  # array path -> checksum of the encoded bytes of each of its chunks
     instances: tuple[Instance, ...] = field(default=())
+    fingerprint: str = ""  # of the files that it was made from; "" in stores of version 0.1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -39,7 +40,7 @@ class Row:
         raw = json.loads(line)
         instances = tuple(Instance(**{**item, "visibility": tuple(item["visibility"])}) for item in raw["instances"])
         crc32c = {path: tuple(sums) for path, sums in raw["crc32c"].items()}
-        return cls(raw["video"], raw["id"], raw["frames"], crc32c, instances)
+        return cls(raw["video"], raw["id"], raw["frames"], crc32c, instances, raw.get("fingerprint", ""))
 
 
 def read(folder: Path) -> dict[int, Row]:

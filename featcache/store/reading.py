@@ -59,7 +59,7 @@ class FeatureStore:
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits, sorted."""
-        return tuple(sorted(p.parent.name for p in self.path.glob(f"*/{manifest.NAME}")))
+        return tuple(sorted(p.parent.name for p in self.path.glob(f"[!.]*/{manifest.NAME}")))
 
     def __getitem__(self, name: str) -> Split:
         if name not in self.splits:

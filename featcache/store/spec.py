@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import IncompatibleError, compare_settings
+from featcache.sources.fingerprint import digest
 from featcache.words import Dtype, Precision
 
 SCHEMA = 2
@@ -85,6 +86,10 @@ class SplitSpec:
     statistics_videos: int = 0  # number of videos that the stored statistics cover
     shard_chunks: int = 0  # chunks that share a file; 0 gives each its own
     ignored: bool = False  # whether an array says which pixels of the masks are not known
+    # Of each video, in the store's order, when it was asked for; empty in stores of version 0.1:
+    names: tuple[str, ...] = ()
+    fingerprints: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()  # names of videos that were left out because they were damaged
 
     @cached_property
     def starts(self) -> npt.NDArray[np.int64]:
@@ -97,11 +102,27 @@ class SplitSpec:
         """Number of rows of the split's arrays, padding included."""
         return int(self.starts[-1])
 
+    @property
+    def videos(self) -> tuple[tuple[str, str, int], ...]:
+        """Name, fingerprint and frames of each video; () where the fingerprints are not known."""
+        return tuple(zip(self.names, self.fingerprints, self.lengths, strict=True)) if self.fingerprints else ()
+
+    @property
+    def content(self) -> str:
+        """A short hash that two splits share if they hold the same videos in the same order."""
+        return digest((*self.fingerprints, str(self.lengths))) if self.fingerprints else self.source_fingerprint
+
+    def form(self) -> dict[str, Any]:
+        """What holds for every video of the split, whichever they are."""
+        return {key: value for key, value in asdict(self).items() if key not in _OF_VIDEOS}
+
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> SplitSpec:
-        return cls(
-            **{**raw, "lengths": tuple(raw["lengths"]), "frame_size": tuple(raw["frame_size"])},
-        )
+        values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in raw.items()}
+        return cls(**values)
+
+
+_OF_VIDEOS = ("source_fingerprint", "lengths", "statistics_videos", "names", "fingerprints", "skipped")
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -28,6 +28,8 @@ from featcache.store.durable import (
     TEMPORARY,
     lock,
     make_directory,
+    replace_directory,
+    settle_directories,
     sync_directory,
     write_durably,
     write_tree,
@@ -44,6 +46,7 @@ from featcache.store.layout import (
     summary_files,
 )
 from featcache.store.reading import FeatureStore
+from featcache.store.rearrange import rearranged
 from featcache.store.spec import SplitSpec, StoreSpec, refuse_if_different
 
 SUMMARIES = ("instances", "statistics")  # folders that `SplitWriter.finish` makes
@@ -70,6 +73,7 @@ class StoreWriter:
             else:
                 self.spec = spec
                 write_tree(path, {METADATA: root_metadata(spec)})
+            settle_directories(path)
             # Left by a run that was killed; with the lock held, nobody else is writing them.
             for leftover in [*path.rglob(f"*{TEMPORARY}"), *path.rglob("*.partial")]:  # ours and zarr-python's
                 leftover.unlink(missing_ok=True)
@@ -88,20 +92,27 @@ class StoreWriter:
     def close(self) -> None:
         self._lock.close()
 
-    def split(self, name: str, spec: SplitSpec) -> SplitWriter:
-        """Create the split, or open it where an earlier run stopped; a longer one grows in place."""
-        return SplitWriter(self, name, spec)
+    def split(self, name: str, spec: SplitSpec, rearrange: bool = False) -> SplitWriter:
+        """Create the split, or open it where an earlier run stopped; a longer one grows in place.
+
+        Any other change of its videos is an ``IncompatibleError``. With ``rearrange`` it is carried out: finished
+        videos that ``spec`` still has, with the same fingerprint, stay; the others go.
+        """
+        return SplitWriter(self, name, spec, rearrange)
 
 
 class SplitWriter:
     """Appends videos to one split, in any order."""
 
-    def __init__(self, writer: StoreWriter, name: str, spec: SplitSpec) -> None:
+    def __init__(self, writer: StoreWriter, name: str, spec: SplitSpec, rearrange: bool = False) -> None:
         self.store_spec = writer.spec
-        self.path = writer.path / name
+        self.path = self._place = writer.path / name  # they differ until a rearranged split is finished
         self.name = name
         # The manifest is made after the arrays: a split without one was never finished being created.
-        self.spec = self._grow(spec) if (self.path / manifest.NAME).exists() else self._create(spec)
+        if not (self.path / manifest.NAME).exists():
+            self.spec = self._create(spec)
+        else:
+            self.spec = self._rearrange(spec) if rearrange and spec.fingerprints else self._grow(spec)
         self._appender = manifest.Appender(self.path)
         self.done = set(manifest.read(self.path))
         self._shard = _OpenShard(self.path, self.spec, array_layouts(self.store_spec, self.spec))
@@ -132,19 +143,53 @@ class SplitWriter:
 
     def _grow(self, asked: SplitSpec) -> SplitSpec:
         present = read_split_spec(self.path)
-        longer, shorter = sorted((present.lengths, asked.lengths), key=len, reverse=True)
-        fixed = [asdict(replace(spec, lengths=(), statistics_videos=0)) for spec in (present, asked)]
-        refuse_if_different(self.path, *fixed)
-        if longer[: len(shorter)] != shorter:
-            raise IncompatibleError(
-                f"{self.path}: its videos have other lengths than the source's; extract to another --out"
-            )
-        if longer == present.lengths:
+        forms = [spec.form() for spec in (present, asked)]
+        videos: list[tuple[Any, ...]] = [present.videos, asked.videos]
+        if not all(videos):
+            videos = [present.lengths, asked.lengths]
+            forms = [
+                {**form, "source_fingerprint": spec.source_fingerprint}
+                for form, spec in zip(forms, (present, asked), strict=True)
+            ]
+        refuse_if_different(self.path, *forms)
+        here, there = videos
+        if here[: len(there)] == there:
             return present
+        if there[: len(here)] != here:
+            raise IncompatibleError(f"{self.path}: holds other videos than the source's; extract to another --out")
         grown = replace(asked, statistics_videos=0)
         # Arrays before attributes: one that is longer than the split says is still whole.
         write_tree(self.path, split_metadata(self.store_spec, grown))
         return grown
+
+    def _rearrange(self, asked: SplitSpec) -> SplitSpec:
+        present, rows = read_split_spec(self.path), manifest.read(self.path)
+        unfinished, asked = (replace(spec, statistics_videos=0) for spec in (present, asked))
+        if not rows and unfinished != asked:
+            (self.path / manifest.NAME).unlink()  # first: without it the split was never finished being created
+            sync_directory(self.path)
+            return self._create(asked)
+        refuse_if_different(self.path, present.form(), asked.form())
+        known = present.videos or asked.videos  # a split of version 0.1 is asked for with its own videos first
+        where = {video: place for place, video in enumerate(asked.videos)}
+        places = {where[known[video]]: row for video, row in rows.items() if known[video] in where}
+        if any(p != r.video or asked.starts[p] != present.starts[p] for p, r in places.items()) or (
+            asked.rows < present.rows
+        ):
+            folder = rearranged(self.path, self.store_spec, present, asked, places)
+            if len(places) == len(asked.lengths):
+                self.path = folder  # the old split stays in its place until this one has its statistics
+            else:
+                replace_directory(folder, self.path)
+            return asked
+        if unfinished == asked and len(places) == len(rows):
+            return present
+        if present != unfinished:
+            save_split_spec(self.path, unfinished)
+        if len(places) < len(rows):
+            manifest.replace_rows(self.path, places)
+        write_tree(self.path, split_metadata(self.store_spec, asked))
+        return asked
 
     # -- videos ----------------------------------------------------------------------------------------
 
@@ -187,6 +232,9 @@ class SplitWriter:
             shutil.rmtree(self.path / old, ignore_errors=True)
         write_tree(self.path, summary_files(self.spec, rows, statistics))
         self._save(replace(self.spec, statistics_videos=len(rows)))
+        if self.path != self._place:
+            replace_directory(self.path, self._place)
+            self.path = self._place
 
     def unfinish(self) -> None:
         """Take back that the split is complete, before its tables or statistics change."""
@@ -221,7 +269,8 @@ def write_chunks(
         arrays["ignored"] = video.ignored
     for array in ENCODINGS[store.dtype].arrays:
         arrays |= {array.path(tap): stored[array.folder].cpu().numpy() for tap, stored in tokens.items()}
-    row = manifest.Row(index, video.id, len(video.frames), {}, video.instances)
+    fingerprint = split.fingerprints[index] if split.fingerprints else ""
+    row = manifest.Row(index, video.id, len(video.frames), {}, video.instances, fingerprint)
     return _write_arrays(path, store, split, row, arrays)
 
 

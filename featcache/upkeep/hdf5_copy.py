@@ -9,6 +9,7 @@ The layout has one group per split (a file without such groups is one split, cal
     ignored            (frame, y, x) bool: pixels of the masks whose truth is not known
     video_offsets      (video + 1,) int64: the frames of video v are rows [offset v, offset v + 1)
     video_ids          (video,) text
+    video_names, video_fingerprints   (video,) text: what the source called each video, and a hash of its files
     instances          (video,) text: JSON, one object per instance
     checksums/<array>  (video,) uint32: CRC32C of each video's rows of that array
     statistics/<tap>/<name>   the moments, as in the zarr store
@@ -89,13 +90,17 @@ class Hdf5SplitWriter:
 
     def __init__(self, group: Any, store: StoreSpec, split: SplitSpec) -> None:
         self._group = group
-        # The offsets hold the lengths, which would not fit an attribute for large data sets.
-        group.attrs[ATTRIBUTE] = json.dumps({**asdict(split), "lengths": (), "shard_chunks": 0, "statistics_videos": 0})
+        # What there is of each video would not fit an attribute for large data sets.
+        without = {"lengths": (), "names": (), "fingerprints": (), "shard_chunks": 0, "statistics_videos": 0}
+        group.attrs[ATTRIBUTE] = json.dumps({**asdict(split), **without})
         self._offsets = np.concatenate([[0], np.cumsum(split.lengths)])
         group["video_offsets"] = self._offsets
         videos, text = len(split.lengths), h5py.string_dtype()
         for name in ("video_ids", "instances"):
             group.create_dataset(name, (videos,), text)
+        if split.fingerprints:
+            group.create_dataset("video_names", data=[os.fsencode(name) for name in split.names], dtype=text)
+            group.create_dataset("video_fingerprints", data=split.fingerprints, dtype=text)
         for layout in array_layouts(store, split):
             how = {"chunks": (1, *layout.shape), "compression": "gzip", "compression_opts": 1}
             group.create_dataset(
@@ -185,6 +190,10 @@ class _Hdf5Split:
             "ignored": "segmentations" in group and "ignored" in group,
             **kept,
         }
+        if "video_fingerprints" in group:
+            videos = range(len(lengths))
+            known["names"] = [self._text("video_names", video) for video in videos]
+            known["fingerprints"] = [self._text("video_fingerprints", video) for video in videos]
         self.spec = SplitSpec.from_json({**known, "lengths": lengths.tolist()})
 
     def token_dtypes(self) -> dict[str, str]:
@@ -221,13 +230,14 @@ class _Hdf5Split:
         name = self._text("video_ids", video) or f"{self.group.name.strip('/') or 'train'}_{video:05d}"
         instances = json.loads(self._text("instances", video) or "[]")
         known = tuple(Instance(**{**item, "visibility": tuple(item["visibility"])}) for item in instances)
-        return Row(video, name, rows.stop - rows.start, {}, known), arrays
+        fingerprint = self.spec.fingerprints[video] if self.spec.fingerprints else ""
+        return Row(video, name, rows.stop - rows.start, {}, known, fingerprint), arrays
 
     def _text(self, name: str, video: int) -> str:
         if name not in self.group:
             return ""
         value = self.group[name][video]
-        return value.decode() if isinstance(value, bytes) else str(value)
+        return os.fsdecode(value) if isinstance(value, bytes) else str(value)
 
 
 def _checksum(values: npt.NDArray[Any]) -> int:

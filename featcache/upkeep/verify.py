@@ -83,7 +83,7 @@ def open_root(path: Path) -> FeatureStore:
 
 def split_names(path: Path) -> list[str]:
     """The names of folders that are, or were, splits."""
-    return sorted({file.parent.name for name in (manifest.NAME, METADATA) for file in path.glob(f"*/{name}")})
+    return sorted({file.parent.name for name in (manifest.NAME, METADATA) for file in path.glob(f"[!.]*/{name}")})
 
 
 def verify_split(store: StoreSpec, folder: Path) -> Iterator[Damage]:
@@ -169,6 +169,8 @@ def _non_finite(values: npt.NDArray[np.float16]) -> npt.NDArray[np.bool_]:
 def _contradiction(row: manifest.Row, spec: SplitSpec, layouts: list[ArrayLayout]) -> str | None:
     if not 0 <= row.video < len(spec.lengths):
         return f"is in the manifest of a split of {len(spec.lengths)}"
+    if row.fingerprint and spec.fingerprints and row.fingerprint != spec.fingerprints[row.video]:
+        return f"was made from files of fingerprint {row.fingerprint}, the split says {spec.fingerprints[row.video]}"
     if row.frames != spec.lengths[row.video]:
         return f"has {row.frames} frames in the manifest, {spec.lengths[row.video]} in the split"
     chunks = len(chunk_numbers(spec, row.video))

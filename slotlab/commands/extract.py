@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -63,6 +64,10 @@ def extract(
     skip_damaged: Annotated[
         bool, typer.Option("--skip-damaged", help="Damaged videos left out, and listed at the end.")
     ] = False,
+    grow: Annotated[bool, typer.Option("--grow", help="Videos that are new in the source are added.")] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Videos that are no longer in the source are removed from the store.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Plan only: the frames, space and time that it would take.")
     ] = False,
@@ -95,6 +100,8 @@ def extract(
         fit=fit,
         batch_size=None if batch_size == "auto" else int(batch_size),
         precision=precision,
+        grow=grow,
+        prune=prune,
     )
     size = parse_size("--input-size", input_size)
     reading = Reading.of(mask_colours, ignore_label, frames_as)
@@ -109,12 +116,19 @@ def extract(
     source = SoundVideos(source) if skip_damaged else source
     model = load_backbone(backbone, weights, tuple(tap or ()), size, pick_device(device))
     todo = plan(path, source, model, options)
-    damaged = [line for split in todo.splits for line in source.damaged(split.name)]
-    said = {"damaged": damaged, "left_out": dict(source.left_out())}
+    damaged = [line for split in todo.splits for line in source.damaged(split.name).values()]
+    said = {
+        "damaged": damaged,
+        "left_out": dict(source.left_out()),
+        "changes": {split.name: asdict(split.changes) for split in todo.splits},
+    }
     if dry_run:
         summary = {
             "out": str(path),
-            "splits": {s.name: {"videos": len(s.spec.lengths), "frames_left": s.frames_left} for s in todo.splits},
+            "splits": {
+                s.name: {"videos": len(s.spec.lengths), "frames_left": s.frames_left, **s.changes.counts()}
+                for s in todo.splits
+            },
             "taps": list(model.taps),
             "batch_size": todo.spec.batch_size,
             "precision": todo.spec.precision,

@@ -160,7 +160,8 @@ def choose_split(config: Config, store: FeatureStore, name: str | None) -> Split
 
 
 def current_evaluation(loaded: LoadedRun, split: Split, step: int) -> Evaluation | None:
-    """The scores in a run's folder, or None if they are of another checkpoint, store or version of the code."""
+    """The scores in a run's folder, or None if they are of other videos, another checkpoint, store or version of the
+    code."""
     try:
         raw = read_result(loaded.path, split.name)
         if raw is None:
@@ -171,6 +172,7 @@ def current_evaluation(loaded: LoadedRun, split: Split, step: int) -> Evaluation
         return None
     same = (
         found.step == step
+        and found.content in ("", split.spec.content)  # the store may have grown
         and found.code == scoring_code()
         and found.published_masks == loaded.config.published_masks
         and Path(found.cache).resolve() == loaded.store.path.resolve()

@@ -43,6 +43,7 @@ class Evaluator:
             run=str(loaded.path),
             cache=str(loaded.store.path),
             split=split.name,
+            content=split.spec.content,
             tap=loaded.tap,
             step=step,
             code=scoring_code(),

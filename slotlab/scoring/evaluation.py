@@ -39,6 +39,7 @@ class Evaluation:
     warnings: Sequence[str]
     groups: Groups
     fine: Mapping[str, Any] = field(default_factory=dict)  # results of slotlab.scoring.fine, if asked for
+    content: str = ""  # hash of the split's videos; "" in evaluations of earlier versions
 
     @property
     def values(self) -> Values:
@@ -73,6 +74,7 @@ class Evaluation:
             "run": self.run,
             "cache": self.cache,
             "split": self.split,
+            "content": self.content,
             "tap": self.tap,
             "step": self.step,
             "code": self.code,
@@ -124,6 +126,7 @@ class Evaluation:
                 warnings=raw.get("warnings", ()),
                 groups=Groups(groups, by_video, Confidence.from_dict(raw.get("confidence", {}))),
                 fine={key: raw[key] for key in _FINE if key in raw},
+                content=raw.get("content", ""),
             )
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             what = f"{type(error).__name__}: {error}"
