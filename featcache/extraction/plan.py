@@ -36,7 +36,7 @@ PROBED_VIDEOS, PROBED_FRAMES = 4, 16  # that a format's error is measured on, at
 class ExtractOptions:
     """What to extract; the backbone and the source are given apart."""
 
-    splits: tuple[str, ...] = ()  # () is every split of the source
+    splits: tuple[str, ...] = ()  # () is every split of the source that repeats no other
     dtype: Dtype = "float16"
     frame_stride: int = 1
     max_videos: int | None = None
@@ -95,7 +95,7 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
     alone: the same command gives the same store, however busy the machine is. An existing store lends its own, so that
     a resumed run cuts the same batches.
     """
-    names = options.splits or source.splits()
+    names = options.splits or source.usual_splits()
     if unknown := [name for name in names if name not in source.splits()]:
         raise UsageError(f"{source.location}: no split {unknown[0]!r}; it has: {', '.join(source.splits())}")
     store = FeatureStore.open(path) if (path / "zarr.json").exists() else None

@@ -80,7 +80,7 @@ def extract(
     from featcache.extraction.extract import measure_seconds
     from featcache.extraction.plan import ExtractOptions, plan
     from featcache.machine import pick_device
-    from featcache.sources import PARTIAL, Reading, open_source
+    from featcache.sources import Reading, absolute, open_source
     from featcache.sources.damaged import SoundVideos
     from slotlab.commands import terminal
     from slotlab.commands.tables import plain_table
@@ -102,8 +102,7 @@ def extract(
         from featcache.extraction.distributed import connect, extract_distributed
 
         client = context.with_resource(connect(scheduler, workers))
-        if data and Path(data.removesuffix(PARTIAL)).exists():
-            data = str(Path(data).absolute())  # workers may have another working directory
+        data = absolute(data) if data else None  # workers may have another working directory
     source = open_source(data, reading)
     source = SoundVideos(source) if skip_damaged else source
     model = load_backbone(backbone, weights, tuple(tap or ()), size, pick_device(device))
