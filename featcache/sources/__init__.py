@@ -18,10 +18,11 @@ SAMPLE = "sample:movi_a"
 @cache
 def layouts() -> tuple[Layout, ...]:
     """Every layout that is read, in the order in which a place is tried: the first that it fits reads it."""
-    from featcache.sources import coco, davis, folder, hdf5, movi, tfds, voc, youtube
+    from featcache.sources import clevrer, clevrtex, coco, davis, folder, hdf5, movi, multi_object, tfds, voc, youtube
 
-    published = (davis.LAYOUT, voc.LAYOUT, coco.LAYOUT, youtube.VIS, youtube.VOS)
-    return (hdf5.LAYOUT, *published, movi.LAYOUT, tfds.LAYOUT, folder.LAYOUT)
+    videos = (davis.LAYOUT, youtube.VIS, youtube.VOS, clevrer.LAYOUT)
+    images = (voc.LAYOUT, coco.LAYOUT, clevrtex.LAYOUT, multi_object.LAYOUT)
+    return (*videos, *images, hdf5.LAYOUT, movi.LAYOUT, tfds.LAYOUT, folder.LAYOUT)
 
 
 def open_source(location: str | Path | None = None, reading: Reading | None = None) -> Source:

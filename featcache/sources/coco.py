@@ -28,7 +28,7 @@ import numpy as np
 from featcache.errors import DataError
 from featcache.sources.clips import read_bytes
 from featcache.sources.images import decode_image
-from featcache.sources.listed import PARTIAL, Item, ListedSource, Truth
+from featcache.sources.listed import PARTIAL, Item, ListedSource, Truth, of_categories
 from featcache.sources.masks import check_fit
 from featcache.sources.place import Layout, Place
 from featcache.sources.reading import Reading
@@ -139,7 +139,7 @@ class CocoSource(ListedSource[CocoItem]):
             numbers, ignore, names = one(split, item, shape[1:], where)
         except (KeyError, TypeError) as error:
             raise DataError(f"{where}: an annotation lacks {error}; download the annotations again") from error
-        return Truth(numbers[None], names, ignore[None])
+        return Truth(numbers[None], of_categories(names), ignore[None])
 
     def _instances(self, split: str, item: CocoItem, size: Size, where: str) -> Any:
         objects = [each for each in item.annotations if not each.get("iscrowd")]

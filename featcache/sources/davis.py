@@ -104,10 +104,10 @@ class DavisSource(ListedSource[Item]):
         numbers = laid(pages, shape)
         if self.year != FIRST:
             numbers, ignore = without_void(numbers, VOID)
-            return Truth(numbers, (), ignore)
+            return Truth(numbers, ignore=ignore)
         if all(page.palette for page in pages.values()):  # 2017's; where 2016's have 255 it is the object
             numbers, ignore = without_void(numbers, VOID)
-            return Truth(np.minimum(numbers, 1), (), ignore)
+            return Truth(np.minimum(numbers, 1), ignore=ignore)
         return Truth(np.minimum(numbers, 1))
 
 

@@ -6,8 +6,8 @@ Their annotations count pixels as the files store them, so that pictures are not
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -35,7 +35,7 @@ class Item:
     id: str
     frames: tuple[Path, ...]  # an image each, or one video file
     masks: tuple[Path | None, ...] = ()  # mask image of each frame, where truth comes so
-    labelled: tuple[bool, ...] = ()  # frames whose truth is known; () is all
+    labelled: tuple[bool, ...] = ()  # frames whose truth is known; () is all, one value stands for all
     size: Size | None = None  # height and width by the annotations
 
 
@@ -44,13 +44,18 @@ class Truth:
     """What is known of a video's pixels."""
 
     numbers: Numbers  # (T, H, W), 0 for the background
-    categories: tuple[str, ...] = ()  # of objects 1, 2, ...
+    objects: Sequence[Instance] = ()  # 1, 2, ... as far as they are known
     ignore: npt.NDArray[np.bool_] | None = None  # (T, H, W)
+    labelled: npt.NDArray[np.bool_] | None = None  # (T,) where only the truth itself tells
 
-    def objects(self) -> list[Instance]:
-        """Objects 1, 2, ... up to the last that has a category or a pixel."""
-        found = [Instance(category=name) for name in self.categories]
-        return found + [Instance()] * (int(self.numbers.max(initial=0)) - len(found))
+    def instances(self) -> tuple[Instance, ...]:
+        """Objects 1, 2, ... up to the last that is known or has a pixel, with their pixels in each frame."""
+        more = int(self.numbers.max(initial=0)) - len(self.objects)
+        return counted(self.numbers, [*self.objects, *[Instance()] * more])
+
+
+def of_categories(names: Iterable[str]) -> list[Instance]:
+    return [Instance(category=name) for name in names]
 
 
 ItemT = TypeVar("ItemT", bound=Item)
@@ -72,6 +77,7 @@ class ListedSource(Source, Generic[ItemT]):
         )
         self._usual = tuple(name for name in self._splits if usual is None or name in usual)
         self._items: dict[str, tuple[ItemT, ...]] = {}
+        self._fingerprints: dict[str, tuple[str, ...]] = {}
 
     @abstractmethod
     def find(self, split: str) -> Sequence[ItemT]:
@@ -142,11 +148,19 @@ class ListedSource(Source, Generic[ItemT]):
             check_fit((1, *sizes[0]), (1, *read_header(path).size), str(path))
         return sizes[0]
 
+    def names(self, split: str) -> Sequence[str]:
+        return tuple(item.id for item in self.items(split))
+
+    def fingerprints(self, split: str) -> Sequence[str]:
+        if split not in self._fingerprints:
+            self._fingerprints[split] = tuple(digest(self._parts(item)) for item in self.items(split))
+        return self._fingerprints[split]
+
     def fingerprint(self, split: str) -> str:
-        return digest(part for item in self.items(split) for part in self._parts(item))
+        return digest((*self.names(split), *self.fingerprints(split)))
 
     def _parts(self, item: ItemT) -> Iterator[bytes | str]:
-        yield from (item.id, self.reading.of_masks(), str(item.labelled), *self.written(item))
+        yield from (self.reading.of_masks(), str(item.labelled), *self.written(item))
         yield from (f"{name}={value}" for name, value in self.place.options.items() if name != PARTIAL)
         for path in (*item.frames, *filter(None, item.masks)):
             yield path.name
@@ -166,8 +180,9 @@ class ListedSource(Source, Generic[ItemT]):
         shape = frames.shape[:3]
         if item.size and item.size != shape[1:]:
             self.size(split, index)
-        labelled = np.array(item.labelled or (True,) * len(frames))
-        truth = self.truth(split, item, shape) if labelled.any() else Truth(np.zeros(shape, np.uint8))
+        known = any(item.labelled or (True,))
+        truth = self.truth(split, item, shape) if known else Truth(np.zeros(shape, np.uint8))
+        labelled = np.broadcast_to(item.labelled or (True,), shape[:1]) if truth.labelled is None else truth.labelled
         numbers, ignore = without_void(truth.numbers, self.reading.ignore_label)
         if truth.ignore is not None:
             ignore = truth.ignore if ignore is None else ignore | truth.ignore
@@ -175,9 +190,9 @@ class ListedSource(Source, Generic[ItemT]):
             item.id,
             frames,
             numbers,
-            counted(numbers, truth.objects()),
+            replace(truth, numbers=numbers).instances(),
             ignore if ignore is not None and ignore.any() else None,
-            None if labelled.all() else labelled,
+            None if labelled.all() else labelled.copy(),
         )
 
     def _has_truth(self, split: str) -> bool:

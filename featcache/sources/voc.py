@@ -22,7 +22,17 @@ import numpy as np
 
 from featcache.errors import DataError
 from featcache.sources.fingerprint import file_digest
-from featcache.sources.listed import PARTIAL, Item, ListedSource, Truth, laid, read_list, read_masks, usual
+from featcache.sources.listed import (
+    PARTIAL,
+    Item,
+    ListedSource,
+    Truth,
+    laid,
+    of_categories,
+    read_list,
+    read_masks,
+    usual,
+)
 from featcache.sources.masks import VOID, Numbers, without_void
 from featcache.sources.place import Layout, Place
 from featcache.sources.reading import Reading
@@ -83,10 +93,12 @@ class VocSource(ListedSource[VocItem]):
         numbers, ignore = without_void(laid(read_masks(item.masks, shape), shape), VOID)
         classes = laid(read_masks((item.classes,), shape), shape)
         if item.objects:
-            return Truth(numbers, tuple(_names(numbers, classes)), ignore)
+            return Truth(numbers, of_categories(_names(numbers, classes)), ignore)
         present = np.unique(numbers[numbers > 0])
         return Truth(
-            np.searchsorted(present, numbers).astype(np.uint8) + (numbers > 0), tuple(map(_name, present)), ignore
+            np.searchsorted(present, numbers).astype(np.uint8) + (numbers > 0),
+            of_categories(map(_name, present)),
+            ignore,
         )
 
     def remarks(self, split: str) -> Sequence[str]:

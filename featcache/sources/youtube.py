@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from featcache.errors import DataError, UsageError
-from featcache.sources.listed import PARTIAL, Item, ItemT, ListedSource, Truth, laid, read_masks
+from featcache.sources.listed import PARTIAL, Item, ItemT, ListedSource, Truth, laid, of_categories, read_masks
 from featcache.sources.place import Layout, Place
 from featcache.sources.reading import Reading
 from featcache.sources.regions import OVERLAPS, Canvas, decode_region, read_json, require_coco, require_few
@@ -160,7 +160,7 @@ class YouTubeVisSource(YouTubeSource[VisItem]):
                 canvas.leave_out(regions[k])
             frames.append(canvas.finish())
         numbers, ignore = (np.stack(parts) for parts in zip(*frames, strict=True))
-        return Truth(numbers, tuple(item.categories[k] for k in objects), ignore)
+        return Truth(numbers, of_categories(item.categories[k] for k in objects), ignore)
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class YouTubeVosSource(YouTubeSource[VosItem]):
         return VosItem(folder.name, frames, tuple(there), tuple(mask is not None for mask in there), None, categories)
 
     def truth(self, split: str, item: VosItem, shape: tuple[int, int, int]) -> Truth:
-        return Truth(laid(read_masks(item.masks, shape), shape), item.categories)
+        return Truth(laid(read_masks(item.masks, shape), shape), of_categories(item.categories))
 
 
 def _names(objects: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
