@@ -18,7 +18,7 @@ from tests.published import annotation, as_stored, boxes, coco, coco_image, runs
 
 TRIANGLE = [[2.0, 2.0, 20.5, 3.0, 6.0, 18.5]]
 TWO_PARTS = [[22.0, 2.0, 30.0, 2.0, 30.0, 8.0, 22.0, 8.0], [22.0, 12.0, 30.0, 12.5, 26.0, 20.0]]
-CROWD = boxes((18, 0, 24, 20)) > 0
+CROWD = boxes((14, 0, 24, 20)) > 0
 COMPRESSED = rle.encode(np.asfortranarray(boxes((4, 10, 14, 24))))
 IMAGES = [coco_image(9), coco_image(25, (20, 40)), coco_image(30)]
 

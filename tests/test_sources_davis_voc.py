@@ -139,7 +139,7 @@ def test_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert here == f"davis:{tmp_path}/odd?name?year=2017&partial" and open_source(here).splits() == ("train", "val")
     for same in ("tfds:movi_a/256x256?data_dir=odd", "nowhere"):
         assert absolute(same) == same
-    with pytest.raises(DataError, match=r"nowhere: no such file or folder.*davis, voc, coco"):
+    with pytest.raises(DataError, match=r"nowhere: no such file or folder.*davis, ytvis, .*voc, coco"):
         open_source("voc:nowhere")
     with pytest.raises(DataError, match=r"no ImageSets/Segmentation in it"):
         open_source("voc:odd?name")

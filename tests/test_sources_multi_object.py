@@ -1,4 +1,4 @@
-"""Multi-Object Datasets' gzip streams of TFRecords, by the data sets' own feature descriptions, and their HDF5 ports."""
+"""Multi-Object Datasets: gzip streams of TFRecords, by the feature descriptions of the data sets, and HDF5 ports."""
 
 from __future__ import annotations
 

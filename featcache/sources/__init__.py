@@ -16,13 +16,20 @@ SAMPLE = "sample:movi_a"
 
 
 @cache
-def layouts() -> tuple[Layout, ...]:
-    """Every layout that is read, in the order in which a place is tried: the first that it fits reads it."""
-    from featcache.sources import clevrer, clevrtex, coco, davis, folder, hdf5, movi, multi_object, tfds, voc, youtube
+def published() -> tuple[Layout, ...]:
+    """The layouts of data sets, which lie in folders of their own."""
+    from featcache.sources import clevrer, clevrtex, coco, davis, multi_object, voc, youtube
 
     videos = (davis.LAYOUT, youtube.VIS, youtube.VOS, clevrer.LAYOUT)
-    images = (voc.LAYOUT, coco.LAYOUT, clevrtex.LAYOUT, multi_object.LAYOUT)
-    return (*videos, *images, hdf5.LAYOUT, movi.LAYOUT, tfds.LAYOUT, folder.LAYOUT)
+    return (*videos, voc.LAYOUT, coco.LAYOUT, clevrtex.LAYOUT, multi_object.LAYOUT)
+
+
+@cache
+def layouts() -> tuple[Layout, ...]:
+    """Every layout that is read, in the order in which a place is tried: the first that it fits reads it."""
+    from featcache.sources import folder, hdf5, movi, tfds
+
+    return (*published(), hdf5.LAYOUT, movi.LAYOUT, tfds.LAYOUT, folder.LAYOUT)
 
 
 def open_source(location: str | Path | None = None, reading: Reading | None = None) -> Source:
@@ -80,9 +87,9 @@ def _layout(place: Place) -> Layout:
 
 
 def _refuse_inner(place: Place) -> None:
-    """``DataError`` where a folder that no layout fits holds one that a layout fits: its files would be mixed."""
+    """``DataError`` where a folder of videos holds a published data set, whose annotations would be taken for videos."""
     for child in sorted(path for path in place.path.iterdir() if path.is_dir() and not path.name.startswith(".")):
-        if inner := next((layout for layout in layouts()[:-1] if layout.local and layout.fits(child)), None):
+        if inner := next((layout for layout in published() if layout.fits(child)), None):
             raise DataError(
                 f"{place.path}: holds {inner.of} in {child.name}; give {child}, or folder:{place.path} to read all as "
                 "videos and frames"

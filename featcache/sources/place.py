@@ -25,9 +25,11 @@ class Place:
         """``layouts`` are the names that may stand before a colon."""
         before, colon, after = location.partition(":")
         layout, rest = (before, after) if colon and before in layouts else ("", location)
-        written, _, options = ("", "", "") if Path(rest).expanduser().exists() else rest.partition("?")
-        parts = (option.partition("=") for option in options.split("&") if option)
-        return cls(location, layout, Path(written or rest).expanduser(), {name: value for name, _, value in parts})
+        path, mark, options = ("", "", "") if Path(rest).expanduser().exists() else rest.rpartition("?")
+        parts = (option.partition("=") for option in options.split("&") if option and mark)
+        return cls(
+            location, layout, Path(path if mark else rest).expanduser(), {name: value for name, _, value in parts}
+        )
 
     def absolute(self) -> str:
         """The same location for a process with another working directory."""

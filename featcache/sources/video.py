@@ -21,8 +21,8 @@ class Instance:
     size: str = ""
     color: str = ""
     material: str = ""
-    category: str = ""
     visibility: tuple[int, ...] = ()  # pixels of the object in each frame
+    category: str = ""
 
 
 @dataclass(frozen=True)

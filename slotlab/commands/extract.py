@@ -27,9 +27,11 @@ def extract(
     context: typer.Context,
     backbone: Annotated[str, typer.Option(help="Backbone: a short name, timm:NAME or open_clip:ARCH/TAG.")] = "dinov2",
     data: Annotated[
-        str | None, typer.Option(help="Source of videos: a folder, an HDF5 file or tfds:NAME; default: the sample.")
+        str | None, typer.Option(help="Source of videos: a folder, a file or LAYOUT:PATH; default: the sample.")
     ] = None,
-    split: Annotated[list[str] | None, typer.Option(help="Split to extract; repeatable; default: every split.")] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(help="Split to extract; repeatable; default: all that repeat no other.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Store to make or to resume; default: cache/BACKBONE.zarr.")] = None,
     tap: Annotated[
         list[str] | None, typer.Option(help="Tap: block12, block12.norm, block9.key ...; repeatable.")
