@@ -87,7 +87,7 @@ def _layout(place: Place) -> Layout:
 
 
 def _refuse_inner(place: Place) -> None:
-    """``DataError`` where a folder of videos holds a published data set, whose annotations would be taken for videos."""
+    """``DataError`` where a folder holds a published data set, whose annotations would be taken for videos."""
     for child in sorted(path for path in place.path.iterdir() if path.is_dir() and not path.name.startswith(".")):
         if inner := next((layout for layout in published() if layout.fits(child)), None):
             raise DataError(

@@ -105,7 +105,7 @@ class CocoSource(ListedSource[CocoItem]):
         name = f"{match['split']}{match['year'] or ''}" if match else ""
         asked = self.place.options.get("images")
         near = [self._root / name, self._root / "images" / name, self._root / "images", path.parent]
-        folders = [Path(asked).expanduser()] if asked else near
+        folders = [path.parent / Path(asked).expanduser()] if asked else near
         found = next((folder for folder in folders if (folder / first).is_file()), None)
         return found or next((folder for folder in folders if folder.is_dir()), folders[0])
 
