@@ -83,6 +83,11 @@ def test_the_last_training_videos_by_name_are_held_out(tmp_path: Path) -> None:
     assert [source.read("train", index).id for index in range(3)] == ["a", "b", "c"]
     assert source.read("held_out", 0).id == "d" and source.read("held_out", 0).segmentations.max() == 1
     assert source.fingerprint("train") != source.fingerprint("held_out")
+    whole = {
+        open_source(tmp_path).read("train", k).id: mark
+        for k, mark in enumerate(open_source(tmp_path).fingerprints("train"))
+    }
+    assert [whole[name] for name in "abc"] == list(source.fingerprints("train"))
     with pytest.raises(UsageError, match=r"held_out=4 leaves none of 4 training videos"):
         open_source(f"{tmp_path}?held_out=4").lengths("train")
     with pytest.raises(UsageError, match=r"held_out=some: give a number of at least 1"):

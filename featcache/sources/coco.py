@@ -119,17 +119,18 @@ class CocoSource(ListedSource[CocoItem]):
         panoptic: bool,
     ) -> CocoItem:
         name = str(image["file_name"])
+        identity = Path(name).with_suffix("").as_posix()
         frames, size = (folder / name,), (int(image["height"]), int(image["width"]))
         if not panoptic:
-            return CocoItem(Path(name).stem, frames, (), (known,), size, tuple(annotations))
+            return CocoItem(identity, frames, (), (known,), size, tuple(annotations))
         if not annotations:
-            return CocoItem(Path(name).stem, frames, (), (False,), size)
+            return CocoItem(identity, frames, (), (False,), size)
         pictures = next((f for f in (path.with_suffix(""), self._root / path.stem) if f.is_dir()), path.with_suffix(""))
         masks = (pictures / str(annotations[0]["file_name"]),)
-        return CocoItem(Path(name).stem, frames, masks, (True,), size, tuple(annotations[0]["segments_info"]))
+        return CocoItem(identity, frames, masks, (True,), size, tuple(annotations[0]["segments_info"]))
 
     def written(self, item: CocoItem) -> Iterator[bytes | str]:
-        yield json.dumps(item.annotations, sort_keys=True)
+        yield from (self.overlaps, json.dumps(item.annotations, sort_keys=True))
 
     def truth(self, split: str, item: CocoItem, shape: tuple[int, int, int]) -> Truth:
         self.items(split)

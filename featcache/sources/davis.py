@@ -14,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,6 +98,9 @@ class DavisSource(ListedSource[Item]):
             masks = [self.place.path / mask.lstrip("/") for _, mask in video.pairs]
         there = tuple(mask if mask.is_file() else None for mask in masks)
         return Item(video.name, tuple(images), there, tuple(mask is not None for mask in there))
+
+    def written(self, item: Item) -> Iterator[str]:
+        yield "one object" if self.year == FIRST else ""
 
     def truth(self, split: str, item: Item, shape: tuple[int, int, int]) -> Truth:
         pages = read_masks(item.masks, shape)

@@ -88,7 +88,7 @@ class ListedSource(Source, Generic[ItemT]):
         """What is known of an item's frames (T, H, W), at least one of which is labelled."""
 
     def written(self, item: ItemT) -> Iterator[bytes | str]:
-        """What belongs to an item's fingerprint besides its files."""
+        """What belongs to an item's fingerprint besides its files: annotations, and options that change the truth."""
         yield from ()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -161,7 +161,6 @@ class ListedSource(Source, Generic[ItemT]):
 
     def _parts(self, item: ItemT) -> Iterator[bytes | str]:
         yield from (self.reading.of_masks(), str(item.labelled), *self.written(item))
-        yield from (f"{name}={value}" for name, value in self.place.options.items() if name != PARTIAL)
         for path in (*item.frames, *filter(None, item.masks)):
             yield path.name
             yield file_digest(path)

@@ -139,7 +139,7 @@ class YouTubeVisSource(YouTubeSource[VisItem]):
         )
 
     def written(self, item: VisItem) -> Iterator[bytes | str]:
-        yield json.dumps(item.annotations, sort_keys=True)
+        yield from (self.overlaps, json.dumps(item.annotations, sort_keys=True))
 
     def truth(self, split: str, item: VisItem, shape: tuple[int, int, int]) -> Truth:
         where = f"{self._files['train' if split == HELD_OUT else split]}: video {item.id}"
