@@ -222,15 +222,17 @@ class MultiObjectSource(Source):
         more = self.reading.ignore_label
         numbers, void = without_void(numbers, more)
         ignore = ignore if void is None else ignore | void
-        there = counted(numbers, self._instances(row, len(shown), int(numbers.max(initial=0))))
+        there = counted(numbers, self._instances(row, int(numbers.max(initial=0))))
         name = f"{self.path.stem}_{scenes[index][0]:07d}"
         return Video(name, image[None], numbers, there, ignore if ignore.any() else None)
 
-    def _instances(self, row: Row, masks: int, top: int) -> list[Instance]:
+    def _instances(self, row: Row, top: int) -> list[Instance]:
         """Objects up to the last that is there. Of numbers, what they are of is said: the data set names none."""
         there = np.flatnonzero(row["visibility"].ravel() > 0) if "visibility" in row else np.zeros(0, int)
         count = max(top, int(there.max(initial=0)) - self.family.background + 1)
-        labels = {name: row[name] for name in LABELS if name in row and row[name].size == masks}
+        labels = {
+            name: row[name] for name in LABELS if name in row and row[name].size >= self.family.background + count
+        }
         return [
             Instance(**{name: f"{name} {codes[self.family.background + k]}" for name, codes in labels.items()})
             for k in range(count)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from featcache.store.reading import Split
 from slotlab.scoring.intervals import LEVEL, Bootstrap, Interval
-from slotlab.scoring.metrics import SCORES, visible
+from slotlab.scoring.metrics import visible
 from slotlab.scoring.scores import Scores, Summary, Values, in_order, mean
 
 Intervals = Mapping[str, Interval | None]  # by a score's key, with _video behind it for whole videos
@@ -110,16 +110,12 @@ def subgroup_scores(scores: Scores, split: Split, bootstrap: Bootstrap | None = 
 def _by_video(
     split: Split, of_frames: Mapping[str, Tensor], frames: Tensor, of_videos: Mapping[str, Tensor], ids: Tensor
 ) -> Iterator[tuple[str, Values]]:
-    """Each video's name, with its means over frames and its scores as a whole.
-
-    Of groups, there are those of which the video has an object.
-    """
-    scores = {score.key for score in SCORES}
+    """Each video's name, with its means over frames and its scores as a whole."""
     position = torch.searchsorted(ids, frames)  # (F,): each frame's row in ids
     means = {name: _means_of(values, position, len(ids)) for name, values in of_frames.items()}
     for row, video in enumerate(ids.tolist()):
-        shown = {name: of[row] for name, of in means.items() if of[row] is not None or name in scores}
-        yield split.names[video], shown | {f"{name}_video": mean(values[row]) for name, values in of_videos.items()}
+        whole = {f"{name}_video": mean(values[row]) for name, values in of_videos.items()}
+        yield split.names[video], {name: of[row] for name, of in means.items()} | whole
 
 
 def _means_of(values: Tensor, position: Tensor, videos: int) -> list[float | None]:
