@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def _item(image: Path) -> ClevrTexItem:
 
 
 def _instance(described: dict[str, Any]) -> Instance:
-    return Instance(**{name: str(described[name]) for name in LABELS if isinstance(described.get(name), str)})
+    return replace(Instance(), **{name: described[name] for name in LABELS if isinstance(described.get(name), str)})
 
 
 LAYOUT = Layout("clevrtex", "CLEVRTex", fits, ClevrTexSource, (PARTIAL,))

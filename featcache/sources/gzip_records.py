@@ -82,10 +82,11 @@ class GzipRecords:
             places = [*self._kept, *([self._last] if self._last else [])]
             state = max((place for place in places if place.record <= record), key=lambda place: place.record).copy()
         with self._open() as file:
-            while state.record <= record:
+            found: tuple[bytes, int] | None = (b"", 0)
+            while found and state.record <= record:
                 found = self._next(state, file)
-                if found is None:
-                    self._damaged(state, "the file ends before it")
+        if not found:
+            self._damaged(state, "the file ends before it")
         data, crc = found
         if masked_crc(data) != crc:
             self._damaged(state, "the data's checksum does not match")

@@ -233,10 +233,11 @@ class MultiObjectSource(Source):
         labels = {
             name: row[name] for name in LABELS if name in row and row[name].size >= self.family.background + count
         }
-        return [
-            Instance(**{name: f"{name} {codes[self.family.background + k]}" for name, codes in labels.items()})
+        names: list[dict[str, Any]] = [
+            {name: f"{name} {codes[self.family.background + k]}" for name, codes in labels.items()}
             for k in range(count)
         ]
+        return [Instance(**of) for of in names]
 
     def _scenes(self, split: str) -> list[tuple[int, str]]:
         """Place in the file and hash of each scene of a split."""

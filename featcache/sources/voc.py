@@ -117,7 +117,7 @@ def _names(numbers: Numbers, classes: Numbers) -> Iterator[str]:
     """The class of each object: that of most of its pixels."""
     for number in range(1, int(numbers.max(initial=0)) + 1):
         here = classes[(numbers == number) & (classes > 0) & (classes < VOID)]
-        yield _name(np.bincount(here).argmax()) if here.size else ""
+        yield _name(int(np.bincount(here).argmax())) if here.size else ""
 
 
 def _name(number: int) -> str:
