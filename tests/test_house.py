@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "featcache": (
         "errors", "words", "machine", "moments", "memory", "sources", "store", "backbones", "stream", "scale",
-        "extraction", "upkeep", "bench",
+        "extraction", "upkeep", "bench", "library",
     ),
     "slotlab": (
         "config", "models", "masks", "runs", "scoring", "training", "pictures", "segment", "report", "experiments",
