@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.backbones.backbone import input_size
-from featcache.sources.masks import visibility
+from featcache.sources.masks import counted
 from featcache.sources.video import Size, Video
 from featcache.words import Fit
 
@@ -119,6 +119,5 @@ def fitted(video: Video, preprocessing: Mapping[str, Any]) -> Video:
 
 
 def recounted(video: Video, masks: npt.NDArray[np.uint8]) -> tuple[Any, ...]:
-    """The video's instances, with their visibility counted in new masks (T, H, W)."""
-    counts = visibility(masks, len(video.instances))
-    return tuple(replace(i, visibility=tuple(row.tolist())) for i, row in zip(video.instances, counts, strict=True))
+    """The video's instances with the pixels that they have in other masks (T, H, W) of it."""
+    return counted(masks, video.instances)

@@ -64,8 +64,10 @@ class SplitJob:
         return [range(i, min(i + size, videos)) for i in range(0, videos, size)]
 
     def read(self, source: Source, index: int, done: Container[int]) -> Shown:
-        """One video of the split; ``DataError`` if it is damaged or does not fit. One that is ``done`` is read from the store: it shares its group's batch, and its
-        source may have lost it."""
+        """One video of the split; ``DataError`` if it is damaged or does not fit.
+
+        One that is ``done`` is read from the store: it shares its group's batch, and its source may have lost it.
+        """
         if index in done:
             frames = self._stored.video(index)
             return Shown(frames, Video("", frames))

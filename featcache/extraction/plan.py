@@ -37,7 +37,7 @@ PROBED_VIDEOS, PROBED_FRAMES = 4, 16  # most videos and frames that a number for
 class ExtractOptions:
     """Options of an extraction, besides its backbone and its source."""
 
-    splits: tuple[str, ...] = ()  # empty: every split of the source
+    splits: tuple[str, ...] = ()  # empty: every split of the source that repeats no other
     dtype: Dtype = "float16"
     frame_stride: int = 1
     max_videos: int | None = None
@@ -100,7 +100,7 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
     resumed run cuts the same batches. Raises ``UsageError`` for a split that the source lacks or a question that the
     user must answer first, ``DataError`` for frames of several sizes.
     """
-    names = options.splits or source.splits()
+    names = options.splits or source.usual_splits()
     if unknown := [name for name in names if name not in source.splits()]:
         raise UsageError(f"{source.location}: no split {unknown[0]!r}; it has: {', '.join(source.splits())}")
     store = FeatureStore.open(path) if (path / "zarr.json").exists() else None

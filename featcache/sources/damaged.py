@@ -27,6 +27,9 @@ class SoundVideos(Source):
     def splits(self) -> tuple[str, ...]:
         return self._source.splits()
 
+    def usual_splits(self) -> tuple[str, ...]:
+        return self._source.usual_splits()
+
     def lengths(self, split: str) -> Sequence[int]:
         return tuple(self._look(split).values())
 

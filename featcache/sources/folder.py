@@ -28,6 +28,7 @@ from featcache.errors import DataError
 from featcache.sources import clips
 from featcache.sources.fingerprint import digest, file_digest
 from featcache.sources.masks import decode_mask, settle, unlabelled_instances
+from featcache.sources.place import Layout
 from featcache.sources.reading import Reading
 from featcache.sources.scan import Entry, scan, split_roots
 from featcache.sources.splits import check_index, check_split
@@ -42,8 +43,8 @@ LOOKED_AT = 8  # masks of a split that are examined for remarks in advance
 class FolderSource(Source):
     """Videos found in a folder when it is opened, in natural order of their names. Decodes nothing before ``read``."""
 
-    def __init__(self, root: Path, reading: Reading | None = None) -> None:
-        self.location = str(root)
+    def __init__(self, root: Path, reading: Reading | None = None, location: str | None = None) -> None:
+        self.location = location or str(root)
         self.root = root
         self.reading = reading or Reading()
         roots = split_roots(root)
@@ -185,3 +186,12 @@ def _without_masks(entries: Sequence[Entry]) -> str:
     if not missing:
         return ""
     return f"{missing[0]}: no mask, as for {len(missing)} of {len(wanted)} images and clips; these are not scored"
+
+
+LAYOUT = Layout(
+    "folder",
+    "folders of videos or frames",
+    lambda path: True,
+    lambda place, reading: FolderSource(place.path, reading, place.location),
+    colours=True,
+)

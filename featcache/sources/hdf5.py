@@ -20,12 +20,14 @@ import numpy.typing as npt
 from featcache.errors import DataError
 from featcache.sources.fingerprint import digest, file_digest
 from featcache.sources.masks import MaskPage, settle, unlabelled_instances
+from featcache.sources.place import Layout
 from featcache.sources.reading import Reading
 from featcache.sources.splits import check_index, check_split, split_folders
 from featcache.sources.video import Size, Source, Video
 
 logger = logging.getLogger(__name__)
 
+SUFFIXES = (".h5", ".hdf5", ".hdf")
 FRAMES = ("video", "videos", "image", "images")
 LINES = 8  # frames of a row, and lines of a frame, that its fingerprint reads
 MASKS = ("mask", "masks", "segmentations")
@@ -34,8 +36,8 @@ MASKS = ("mask", "masks", "segmentations")
 class Hdf5Source(Source):
     """Random access by row. The file is opened at each call, so that threads and processes share no handle."""
 
-    def __init__(self, path: Path, reading: Reading | None = None) -> None:
-        self.location = str(path)
+    def __init__(self, path: Path, reading: Reading | None = None, location: str | None = None) -> None:
+        self.location = location or str(path)
         self.path = path
         self.reading = reading or Reading()
         self._groups: dict[str, tuple[str, str | None]] = {}  # split -> paths of frames and masks in the file
@@ -148,3 +150,11 @@ def _mask_pages(masks: npt.NDArray[Any], frames: tuple[int, ...], where: str) ->
     if not ((onehot != 0).sum(axis=1) == 1).all():
         raise DataError(f"{where}: one-hot masks must name exactly one object a pixel; save object numbers 0..255")
     return [MaskPage(mask, where) for mask in onehot.argmax(axis=1)]
+
+
+LAYOUT = Layout(
+    "hdf5",
+    "HDF5",
+    lambda path: path.is_file() and path.suffix.lower() in SUFFIXES,
+    lambda place, reading: Hdf5Source(place.path, reading, place.location),
+)

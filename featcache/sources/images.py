@@ -116,10 +116,13 @@ class Page:
     levels: int  # largest grey value of that format; Pillow stretches it to 255 or 65535
 
 
-def decode_image(data: bytes, where: str) -> npt.NDArray[np.uint8]:
-    """The first page of an image file that Pillow reads -> (H, W, 3), upright by its EXIF orientation."""
+def decode_image(data: bytes, where: str, turn: bool = True) -> npt.NDArray[np.uint8]:
+    """The first page of an image file that Pillow reads -> (H, W, 3), upright by its EXIF orientation.
+
+    ``turn=False`` leaves it as the file stores it.
+    """
     page = next(open_pages(data, where))
-    return as_rgb(page.image, where)
+    return as_rgb(page.image, where, turn)
 
 
 def decode_pages(data: bytes, where: str) -> list[npt.NDArray[np.uint8]]:
@@ -149,7 +152,7 @@ def _levels(image: Image.Image, packing: str, more: Sequence[object]) -> int:
     return (1 << int(bits[1])) - 1 if bits and image.mode == "L" else 65535 if image.mode.startswith("I") else 255
 
 
-def as_rgb(image: Image.Image, where: str) -> npt.NDArray[np.uint8]:
+def as_rgb(image: Image.Image, where: str, turn: bool = True) -> npt.NDArray[np.uint8]:
     """An image of any mode as RGB (H, W, 3), upright by its EXIF orientation.
 
     16-bit grey is scaled to 8; ``DataError`` for values of unknown range.
@@ -159,7 +162,7 @@ def as_rgb(image: Image.Image, where: str) -> npt.NDArray[np.uint8]:
         raise DataError(f"{where}: holds {kind} values, whose range is unknown; save it with 8 or 16 bits")
     with errors_named(where):
         image.load()
-        upright = ImageOps.exif_transpose(image)
+        upright = ImageOps.exif_transpose(image) if turn else image
         if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
             return np.repeat((np.asarray(upright) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
         return np.asarray(upright.convert("RGB"))

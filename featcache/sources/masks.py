@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -40,21 +40,21 @@ class Masks:
     remark: str = ""  # the assumption made about ambiguous numbers
 
 
-def decode_mask(data: bytes, where: str, colours: bool = False) -> list[MaskPage]:
-    """Every mask of an image file, upright by its EXIF orientation.
+def decode_mask(data: bytes, where: str, colours: bool = False, turn: bool = True) -> list[MaskPage]:
+    """Every mask in an image file, upright by its EXIF orientation, or with ``turn=False`` as the file stores it.
 
     One channel of any packing (grey, palette, 1 to 16 bits) gives its numbers, as do equal channels and a constant
     alpha. ``DataError`` for anything ambiguous, and for lossy files.
     """
-    return [_mask(page, colours, data) for page in open_pages(data, where)]
+    return [_mask(page, colours, turn, data) for page in open_pages(data, where)]
 
 
-def _mask(page: Page, colours: bool, data: bytes) -> MaskPage:
+def _mask(page: Page, colours: bool, turn: bool, data: bytes) -> MaskPage:
     image, name = page.image, page.name
     if image.format in LOSSY or str(image.info.get("compression", "")).endswith("jpeg") or _lossy_webp(data):
         raise DataError(f"{name}: mask is a lossy {image.format}, whose numbers are blurred; save it as PNG")
     with errors_named(name):
-        image = ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(image) if turn else image
         if colours:
             rgb = np.asarray(image.convert("RGB")).astype(np.uint32)
             return MaskPage(rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2], name)
@@ -186,6 +186,11 @@ def visibility(masks: npt.NDArray[np.uint8], instances: int) -> npt.NDArray[np.i
 
 
 def unlabelled_instances(masks: npt.NDArray[np.uint8]) -> tuple[Instance, ...]:
-    """Instance table of masks (T, H, W) that come without one: objects 1..max, with their visibility alone."""
-    counts = visibility(masks, int(masks.max(initial=0)))
-    return tuple(Instance(visibility=tuple(row.tolist())) for row in counts)
+    """Instance table of masks (T, H, W) that come without one: objects 1..max, known by their pixels only."""
+    return counted(masks, [Instance()] * int(masks.max(initial=0)))
+
+
+def counted(masks: npt.NDArray[np.uint8], instances: Sequence[Instance]) -> tuple[Instance, ...]:
+    """Instances 1, 2, ... with their pixels in each frame of masks (T, H, W)."""
+    counts = visibility(masks, len(instances))
+    return tuple(replace(each, visibility=tuple(row.tolist())) for each, row in zip(instances, counts, strict=True))

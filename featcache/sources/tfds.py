@@ -16,6 +16,7 @@ from featcache.errors import DataError, UsageError
 from featcache.sources.fingerprint import digest
 from featcache.sources.masks import as_mask, check_fit, without_void
 from featcache.sources.movi import LABELS, instance_table
+from featcache.sources.place import Layout
 from featcache.sources.reading import Reading
 from featcache.sources.splits import check_index, check_split
 from featcache.sources.video import Size, Source, Video
@@ -96,9 +97,9 @@ class TfdsSource(Source):
         instances = example.get("instances", {})
         features = _inside(self._builder.info.features, "instances")
         names = {
-            field: [features[keys[0]].int2str(int(number)) for number in instances[keys[0]]]
-            for field, keys in LABELS.items()
-            if keys[0] in instances
+            field: [features[key].int2str(int(number)) for number in instances[key]]
+            for field, key in LABELS.items()
+            if key in instances
         }
         pixels = np.asarray(instances.get("visibility", np.zeros((0, len(frames)))), np.int64)
         name = example.get("metadata", {}).get("video_name", f"{split}_{index:05d}".encode())
@@ -129,8 +130,7 @@ class TfdsSource(Source):
             wanted["segmentations"] = True
         if "video_name" in _inside(features, "metadata"):
             wanted["metadata"] = {"video_name": True}
-        keys = {key for labels in LABELS.values() for key in labels[:1]} | {"visibility"}
-        if present := keys & set(_inside(features, "instances")):
+        if present := {*LABELS.values(), "visibility"} & set(_inside(features, "instances")):
             wanted["instances"] = dict.fromkeys(present, True)
         try:
             dataset = self._builder.as_dataset(
@@ -156,3 +156,13 @@ def _inside(features: Any, key: str) -> Any:
 
 def _line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+LAYOUT = Layout(
+    "tfds",
+    "TFDS",
+    lambda path: False,
+    lambda place, reading: TfdsSource(place.location, reading),
+    ("data_dir",),
+    local=False,
+)

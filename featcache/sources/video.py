@@ -24,6 +24,7 @@ class Instance:
     color: str = ""
     material: str = ""
     visibility: tuple[int, ...] = ()  # pixels of the object in each frame
+    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class Source(Protocol):
     @abstractmethod
     def splits(self) -> tuple[str, ...]:
         """Names of the splits, for example ``("train", "validation")``."""
+
+    def usual_splits(self) -> tuple[str, ...]:
+        """Those that are read where none is named: others repeat their videos, as trainval those of train and val."""
+        return self.splits()
 
     @abstractmethod
     def lengths(self, split: str) -> Sequence[int]:

@@ -27,8 +27,8 @@ from featcache.store.spec import SplitSpec, StoreSpec
 COMPRESSED = ("video", "segmentations", "ignored")  # features are raw, so that they can be mapped
 METADATA = "zarr.json"
 ZSTD_LEVEL = 3
-LABELS = ("shape", "size", "color", "material")
-UNKNOWN = 255
+LABELS = ("shape", "size", "color", "material", "category")
+LATER = ("category",)  # labels without a table where no object has one, as in stores by earlier versions
 
 Files = dict[str, bytes]  # by their paths below the split's folder
 
@@ -156,11 +156,15 @@ def tables(split: SplitSpec, rows: Mapping[int, manifest.Row]) -> dict[str, Tabl
     found["instances/visibility"] = TableArray(visibility, ("frame", "instance"))
     for label in LABELS:
         names = sorted({getattr(i, label) for row in rows.values() for i in row.instances} - {""})
-        codes = np.full((len(split.lengths), slots), UNKNOWN, np.uint8)
+        if label in LATER and not names:
+            continue
+        places = {name: place for place, name in enumerate(names)}
+        dtype = np.uint8 if len(names) <= np.iinfo(np.uint8).max else np.uint16
+        unknown = np.iinfo(dtype).max
+        codes = np.full((len(split.lengths), slots), unknown, dtype)
         for video, row in rows.items():
             for k, instance in enumerate(row.instances):
-                value = getattr(instance, label)
-                codes[video, k] = names.index(value) if value else UNKNOWN
+                codes[video, k] = places.get(getattr(instance, label), unknown)
         found[f"instances/{label}"] = TableArray(codes, ("video_index", "instance"), tuple(names))
     return found
 

@@ -58,7 +58,7 @@ def bench_stream(
 def bench_extract(
     backbone: Annotated[str, typer.Option(help="Backbone: a short name, timm:NAME or open_clip:ARCH/TAG.")] = "dinov2",
     data: Annotated[
-        str | None, typer.Option(help="Source of videos: a folder, an HDF5 file or tfds:NAME; default: the sample.")
+        str | None, typer.Option(help="Source of videos: a folder, a file or LAYOUT:PATH; default: the sample.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split to read; default: the source's first.")] = None,
     videos: Annotated[int, typer.Option(min=1, help="Number of videos in a round.")] = 6,

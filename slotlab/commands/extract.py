@@ -27,9 +27,11 @@ def extract(
     context: typer.Context,
     backbone: Annotated[str, typer.Option(help="Backbone: a short name, timm:NAME or open_clip:ARCH/TAG.")] = "dinov2",
     data: Annotated[
-        str | None, typer.Option(help="Source of videos: a folder, an HDF5 file or tfds:NAME; default: the sample.")
+        str | None, typer.Option(help="Source of videos: a folder, a file or LAYOUT:PATH; default: the sample.")
     ] = None,
-    split: Annotated[list[str] | None, typer.Option(help="Split to extract; repeatable; default: every split.")] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(help="Split to extract; repeatable; default: all that repeat no other.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Store to make or to resume; default: cache/BACKBONE.zarr.")] = None,
     tap: Annotated[
         list[str] | None, typer.Option(help="Tap: block12, block12.norm, block9.key ...; repeatable.")
@@ -86,7 +88,7 @@ def extract(
     from featcache.extraction.extract import measure_seconds
     from featcache.extraction.plan import ExtractOptions, plan
     from featcache.machine import pick_device
-    from featcache.sources import PARTIAL, Reading, open_source
+    from featcache.sources import Reading, absolute, open_source
     from featcache.sources.damaged import SoundVideos
     from slotlab.commands import terminal
     from slotlab.commands.tables import plain_table
@@ -110,8 +112,7 @@ def extract(
         from featcache.extraction.distributed import connect, extract_distributed
 
         client = context.with_resource(connect(scheduler, workers))
-        if data and Path(data.removesuffix(PARTIAL)).exists():
-            data = str(Path(data).absolute())  # workers may have another working directory
+        data = absolute(data) if data else None  # workers may have another working directory
     source = open_source(data, reading)
     source = SoundVideos(source) if skip_damaged else source
     model = load_backbone(backbone, weights, tuple(tap or ()), size, pick_device(device))
