@@ -1,4 +1,4 @@
-"""What an extraction would do, settled before it starts."""
+"""Plans an extraction before it starts: its store, the work left, and the space it needs."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from featcache.words import Dtype, Fit, Precision
 logger = logging.getLogger(__name__)
 
 
-PROBED_VIDEOS, PROBED_FRAMES = 4, 16  # that a format's error is measured on, at most
+PROBED_VIDEOS, PROBED_FRAMES = 4, 16  # most videos and frames that a number format's error is measured on
 
 
 @dataclass(frozen=True)
 class ExtractOptions:
-    """What to extract; the backbone and the source are given apart."""
+    """Options of an extraction, besides its backbone and its source."""
 
-    splits: tuple[str, ...] = ()  # () is every split of the source
+    splits: tuple[str, ...] = ()  # empty: every split of the source
     dtype: Dtype = "float16"
     frame_stride: int = 1
     max_videos: int | None = None
-    batch_size: int | None = None  # None is what suits the machine
+    batch_size: int | None = None  # None: chosen for the machine
     precision: Precision | Literal["auto"] = "auto"
-    # Height and width of the stored frames and masks, or their shorter side; None keeps the source's.
+    # Height and width of the stored frames and masks, or their shorter side; None: those of the source.
     frame_size: int | tuple[int, int] | None = None
     fit: Fit = "squash"
 
@@ -59,7 +59,7 @@ class ExtractOptions:
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """What one split still needs."""
+    """The work that is left on one split."""
 
     name: str
     spec: SplitSpec
@@ -70,14 +70,14 @@ class SplitPlan:
 
 @dataclass(frozen=True)
 class ExtractPlan:
-    """What an extraction would do, known before it starts."""
+    """The plan of an extraction."""
 
     path: Path
     spec: StoreSpec
     splits: tuple[SplitPlan, ...]
     bytes_free: int
     resize_frames: bool = False  # the user chose the size of the stored frames
-    remarks: tuple[str, ...] = ()  # what the source says before its videos are trusted
+    remarks: tuple[str, ...] = ()  # warnings about the source
 
     @property
     def frames_left(self) -> int:
@@ -91,9 +91,10 @@ class ExtractPlan:
 def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions) -> ExtractPlan:
     """Settle the store's specification and the work left.
 
-    Batch size and precision, where they are not given, follow from the backbone, the machine and some of the frames
-    alone: the same command gives the same store, however busy the machine is. An existing store lends its own, so that
-    a resumed run cuts the same batches.
+    Batch size and precision, if not given, depend only on the backbone, the machine and some of the frames, so that the
+    same command gives the same store, however busy the machine is. An existing store keeps its values, so that a
+    resumed run cuts the same batches. Raises ``UsageError`` for a split that the source lacks or a question that the
+    user must answer first, ``DataError`` for frames of several sizes.
     """
     names = options.splits or source.splits()
     if unknown := [name for name in names if name not in source.splits()]:
@@ -162,7 +163,7 @@ def _remarks(source: Source, names: Sequence[str]) -> tuple[str, ...]:
 def _some_frames(
     source: Source, split: str, options: ExtractOptions, preprocessing: Mapping[str, Any]
 ) -> list[npt.NDArray[np.uint8]]:
-    """A few frames of a few videos, spread evenly over those to extract: (T, H, W, 3) each."""
+    """A few frames of a few videos, both evenly spaced: (T, H, W, 3) each."""
     videos = len(source.lengths(split)[: options.max_videos])
     chosen = range(0, videos, -(-videos // PROBED_VIDEOS))
     frames = PROBED_FRAMES // len(chosen)
@@ -171,14 +172,14 @@ def _some_frames(
 
 
 def _stored_size(source: Source, split: str, backbone: Backbone, options: ExtractOptions) -> Size | None:
-    """Height and width of a split's stored frames; None if only its first video tells.
+    """Height and width of a split's stored frames; None: those of its first video.
 
-    ``DataError`` where frames are of several sizes and were not to be brought to one.
+    ``DataError`` if frames have several sizes and no frame size is given.
     """
     wished, (rows, columns) = options.frame_size, backbone.input_size
     videos = range(len(source.lengths(split)[: options.max_videos]))
     sizes: dict[Size, list[int]] = {}
-    for index in videos:  # also where all are resized: masks that do not fit are found before anything is computed
+    for index in videos:  # even if all are resized: this finds masks that do not fit before anything is computed
         if size := source.size(split, index):
             sizes.setdefault(Window.of(options.fit, size, backbone.input_size).size, []).append(index)
     if isinstance(wished, int):  # the shorter side
@@ -205,7 +206,7 @@ def _stored_size(source: Source, split: str, backbone: Backbone, options: Extrac
 
 
 def require_space(plan: ExtractPlan) -> None:
-    """``DataError`` if what is left to do cannot fit on the disk."""
+    """``DataError`` if the rest of the store does not fit on the disk."""
     if plan.bytes_left > plan.bytes_free:
         dim = next(iter(plan.spec.taps.values())).dim
         smallest = min(ENCODINGS.values(), key=lambda encoding: encoding.token_bytes(dim)).name
@@ -217,6 +218,7 @@ def require_space(plan: ExtractPlan) -> None:
 
 
 def strided(video: Video, stride: int) -> Video:
+    """Every ``stride``-th frame of a video, with its ground truth."""
     if stride == 1:
         return video
     instances = tuple(replace(i, visibility=i.visibility[::stride]) for i in video.instances)

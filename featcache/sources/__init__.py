@@ -16,7 +16,7 @@ PARTIAL = "?partial"
 
 
 def open_source(location: str | Path | None = None, reading: Reading | None = None) -> Source:
-    """Open what ``location`` names; ``None`` is the embedded sample. ``reading`` is how to take what is in it.
+    """Open the source at ``location``; ``None`` is the embedded sample. ``reading`` says how to read its files.
 
     ==========================================  ======================================================
     ``sample:movi_a``                           the embedded sample
@@ -27,7 +27,7 @@ def open_source(location: str | Path | None = None, reading: Reading | None = No
     any other folder, or one video file         videos, or images, optionally with ``masks/``
     ==========================================  ======================================================
 
-    Raises ``DataError`` where nothing readable is there, ``UsageError`` where the location itself is wrong.
+    Raises ``DataError`` if nothing readable is there, ``UsageError`` if the location itself is wrong.
     """
     from featcache.sources.folder import FolderSource
 

@@ -16,7 +16,7 @@ READERS = 2
 
 
 class SoundVideos(Source):
-    """The videos of a source that can be read. To know them, each is read once, when its split is first asked for."""
+    """The readable videos of a source. All videos of a split are read once, when the split is first used."""
 
     def __init__(self, source: Source) -> None:
         self.location = source.location
@@ -58,7 +58,7 @@ class SoundVideos(Source):
         return self._source.read(split, sound[index])
 
     def _look(self, split: str) -> dict[int, int]:
-        """``DataError`` where no video is left."""
+        """Frames of each sound video, by its position in the source. ``DataError`` if no video is sound."""
         if split in self._sound:
             return self._sound[split]
         logger.warning("%s: reading every video of %s once, to find the damaged ones", self.location, split)
@@ -72,6 +72,7 @@ class SoundVideos(Source):
         return sound
 
     def _frames(self, split: str, index: int) -> int | str:
+        """Number of frames of a video, or the error that it cannot be read for."""
         try:
             return len(self._source.read(split, index).frames)
         except DataError as error:

@@ -11,8 +11,8 @@
         walk/00.png 01.png ...      those of a folder of images, by the frame's name
         photo.png                   that of a single image
 
-Frames without a mask are read, and left out of scores. The masks of a clip that has fewer of them are named by the
-numbers of their frames.
+Frames without a mask are read, but not scored. If a clip has fewer masks than frames, its masks are named by frame
+number.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from featcache.sources.video import Size, Source, Video
 
 logger = logging.getLogger(__name__)
 
-LOOKED_AT = 8  # masks of a split that are looked at for remarks before all are read
+LOOKED_AT = 8  # masks of a split that are examined for remarks in advance
 
 
 class FolderSource(Source):
-    """Videos found in a folder when it is opened, sorted by name in natural order. Nothing is decoded until asked."""
+    """Videos found in a folder when it is opened, in natural order of their names. Decodes nothing before ``read``."""
 
     def __init__(self, root: Path, reading: Reading | None = None) -> None:
         self.location = str(root)
@@ -107,7 +107,7 @@ class FolderSource(Source):
         return Video(entry.id, frames, masks.numbers, unlabelled_instances(masks.numbers), masks.ignore, truth.labelled)
 
     def _is_new(self, remark: str) -> bool:
-        """Whether nothing of the kind was said before: masks of one data set are alike."""
+        """Whether this is the first remark of its kind: masks of one data set usually have the same problem."""
         what = remark.rpartition(": ")[2]
         known = what in self._remarked
         self._remarked.add(what)
@@ -130,7 +130,7 @@ class FolderSource(Source):
         entries = self._entries[split]
         found = [unclear_turns(entries), _without_masks(entries), _stray(self._scans[split].stray_masks)]
         for path in [path for entry in entries for path in entry.masks or () if path][:LOOKED_AT]:
-            with suppress(DataError):  # which reading its video will raise
+            with suppress(DataError):  # reading the video will raise it
                 found.append(
                     settle(
                         decode_mask(clips.read_bytes(path), str(path), self.reading.mask_colours), self.reading
@@ -146,7 +146,7 @@ def _stray(masks: Sequence[Path]) -> str:
 
 
 def _without_masks(entries: Sequence[Entry]) -> str:
-    """How many images and clips have no mask, where others have."""
+    """A remark on images and clips without a mask in a split that has masks; empty if there are none."""
     wanted = [
         (file, mask)
         for entry in entries

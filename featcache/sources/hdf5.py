@@ -111,7 +111,7 @@ class Hdf5Source(Source):
 
 
 def _layout(masks: tuple[int, ...], frames: tuple[int, ...]) -> str:
-    """``numbers`` or ``one-hot`` when masks of that shape fit frames (..., H, W, 3); otherwise empty."""
+    """``numbers`` or ``one-hot`` if masks of that shape fit frames (..., H, W, 3); else empty."""
     *lead, height, width, _ = frames
     shape = masks[:-1] if masks[-1] == 1 and masks[-3:-1] == (height, width) else masks
     if shape == (*lead, height, width):
@@ -120,7 +120,7 @@ def _layout(masks: tuple[int, ...], frames: tuple[int, ...]) -> str:
 
 
 def _mask_pages(masks: npt.NDArray[Any], frames: tuple[int, ...], where: str) -> list[MaskPage]:
-    """Masks of one row in either layout -> numbers (H, W) of each frame."""
+    """Masks of one row, in either layout -> object numbers (H, W) for each frame."""
     steps, height, width, _ = frames
     if masks.size == steps * height * width:
         return [MaskPage(mask, where) for mask in masks.reshape(steps, height, width)]

@@ -1,7 +1,7 @@
 """MOVi (Greff et al., "Kubric", CVPR 2022) in its TFDS layout of TFRecord files, read without TensorFlow.
 
-Only the frames, masks, instance labels, visibility and name are decoded; whatever else the records hold
-(depth, flow, normals, cameras, collisions) is passed over. Labels that a MOVi variant lacks are empty.
+Only the frames, masks, instance labels, visibility and name are decoded; the rest of a record (depth, flow, normals,
+cameras, collisions) is skipped. Labels that a MOVi variant lacks are empty.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LABELS = {
 
 
 def find_features(folder: Path) -> Path | None:
-    """The one folder with ``features.json`` in or below ``folder``; ``None`` if there is none."""
+    """The folder with ``features.json`` in or below ``folder``; None if there is none. ``DataError`` for several."""
     level = [folder]
     for _ in range(SEARCH_DEPTH + 1):
         found = [path for path in level if (path / "features.json").is_file()]
@@ -56,15 +56,16 @@ def find_features(folder: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class Layout:
-    """What ``features.json`` and its label files say."""
+    """The contents of ``features.json`` and its label files."""
 
-    frames: int | None  # frames of every video, if the same
-    size: Size | None  # of every frame, if the same
+    frames: int | None  # of every video; None if they differ
+    size: Size | None  # of every frame; None if they differ
     masks: bool
     labels: Mapping[str, tuple[str, tuple[str, ...]]]  # Instance field -> feature key, names
 
     @classmethod
     def load(cls, directory: Path) -> Layout:
+        """The layout of a data set's folder. ``DataError`` if it is not a MOVi data set."""
         path = directory / "features.json"
         try:
             features = json.loads(path.read_text(encoding="utf-8"))["featuresDict"]["features"]
@@ -98,7 +99,7 @@ class MoviSource(Source):
     def __init__(
         self, directory: Path, location: str | None = None, partial: bool = False, reading: Reading | None = None
     ) -> None:
-        """``partial`` takes the shards that are there, and does not ask for the others."""
+        """``partial`` accepts missing shards."""
         self.reading = reading or Reading()
         self.directory = directory
         self.location = location or str(directory)
@@ -126,7 +127,7 @@ class MoviSource(Source):
         return digest(self._fingerprint_parts(split))
 
     def _fingerprint_parts(self, split: str) -> Iterator[bytes | str]:
-        """The records' own checksums stand for their data: nothing is read but the index."""
+        """Uses the records' checksums in place of their data, so that only the index is read."""
         if how := self.reading.of_masks():
             yield how
         yield split
@@ -252,7 +253,7 @@ def _shards(directory: Path, partial: bool) -> dict[str, tuple[Path, ...]]:
     for split, shards in splits.items():
         stems = sorted({(match["stem"], match["shards"]) for _, match in shards})
         if len(stems) > 1:
-            raise DataError(f"{directory}: shards of two writings of split {split} ({stems}); remove one set")
+            raise DataError(f"{directory}: shards of two versions of split {split} ({stems}); remove one set")
         count = int(stems[0][1])
         missing = sorted(set(range(count)) - {int(match["shard"]) for _, match in shards})
         if missing and not partial:
@@ -266,7 +267,7 @@ def _shards(directory: Path, partial: bool) -> dict[str, tuple[Path, ...]]:
 
 
 def _expected_records(directory: Path, split: str) -> dict[str, int]:
-    """Shard name -> its records by ``dataset_info.json``: a file cut between two records shows only so."""
+    """Shard name -> its records by ``dataset_info.json``: the only sign of a file cut between two records."""
     path = directory / "dataset_info.json"
     if not path.is_file():
         return {}
@@ -276,7 +277,7 @@ def _expected_records(directory: Path, split: str) -> dict[str, int]:
         stem = f"{info['name']}-{split}.tfrecord"
         return {f"{stem}-{i:05d}-of-{len(lengths):05d}": int(length) for i, length in enumerate(lengths)}
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not as TFDS writes it ({error!r}); copy it again, or remove it") from error
+        raise DataError(f"{path}: not in TFDS's format ({error!r}); copy it again, or remove it") from error
 
 
 def _decode_mask(data: bytes, where: str) -> npt.NDArray[np.uint8]:

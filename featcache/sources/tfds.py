@@ -1,7 +1,7 @@
 """Any TFDS video data set in MOVi's features, read by TensorFlow (``pip install 'slotlab[tf]'``).
 
-``MoviSource`` reads the same files faster and without TensorFlow where they are on a local disk; this is for
-what only TensorFlow reaches, such as a bucket: ``tfds:movi_a/256x256?data_dir=gs://kubric-public/tfds``.
+``MoviSource`` reads the same files faster and without TensorFlow from a local disk; this source is for places that only
+TensorFlow reaches, such as a bucket: ``tfds:movi_a/256x256?data_dir=gs://kubric-public/tfds``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BUCKET = "gs://kubric-public/tfds"
 
 
 class TfdsSource(Source):
-    """Random access by TFDS's split slices, which skip within one shard: slow beside ``MoviSource``, but general."""
+    """Random access by TFDS's split slices, which skip within one shard: slower than ``MoviSource``, but general."""
 
     def __init__(self, location: str, reading: Reading | None = None) -> None:
         self.location = location
@@ -111,7 +111,7 @@ class TfdsSource(Source):
         return builder
 
     def _example(self, split: str, index: int) -> dict[str, Any]:
-        """One decoded example, of the features that are read."""
+        """One decoded example, with only the features in use."""
         import tensorflow_datasets as tfds
 
         features = self._builder.info.features
@@ -139,7 +139,7 @@ class TfdsSource(Source):
 
 
 def _inside(features: Any, key: str) -> Any:
-    """Features of a nested dictionary, or of a sequence of dictionaries; none if there is no such."""
+    """The features of a nested dictionary, or of a sequence of dictionaries; empty if there is none."""
     if key not in features:
         return {}
     return getattr(features[key], "feature", features[key])

@@ -1,4 +1,4 @@
-"""The one record that every data source gives, and the interface that extraction reads."""
+"""The record that every data source returns, and the interface that extraction uses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Size = tuple[int, int]  # height, width
 
 @dataclass(frozen=True)
 class Instance:
-    """One object of a video. Labels are the data set's own words; an unknown one is the empty string."""
+    """One object of a video. Labels are the data set's words; an unknown label is the empty string."""
 
     shape: str = ""
     size: str = ""
@@ -57,7 +57,7 @@ class Source(Protocol):
     Implementations are safe to call from several threads and cheap to open again in another process.
     """
 
-    location: str  # what ``open_source`` gives the same source for
+    location: str  # ``open_source(location)`` opens the same source again
 
     @abstractmethod
     def splits(self) -> tuple[str, ...]:
@@ -80,31 +80,31 @@ class Source(Protocol):
         return len(self.lengths(split))
 
     def size(self, split: str, index: int) -> Size | None:
-        """Height and width of a video's frames by headers alone; None where these do not tell.
+        """Height and width of a video's frames from headers alone; None if these do not say.
 
-        Raises ``DataError`` where its frames or masks cannot be of one size.
+        Raises ``DataError`` if its frames or masks cannot have one size.
         """
         return None
 
     def where(self, split: str, index: int) -> str:
-        """What to call a video in errors."""
+        """The name of a video in errors."""
         return f"{self.location}: {split} video {index}"
 
     def remarks(self, split: str) -> Sequence[str]:
-        """Lines to read before a split's videos are trusted, each about something that may not be as it was meant.
+        """Warnings about a split, one line each, on files that may not mean what they seem to.
 
         Found without decoding any frame.
         """
         return ()
 
     def left_out(self) -> Mapping[str, int]:
-        """Number of files that were not read, for their kind is not known, by suffix."""
+        """Number of files of unknown kinds, by suffix; they are not read."""
         return {}
 
     def question(self) -> str:
-        """What must be known before the source can be read for the first time, and how to say it; empty if nothing."""
+        """What the user must decide before the source is first read, and the option for it; empty if nothing."""
         return ""
 
     def damaged(self, split: str) -> Sequence[str]:
-        """What is wrong with each of the videos that were left out for being damaged."""
+        """A line for each video that was left out because it is damaged: its error."""
         return ()

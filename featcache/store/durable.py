@@ -1,7 +1,7 @@
 """Files that survive a power cut: written under another name, synced, renamed, and their directories synced.
 
 A rename is durable only when the directory that holds it is synced, and a new directory only when its parent
-is. Nothing here is slow to read: a reader sees the old file or the new one, never a part of either.
+is. A reader sees the old file or the new one, never a part of either.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> DataError:
+    """The error for a file that cannot be written, with the remedy for a full disk or for a read-only folder."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     remedy = "free space" if full else "make the folder writable, or choose another --out,"
     return DataError(f"{path}: cannot write ({error.strerror}); {remedy} and run the same command again, it resumes")
@@ -84,9 +85,9 @@ LOCK = ".lock"
 
 
 def lock(folder: Path) -> BinaryIO:
-    """Exclusive lock of a folder until what is returned is closed; the system drops it even after ``kill -9``.
+    """An exclusive lock on a folder until the returned file is closed; the system drops it even after ``kill -9``.
 
-    ``DataError`` where another process holds it, the folder cannot be written, or its file system has no locks.
+    ``DataError`` if another process holds it, the folder cannot be written, or its file system has no locks.
     """
     try:
         file = os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)

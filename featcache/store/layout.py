@@ -1,4 +1,4 @@
-"""What a split looks like on disk, as a function of its specifications: arrays, their metadata, their chunks.
+"""The layout of a split on disk, as a function of its specifications: arrays, their metadata, their chunks.
 
 Everything that describes a store can be computed from its specs and manifest alone. The writer writes what is
 computed here, ``verify`` compares with it, and ``repair`` puts it back. Metadata documents are made by
@@ -126,7 +126,7 @@ def split_metadata(store: StoreSpec, split: SplitSpec) -> Files:
 
 @dataclass(frozen=True)
 class TableArray:
-    """One table: ``values`` of the whole split, its dimensions and what its codes stand for."""
+    """One table: its values for the whole split, its dimensions, and the names that its codes stand for."""
 
     values: npt.NDArray[Any]
     dimensions: tuple[str, ...]
@@ -192,7 +192,7 @@ def _put(
         name,
         data=values,
         chunks=values.shape or "auto",
-        # The manifest has no checksums of these: their frames carry their own.
+        # The manifest has no checksums of these arrays, so zstd's frames carry them.
         compressors=[ZstdCodec(level=ZSTD_LEVEL, checksum=True)],
         dimension_names=dimensions,
         attributes=attributes,
@@ -201,7 +201,7 @@ def _put(
 
 
 def _files(build: Any) -> Files:
-    """What zarr-python writes for a group, by path, in the order of paths."""
+    """The files that zarr-python writes for a group, by path, in the order of paths."""
     held: dict[str, Any] = {}
     build(zarr.create_group(MemoryStore(held), zarr_format=3))
     return {path: held[path].to_bytes() for path in sorted(held)}

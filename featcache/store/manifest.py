@@ -43,7 +43,7 @@ class Row:
 
 
 def read(folder: Path) -> dict[int, Row]:
-    """Finished videos of a split, by position. A last line without its newline was never promised."""
+    """Finished videos of a split, by position, without a torn last line. ``DataError`` for any other broken line."""
     rows, broken = scan(folder)
     for number, why in broken.items():
         raise DataError(
@@ -54,7 +54,7 @@ def read(folder: Path) -> dict[int, Row]:
 
 
 def scan(folder: Path) -> tuple[dict[int, Row], dict[int, str]]:
-    """As `read`, but gives broken lines, by number and with the reason, instead of raising."""
+    """Like `read`, but returns the broken lines (number -> reason) instead of raising."""
     path = folder / NAME
     if not path.exists():
         return {}, {}
@@ -103,7 +103,7 @@ class Appender:
                 data, at = data[written:], at + written
             os.fsync(self._fd)
         except OSError as error:
-            with suppress(OSError):  # else the next opening cuts it off
+            with suppress(OSError):  # if this fails, the next opening cuts it off
                 os.ftruncate(self._fd, self._end)
             raise cannot_write(self._path, error) from error
         self._end = at

@@ -1,4 +1,4 @@
-"""What a store says of itself: its features, its splits, and when two of them agree."""
+"""The specifications of a store and its splits, and the test of whether two of them agree."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specificati
 
 @dataclass(frozen=True)
 class TapSpec:
-    """Where in the backbone the tokens come from, and their shape."""
+    """Shape of the tokens of one tap."""
 
     grid: tuple[int, int]  # rows, columns of patches
     dim: int
@@ -38,7 +38,7 @@ class TapSpec:
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """What the features of a store are. Two runs may share a store only if ``identity`` agrees."""
+    """The features of a store. Two runs may share a store only if ``identity`` agrees."""
 
     backbone: str
     model: Mapping[str, Any]
@@ -53,7 +53,7 @@ class StoreSpec:
     versions: Mapping[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
     exported_from: str = ""  # the store or file that the values were copied from; "" for an extraction
-    dtype_through: Dtype | Literal[""] = ""  # a coarser form that the values had before, which extraction cannot repeat
+    dtype_through: Dtype | Literal[""] = ""  # a coarser form that the values passed through before a copy
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -81,7 +81,7 @@ class SplitSpec:
     chunk_frames: int
     frame_size: tuple[int, int]  # height, width of the stored frames and masks
     masks: bool
-    statistics_videos: int = 0  # how many videos the stored statistics cover
+    statistics_videos: int = 0  # number of videos that the stored statistics cover
     shard_chunks: int = 0  # chunks that share a file; 0 gives each its own
 
     @cached_property
@@ -92,6 +92,7 @@ class SplitSpec:
 
     @property
     def rows(self) -> int:
+        """Number of rows of the split's arrays, padding included."""
         return int(self.starts[-1])
 
     @classmethod

@@ -115,6 +115,7 @@ class Hdf5SplitWriter:
         self._group["instances"][row.video] = json.dumps([asdict(instance) for instance in row.instances])
 
     def finish(self, statistics: Mapping[str, Moments]) -> None:
+        """Write the statistics of each tap."""
         for tap, moments in statistics.items():
             for name, values in moments.to_arrays().items():
                 self._group[f"statistics/{tap}/{name}"] = values
@@ -137,6 +138,7 @@ class Hdf5Origin:
     @classmethod
     @contextmanager
     def open(cls, path: Path) -> Iterator[Hdf5Origin]:
+        """Open a file. ``DataError`` if it is damaged or has another layout."""
         try:
             with h5py.File(path, "r") as file:
                 yield cls(file, path)

@@ -45,6 +45,7 @@ class Means:
     device: str = "cpu"
 
     def source(self, store: FeatureStore) -> Source:
+        """The source of the store's videos. ``DataError`` if it is gone."""
         if self.data is not None and not isinstance(self.data, str):
             return self.data
         try:

@@ -8,12 +8,11 @@ from typing import Annotated
 import typer
 
 from featcache.errors import UsageError
-from featcache.words import Fit
+from featcache.words import Dtype, Fit
 from slotlab.commands.options import (
     CACHE_FOLDER,
     AsFrames,
     Device,
-    Dtype,
     IgnoreLabel,
     Json,
     MaskColours,
@@ -42,9 +41,9 @@ def extract(
     ] = "squash",
     dtype: Annotated[Dtype, typer.Option(help="Form of the stored tokens; int8 keeps a scale for each.")] = "float16",
     frame_stride: Annotated[int, typer.Option(help="Stride N: every N-th frame is kept.")] = 1,
-    max_videos: Annotated[int | None, typer.Option(help="Number of videos of each split, at most.")] = None,
+    max_videos: Annotated[int | None, typer.Option(help="Largest number of videos of each split.")] = None,
     frame_size: Annotated[
-        str | None, typer.Option(help="Size of the stored frames: a side, or 128x224; default: as they are.")
+        str | None, typer.Option(help="Size of the stored frames: the shorter side, or 128x224; default: as they are.")
     ] = None,
     weights: Annotated[str | None, typer.Option(help="Weights of the backbone: a checkpoint file, or random.")] = None,
     batch_size: Annotated[
@@ -62,9 +61,11 @@ def extract(
     ignore_label: IgnoreLabel = None,
     frames_as: AsFrames = None,
     skip_damaged: Annotated[
-        bool, typer.Option("--skip-damaged", help="Extraction goes on without videos that cannot be read.")
+        bool, typer.Option("--skip-damaged", help="Damaged videos left out, and listed at the end.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan alone: what would be done.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan only: the frames, space and time that it would take.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a frozen backbone over the videos once and store its patch tokens. Resumes where it stopped."""

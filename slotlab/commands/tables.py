@@ -154,7 +154,7 @@ def outlines_table(found: Evaluation) -> Table:
 
 
 def gains_table(found: Evaluation) -> Table:
-    """The table of refined and otherwise binarised masks beside the plain ones."""
+    """The table of the scores of refined and otherwise binarised masks, beside those of the plain ones."""
     plain = {**found.values, "boundary_f": found.fine["boundaries"]["boundary_f"]}
     rows: list[tuple[Any, ...]] = [("this run", *(plain[key] for key in GAINS), None)]
     if refined := found.fine.get("refined"):

@@ -1,4 +1,4 @@
-"""How well masks follow the outlines of objects: the boundary F measure, and bleeding.
+"""Scores of how well masks follow the outlines of objects: the boundary F measure, and bleeding.
 
 Both use hard masks (argmax) at the frame's resolution, and each object's own slot
 (:func:`slotlab.scoring.metrics.matched_slots`):

@@ -12,7 +12,7 @@ from torch import Tensor
 from featcache.store.reading import Split
 from slotlab.masks.binarise import parse_binarisation
 from slotlab.masks.labels import masks_to_labels
-from slotlab.masks.refine import Method, refine
+from slotlab.masks.refine import refine
 from slotlab.models.randomness import Draws
 from slotlab.runs.loaded import StoreModel
 from slotlab.scoring.boundaries import BoundaryScores
@@ -21,6 +21,7 @@ from slotlab.scoring.metrics import adjusted_rand_index, object_iou, shown
 from slotlab.scoring.references import grid_masks
 from slotlab.scoring.scores import Scores, mean
 from slotlab.scoring.tables import contingency, require_truth
+from slotlab.words import Refinement
 
 
 class BinarisedScores:
@@ -60,7 +61,7 @@ class OutlineScorer:
     """
 
     def __init__(
-        self, model: StoreModel, split: Split, method: Method | None = None, binarisations: Sequence[str] = ()
+        self, model: StoreModel, split: Split, method: Refinement | None = None, binarisations: Sequence[str] = ()
     ) -> None:
         """``UsageError`` for an unknown binarisation."""
         self._split, self._method, self._seed, self._slots = split, method, model.config.seed, model.model.slots
@@ -112,7 +113,7 @@ class OutlineScorer:
 def outline_scores(
     model: StoreModel,
     split_name: str | None = None,
-    method: Method | None = None,
+    method: Refinement | None = None,
     binarisations: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The result of :class:`OutlineScorer` on a split, JSON-able. ``DataError`` if it has no masks."""

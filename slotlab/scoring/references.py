@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,7 @@ from slotlab.scoring.collapse import effective_slots, kept_slots
 from slotlab.scoring.metrics import SCORES
 from slotlab.scoring.scores import Scores, Values, in_order
 from slotlab.scoring.tables import count_labels, mask_tables, stacked
-
-Asked = Literal["usual", "all"]  # floors to measure
+from slotlab.words import Floors
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def floor_title(name: str) -> str:
     return FLOORS[name].title if name in FLOORS else f"floor: {name.replace('_', ' ')}"
 
 
-def floors_asked(asked: Asked, grid: tuple[int, int]) -> list[str]:
+def floors_asked(asked: Floors, grid: tuple[int, int]) -> list[str]:
     """The names of the floors to measure on a grid."""
     patches = grid[0] * grid[1]
     fitting = {name: of for name, of in FLOORS.items() if of.most_patches is None or patches <= of.most_patches}
@@ -115,7 +114,7 @@ def references_key(split: Split, loaded: LoadedRun) -> tuple[Hashable, ...]:
 
 
 def references(
-    split: Split, loaded: LoadedRun, known: KnownReferences | None = None, asked: Asked = "usual"
+    split: Split, loaded: LoadedRun, known: KnownReferences | None = None, asked: Floors = "usual"
 ) -> References:
     """The grid's ceiling, and the floors asked for; k-means takes as many clusters as the model has slots.
 

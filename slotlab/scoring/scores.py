@@ -63,7 +63,7 @@ class Scores:
     def add(self, tables: Tensor, videos: Tensor) -> None:
         """Add tables of frames (B, n_true, n_pred), of the same n_true in each call, and their video ids (B,)."""
         if len(tables) != len(videos):
-            raise ValueError(f"{len(tables)} tables but {len(videos)} video ids; give one each a frame")
+            raise ValueError(f"{len(tables)} tables but {len(videos)} video ids; give one per frame")
         self._tables.append(tables.detach().cpu())
         self._videos.append(videos.detach().cpu().long())
 

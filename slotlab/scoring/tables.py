@@ -39,7 +39,7 @@ def mask_tables(masks: Tensor, segmentations: Tensor, n_true: int) -> Tensor:
     without holding the labels of more than one chunk. Raises ValueError as those two do.
     """
     if len(masks) != len(segmentations):
-        raise ValueError(f"{len(masks)} masks but {len(segmentations)} segmentations; give one each a frame")
+        raise ValueError(f"{len(masks)} masks but {len(segmentations)} segmentations; give one per frame")
     slots = masks.shape[1]
     tables = masks.new_zeros((len(masks), n_true, slots), dtype=torch.int64)
     for frames, labels in label_chunks(masks, (segmentations.shape[1], segmentations.shape[2])):

@@ -1,4 +1,4 @@
-"""A look at the masks while a run is training."""
+"""Looks at the masks while a run trains."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slotlab.scoring.scores import Scores
 def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
     """Scores and collapse diagnostics on a few videos of the evaluation split, as ``eval_*`` values of a logged row.
 
-    Scores are left out where the split has no masks. ``DataError`` where the model's masks are not finite.
+    Scores are left out if the split has no masks. ``DataError`` if the model's masks are not finite.
     """
     split = look_split(config, store)
     training = model.training
@@ -42,6 +42,9 @@ def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
 
 
 def look_split(config: Config, store: FeatureStore) -> Split:
-    """The split to look at. ``UsageError`` where one was named that the store lacks; an unnamed one may be missing."""
+    """The split to look at: the evaluation split, or the training split if the store lacks the default one.
+
+    ``UsageError`` if the store lacks a split that the configuration names.
+    """
     name, unnamed = config.data.eval_split, DataConfig().eval_split
     return store[config.data.train_split if name == unnamed and name not in store.splits else name]
