@@ -134,7 +134,7 @@ class TrainingFreeSegmenter(Segmenter):
         tokens = self._whiten(self._read(pictures))
         masks = soft_segments(tokens, self._grid, self._cut)  # (T, K, N)
         slots = masks @ tokens / masks.sum(-1, keepdim=True).clamp_min(1e-6)
-        return slots, masks.unflatten(-1, self._grid)
+        return slots, masks.reshape(*masks.shape[:2], *self._grid)
 
 
 def load(run: str | Path, *, device: str | torch.device = "auto", weights: str | None = None) -> RunSegmenter:

@@ -119,14 +119,14 @@ def _parts(tokens: Tensor, grid: tuple[int, int]) -> Iterator[Tensor]:
             "or its store with slotlab verify"
         )
     if len(tokens):
-        yield from tokens.split(max(1, _VALUES_A_CHUNK // tokens.shape[1] ** 2))
+        yield from torch.split(tokens, max(1, _VALUES_A_CHUNK // tokens.shape[1] ** 2))
 
 
 def likeness(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Cosine of two patches, averaged with that of their smoothed vectors, (T, N, N) float32."""
     with torch.autocast(tokens.device.type, enabled=False):
         z = _unit(tokens.float())
-        smooth = _unit(_smoothed(z.unflatten(1, grid)).flatten(1, 2))
+        smooth = _unit(_smoothed(z.reshape(len(z), *grid, -1)).flatten(1, 2))
         return torch.baddbmm(z @ z.mT, smooth, smooth.mT, beta=0.5, alpha=0.5)
 
 

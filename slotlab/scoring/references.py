@@ -210,8 +210,8 @@ def floor_tables(
     tables = []
     for start in range(0, len(tokens), _FRAMES_CLUSTERED):
         frames = slice(start, start + _FRAMES_CLUSTERED)
-        masks = FLOORS[name].masks(tokens[frames], grid, clusters, draws).unflatten(-1, grid)  # (f, K, h, w)
-        tables.append(mask_tables(masks, segmentations[frames], n_true))
+        masks = FLOORS[name].masks(tokens[frames], grid, clusters, draws)  # (f, K, N)
+        tables.append(mask_tables(masks.reshape(*masks.shape[:2], *grid), segmentations[frames], n_true))
     return stacked(tables)
 
 
