@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 # The rooms of each package, bottom to top: a room imports from those before it.
 ROOMS = {
     "featcache": (
-        "errors", "words", "machine", "moments", "memory", "sources", "store", "backbones", "stream", "scale",
+        "text", "errors", "words", "machine", "moments", "memory", "sources", "store", "backbones", "stream", "scale",
         "extraction", "upkeep", "bench",
     ),
     "slotlab": (
@@ -39,9 +39,6 @@ RUN_FILES = re.compile(
 
 # Contract -> module -> why it may.
 ALLOWED: dict[str, dict[str, str]] = {
-    "runs_alone_name_their_files": {
-        "slotlab.training.train": "opens the log by name; to go",
-    },
     "models_open_no_store": {
         "slotlab.models.inputs": "reads splits for all models",
         "slotlab.models.build": "measures a fresh model on the store it will be trained on",
@@ -187,7 +184,7 @@ def modules_form_no_circle(modules: Modules) -> Iterator[tuple[Module, int, str]
 
 def config_is_the_ground_floor(modules: Modules) -> Iterator[tuple[Module, int, str]]:
     """A configuration is read without torch: config knows no room of slotlab, and of featcache its words and errors."""
-    light = ("slotlab.config", "featcache.errors", "featcache.words")
+    light = ("slotlab.config", "featcache.text", "featcache.errors", "featcache.words")
     heavy = ("torch", "torchvision", "numpy", "scipy", "zarr", "timm", "open_clip", "matplotlib", *TERMINAL)
     for module in modules.values():
         if within(module.name, *light):

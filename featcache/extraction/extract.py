@@ -19,7 +19,7 @@ import numpy as np
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.inference import forward
 from featcache.extraction.job import Shown, SplitJob, TapMoments, Tokens, merge
-from featcache.extraction.plan import ExtractPlan, require_space
+from featcache.extraction.plan import ExtractPlan, read_shown, require_space
 from featcache.machine import limited_executor
 from featcache.moments import Moments
 from featcache.sources.video import Source
@@ -119,10 +119,11 @@ def _decoded_groups(source: Source, job: SplitJob, done: frozenset[int]) -> Iter
 
 def measure_seconds(plan: ExtractPlan, source: Source, backbone: Backbone) -> float:
     """How long the frames left will take, from one batch of real frames after a warm-up."""
-    name, count = plan.splits[0].name, plan.spec.batch_size
-    frames = source.read(name, 0).frames
-    batch = frames[np.arange(count) % len(frames)]
-    forward(backbone, [batch], count, plan.spec.precision)
+    split, count = plan.splits[0], plan.spec.batch_size
+    stored = split.spec.frame_size if plan.resize_frames else None
+    frames = read_shown(source, split.name, 0, 1, plan.spec.preprocessing, stored).frames
+    batch = [frames[i : i + 1] for i in np.arange(count) % len(frames)]
+    forward(backbone, batch, count, plan.spec.precision)
     start = time.perf_counter()
-    forward(backbone, [batch], count, plan.spec.precision)[0][backbone.taps[0]].sum().item()
+    forward(backbone, batch, count, plan.spec.precision)[-1][backbone.taps[0]].sum().item()
     return (time.perf_counter() - start) / count * plan.frames_left

@@ -15,8 +15,8 @@ from PIL import Image
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.inference import forward
 from featcache.errors import DataError
-from featcache.extraction.fit import fitted, recounted
-from featcache.extraction.plan import ExtractPlan, strided
+from featcache.extraction.fit import recounted
+from featcache.extraction.plan import ExtractPlan, read_shown
 from featcache.moments import Moments, NonFiniteTokensError
 from featcache.sources.video import Source, Video
 from featcache.store.encoding import ENCODINGS, FEATURES, Stored
@@ -61,8 +61,8 @@ class SplitJob:
         return [range(i, min(i + size, videos)) for i in range(0, videos, size)]
 
     def read(self, source: Source, index: int) -> Shown:
-        video = strided(source.read(self.name, index), self.store.frame_stride)
-        video = fitted(video, self.store.preprocessing)
+        stored = self.spec.frame_size if self.resize_frames else None
+        video = read_shown(source, self.name, index, self.store.frame_stride, self.store.preprocessing, stored)
         return Shown(video.frames, _resized(video, self.spec, self.resize_frames, source.where(self.name, index)))
 
     def forward(self, backbone: Backbone, videos: Sequence[Shown]) -> list[Tokens]:

@@ -75,6 +75,10 @@ class Source(Protocol):
     def read(self, split: str, index: int) -> Video:
         """Decode one video. Raises ``DataError`` naming file, record and remedy when it is damaged."""
 
+    def read_smaller(self, split: str, index: int, shrink: float) -> Video:
+        """:meth:`read`, but frames and masks may have sides up to ``shrink`` times smaller where that is cheaper."""
+        return self.read(split, index)
+
     def videos(self, split: str) -> int:
         """Number of videos, known even where one is damaged."""
         return len(self.lengths(split))

@@ -184,8 +184,9 @@ def _opened(path: Path, **options: str) -> Iterator[_Clip]:
     """A video file and its first video stream; whatever FFmpeg finds wrong with it becomes ``DataError``."""
     import av
 
+    address = str(path.absolute())  # of "a:b.mp4", FFmpeg would take "a" for a protocol
     try:
-        with _listening() as heard, av.open(str(path), options=options, metadata_errors="replace") as container:
+        with _listening() as heard, av.open(address, options=options, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise DataError(f"{path}: no video stream in it; take it out of the folder")
             clip = _Clip(path, container, container.streams.video[0], heard)

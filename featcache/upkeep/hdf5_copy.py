@@ -35,6 +35,7 @@ import numpy.typing as npt
 
 from featcache.errors import DataError, UsageError
 from featcache.moments import Moments
+from featcache.sources.hdf5 import opened
 from featcache.sources.masks import as_mask
 from featcache.sources.video import Instance
 from featcache.store.durable import TEMPORARY, cannot_write, make_directory, sync_directory
@@ -111,7 +112,7 @@ class Hdf5SplitWriter:
         for name, values in arrays.items():
             self._group[name][rows] = values
             self._group[f"checksums/{name}"][row.video] = _checksum(values)
-        self._group["video_ids"][row.video] = row.id
+        self._group["video_ids"][row.video] = os.fsencode(row.id)  # a file's name, which need not be UTF-8
         self._group["instances"][row.video] = json.dumps([asdict(instance) for instance in row.instances])
 
     def finish(self, statistics: Mapping[str, Moments]) -> None:
@@ -137,11 +138,8 @@ class Hdf5Origin:
     @classmethod
     @contextmanager
     def open(cls, path: Path) -> Iterator[Hdf5Origin]:
-        try:
-            with h5py.File(path, "r") as file:
-                yield cls(file, path)
-        except (OSError, RuntimeError, KeyError) as error:
-            raise DataError(f"{path}: {str(error).strip(chr(34))}; copy or write this file again") from error
+        with opened(path) as file:
+            yield cls(file, path)
 
     def _spec(self, first: _Hdf5Split) -> StoreSpec:
         if ATTRIBUTE in self._file.attrs:
@@ -220,7 +218,7 @@ class _Hdf5Split:
         if name not in self.group:
             return ""
         value = self.group[name][video]
-        return value.decode() if isinstance(value, bytes) else str(value)
+        return os.fsdecode(value) if isinstance(value, bytes) else str(value)
 
 
 def _checksum(values: npt.NDArray[Any]) -> int:

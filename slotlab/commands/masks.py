@@ -57,6 +57,10 @@ def segment(
         Format, typer.Option("--format", help="Format of the files; png: label maps, rle: one COCO file.")
     ] = "overlay-png",
     refine: Refined = None,
+    frame_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Shorter side that larger pictures are scaled to; default: as they are."),
+    ] = None,
     fps: Fps = FRAMES_A_SECOND,
     weights: Annotated[str | None, typer.Option(help="Checkpoint file of the backbone, if it has moved.")] = None,
     device: Device = "auto",
@@ -72,7 +76,7 @@ def segment(
     segmenter = load(run, device=device, weights=weights)
     with MaskWriter(out, form, fps) as writer:
         for index, path in enumerate(files):
-            frames = read_path(path)
+            frames = read_path(path, frame_size)
             labels = segmenter.label(frames, refine=refine)
             writer.add(Masked(f"{index:04d}-{path.stem}", frames, labels, segmenter.model.slots))
     _tell(out, writer.files, as_json)

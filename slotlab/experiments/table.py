@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from featcache.store.durable import write_durably
+from featcache.store.durable import write_output
+from featcache.text import printable
 from slotlab.experiments.plan import Cell, Run, read_plan
 from slotlab.runs.folder import LOG, read_result, read_rows
 from slotlab.scoring.evaluation import Evaluation
@@ -131,8 +132,8 @@ def _tested(videos: Mapping[str, Values], first: Mapping[str, Values] | None) ->
 
 def write_table(table: Mapping[str, Any], out: Path) -> None:
     """Write ``table.md`` and ``table.csv`` to ``out``."""
-    write_durably(out / "table.md", to_markdown(table).encode())
-    write_durably(out / "table.csv", to_csv(table).encode())
+    write_output(out / "table.md", printable(to_markdown(table), lines=True))
+    write_output(out / "table.csv", printable(to_csv(table), lines=True))
 
 
 def to_markdown(table: Mapping[str, Any]) -> str:
