@@ -50,6 +50,13 @@ ALLOWED: dict[str, dict[str, str]] = {
         "featcache.upkeep.verify": "compares documents on the disk by zarr's reading of them",
         "featcache.upkeep.repair": "reads a video array whose group has lost its document",
     },
+    "durable_alone_writes": {
+        "featcache.sources.tfrecord": "makes data sets to read, for tests and samples",
+        "featcache.extraction.distributed": "leaves an empty file for as long as a run lasts",
+        "slotlab.experiments.worker": "sends what a run prints to a file as it comes",
+        "slotlab.training.speed": "asks Linux to measure memory anew",
+        "slotlab.pictures.painted": "draws into memory",
+    },
 }
 
 
@@ -242,6 +249,26 @@ def the_store_alone_knows_bytes(modules: Modules) -> Iterator[tuple[Module, int,
                     yield module, line, f"imports {name}"
 
 
+def durable_alone_writes(modules: Modules) -> Iterator[tuple[Module, int, str]]:
+    """A file is written whole or not at all: by the functions of featcache/store/durable.py."""
+    ready = ("write_text", "write_bytes", "savefig", "save_file", "savez", "savez_compressed", "tofile", "touch")
+    for module in modules.values():
+        if module.name == "featcache.store.durable":
+            continue
+        for node in ast.walk(module.tree):
+            if not isinstance(node, ast.Call):
+                continue
+            name, given = ast.unparse(node.func), [*node.args, *(word.value for word in node.keywords)]
+            modes = [arg.value for arg in given if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
+            opens = name.split(".")[-1] == "open" and name != "av.open"  # which writes to memory
+            if opens and any(re.fullmatch("[rwaxbt+]*[wax+][rwaxbt+]*", mode) for mode in modes):
+                yield module, node.lineno, "opens a file to write"
+            elif name == "os.open" and any(flag in ast.unparse(node) for flag in ("O_CREAT", "O_WRONLY", "O_RDWR")):
+                yield module, node.lineno, "opens a file to write"
+            elif isinstance(node.func, ast.Attribute) and node.func.attr in ready:
+                yield module, node.lineno, f"calls {node.func.attr}"
+
+
 Contract = Callable[[Modules], Iterator[tuple[Module, int, str]]]
 CONTRACTS: tuple[Contract, ...] = (
     packages_point_one_way,
@@ -253,6 +280,7 @@ CONTRACTS: tuple[Contract, ...] = (
     commands_alone_speak,
     runs_alone_name_their_files,
     the_store_alone_knows_bytes,
+    durable_alone_writes,
 )
 
 
@@ -310,6 +338,10 @@ def test_every_room_is_there() -> None:
         (commands_alone_speak, "slotlab/scoring/evaluate.py", "from slotlab.commands.terminal import warn"),
         (commands_alone_speak, "featcache/scale/report.py", "def f():\n    from rich import print"),
         (commands_alone_speak, "slotlab/training/look.py", "import typer"),
+        (durable_alone_writes, "slotlab/pictures/sheet.py", "path.write_text('x')"),
+        (durable_alone_writes, "slotlab/runs/folder.py", "with path.open('a') as log:\n    log.write('x')"),
+        (durable_alone_writes, "featcache/upkeep/verify.py", "open(path, mode='wb')"),
+        (durable_alone_writes, "featcache/upkeep/verify.py", "os.open(path, os.O_WRONLY | os.O_CREAT)"),
         (runs_alone_name_their_files, "slotlab/pictures/sheet.py", "x = run / 'config.toml'"),
         (runs_alone_name_their_files, "slotlab/pictures/sheet.py", "x = run / f'eval-{split}.json'"),
         (runs_alone_name_their_files, "slotlab/segment.py", "x = run / 'checkpoint/model.safetensors'"),

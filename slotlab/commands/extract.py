@@ -156,8 +156,8 @@ def _tell(dtype: Dtype, rounding: Sequence[Rounding], damaged: Sequence[str]) ->
 
     for of in rounding:
         terminal.out.print(
-            f"{dtype} at {of.tap}: relative error of a token {of.median:.1%} (median), {of.p99:.1%} (99 % of them less), "
-            f"on {of.frames} frames",
+            f"{dtype} at {of.tap}: relative error of a token {of.median:.1%} (median), {of.p99:.1%} (99th percentile), "
+            f"measured on {of.frames} frames",
             soft_wrap=True,
             highlight=False,
         )
