@@ -111,9 +111,10 @@ def test_what_a_command_leaves(slotlab: Slotlab, tmp_path: Path, run: Path, stor
         assert arrays_of(tmp_path / "out/copy.zarr").keys() == arrays_of(store.path).keys()
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_it_was_full(slotlab: Slotlab, tmp_path: Path, store: FeatureStore) -> None:
     (tmp_path / "c.toml").write_text(small("checkpoint_every=1", optim__steps=2).to_toml())
-    words = ("train", "--config", "c.toml", "--cache", store.path, "--out", "run")
+    words = ("train", "--preset", "dinosaur", "--config", "c.toml", "--cache", store.path, "--out", "run")
     with disk() as counted:
         assert slotlab(*words).code == 0
     for full_at in range(1, counted.writes + 1):

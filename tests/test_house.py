@@ -260,10 +260,12 @@ def durable_alone_writes(modules: Modules) -> Iterator[tuple[Module, int, str]]:
                 continue
             name, given = ast.unparse(node.func), [*node.args, *(word.value for word in node.keywords)]
             modes = [arg.value for arg in given if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
-            opens = name.split(".")[-1] == "open" and name != "av.open"  # which writes to memory
-            if opens and any(re.fullmatch("[rwaxbt+]*[wax+][rwaxbt+]*", mode) for mode in modes):
-                yield module, node.lineno, "opens a file to write"
-            elif name == "os.open" and any(flag in ast.unparse(node) for flag in ("O_CREAT", "O_WRONLY", "O_RDWR")):
+            if name == "os.open":
+                opens = any(flag in ast.unparse(node) for flag in ("O_CREAT", "O_WRONLY", "O_RDWR"))
+            else:
+                opens = name.split(".")[-1] == "open" and name != "av.open"  # which writes to memory
+                opens = opens and any(re.fullmatch("[rwaxbt+]*[wax+][rwaxbt+]*", mode) for mode in modes)
+            if opens:
                 yield module, node.lineno, "opens a file to write"
             elif isinstance(node.func, ast.Attribute) and node.func.attr in ready:
                 yield module, node.lineno, f"calls {node.func.attr}"

@@ -27,6 +27,7 @@ from featcache.store.reading import FeatureStore
 from featcache.store.writing import SplitWriter, StoreWriter
 
 READ_AHEAD = 2  # groups decoded ahead of the backbone, and written behind it
+AHEAD_BYTES = 2 << 30  # of frames that these hold, at most
 
 WRITERS = 4  # videos of a group that are written at a time: most of it is waiting for the disk
 
@@ -72,7 +73,7 @@ def _extract_split(writer: SplitWriter, job: SplitJob, source: Source, backbone:
     if writer.complete:
         progress(job.name, total, total)
         return
-    done = frozenset(writer.done)
+    done, most = frozenset(writer.done), _ahead(job)
     statistics: dict[str, Moments] = {}
     frames_done = 0
 
@@ -93,7 +94,7 @@ def _extract_split(writer: SplitWriter, job: SplitJob, source: Source, backbone:
             # a second thread of arithmetic would cost the backbone more than it saves.
             moments = job.measure(group, done, tokens)
             pending.append(writing.submit(record, group, videos, tokens, moments))
-            while len(pending) > READ_AHEAD:
+            while len(pending) > most:
                 pending.pop(0).result()
         for future in pending:
             future.result()
@@ -102,19 +103,25 @@ def _extract_split(writer: SplitWriter, job: SplitJob, source: Source, backbone:
 
 def _decoded_groups(source: Source, job: SplitJob, done: frozenset[int]) -> Iterator[tuple[range, list[Shown]]]:
     """The job's groups, decoded ahead; a group that is finished comes without its videos."""
+    most = _ahead(job)
     with ThreadPoolExecutor(2, "decode") as decoding:
         ahead: list[tuple[range, list[Future[Shown]]]] = []
         try:
             for group in job.groups():
                 wanted = [] if done.issuperset(group) else list(group)
                 ahead.append((group, [decoding.submit(job.read, source, index) for index in wanted]))
-                if len(ahead) > READ_AHEAD:
+                if len(ahead) > most:
                     first, futures = ahead.pop(0)
                     yield first, [future.result() for future in futures]
             for first, futures in ahead:
                 yield first, [future.result() for future in futures]
         finally:
             decoding.shutdown(wait=True, cancel_futures=True)
+
+
+def _ahead(job: SplitJob) -> int:
+    """Groups that may be decoded ahead, and as many that may wait to be written."""
+    return min(READ_AHEAD, AHEAD_BYTES // (len(job.groups()[0]) * job.chunk_bytes))
 
 
 def measure_seconds(plan: ExtractPlan, source: Source, backbone: Backbone) -> float:

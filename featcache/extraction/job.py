@@ -29,6 +29,8 @@ Tokens = Mapping[str, Stored]  # tap -> one video's, in the store's form
 
 TapMoments = Mapping[str, Moments]
 
+GROUP_BYTES = 2 << 30  # of frames that are held for one pass, unless a single video has more
+
 
 @dataclass(frozen=True)
 class Shown:
@@ -55,10 +57,15 @@ class SplitJob:
         return cls(path, writer.name, plan.spec, writer.spec, source.location, plan.resize_frames)
 
     def groups(self) -> list[range]:
-        """Videos that share batches: a matter of position and batch size alone."""
-        size = max(1, self.store.batch_size // self.spec.chunk_frames)
+        """Videos that share batches: a matter of position, batch size and size of the frames alone."""
+        size = max(1, min(self.store.batch_size // self.spec.chunk_frames, GROUP_BYTES // self.chunk_bytes))
         videos = len(self.spec.lengths)
         return [range(i, min(i + size, videos)) for i in range(0, videos, size)]
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the frames of a full chunk: most videos have one."""
+        return 3 * self.spec.chunk_frames * self.spec.frame_size[0] * self.spec.frame_size[1]
 
     def read(self, source: Source, index: int) -> Shown:
         stored = self.spec.frame_size if self.resize_frames else None

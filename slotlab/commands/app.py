@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Annotated, NoReturn
 
@@ -103,6 +104,7 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
     try:
         code = app(standalone_mode=False)  # None, or the code of an exit; 130 for Ctrl-C in newer typers
+        sys.stdout.flush()  # while a full disk behind it can still be told
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         sys.exit(code)
@@ -118,6 +120,11 @@ def main() -> None:
     except Exception as error:
         if (told := _of_the_machine(error)) and not os.environ.get("SLOTLAB_DEBUG"):
             print(f"slotlab: {told}", file=sys.stderr)
+            try:
+                sys.stdout.flush()
+            except OSError:  # Python would try once more at its end, and say so
+                with suppress(OSError):
+                    sys.stdout.close()
             sys.exit(DataError.exit_code)
         if not (hasattr(error, "show") and hasattr(error, "exit_code")):  # an error of click, wherever typer keeps it
             raise
