@@ -32,6 +32,7 @@ SUFFIXES = frozenset(
 # MPEG-4 hide or join frames.
 PACKET_IS_FRAME = frozenset(("h264", "hevc", "vp9", "av1", "mjpeg", "gif", "prores", "ffv1"))
 NO_PROMISE = frozenset(("mpegts", "mpeg"))  # streams without a header that says how long they are
+ORDERED = frozenset(("mp4", "matroska"))  # containers that keep the time at which each frame is shown
 REMEDY = "copy it again, encode it anew (ffmpeg -i FILE new.mp4), or extract without it (--skip-damaged)"
 SKEW = 0.0175  # of a display matrix, about one degree: less is rounding, as it is to ffmpeg
 ERROR = 16  # FFmpeg's level of messages
@@ -47,6 +48,7 @@ def count_frames(path: Path) -> int:
         counts = clip.codec in PACKET_IS_FRAME
         shown = held = 0
         begin, end, before, gap = float("inf"), float("-inf"), None, 0.0  # seconds; `gap` between two frames
+        seen, hides = 0.0, False  # seconds that are shown; whether an edit list hides others
         for packet in clip.container.demux():
             if packet.pts is not None:
                 start = float(packet.pts * packet.time_base)
@@ -56,6 +58,8 @@ def count_frames(path: Path) -> int:
             if packet.size:
                 held += 1
                 shown += not packet.is_discard if counts else 0
+                seen += 0.0 if packet.is_discard else float((packet.duration or 0) * packet.time_base)
+                hides = hides or packet.is_discard
                 if packet.dts is not None:
                     now = float(packet.dts * packet.time_base)
                     gap, before = max(gap, now - (now if before is None else before)), now
@@ -63,11 +67,14 @@ def count_frames(path: Path) -> int:
                 shown += sum(1 for _ in clip.decode(packet))
         promised, length = clip.stream.frames, (clip.container.duration or 0) / 1e6
         name = clip.container.format.name
+        meant = float((clip.stream.duration or 0) * clip.stream.time_base)  # by the edit list, where there is one
     if promised and held < promised - max(1, promised // 50):
         # An edit list that shows a part of a film may keep the rest from being read at all.
         held = max(held, _packets_behind_edit_lists(path)) if "mov" in name else held
         if held < promised - max(1, promised // 50):
             raise DataError(f"{path}: holds {held} of the {promised} frames that it promises; {REMEDY}")
+    if hides and seen < 0.98 * meant - 2 * gap:
+        raise DataError(f"{path}: shows {seen:.1f} of the {meant:.1f} seconds that it promises; {REMEDY}")
     if not promised and name not in NO_PROMISE and end - begin < 0.98 * length - 2 * gap:
         raise DataError(f"{path}: ends after {end - begin:.1f} of the {length:.1f} seconds that it promises; {REMEDY}")
     if name == "asf" and not length:  # FFmpeg drops a duration whose header gives another file size
@@ -93,8 +100,13 @@ def read_frames(path: Path) -> npt.NDArray[np.uint8]:
     expected = count_frames(path)
     frames: list[npt.NDArray[np.uint8]] = []
     with _opened(path) as clip:
+        ordered, last = not ORDERED.isdisjoint(clip.container.format.name.split(",")), None
         for packet in clip.container.demux(clip.stream):
             for frame in clip.decode(packet):
+                if ordered and last is not None and frame.pts is not None and frame.pts < last:
+                    second = float(frame.pts * clip.stream.time_base)
+                    raise DataError(f"{path}: its frames are out of order near second {second:.1f}; {REMEDY}")
+                last = frame.pts if frame.pts is not None else last
                 image = _upright(frame.to_ndarray(format="rgb24"), _display_matrix(frame), path)
                 if image.nbytes * expected > MAX_BYTES:
                     raise DataError(
