@@ -143,7 +143,7 @@ def by_ffmpeg(path: Path, ours: Arrays) -> Arrays | None:
 
 
 def by_ffmpeg_or_libjpeg(path: Path, ours: Arrays) -> Arrays | None:
-    """FFmpeg's versions differ in the damage that they notice: libjpeg may agree with the one at hand, up to rounding."""
+    """FFmpeg's versions differ in what they notice: libjpeg may agree with the one at hand, up to rounding."""
     import av
 
     theirs = by_ffmpeg(path, ours)

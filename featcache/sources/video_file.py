@@ -7,6 +7,7 @@ a frame as corrupt, or gives clearly fewer frames than the container promises.
 
 from __future__ import annotations
 
+import io
 import struct
 import threading
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from featcache.errors import DataError
-from featcache.sources.images import stack
+from featcache.sources.images import errors_named, stack
 from featcache.sources.video import Size
 
 SUFFIXES = frozenset(
@@ -170,6 +172,9 @@ class _Clip:
         if not packet.size and packet.dts is not None:  # says to show the last frame again, as ffmpeg does by itself
             return
         before = len(self.heard)
+        if self.codec == "mjpeg" and packet.size and not packet.is_discard:
+            with errors_named(str(self.path)):  # FFmpeg shows something where a picture's head is broken
+                Image.open(io.BytesIO(packet)).close()
         frames = packet.decode()
         if packet.is_discard:
             del self.heard[before:]
