@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -20,7 +21,6 @@ from featcache.store.durable import Lines
 from featcache.store.reading import FeatureStore
 from featcache.upkeep.convert import ConvertOptions, convert
 from slotlab.runs import checkpoint
-from slotlab.runs.loaded import load_run
 from tests.commands import Slotlab
 from tests.synthetic import arrays_of, make_store
 from tests.training import small
@@ -128,7 +128,7 @@ def test_training_goes_on_where_it_was_full(slotlab: Slotlab, tmp_path: Path, st
             require_whole(path)
         begun = Path("run/config.toml").exists()
         assert slotlab(*words, *(["--resume"] if begun else [])).code == 0
-        assert load_run(Path("run"), store.path, "cpu").step == 2
+        assert checkpoint.state(Path("run"))["step"] == 2
 
 
 def test_a_line_is_there_or_not(tmp_path: Path) -> None:
@@ -144,8 +144,6 @@ def test_a_line_is_there_or_not(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_last_one(tmp_path: Path, run: Path) -> None:
-    import torch
-
     model = torch.nn.Linear(3, 3)
     before = contents(run / checkpoint.FOLDER)
     for full_at in (1, 2, 3, 4, 5):
