@@ -258,17 +258,13 @@ def durable_alone_writes(modules: Modules) -> Iterator[tuple[Module, int, str]]:
         for node in ast.walk(module.tree):
             if not isinstance(node, ast.Call):
                 continue
-            name, given = ast.unparse(node.func), [*node.args, *(word.value for word in node.keywords)]
-            modes = [arg.value for arg in given if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
-            if name == "os.open":
-                opens = any(flag in ast.unparse(node) for flag in ("O_CREAT", "O_WRONLY", "O_RDWR"))
-            else:
-                opens = name.split(".")[-1] == "open" and name != "av.open"  # which writes to memory
-                opens = opens and any(re.fullmatch("[rwaxbt+]*[wax+][rwaxbt+]*", mode) for mode in modes)
-            if opens:
-                yield module, node.lineno, "opens a file to write"
-            elif isinstance(node.func, ast.Attribute) and node.func.attr in ready:
-                yield module, node.lineno, f"calls {node.func.attr}"
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name == "open" and (whole := ast.unparse(node)).partition("(")[0] != "av.open":  # which writes to memory
+                flags = re.search(r"O_CREAT|O_WRONLY|O_RDWR", whole)
+                if flags or re.search(r"""[(, =]['"][rbt]*[wax+][rwaxbt+]*['"]""", whole):
+                    yield module, node.lineno, "opens a file to write"
+            elif isinstance(node.func, ast.Attribute) and name in ready:
+                yield module, node.lineno, f"calls {name}"
 
 
 Contract = Callable[[Modules], Iterator[tuple[Module, int, str]]]

@@ -19,6 +19,7 @@ each other without padding; features are contiguous, so that they can be mapped.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -51,9 +52,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 class Hdf5Writer:
     """Writes a file under a temporary name, and renames it when it is complete. ``create`` makes one."""
 
-    def __init__(self, file: Any, spec: StoreSpec) -> None:
-        self._file = file
-        self._spec = spec
+    def __init__(self, file: Any, spec: StoreSpec, disk: _Disk) -> None:
+        self._file, self._spec, self._disk = file, spec, disk
         file.attrs[ATTRIBUTE] = json.dumps(spec.to_json())
 
     @classmethod
@@ -65,30 +65,55 @@ class Hdf5Writer:
         make_directory(path.absolute().parent)
         temporary = path.with_name(path.name + TEMPORARY)
         try:
-            with h5py.File(temporary, "w") as file:
-                yield cls(file, spec)
-            fd = os.open(temporary, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            with _Disk(temporary, "w+") as disk:
+                with h5py.File(disk, "w") as file:
+                    yield cls(file, spec, disk)
+                disk.check()
+                os.fsync(disk.fileno())
             os.replace(temporary, path)
             sync_directory(path.absolute().parent)
-        except (OSError, RuntimeError) as error:  # HDF5 reports a full disk as either
-            failure = error if isinstance(error, OSError) and error.strerror else OSError(0, str(error))
-            raise cannot_write(path, failure) from error
+        except OSError as error:
+            raise cannot_write(path, error) from error
         finally:
             temporary.unlink(missing_ok=True)
 
     def split(self, name: str, spec: SplitSpec) -> Hdf5SplitWriter:
-        return Hdf5SplitWriter(self._file.create_group(name), self._spec, spec)
+        return Hdf5SplitWriter(self._file.create_group(name), self._spec, spec, self._disk)
+
+
+class _Disk(io.FileIO):
+    """A file that HDF5 can always write to: a full disk would leave that library in disorder. ``check`` tells of it."""
+
+    _failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while left and self._failure is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self._failure = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self._failure = self._failure or error
+            return size or 0
+
+    def check(self) -> None:
+        """``OSError`` if anything could not be written."""
+        if self._failure is not None:
+            raise self._failure
 
 
 class Hdf5SplitWriter:
     """Writes one group of the file, video by video in order."""
 
-    def __init__(self, group: Any, store: StoreSpec, split: SplitSpec) -> None:
-        self._group = group
+    def __init__(self, group: Any, store: StoreSpec, split: SplitSpec, disk: _Disk) -> None:
+        self._group, self._disk = group, disk
         # The offsets hold the lengths, which would not fit an attribute for large data sets.
         group.attrs[ATTRIBUTE] = json.dumps({**asdict(split), "lengths": (), "shard_chunks": 0, "statistics_videos": 0})
         self._offsets = np.concatenate([[0], np.cumsum(split.lengths)])
@@ -107,7 +132,8 @@ class Hdf5SplitWriter:
             group.create_dataset(f"checksums/{layout.name}", (videos,), "uint32")
 
     def write_arrays(self, row: Row, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Add one video's rows of every array, already encoded."""
+        """Add one video's rows of every array, already encoded. ``OSError`` when the disk is full."""
+        self._disk.check()
         rows = slice(int(self._offsets[row.video]), int(self._offsets[row.video + 1]))
         for name, values in arrays.items():
             self._group[name][rows] = values
