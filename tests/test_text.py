@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,12 +14,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from featcache.backbones.backbone import load_backbone
 from featcache.errors import DataError, IncompatibleError
+from featcache.extraction.extract import extract
+from featcache.extraction.plan import ExtractOptions, plan
+from featcache.sources import Video, open_source
 from featcache.store.reading import FeatureStore
 from featcache.text import bytes_text, file_name, printable
+from featcache.upkeep.verify import verify
+from slotlab.experiments.plan import cell_name
+from slotlab.experiments.table import COLUMNS, write_table
+from slotlab.pictures.frames import read_path
+from slotlab.report.server import LiveReport
 from tests.commands import Slotlab
 from tests.media import save_movie
-from tests.synthetic import DiscSource
+from tests.synthetic import DiscSource, make_store
+from tests.training import small
 
 NAMES = {
     "not UTF-8": os.fsdecode(b"caf\xe9 \xff"),
@@ -89,31 +100,45 @@ class Tags(HTMLParser):
         self.alarms += [tag for key, value in attrs if key == "onerror" or value == "x"]
 
 
-@pytest.fixture
-def videos(tmp_path: Path) -> Path:
-    """A folder of odd-named videos, masks and all."""
-    folder = tmp_path / "videos"
-    for split in ("train", "validation"):
-        for index, name in enumerate(NAMES.values()):
-            video = DiscSource({split: (2,) * len(NAMES)}).read(split, index)
-            assert video.segmentations is not None
-            for where, pictures in ((name, video.frames), (f"masks/{name}", video.segmentations)):
-                (folder / split / where).mkdir(parents=True)
-                for t, picture in enumerate(pictures):
-                    Image.fromarray(picture).save(folder / split / where / f"{t}.png")
-    save_movie(folder / "train" / f"{NAMES['not UTF-8']}.mp4", "libx264", np.zeros((2, 32, 32, 3), np.uint8))
-    save_movie(folder / "train" / f"{NAMES['a protocol']}.mkv", "libx264", np.zeros((2, 32, 32, 3), np.uint8))
-    return folder
+class Named(DiscSource):
+    """Videos that are called all of that."""
+
+    def read(self, split: str, index: int) -> Video:
+        return replace(super().read(split, index), id=list(NAMES.values())[index])
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) for n in ("not UTF-8", "line break", "dash", "markup", "html")]
-)
-def test_through_every_command(slotlab: Slotlab, tmp_path: Path, videos: Path, name: str) -> None:
-    home = tmp_path / NAMES[name]
-    (home / NAMES[name]).parent.mkdir(parents=True)
-    data, cache, run = home / NAMES[name], home / f"{NAMES[name]}.zarr", home / f"{NAMES[name]}run"
-    videos.rename(data)
+HOME = "".join((NAMES["not UTF-8"], NAMES["line break"], NAMES["markup"], NAMES["html"], NAMES["mathematics"]))
+
+
+def test_a_folder_of_such_names(tmp_path: Path) -> None:
+    """A store keeps them byte for byte, whatever the folder is called that they lie in."""
+    folder = tmp_path / HOME
+    for index, name in enumerate(NAMES.values()):
+        video = DiscSource({"train": (2,) * len(NAMES)}).read("train", index)
+        assert video.segmentations is not None
+        for where, pictures in ((name, video.frames), (f"masks/{name}", video.segmentations)):
+            (folder / where).mkdir(parents=True)
+            for t, picture in enumerate(pictures):
+                Image.fromarray(picture).save(folder / where / f"{t}.png")
+    for clip in (f"{NAMES['not UTF-8']}.mp4", f"{NAMES['a protocol']}.mkv"):
+        save_movie(folder / clip, "libx264", np.zeros((2, 32, 32, 3), np.uint8))
+    source, backbone = open_source(folder), load_backbone("resnet18", "random", ("layer1",), 32)
+    options = ExtractOptions(precision="float32")
+    store = extract(plan(tmp_path / f"{NAMES['dash']}.zarr", source, backbone, options), source, backbone)
+    names = set(store["train"].names.values())
+    assert set(NAMES.values()) < names and len(names) == len(NAMES) + 2
+    assert store.spec.source == str(folder) and verify(store.path) == []
+    for name in names:
+        assert len(read_path(folder / name)) == 2
+
+
+def test_through_the_commands(slotlab: Slotlab, tmp_path: Path) -> None:
+    home = tmp_path / HOME
+    home.mkdir(parents=True)
+    cache, run, dash = home / f"{NAMES['dash']}.zarr", home / "run[/x]", NAMES["not UTF-8"]
+    store = make_store(cache, Named({"train": (2,) * len(NAMES), "validation": (2,) * len(NAMES)}))
+    names = store["validation"].names
+    assert set(names.values()) == set(NAMES.values())
 
     def sound(*words: object) -> str:
         ended = slotlab(*words)
@@ -121,48 +146,36 @@ def test_through_every_command(slotlab: Slotlab, tmp_path: Path, videos: Path, n
         ended.out.encode()
         return ended.out
 
-    backbone = ("--backbone", "resnet18", "--weights", "random", "--tap", "layer1", "--input-size", 32)
-    sound("extract", *backbone, "--data", data, "--out", cache, "--dry-run")
-    sound("extract", *backbone, "--data", data, "--out", cache)
-    store = FeatureStore.open(cache)
-    names = set(store["train"].names.values())
-    assert {NAMES[key] for key in NAMES} < names and len(names) == len(NAMES) + 2
-    assert store.spec.source == str(data)
-    sound("stats", cache, "--plot", home / "scale.png")
-    settings = ("preset", "dinosaur"), ("steps", 2), ("batch-size", 2), ("set", "model.slots=3")
-    words = [word for key, value in settings for word in (f"--{key}", value)]
-    sound("train", "--cache", cache, *words, "--set", "model.slot_dim=8", "--out", run)
+    sound("stats", cache, "--plot", home / "scale.svg")
+    (home / "c.toml").write_text(small(optim__steps=1).to_toml())
+    sound("train", "--preset", "dinosaur", "--config", home / "c.toml", "--cache", cache, "--out", run)
     scores = json.loads(sound("eval", run, "--json", "--sheet", home / "sheet.png"))
-    assert set(scores["by_video"]) == set(store["validation"].names.values())
-    sound("eval", run, "--against", run)
-    page, tables, figures = home / "page.html", home / "page.md", home / "figures"
-    sound("report", run, "--out", page, "--markdown", tables, "--figures", figures, "--videos", len(NAMES))
-    assert not Tags(page.read_text("utf-8")).alarms and "<img src=x" not in page.read_text("utf-8")
-    assert printable(NAMES["not UTF-8"]) in page.read_text("utf-8")
+    assert set(scores["by_video"]) == set(NAMES.values())
+    sound("eval", run)
+    page, tables = home / "page.html", home / "page.md"
+    sound("report", run, "--out", page, "--markdown", tables, "--videos", len(NAMES))
+    text = page.read_text("utf-8")
+    assert not Tags(text).alarms and "<img src=x" not in text and printable(dash) in text
     assert "<script>" not in tables.read_text("utf-8")
-    for form, files in (("png", 2 * len(NAMES)), ("rle", 1), ("overlay-gif", len(NAMES))):
+    for form, files in (("png", 2 * len(NAMES)), ("rle", 1)):
         told = json.loads(sound("masks", run, "--out", home / form, "--format", form, "--json"))
         assert told["files"] == files == sum(p.is_file() for p in (home / form).rglob("*"))
-    shown = [data / "train" / video for video in sorted(names)]
-    sound("segment", run, *shown, "--out", home / "own", "--weights", "random")
     sound("verify", cache)
     sound("export", cache, home / "copy.h5", "--format", "hdf5")
     sound("import", home / "copy.h5", home / "back.zarr")
-    back = FeatureStore.open(home / "back.zarr")["train"]
-    assert back.names == store["train"].names
-    sound("export", cache, home / "small.zarr", "--dtype", "int8")
-
-    from slotlab.report.server import LiveReport
-
+    assert FeatureStore.open(home / "back.zarr")["validation"].names == names
     live = LiveReport([run])
     live.refresh()
-    assert printable(NAMES["not UTF-8"]) in live.page().encode().decode()
-    (home / "a.toml").write_text('preset = "dinosaur"\nseeds = [0]\n[grid]\n"model.slots" = [2]\n')
-    small = ("--steps", 1, "--set", "model.slot_dim=8", "--set", "optim.batch_size=2", "--workers", 1)
-    sound("ablate", home / "a.toml", "--cache", cache, "--out", home / "ablation", *small)
-    sound("table", home / "ablation")
-    assert (home / "ablation" / "table.md").read_text("utf-8")
-
+    assert printable(dash) in live.page().encode().decode()
     missing = slotlab("stats", home / "gone")
     (line,) = missing.said.splitlines()
     assert missing.code == 3 and printable(str(home / "gone")) in line
+
+
+def test_a_table_of_such_names(tmp_path: Path) -> None:
+    cell = {"name": cell_name([HOME]), "settings": {"cache": HOME}, "finished": 0, "against_first": None}
+    runs = [{"path": f"{tmp_path}/{HOME}", "state": "failed", "error": HOME}]
+    none = dict.fromkeys(COLUMNS)
+    write_table({"out": HOME, "split": "validation", "seeds": [0], "cells": [{**none, **cell, "runs": runs}]}, tmp_path)
+    assert printable(HOME) in (tmp_path / "table.md").read_text("utf-8")
+    assert (tmp_path / "table.csv").read_text("utf-8").startswith("cell,cache")

@@ -152,7 +152,7 @@ def to_markdown(table: Mapping[str, Any]) -> str:
             ((cell["name"], *(_difference(cell["against_first"].get(name)) for name in TESTED)) for cell in tested),
         )
     if failed := failures(table):
-        lines += ["", *(f"- {run['path']}: {run['error']}" for run in failed)]
+        lines += ["", *(printable(f"- {run['path']}: {run['error']}") for run in failed)]
     return "\n".join(lines) + "\n"
 
 
@@ -204,6 +204,6 @@ def _difference(of: Mapping[str, Any] | None) -> str:
 
 
 def _pipe(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    cells = [[text.replace("|", "\\|") for text in row] for row in (titles, *rows)]
+    cells = [[printable(text).replace("|", "\\|") for text in row] for row in (titles, *rows)]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return [lines[0], "|" + "---|" * len(titles), *lines[1:]]
