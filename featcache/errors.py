@@ -17,7 +17,7 @@ _CELL = 40  # characters of a value that a table shows
 
 
 class FeatcacheError(Exception):
-    """Base of all errors that the user can mend. The message stays on one line, whatever names it holds."""
+    """Base of all errors that the user can fix. The message stays on one line, whatever names it holds."""
 
     exit_code = 1
 

@@ -63,8 +63,8 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     sizes: list[tuple[int, ...]] = []
     real = images.as_rgb
 
-    def spy(*args: Any) -> Any:
-        found = real(*args)
+    def spy(*args: Any, **how: Any) -> Any:
+        found = real(*args, **how)
         sizes.append(found.shape[:2])
         return found
 
