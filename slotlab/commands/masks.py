@@ -65,6 +65,10 @@ def segment(
         Literal["none", Refinement] | None,
         typer.Option(help="Method that refines masks along the frames' edges; default: none, without training guided."),
     ] = None,
+    frame_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Shorter side that larger pictures are scaled to; default: as they are."),
+    ] = None,
     fps: Fps = FRAMES_A_SECOND,
     weights: Annotated[str | None, typer.Option(help="Checkpoint file of the backbone, if it has moved.")] = None,
     no_training: Annotated[
@@ -106,7 +110,7 @@ def segment(
     method = "guided" if refine is None and no_training else None if refine == "none" else refine
     with MaskWriter(out, form, fps) as writer:
         for index, path in enumerate(files):
-            frames = read_path(path)
+            frames = read_path(path, frame_size)
             labels = segmenter.label(frames, refine=method)
             writer.add(Masked(f"{index:04d}-{path.stem}", frames, labels, segmenter.slots))
     _tell(out, writer.files, as_json, **told)
