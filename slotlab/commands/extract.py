@@ -132,7 +132,7 @@ def extract(
         "rounding": [asdict(of) for of in rounding],
     }
     if dry_run:
-        summary = {
+        summary: dict[str, Any] = {
             "out": str(path),
             "splits": {
                 s.name: {"videos": len(s.spec.lengths), "frames_left": s.frames_left, **s.changes.counts()}
