@@ -21,7 +21,7 @@ from featcache.extraction.fit import Window, fitted, fitting
 from featcache.sources.clips import listed
 from featcache.sources.video import Size, Source, Video
 from featcache.store.encoding import ENCODINGS
-from featcache.store.layout import COMPRESSED, array_layouts
+from featcache.store.layout import array_bytes, array_layouts
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import MAX_CHUNK_FRAMES, SplitSpec, StoreSpec, TapSpec
 from featcache.words import Dtype, Fit, Precision
@@ -138,15 +138,9 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
             masks=probe.segmentations is not None,
         )
         done: Sequence[int] = store[name].videos if store and name in store.splits else ()
-        left = [length for i, length in enumerate(split_spec.lengths) if i not in set(done)]
-        padded = sum(-(-length // chunk_frames) * chunk_frames for length in left)  # raw chunks are written full
-        bytes_left = sum(
-            (sum(left) if layout.name in COMPRESSED else padded)
-            * int(np.prod(layout.shape))
-            * np.dtype(layout.dtype).itemsize
-            for layout in array_layouts(spec, split_spec)
-        )
-        splits.append(SplitPlan(name, split_spec, len(done), sum(left), bytes_left))
+        left = replace(split_spec, lengths=tuple(n for i, n in enumerate(split_spec.lengths) if i not in set(done)))
+        bytes_left = sum(array_bytes(layout, left) for layout in array_layouts(spec, left))
+        splits.append(SplitPlan(name, split_spec, len(done), sum(left.lengths), bytes_left))
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     return ExtractPlan(path, spec, tuple(splits), free, options.frame_size is not None, remarks)
