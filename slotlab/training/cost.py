@@ -117,6 +117,8 @@ class Tally(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace != "aten":  # a question, such as for a tensor's device
+            return func(*args, **kwargs)
         if func in STAND_INS:
             result = STAND_INS[func](*args, **kwargs)
         else:
