@@ -136,7 +136,7 @@ def test_its_memory_is_what_the_allocator_gives_out(preset: str) -> None:
         for _ in range(2):
             step(features)
 
-    assert counted(config).peak == pytest.approx(allocated(steps), rel=0.1)
+    assert counted(config).peak == pytest.approx(allocated(steps), rel=0.05)
 
 
 @pytest.mark.slow

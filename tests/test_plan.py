@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from featcache.backbones.backbone import load_backbone, outline
 from featcache.errors import UsageError
@@ -15,7 +17,7 @@ from featcache.sources.video import Source
 from featcache.store.encoding import ENCODINGS
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import SplitSpec, StoreSpec, TapSpec
-from featcache.stream.residence import SPARE, Free
+from featcache.stream.residence import SPARE, Free, ring_bytes
 from featcache.stream.stream import VIDEO
 from featcache.words import Dtype
 from slotlab.config.load import load_config
@@ -30,6 +32,7 @@ from slotlab.training.processes import Ranks
 from slotlab.training.train import training_stream
 from tests.commands import Slotlab
 from tests.synthetic import DIM, GRID, SIZE, DiscSource, fitted, make_store
+from tests.test_step import shortened
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 CARD = DEVICES["rtx5090"]
@@ -112,30 +115,48 @@ def test_movi_a_on_a_card_of_32_gb() -> None:
     assert int8.batch_size <= int8.largest_batch < float16.largest_batch
 
 
-@pytest.mark.parametrize(("preset", "dtype"), [("mix", "int8"), ("log-2026", "float16"), ("mix", "float16")])
-def test_the_largest_batch_fits_and_no_larger_one(preset: str, dtype: Dtype) -> None:
-    data = movi_a(100)
-    card = replace(CARD, free=Free(host=0, device=6 * 10**9))
-    small = ("optim.batch_size=8",)
-    plan = planned(preset, data, card, *small, dtype=dtype)
-    resident = plan.stream_bytes if plan.home.residence == "device" else 0
+@given(
+    fixed=st.integers(0, 1000), each=st.integers(1, 50), uneven=st.integers(0, 40), known=st.integers(1, 100),
+    room=st.integers(0, 20_000), unit=st.sampled_from([8, 24]),
+)  # fmt: skip
+def test_the_largest_batch_fits_and_hardly_a_larger_one(
+    fixed: int, each: int, uneven: int, known: int, room: int, unit: int
+) -> None:
+    """Of needs that grow as a line does, but for some batches."""
+
+    def needs(batch: int) -> int:
+        return fixed + each * batch + (uneven if batch // unit % 3 else 0)
+
+    found = largest_batch(needs, known, room, unit)
+    assert found % unit == 0 and (found == 0 or needs(found) <= room)
+    more = found + unit * (1 + math.ceil(2 * uneven / each / unit))
+    assert needs(more) > room or uneven
+
+
+def test_the_largest_batch_of_a_model_fits() -> None:
+    small = ("optim.batch_size=8", *shortened("mix"))
+    plan = planned("mix", movi_a(100), replace(CARD, free=Free(host=0, device=6 * 10**9)), *small)
+    room = 6 * 10**9 - SPARE - plan.stream_bytes
     fits = []
-    for batch in (plan.largest_batch, plan.largest_batch + 16):
-        again = planned(preset, data, card, f"optim.batch_size={batch}", dtype=dtype)
-        fits.append(again.cost.peak + again.ring + resident + SPARE <= 6 * 10**9)
-    assert fits == [True, False]
+    for batch in (plan.largest_batch, plan.largest_batch * 11 // 10):
+        config = load_config("mix", None, [*small, f"optim.batch_size={batch}"])
+        stored, decoded = movi_a().stored_as("int8").formats("train", "block12", (batch, 1))
+        assert decoded is not None
+        cost = count_step(config, ModelInput.of(config, movi_a().opened), decoded, on_gpu=True)
+        fits.append(cost.peak + ring_bytes(stored, decoded) <= room)
+    assert plan.home.residence == "device" and fits == [True, False]
 
 
 def test_no_batch_fits_a_card_that_is_too_small() -> None:
     card = replace(CARD, free=Free(host=0, device=SPARE + 10**6))
-    plan = make_plan(load_config("mix"), movi_a(10), card, ["int8"])
+    plan = make_plan(load_config("image"), movi_a(10), card, ["int8"])
     assert plan.training[0].largest_batch == 0 and "no batch fits" in plan.answer
 
 
 def test_the_plan_and_the_trainer_choose_alike(shared_store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("featcache.stream.stream.open_readers", lambda *_: {})
-    for preset in ("dinosaur", "default", "pixel-small"):
-        overrides = fitted(preset)
+    for preset in ("image", "pixel-small"):
+        overrides = [*fitted(preset), *shortened(preset)]
         config = load_config(preset, None, overrides)
         roomy = planned(preset, DataSet.of_store(shared_store), CARD, *overrides, dtype="float16")
         enough = roomy.stream_bytes + roomy.cost.peak + roomy.ring + SPARE
@@ -172,7 +193,7 @@ def test_a_bound_is_the_longest_of_three_operation_by_operation() -> None:
 
 def test_rates_follow_from_the_step(shared_store: FeatureStore) -> None:
     """Of videos of 4, 4, 3, 4 and 2 frames."""
-    overrides = ("model.slots=4", "data.clip=2", "optim.batch_size=2", "optim.steps=7200")
+    overrides = (*fitted("savi-dinosaur"), *shortened("savi-dinosaur"), "optim.steps=7200")
     plan = planned("savi-dinosaur", DataSet.of_store(shared_store), DEVICE, *overrides, dtype="float16")
     assert plan.samples == 3 + 3 + 2 + 3 + 1
     assert (plan.batch_size, plan.frames) == (2, 2)
@@ -186,12 +207,12 @@ def test_what_arrives_too_slowly_binds() -> None:
     link = replace(DEVICE, link=1e3)
     config = ("optim.batch_size=2",)
     batch = 2 * 256 * 386
-    resident = planned("mix", movi_a(1), link, *config)
+    resident = planned("image", movi_a(1), link, *config)
     assert resident.home.residence == "device" and resident.data == 0 and resident.bound_by == resident.bound.by
-    away = planned("mix", movi_a(1), replace(link, free=Free(0, SPARE)), *config)
+    away = planned("image", movi_a(1), replace(link, free=Free(0, SPARE)), *config)
     assert away.home.residence == "disk" and away.data == pytest.approx(batch / 1e3) == away.seconds
     assert away.bound_by == "host link"
-    slow = planned("mix", movi_a(1), replace(link, link=1e12, free=Free(0, SPARE)), *config)
+    slow = planned("image", movi_a(1), replace(link, link=1e12, free=Free(0, SPARE)), *config)
     assert slow.data_by == "disk"
 
 

@@ -176,7 +176,7 @@ def _training(config: Config, data: DataSet, device: Device) -> TrainingPlan:
         frames=frames,
         cost=cost(sampled),
         ring=ring(sampled),
-        largest_batch=_largest(needs, sampled, room, unit),
+        largest_batch=largest_batch(needs, sampled, room, unit),
         bound=Bound.of(cost(sampled), device, config.optim.precision),
         data=seconds,
         data_by=data_by,
@@ -185,7 +185,7 @@ def _training(config: Config, data: DataSet, device: Device) -> TrainingPlan:
     )
 
 
-def _largest(needs: Callable[[int], int], known: int, room: int, unit: int) -> int:
+def largest_batch(needs: Callable[[int], int], known: int, room: int, unit: int) -> int:
     """The largest multiple of ``unit`` whose needs fit into the room; they grow nearly in proportion. 0: not one."""
     base = -(-known // unit) * unit
     slope = (needs(2 * base) - needs(base)) / base

@@ -94,7 +94,9 @@ def count_step(config: Config, inputs: ModelInput, batch: Format, *, on_gpu: boo
             freeze_unreached(model, config, features[:1], Undrawn(0))
         step = TrainStep(config, model, Ranks(torch.device("cpu")))
         step.source = Undrawn
-        step(features)  # makes the optimiser's state
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        step.optimizer.step()  # makes its state
         tally.restart()
         step(features)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
