@@ -15,7 +15,7 @@ _CELL = 40  # characters of a value that a table shows
 
 
 class FeatcacheError(Exception):
-    """Base of all errors that the user can mend."""
+    """Base of all errors that the user can fix."""
 
     exit_code = 1
 

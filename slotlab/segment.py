@@ -18,7 +18,6 @@ from featcache.machine import pick_device
 from featcache.store.reading import FeatureStore
 from slotlab.config.schema import Config
 from slotlab.masks.labels import UNSEEN, fine_labels, masks_to_labels
-from slotlab.masks.refine import Method
 from slotlab.masks.refine import refine as refine_masks
 from slotlab.models.base import Model, Output
 from slotlab.models.build import empty_model
@@ -27,6 +26,7 @@ from slotlab.models.randomness import Draws
 from slotlab.pictures.frames import Frames, as_frames
 from slotlab.runs import checkpoint
 from slotlab.runs.folder import STORE, trained_spec
+from slotlab.words import Refinement
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Segmenter:
         self.config, self.model = config, model
         self._read, self._preprocessing = read, preprocessing
 
-    def segment(self, frames: Frames, *, refine: Method | None = None) -> Segmentation:
+    def segment(self, frames: Frames, *, refine: Refinement | None = None) -> Segmentation:
         """Masks and slots of pictures, or of the frames of one video, at their own resolution.
 
         Frames may have any size and proportions, and any form that :func:`slotlab.pictures.frames.as_frames` takes.
@@ -68,13 +68,13 @@ class Segmenter:
             labels = torch.from_numpy(window.put_back(labels.numpy(), UNSEEN))
         return Segmentation(fine, labels, output.slots.float().cpu())
 
-    def label(self, frames: Frames, *, refine: Method | None = None) -> npt.NDArray[np.uint8]:
+    def label(self, frames: Frames, *, refine: Refinement | None = None) -> npt.NDArray[np.uint8]:
         """The slot of each pixel, (T, H, W), without holding the masks of all frames at the frames' resolution."""
         pictures, window = self._shown(frames)
         return window.put_back(fine_labels(self._output(pictures)[1], pictures, refine), UNSEEN)
 
     def _shown(self, frames: Frames) -> tuple[npt.NDArray[np.uint8], Window]:
-        """What the model sees of frames, and where that lies in them."""
+        """The part (T, h, w, 3) of the frames that the model sees, and its window in them."""
         pictures = as_frames(frames)
         window = shown(self._preprocessing, (pictures.shape[1], pictures.shape[2]))
         return window.cut(pictures, self._preprocessing.get(MARGIN, 0)), window

@@ -111,6 +111,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_a_new_metric_is_one_entry(tmp_path: Path) -> None:
     """It is in every number, table and page, and where low is good, low is best."""
     shutil.copytree(MADE / "dinosaur", tmp_path / "run")

@@ -22,11 +22,11 @@ ROOT = Path(__file__).parent.parent
 ROOMS = {
     "featcache": (
         "errors", "words", "machine", "moments", "memory", "sources", "store", "backbones", "stream", "scale",
-        "extraction", "upkeep", "bench",
+        "extraction", "upkeep", "bench", "library",
     ),
     "slotlab": (
-        "config", "models", "masks", "runs", "scoring", "training", "planning", "pictures", "segment", "report",
-        "experiments", "commands",
+        "words", "config", "models", "masks", "runs", "scoring", "training", "planning", "pictures", "segment",
+        "report", "experiments", "commands",
     ),
 }  # fmt: skip
 FOREIGN = {"featcache": {"slotlab", "cli"}, "slotlab": {"cli"}}
@@ -187,7 +187,7 @@ def modules_form_no_circle(modules: Modules) -> Iterator[tuple[Module, int, str]
 
 def config_is_the_ground_floor(modules: Modules) -> Iterator[tuple[Module, int, str]]:
     """A configuration is read without torch: config knows no room of slotlab, and of featcache its words and errors."""
-    light = ("slotlab.config", "featcache.errors", "featcache.words")
+    light = ("slotlab.config", "slotlab.words", "featcache.errors", "featcache.words")
     heavy = ("torch", "torchvision", "numpy", "scipy", "zarr", "timm", "open_clip", "matplotlib", *TERMINAL)
     for module in modules.values():
         if within(module.name, *light):

@@ -1,4 +1,4 @@
-"""Weights: every origin, its checksum, and what a person is told when they cannot be had."""
+"""Weights: every origin, its checksum, and the message if they cannot be found."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A frozen backbone that gives patch tokens of one or several taps."""
+"""A frozen backbone and its patch tokens at one or several taps."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ class Backbone:
     def preprocess(self, frames: Tensor) -> Tensor:
         """Bring uint8 frames (B, H, W, 3) of any size to the model's input, float32 (B, 3, rows, columns).
 
-        The whole frame is resized, never cropped, so that masks of the frame and tokens cover the same
-        picture. A frame that has not the input's proportions is squeezed.
+        The whole frame is resized, never cropped, so that masks and tokens cover the same picture. A frame of other
+        proportions than the input is squeezed. ``UsageError`` for frames of another shape or type.
         """
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
             raise UsageError(f"frames must be uint8 (B, H, W, 3), not {frames.dtype} {tuple(frames.shape)}")
@@ -98,8 +98,10 @@ class Backbone:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Patch tokens (B, N, D) of each tap for preprocessed images (B, 3, rows, columns), in one pass that ends with
-        the last block needed. Prefix tokens (class, registers) are dropped; N runs row by row."""
+        """Patch tokens (B, N, D) of each tap, patches row by row, for preprocessed images (B, 3, rows, columns).
+
+        One pass, which ends with the last block needed. Prefix tokens (class, registers) are dropped.
+        """
         rows, columns = self.input_size
         if images.shape[1:] != (3, rows, columns):
             raise UsageError(f"images must be (B, 3, {rows}, {columns}) from preprocess, not {tuple(images.shape)}")
@@ -107,7 +109,7 @@ class Backbone:
 
         def keep(index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                inputs[index] = args[0]  # (B, P + N, D), what the attention projects
+                inputs[index] = args[0]  # (B, P + N, D), the input of the attention
 
             return hook
 
@@ -125,12 +127,12 @@ class Backbone:
                 projected = _project(_attention(tower.blocks[tap.index]), tap.kind, inputs[tap.index])
                 tokens[tap.name] = projected[:, self.spec.prefix_tokens :]
             elif tap.kind == "norm":
-                assert tower.norm is not None  # parsing the tap made sure
+                assert tower.norm is not None  # parse_tap checks it
                 tokens[tap.name] = tower.norm(outputs[tap.index])
             else:
                 tokens[tap.name] = outputs[tap.index]
         expected = self.grid[0] * self.grid[1]
-        for name, value in tokens.items():  # a model passed through may not be as regular as it says
+        for name, value in tokens.items():  # models by timm: or open_clip: names may break the rules
             if value.shape[1] != expected:
                 found = value.shape[1]
                 raise IncompatibleError(f"{self.spec.name} gave {found} tokens at {name}, not {expected}")
@@ -147,15 +149,15 @@ def load_backbone(
     """Build a backbone ready to run.
 
     Args:
-        name: see `get_spec`.
-        weights: see `featcache.backbones.weights.resolve_weights`.
-        taps: where to read tokens; none means the last block's output, before the final norm.
+        name: a name for `get_spec`.
+        weights: a value for `featcache.backbones.weights.resolve_weights`.
+        taps: names of the taps; none: the last block's output, before the final norm.
         input_size: pixels a side, or rows and columns; position embeddings are resampled to it.
-        device: where the model and its inputs live.
+        device: device of the model and its inputs.
 
     Raises:
         UsageError: unknown name or tap, a size that the patch does not divide, taps of different grids.
-        DataError: weights that cannot be had or read.
+        DataError: weights that cannot be found or read.
         IncompatibleError: a checkpoint of another model.
     """
     spec, size, wanted = _settle(name, taps, input_size)
@@ -194,7 +196,7 @@ def _settle(
     wanted = tuple(dict.fromkeys(taps)) or (spec.default_tap,)
     if TAP.fullmatch(spec.default_tap):
         _check_input_size(spec.name, size, spec.patch)
-        for tap in wanted:  # before minutes go into a download
+        for tap in wanted:  # before a download that takes minutes
             parse_block_tap(tap, spec)
     return spec, size, wanted
 
@@ -204,7 +206,7 @@ def _build(spec: BackboneSpec, size: tuple[int, int], weights: Weights) -> Tower
 
 
 def input_size(preprocessing: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns of the input that a store's preprocessing records."""
+    """Rows and columns of the backbone's input, from a store's preprocessing."""
     size = preprocessing["size"]
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
@@ -226,8 +228,8 @@ def _attention(block: nn.Module) -> nn.Module:
 def _project(attention: Any, facet: str, x: Tensor) -> Tensor:
     """One of the three projections (B, L, D) of an attention's input ``x`` (B, L, D).
 
-    Computed again rather than hooked: fused layers are called as functions in several families (Eva, BEiT,
-    `nn.MultiheadAttention`), where a hook on them never fires, and one third of one layer costs little.
+    It is computed again, not hooked: several families (Eva, BEiT, `nn.MultiheadAttention`) call fused layers as
+    functions, where a hook never fires, and one third of one layer costs little.
     """
     part = FACETS.index(facet)
     weight = getattr(attention, "in_proj_weight", None)

@@ -38,7 +38,7 @@ Starts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Access:
-    """Random access in batches of ``samples`` clips of ``frames`` consecutive frames."""
+    """Random access in batches of ``samples`` clips, each of ``frames`` consecutive frames."""
 
     samples: int
     frames: int
@@ -87,6 +87,7 @@ class Window:
         self._rng = np.random.default_rng(0)
 
     def starts(self, clip: int) -> Starts:
+        """First rows (samples,) of the clips of ``clip`` frames in the window; at least one."""
         starts = clip_starts(self.split, clip)
         inside = starts[starts <= self.stop - clip]
         return inside if len(inside) else starts[:1]
@@ -106,6 +107,7 @@ class Window:
         }
 
     def read(self, starts: Starts, buffers: Mapping[str, Tensor]) -> None:
+        """Read the clips that begin at ``starts`` into the buffers."""
         for name, reader in self.readers.items():
             reader.gather(starts, buffers[name])
 

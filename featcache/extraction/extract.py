@@ -1,9 +1,9 @@
 """Extraction: videos -> decode -> preprocess -> forward -> store, overlapped and resumable.
 
 Decoding runs ahead in threads, the backbone runs in the calling thread, and encoding and durable writes follow in
-other threads, so that the backbone waits for neither. Batches are cut from fixed groups of
-videos: which frames share a batch depends only on their position, never on where an earlier run stopped or
-which process a group went to (`featcache.extraction.distributed`), and so all their stores are equal byte for byte.
+other threads, so that the backbone waits for neither. Batches are cut from fixed groups of videos: only their position
+decides which frames share a batch, not where an earlier run stopped, nor which process runs a group
+(`featcache.extraction.distributed`). So all stores of a plan are equal, byte for byte.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from featcache.store.writing import SplitWriter, StoreWriter
 
 READ_AHEAD = 2  # groups decoded ahead of the backbone, and written behind it
 
-WRITERS = 4  # videos of a group that are written at a time: most of it is waiting for the disk
+WRITERS = 4  # videos of a group that are written at a time; they mostly wait for the disk
 
 Progress = Callable[[str, int, int], None]  # split, frames done, frames in all
 
@@ -40,8 +40,8 @@ def extract(
 ) -> FeatureStore:
     """Carry out a plan and return the finished store.
 
-    Raises ``DataError`` when the disk is too small (before starting) or a video is damaged,
-    ``IncompatibleError`` when the store at this path holds something else.
+    Raises ``DataError`` if the disk is too small (before starting) or a video is damaged, ``IncompatibleError`` if the
+    store at this path holds other features.
     """
     if (store := _finished(plan)) is not None:
         for split in plan.splits:
@@ -50,8 +50,9 @@ def extract(
     require_space(plan)
     with StoreWriter(plan.path, plan.spec) as writer:
         for split in plan.splits:
-            with closing(writer.split(split.name, split.spec)) as split_writer:
-                _extract_split(split_writer, SplitJob.of(split_writer, plan, source), source, backbone, progress)
+            with closing(writer.split(split.name, split.spec, rearrange=True)) as split_writer:
+                job = SplitJob.of(split_writer, split, plan, source)
+                _extract_split(split_writer, job, source, backbone, progress)
     return FeatureStore.open(plan.path)
 
 
@@ -61,10 +62,10 @@ def _finished(plan: ExtractPlan) -> FeatureStore | None:
         return None
     store = FeatureStore.open(plan.path)
     if store.spec.identity() != plan.spec.identity():
-        return None  # the writer says what differs
+        return None  # the writer will report the differences
     for split in plan.splits:
         there = store[split.name]
-        if not there.complete or replace(there.spec, statistics_videos=0, shard_chunks=0) != split.spec:
+        if not there.complete or replace(there.spec, statistics_videos=0) != split.spec:
             return None
     return store
 
@@ -79,7 +80,7 @@ def _extract_split(writer: SplitWriter, job: SplitJob, source: Source, backbone:
     frames_done = 0
 
     def record(group: range, videos: Sequence[Shown], tokens: Sequence[Tokens], moments: TapMoments) -> None:
-        """In the writing thread, in order."""
+        """Write a group; called in order, in the writing thread."""
         nonlocal frames_done
         for row in job.store_group(group, done, videos, tokens, chunks.map):
             writer.append(row)
@@ -91,8 +92,8 @@ def _extract_split(writer: SplitWriter, job: SplitJob, source: Source, backbone:
         pending: list[Future[None]] = []
         for group, videos in _decoded_groups(source, job, done, decoders(backbone.device)):
             tokens = job.forward(backbone, videos) if videos else []
-            # Here rather than in the writing thread: on a GPU they are taken where the tokens are, and on a CPU
-            # a second thread of arithmetic would cost the backbone more than it saves.
+            # Computed here and not in the writing thread: on a GPU the tokens are still on the device, and on a CPU a
+            # second thread of arithmetic would slow the backbone by more than it saves.
             moments = job.measure(group, done, tokens)
             pending.append(writing.submit(record, group, videos, tokens, moments))
             while len(pending) > READ_AHEAD:
@@ -117,7 +118,7 @@ def _decoded_groups(
         try:
             for group in job.groups():
                 wanted = [] if done.issuperset(group) else list(group)
-                ahead.append((group, [decoding.submit(job.read, source, index) for index in wanted]))
+                ahead.append((group, [decoding.submit(job.read, source, index, done) for index in wanted]))
                 if len(ahead) > READ_AHEAD:
                     first, futures = ahead.pop(0)
                     yield first, [future.result() for future in futures]
@@ -128,7 +129,7 @@ def _decoded_groups(
 
 
 def measure_seconds(plan: ExtractPlan, source: Source, backbone: Backbone) -> float:
-    """How long the frames left will take, from one batch of real frames after a warm-up."""
+    """Estimated seconds for the remaining frames, from one batch of real frames after a warm-up."""
     name, count = plan.splits[0].name, plan.spec.batch_size
     frames = source.read(name, 0).frames
     batch = frames[np.arange(count) % len(frames)]

@@ -20,21 +20,24 @@ import numpy.typing as npt
 from featcache.errors import DataError
 from featcache.sources.fingerprint import digest, file_digest
 from featcache.sources.masks import MaskPage, settle, unlabelled_instances
+from featcache.sources.place import Layout
 from featcache.sources.reading import Reading
 from featcache.sources.splits import check_index, check_split, split_folders
 from featcache.sources.video import Size, Source, Video
 
 logger = logging.getLogger(__name__)
 
+SUFFIXES = (".h5", ".hdf5", ".hdf")
 FRAMES = ("video", "videos", "image", "images")
+LINES = 8  # frames of a row, and lines of a frame, that its fingerprint reads
 MASKS = ("mask", "masks", "segmentations")
 
 
 class Hdf5Source(Source):
     """Random access by row. The file is opened at each call, so that threads and processes share no handle."""
 
-    def __init__(self, path: Path, reading: Reading | None = None) -> None:
-        self.location = str(path)
+    def __init__(self, path: Path, reading: Reading | None = None, location: str | None = None) -> None:
+        self.location = location or str(path)
         self.path = path
         self.reading = reading or Reading()
         self._groups: dict[str, tuple[str, str | None]] = {}  # split -> paths of frames and masks in the file
@@ -52,6 +55,14 @@ class Hdf5Source(Source):
     def lengths(self, split: str) -> Sequence[int]:
         check_split(self.location, split, self._groups)
         return self._lengths[split]
+
+    def fingerprints(self, split: str) -> Sequence[str]:
+        """Of some lines of pixels of each row, so that a row keeps its fingerprint when others come and go."""
+        check_split(self.location, split, self._groups)
+        how = self.reading.of_masks()
+        with self._file() as file:
+            arrays = [file[name] for name in self._groups[split] if name]
+            return tuple(digest((how, *(_sample(a, index) for a in arrays))) for index in range(self.videos(split)))
 
     def fingerprint(self, split: str) -> str:
         check_split(self.location, split, self._groups)
@@ -110,8 +121,19 @@ class Hdf5Source(Source):
             raise DataError(f"{self.path}: {error}; copy or write this file again") from error
 
 
+def _sample(array: Any, index: int) -> bytes:
+    """Evenly spaced lines of pixels of one row, the last of each axis among them; nothing of a damaged row."""
+    axes = array.shape[1 : -2 if array.shape[-1] in (1, 3) else -1]
+    steps = [-(-length // LINES) for length in axes]
+    lines = (slice((length - 1) % step, None, step) for length, step in zip(axes, steps, strict=True))
+    try:
+        return bytes(array[index, *lines].tobytes())
+    except (OSError, RuntimeError):
+        return b""
+
+
 def _layout(masks: tuple[int, ...], frames: tuple[int, ...]) -> str:
-    """``numbers`` or ``one-hot`` when masks of that shape fit frames (..., H, W, 3); otherwise empty."""
+    """``numbers`` or ``one-hot`` if masks of that shape fit frames (..., H, W, 3); else empty."""
     *lead, height, width, _ = frames
     shape = masks[:-1] if masks[-1] == 1 and masks[-3:-1] == (height, width) else masks
     if shape == (*lead, height, width):
@@ -120,7 +142,7 @@ def _layout(masks: tuple[int, ...], frames: tuple[int, ...]) -> str:
 
 
 def _mask_pages(masks: npt.NDArray[Any], frames: tuple[int, ...], where: str) -> list[MaskPage]:
-    """Masks of one row in either layout -> numbers (H, W) of each frame."""
+    """Masks of one row, in either layout -> object numbers (H, W) for each frame."""
     steps, height, width, _ = frames
     if masks.size == steps * height * width:
         return [MaskPage(mask, where) for mask in masks.reshape(steps, height, width)]
@@ -128,3 +150,11 @@ def _mask_pages(masks: npt.NDArray[Any], frames: tuple[int, ...], where: str) ->
     if not ((onehot != 0).sum(axis=1) == 1).all():
         raise DataError(f"{where}: one-hot masks must name exactly one object a pixel; save object numbers 0..255")
     return [MaskPage(mask, where) for mask in onehot.argmax(axis=1)]
+
+
+LAYOUT = Layout(
+    "hdf5",
+    "HDF5",
+    lambda path: path.is_file() and path.suffix.lower() in SUFFIXES,
+    lambda place, reading: Hdf5Source(place.path, reading, place.location),
+)

@@ -1,8 +1,8 @@
-"""One video file, through PyAV (FFmpeg): every frame, upright, or a refusal.
+"""Reads one video file through PyAV (FFmpeg): every frame, upright, or an error.
 
-FFmpeg plays on over damage: it fills lost areas from their neighbours, leaves out what it cannot decode, and ends
-where a file was cut off. So a file is refused when FFmpeg says anything at the level of an error, marks a packet or
-a frame as corrupt, or gives clearly fewer frames than the container promises.
+FFmpeg plays on after damage: it fills lost areas from their neighbours, skips what it cannot decode, and ends where a
+file was cut off. So a file is refused if FFmpeg logs an error, marks a packet or a frame as corrupt, or returns clearly
+fewer frames than the container promises.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ SUFFIXES = frozenset(
         *(".mpg", ".mpeg", ".mpe", ".vob", ".ts", ".mts", ".m2ts", ".ogv", ".mxf", ".y4m", ".gif"),
     )
 )
-# Codecs whose containers hold one packet a shown frame: counting these need not decode. VP8 and packed
-# MPEG-4 hide or join frames.
+# Codecs with one packet per shown frame, so that frames are counted without decoding. VP8 and packed MPEG-4 hide or
+# join frames.
 PACKET_IS_FRAME = frozenset(("h264", "hevc", "vp9", "av1", "mjpeg", "gif", "prores", "ffv1"))
-NO_PROMISE = frozenset(("mpegts", "mpeg"))  # streams without a header that says how long they are
+NO_PROMISE = frozenset(("mpegts", "mpeg"))  # streams whose header does not record their length
 REMEDY = "copy it again, encode it anew (ffmpeg -i FILE new.mp4), or extract without it (--skip-damaged)"
-SKEW = 0.0175  # of a display matrix, about one degree: less is rounding, as it is to ffmpeg
-ERROR = 16  # FFmpeg's level of messages
+SKEW = 0.0175  # skew of a display matrix, about one degree, below which it is rounding, as in ffmpeg
+ERROR = 16  # FFmpeg's log level of errors
 MAX_BYTES = 4 << 30  # of decoded frames: a video is read whole, and extraction holds several
 
 
 def count_frames(path: Path) -> int:
-    """Frames that ``read_frames`` gives, decoding only where the container cannot tell.
+    """Number of frames that ``read_frames`` returns; decodes only if the container does not tell.
 
-    ``DataError`` where the container or its duration promises clearly more than there is.
+    ``DataError`` if the container or its duration promises clearly more than there is.
     """
     with _opened(path) as clip:
         counts = clip.codec in PACKET_IS_FRAME
@@ -71,19 +71,19 @@ def count_frames(path: Path) -> int:
     if not promised and name not in NO_PROMISE and end - begin < 0.98 * length - 2 * gap:
         raise DataError(f"{path}: ends after {end - begin:.1f} of the {length:.1f} seconds that it promises; {REMEDY}")
     if name == "asf" and not length:  # FFmpeg drops a duration whose header gives another file size
-        raise DataError(f"{path}: has not the size that its header says, or was never finished; {REMEDY}")
+        raise DataError(f"{path}: its size is not the one in its header, or it was never finished; {REMEDY}")
     if not shown:
         raise DataError(f"{path}: holds no frame; record or copy it again")
     return shown
 
 
 def frame_size(path: Path) -> Size:
-    """Height and width of the first frame, upright: how it is turned lies beside it, not in the header."""
+    """Height and width of the first frame, upright; its rotation is stored with the frame, not in the header."""
     with _opened(path) as clip:
         for packet in clip.container.demux(clip.stream):
             for frame in clip.decode(packet):
                 shape = _upright(np.empty((frame.height, frame.width, 0), np.uint8), _display_matrix(frame), path).shape
-                clip.heard.clear()  # only all frames tell whether there is damage
+                clip.heard.clear()  # damage is judged when all frames are read
                 return shape[0], shape[1]
     raise DataError(f"{path}: holds no frame; record or copy it again")
 
@@ -109,7 +109,7 @@ def read_frames(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
-    """``a b c d`` of a frame's display matrix: pixel (x, y) is shown at (ax + cy, bx + dy), but for a shift."""
+    """``a b c d`` of a frame's display matrix: pixel (x, y) is shown at (ax + cy, bx + dy), up to a shift."""
     data = next((bytes(item) for item in frame.side_data if item.type.name == "DISPLAYMATRIX"), None)
     if data is None:
         return None
@@ -128,9 +128,7 @@ def _upright(
     across, down = (c, b) if lying else (a, d)  # what moves one pixel across and down in the picture shown
     others = (a, d) if lying else (b, c)
     if max(map(abs, others)) >= SKEW * min(abs(across), abs(down)):
-        raise DataError(
-            f"{path}: is to be shown at an angle that is no quarter turn; encode it upright (ffmpeg -i FILE new.mp4)"
-        )
+        raise DataError(f"{path}: its display matrix is not a quarter turn; encode it upright (ffmpeg -i FILE new.mp4)")
     image = image.swapaxes(0, 1) if lying else image
     return np.ascontiguousarray(image[:: 1 if down > 0 else -1, :: 1 if across > 0 else -1])
 
@@ -149,13 +147,13 @@ class _Clip:
 
     @property
     def codec(self) -> str:
-        """Name of the format: libdav1d, which decodes it, is no name of AV1."""
+        """Name of the format, such as av1, not of its decoder, such as libdav1d."""
         name: str = self.stream.codec_context.codec.canonical_name
         return name
 
     def decode(self, packet: Any) -> Iterator[Any]:
-        """The packet's frames. What FFmpeg says of a packet that an edit list hides is no damage."""
-        if not packet.size and packet.dts is not None:  # says to show the last frame again, as ffmpeg does by itself
+        """The packet's frames. Errors of a packet that an edit list hides are ignored."""
+        if not packet.size and packet.dts is not None:  # repeats the last frame, as ffmpeg does itself
             return
         before = len(self.heard)
         frames = packet.decode()
@@ -181,7 +179,7 @@ class _Clip:
 
 @contextmanager
 def _opened(path: Path, **options: str) -> Iterator[_Clip]:
-    """A video file and its first video stream; whatever FFmpeg finds wrong with it becomes ``DataError``."""
+    """A video file and its first video stream. FFmpeg's errors, logged ones too, become ``DataError``."""
     import av
 
     try:
@@ -190,7 +188,7 @@ def _opened(path: Path, **options: str) -> Iterator[_Clip]:
                 raise DataError(f"{path}: no video stream in it; take it out of the folder")
             clip = _Clip(path, container, container.streams.video[0], heard)
             if clip.stream.codec_context is None:
-                raise DataError(f"{path}: its codec is not known here, or damaged; {REMEDY}")
+                raise DataError(f"{path}: its codec is unknown or damaged; {REMEDY}")
             clip.stream.codec_context.thread_count = 1  # callers decode several videos side by side
             yield clip
             complaint = clip.complaint()
@@ -207,14 +205,14 @@ def _packets_behind_edit_lists(path: Path) -> int:
 
 _lock = threading.Lock()
 _listeners = 0
-_before: tuple[Any, bool] = (None, True)  # level, and whether repetitions are left out, when nobody listened
+_before: tuple[Any, bool] = (None, True)  # log level and skipping of repeats, before the first listener
 
 
 @contextmanager
 def _listening() -> Iterator[list[tuple[int, str, str]]]:
-    """FFmpeg's messages of errors in this thread, without which much damage has no sign.
+    """FFmpeg's error messages in this thread; for much damage they are the only sign.
 
-    PyAV passes them on only at a level that holds for the process, and leaves out one that equals the last.
+    PyAV's log level holds for the whole process, and by default a message that repeats the last one is dropped.
     """
     from av import logging
 

@@ -1,14 +1,16 @@
 """Files that survive a power cut: written under another name, synced, renamed, and their directories synced.
 
 A rename is durable only when the directory that holds it is synced, and a new directory only when its parent
-is. Nothing here is slow to read: a reader sees the old file or the new one, never a part of either.
+is. A reader sees the old file or the new one, never a part of either.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import os
+import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +44,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> DataError:
+    """The error for a file that cannot be written, with the remedy for a full disk or for a read-only folder."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     remedy = "free space" if full else "make the folder writable, or choose another --out,"
     return DataError(f"{path}: cannot write ({error.strerror}); {remedy} and run the same command again, it resumes")
@@ -80,13 +83,52 @@ def write_tree(root: Path, files: Mapping[str, bytes]) -> None:
         sync_directory(folder)
 
 
+NEXT, BEFORE = ".next", ".before"  # folders beside one that is being replaced: what takes its place, what it was
+
+
+def replace_directory(new: Path, path: Path) -> None:
+    """Give a directory the name of another in the same folder, which is removed; both must be synced.
+
+    A kill leaves the old or the new one: in one step where the system can exchange names, else
+    `settle_directories` puts the old one back.
+    """
+    if _exchange(new, path):
+        gone = new
+    else:
+        gone = path.with_name(f".{path.name}{BEFORE}")
+        os.rename(path, gone)
+        os.rename(new, path)
+    sync_directory(path.parent)
+    shutil.rmtree(gone)
+
+
+def settle_directories(folder: Path) -> None:
+    """Undo what a kill left of `replace_directory` in a folder whose lock is held, and remove what is not used."""
+    for before in folder.glob(f".*{BEFORE}"):
+        path = folder / before.name.removeprefix(".").removesuffix(BEFORE)
+        if not path.exists():
+            os.rename(before, path)
+            sync_directory(folder)
+    for leftover in [*folder.glob(f".*{BEFORE}"), *folder.glob(f".*{NEXT}")]:
+        shutil.rmtree(leftover)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names at once (Linux's renameat2); False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)
+
+
 LOCK = ".lock"
 
 
 def lock(folder: Path) -> BinaryIO:
-    """Exclusive lock of a folder until what is returned is closed; the system drops it even after ``kill -9``.
+    """An exclusive lock on a folder until the returned file is closed; the system drops it even after ``kill -9``.
 
-    ``DataError`` where another process holds it, the folder cannot be written, or its file system has no locks.
+    ``DataError`` if another process holds it, the folder cannot be written, or its file system has no locks.
     """
     try:
         file = os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)

@@ -25,11 +25,12 @@ NAME = "manifest.jsonl"
 class Row:
     """One finished video."""
 
-    video: int  # position in the source's split
+    video: int  # position in the split
     id: str
     frames: int
     crc32c: Mapping[str, tuple[int, ...]]  # array path -> checksum of the encoded bytes of each of its chunks
     instances: tuple[Instance, ...] = field(default=())
+    fingerprint: str = ""  # of the files that it was made from; "" in stores of version 0.1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -39,11 +40,11 @@ class Row:
         raw = json.loads(line)
         instances = tuple(Instance(**{**item, "visibility": tuple(item["visibility"])}) for item in raw["instances"])
         crc32c = {path: tuple(sums) for path, sums in raw["crc32c"].items()}
-        return cls(raw["video"], raw["id"], raw["frames"], crc32c, instances)
+        return cls(raw["video"], raw["id"], raw["frames"], crc32c, instances, raw.get("fingerprint", ""))
 
 
 def read(folder: Path) -> dict[int, Row]:
-    """Finished videos of a split, by position. A last line without its newline was never promised."""
+    """Finished videos of a split, by position, without a torn last line. ``DataError`` for any other broken line."""
     rows, broken = scan(folder)
     for number, why in broken.items():
         raise DataError(
@@ -54,7 +55,7 @@ def read(folder: Path) -> dict[int, Row]:
 
 
 def scan(folder: Path) -> tuple[dict[int, Row], dict[int, str]]:
-    """As `read`, but gives broken lines, by number and with the reason, instead of raising."""
+    """Like `read`, but returns the broken lines (number -> reason) instead of raising."""
     path = folder / NAME
     if not path.exists():
         return {}, {}
@@ -103,7 +104,7 @@ class Appender:
                 data, at = data[written:], at + written
             os.fsync(self._fd)
         except OSError as error:
-            with suppress(OSError):  # else the next opening cuts it off
+            with suppress(OSError):  # if this fails, the next opening cuts it off
                 os.ftruncate(self._fd, self._end)
             raise cannot_write(self._path, error) from error
         self._end = at

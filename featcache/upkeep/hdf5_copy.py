@@ -6,8 +6,10 @@ The layout has one group per split (a file without such groups is one split, cal
     scales/<tap>       (frame, patch) float16 beside int8 features
     video              (frame, y, x, rgb) uint8
     segmentations      (frame, y, x) uint8, where the source had masks
+    ignored            (frame, y, x) bool: pixels of the masks whose truth is not known
     video_offsets      (video + 1,) int64: the frames of video v are rows [offset v, offset v + 1)
     video_ids          (video,) text
+    video_names, video_fingerprints   (video,) text: what the source called each video, and a hash of its files
     instances          (video,) text: JSON, one object per instance
     checksums/<array>  (video,) uint32: CRC32C of each video's rows of that array
     statistics/<tap>/<name>   the moments, as in the zarr store
@@ -88,13 +90,17 @@ class Hdf5SplitWriter:
 
     def __init__(self, group: Any, store: StoreSpec, split: SplitSpec) -> None:
         self._group = group
-        # The offsets hold the lengths, which would not fit an attribute for large data sets.
-        group.attrs[ATTRIBUTE] = json.dumps({**asdict(split), "lengths": (), "shard_chunks": 0, "statistics_videos": 0})
+        # What there is of each video would not fit an attribute for large data sets.
+        without = {"lengths": (), "names": (), "fingerprints": (), "shard_chunks": 0, "statistics_videos": 0}
+        group.attrs[ATTRIBUTE] = json.dumps({**asdict(split), **without})
         self._offsets = np.concatenate([[0], np.cumsum(split.lengths)])
         group["video_offsets"] = self._offsets
         videos, text = len(split.lengths), h5py.string_dtype()
         for name in ("video_ids", "instances"):
             group.create_dataset(name, (videos,), text)
+        if split.fingerprints:
+            group.create_dataset("video_names", data=[os.fsencode(name) for name in split.names], dtype=text)
+            group.create_dataset("video_fingerprints", data=split.fingerprints, dtype=text)
         for layout in array_layouts(store, split):
             how = {"chunks": (1, *layout.shape), "compression": "gzip", "compression_opts": 1}
             group.create_dataset(
@@ -115,6 +121,7 @@ class Hdf5SplitWriter:
         self._group["instances"][row.video] = json.dumps([asdict(instance) for instance in row.instances])
 
     def finish(self, statistics: Mapping[str, Moments]) -> None:
+        """Write the statistics of each tap."""
         for tap, moments in statistics.items():
             for name, values in moments.to_arrays().items():
                 self._group[f"statistics/{tap}/{name}"] = values
@@ -137,6 +144,7 @@ class Hdf5Origin:
     @classmethod
     @contextmanager
     def open(cls, path: Path) -> Iterator[Hdf5Origin]:
+        """Open a file. ``DataError`` if it is damaged or has another layout."""
         try:
             with h5py.File(path, "r") as file:
                 yield cls(file, path)
@@ -179,8 +187,13 @@ class _Hdf5Split:
             "chunk_frames": int(min(lengths.max(), MAX_CHUNK_FRAMES)),
             "frame_size": group["video"].shape[1:3],
             "masks": "segmentations" in group,
+            "ignored": "segmentations" in group and "ignored" in group,
             **kept,
         }
+        if "video_fingerprints" in group:
+            videos = range(len(lengths))
+            known["names"] = [self._text("video_names", video) for video in videos]
+            known["fingerprints"] = [self._text("video_fingerprints", video) for video in videos]
         self.spec = SplitSpec.from_json({**known, "lengths": lengths.tolist()})
 
     def token_dtypes(self) -> dict[str, str]:
@@ -194,9 +207,10 @@ class _Hdf5Split:
         shape, dtype = self.group["video"].shape, self.group["video"].dtype
         if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8:
             raise DataError(f"{self._where}: video is {dtype} {shape}; expected uint8 ({frames}, height, width, 3)")
-        if "segmentations" in self.group and self.group["segmentations"].shape != shape[:3]:
-            found = self.group["segmentations"].shape
-            raise DataError(f"{self._where}: segmentations are {found}; expected {shape[:3]}, like the video")
+        for name in {"segmentations", "ignored"} & self.group.keys():
+            if self.group[name].shape != shape[:3]:
+                found = self.group[name].shape
+                raise DataError(f"{self._where}: {name} are {found}; expected {shape[:3]}, like the video")
 
     def read(self, video: int, names: list[str]) -> tuple[Row, Arrays]:
         """One video's manifest row without checksums, and its rows of the named arrays. ``DataError`` if damaged."""
@@ -211,16 +225,19 @@ class _Hdf5Split:
                 raise DataError(f"{self._where}/{name}: video {video} has another checksum; copy the file again")
             if name == "segmentations":
                 arrays[name] = as_mask(arrays[name], f"{self._where}/{name}: video {video}")
+            if name == "ignored":
+                arrays[name] = arrays[name] != 0
         name = self._text("video_ids", video) or f"{self.group.name.strip('/') or 'train'}_{video:05d}"
         instances = json.loads(self._text("instances", video) or "[]")
         known = tuple(Instance(**{**item, "visibility": tuple(item["visibility"])}) for item in instances)
-        return Row(video, name, rows.stop - rows.start, {}, known), arrays
+        fingerprint = self.spec.fingerprints[video] if self.spec.fingerprints else ""
+        return Row(video, name, rows.stop - rows.start, {}, known, fingerprint), arrays
 
     def _text(self, name: str, video: int) -> str:
         if name not in self.group:
             return ""
         value = self.group[name][video]
-        return value.decode() if isinstance(value, bytes) else str(value)
+        return os.fsdecode(value) if isinstance(value, bytes) else str(value)
 
 
 def _checksum(values: npt.NDArray[Any]) -> int:

@@ -40,7 +40,7 @@ INTERRUPTED = 130
 @app.callback()
 def common(
     context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Traceback of an error, not only its message.")] = False,
 ) -> None:
     os.environ["SLOTLAB_DEBUG"] = "1" if debug else os.environ.get("SLOTLAB_DEBUG", "")
 

@@ -14,7 +14,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the run and the picture.")] = Path("demo"),
     cache: Annotated[Path, typer.Option(help="Store to make or reuse.")] = CACHE_FOLDER / "dinov2.zarr",
     steps: Annotated[
-        int | None, typer.Option(help="Optimiser steps; default: the preset's 400, about a minute.")
+        int | None, typer.Option(help="Number of optimiser steps; default: the preset's 400, about a minute.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all random numbers; default: 0.")] = None,
     device: Device = "auto",

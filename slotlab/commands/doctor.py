@@ -28,7 +28,7 @@ WITHOUT_LLVMLITE = (
 
 
 def doctor(as_json: Json = False) -> None:
-    """What this machine offers: packages, devices, disk, where weights are kept, the embedded sample."""
+    """Show what this machine offers: packages, devices, disk, the cache of weights, the embedded sample."""
     from slotlab.commands import terminal
     from slotlab.commands.tables import plain_table
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from featcache.errors import UsageError
-from featcache.words import Fit
+from featcache.words import Dtype, Fit
 from slotlab.commands.options import (
     CACHE_FOLDER,
     AsFrames,
     Device,
-    Dtype,
     IgnoreLabel,
     Json,
     MaskColours,
@@ -27,9 +27,11 @@ def extract(
     context: typer.Context,
     backbone: Annotated[str, typer.Option(help="Backbone: a short name, timm:NAME or open_clip:ARCH/TAG.")] = "dinov2",
     data: Annotated[
-        str | None, typer.Option(help="Source of videos: a folder, an HDF5 file or tfds:NAME; default: the sample.")
+        str | None, typer.Option(help="Source of videos: a folder, a file or LAYOUT:PATH; default: the sample.")
     ] = None,
-    split: Annotated[list[str] | None, typer.Option(help="Split to extract; repeatable; default: every split.")] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(help="Split to extract; repeatable; default: all that repeat no other.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Store to make or to resume; default: cache/BACKBONE.zarr.")] = None,
     tap: Annotated[
         list[str] | None, typer.Option(help="Tap: block12, block12.norm, block9.key ...; repeatable.")
@@ -42,9 +44,9 @@ def extract(
     ] = "squash",
     dtype: Annotated[Dtype, typer.Option(help="Form of the stored tokens; int8 keeps a scale for each.")] = "float16",
     frame_stride: Annotated[int, typer.Option(help="Stride N: every N-th frame is kept.")] = 1,
-    max_videos: Annotated[int | None, typer.Option(help="Number of videos of each split, at most.")] = None,
+    max_videos: Annotated[int | None, typer.Option(help="Largest number of videos of each split.")] = None,
     frame_size: Annotated[
-        str | None, typer.Option(help="Size of the stored frames: a side, or 128x224; default: as they are.")
+        str | None, typer.Option(help="Size of the stored frames: the shorter side, or 128x224; default: as they are.")
     ] = None,
     weights: Annotated[str | None, typer.Option(help="Weights of the backbone: a checkpoint file, or random.")] = None,
     batch_size: Annotated[
@@ -62,9 +64,15 @@ def extract(
     ignore_label: IgnoreLabel = None,
     frames_as: AsFrames = None,
     skip_damaged: Annotated[
-        bool, typer.Option("--skip-damaged", help="Extraction goes on without videos that cannot be read.")
+        bool, typer.Option("--skip-damaged", help="Damaged videos left out, and listed at the end.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan alone: what would be done.")] = False,
+    grow: Annotated[bool, typer.Option("--grow", help="Videos that are new in the source are added.")] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Videos that are no longer in the source are removed from the store.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan only: the frames, space and time that it would take.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a frozen backbone over the videos once and store its patch tokens. Resumes where it stopped."""
@@ -80,7 +88,7 @@ def extract(
     from featcache.extraction.extract import measure_seconds
     from featcache.extraction.plan import ExtractOptions, plan
     from featcache.machine import chosen, on_windows_drive, pick_device
-    from featcache.sources import PARTIAL, Reading, open_source
+    from featcache.sources import Reading, absolute, open_source
     from featcache.sources.damaged import SoundVideos
     from slotlab.commands import terminal
     from slotlab.commands.tables import plain_table
@@ -94,6 +102,8 @@ def extract(
         fit=fit,
         batch_size=None if batch_size == "auto" else int(batch_size),
         precision=precision,
+        grow=grow,
+        prune=prune,
     )
     size = parse_size("--input-size", input_size)
     reading = Reading.of(mask_colours, ignore_label, frames_as)
@@ -102,18 +112,24 @@ def extract(
         from featcache.extraction.distributed import connect, extract_distributed
 
         client = context.with_resource(connect(scheduler, workers))
-        if data and Path(data.removesuffix(PARTIAL)).exists():
-            data = str(Path(data).absolute())  # workers may have another working directory
+        data = absolute(data) if data else None  # workers may have another working directory
     source = open_source(data, reading)
     source = SoundVideos(source) if skip_damaged else source
     model = load_backbone(backbone, weights, tuple(tap or ()), size, pick_device(device))
     todo = plan(path, source, model, options)
-    damaged = [line for split in todo.splits for line in source.damaged(split.name)]
-    said = {"damaged": damaged, "left_out": dict(source.left_out())}
+    damaged = [line for split in todo.splits for line in source.damaged(split.name).values()]
+    said = {
+        "damaged": damaged,
+        "left_out": dict(source.left_out()),
+        "changes": {split.name: asdict(split.changes) for split in todo.splits},
+    }
     if dry_run:
         summary = {
             "out": str(path),
-            "splits": {s.name: {"videos": len(s.spec.lengths), "frames_left": s.frames_left} for s in todo.splits},
+            "splits": {
+                s.name: {"videos": len(s.spec.lengths), "frames_left": s.frames_left, **s.changes.counts()}
+                for s in todo.splits
+            },
             "taps": list(model.taps),
             "batch_size": todo.spec.batch_size,
             "precision": todo.spec.precision,

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from featcache.errors import UsageError
-from slotlab.commands.options import Device, Json, Refine, print_json
+from slotlab.commands.options import Device, Json, print_json
+from slotlab.words import MaskFormat, Refinement
 
-Format = Literal["png", "rle", "overlay-png", "overlay-mp4", "overlay-gif"]
-FRAMES_A_SECOND = 12.0  # the rate of MOVi's videos
+FRAMES_A_SECOND = 12.0  # the frame rate of MOVi
 
 Out = Annotated[Path, typer.Option(help="Folder to make or add to.")]
-Refined = Annotated[Refine | None, typer.Option(help="Method that brings masks to the frame's edges first.")]
-Fps = Annotated[float, typer.Option(min=1, help="Frames a second of mp4 and gif.")]
+Refined = Annotated[Refinement | None, typer.Option(help="Method that refines masks along the frames' edges.")]
+Fps = Annotated[float, typer.Option(min=1, help="Frames per second of mp4 and gif.")]
 
 
 def masks(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     out: Out,
-    cache: Annotated[Path | None, typer.Option(help="Another store of the same features.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Store of the same features, instead of the run's own.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to write; default: the configuration's, validation.")] = None,
     videos: Annotated[
         int | None, typer.Option(min=1, help="Number of videos, spread over the split; default: all.")
     ] = None,
     form: Annotated[
-        Format, typer.Option("--format", help="Format of the files; png: label maps, rle: one COCO file.")
+        MaskFormat, typer.Option("--format", help="Format of the files; png: label maps, rle: one COCO file.")
     ] = "png",
     refine: Refined = None,
     fps: Fps = FRAMES_A_SECOND,
@@ -54,7 +54,7 @@ def segment(
     files: Annotated[list[Path], typer.Argument(help="Pictures, videos, and folders of pictures (each a video).")],
     out: Out,
     form: Annotated[
-        Format, typer.Option("--format", help="Format of the files; png: label maps, rle: one COCO file.")
+        MaskFormat, typer.Option("--format", help="Format of the files; png: label maps, rle: one COCO file.")
     ] = "overlay-png",
     refine: Refined = None,
     fps: Fps = FRAMES_A_SECOND,

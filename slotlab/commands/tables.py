@@ -108,6 +108,8 @@ def scores_table(found: Evaluation) -> Table:
         f"{found.diagnostics['effective_slots']:.1f} effective slots, "
         f"mask similarity {found.diagnostics['mask_similarity']:.2f}"
     )
+    if found.left_out:
+        table.caption += f"\n{found.left_out}"
     if found.references.statistics:
         table.caption += f"\nthe whitened floor uses the statistics of {found.references.statistics}"
     return table
@@ -154,7 +156,7 @@ def outlines_table(found: Evaluation) -> Table:
 
 
 def gains_table(found: Evaluation) -> Table:
-    """The table of refined and otherwise binarised masks beside the plain ones."""
+    """The table of the scores of refined and otherwise binarised masks, beside those of the plain ones."""
     plain = {**found.values, "boundary_f": found.fine["boundaries"]["boundary_f"]}
     rows: list[tuple[Any, ...]] = [("this run", *(plain[key] for key in GAINS), None)]
     if refined := found.fine.get("refined"):

@@ -60,7 +60,7 @@ class ExtractProgress:
 
 @contextmanager
 def training_display(steps: int) -> Iterator[Any]:
-    """A function that shows each logged row: a live table on a terminal, else a line now and then.
+    """A function that shows each logged row: in a live table on a terminal, else by an occasional line.
 
     Every look at the masks is printed, with its warnings.
     """

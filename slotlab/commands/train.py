@@ -25,8 +25,8 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Samples in a step: frames, or clips.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all random numbers; default: the configuration's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/STORE-PRESET-SEED.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resuming: the run goes on from its checkpoint.")] = False,
-    init_from: Annotated[Path | None, typer.Option(help="Run whose parameters are the start.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continuation of the run from its checkpoint.")] = False,
+    init_from: Annotated[Path | None, typer.Option(help="Run whose parameters training starts from.")] = None,
     tensorboard: Annotated[
         bool, typer.Option("--tensorboard", help="Events for TensorBoard, written to RUN/tensorboard.")
     ] = False,

@@ -10,13 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slotlab.masks.refine import Method
 from slotlab.masks.refine import refine as refine_masks
+from slotlab.words import Refinement
 
 UNSEEN = 255  # label of pixels that the model was not shown
 
 
-def fine_labels(masks: Tensor, pictures: npt.NDArray[np.uint8], method: Method | None = None) -> npt.NDArray[np.uint8]:
+def fine_labels(
+    masks: Tensor, pictures: npt.NDArray[np.uint8], method: Refinement | None = None
+) -> npt.NDArray[np.uint8]:
     """Slot of each pixel (T, H, W) from masks (T, K, h, w), refined along the pictures' edges if there is a method."""
     size = (pictures.shape[1], pictures.shape[2])
     if method is None:

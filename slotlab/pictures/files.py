@@ -8,19 +8,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from slotlab.masks.labels import UNSEEN, fine_labels
-from slotlab.masks.refine import Method
 from slotlab.pictures.coco import encode
 from slotlab.pictures.palette import slot_colours
 from slotlab.runs.loaded import LoadedRun
+from slotlab.words import MaskFormat, Refinement
 
-Format = Literal["png", "rle", "overlay-png", "overlay-mp4", "overlay-gif"]
 COCO_NAME = "masks.json"
 TINT = 0.55  # share of the slot's colour in an overlay
 
@@ -42,7 +41,7 @@ def store_masks(
     loaded: LoadedRun,
     split_name: str | None = None,
     videos: int | None = None,
-    method: Method | None = None,
+    method: Refinement | None = None,
     progress: Progress = lambda *_: None,
 ) -> Iterator[Masked]:
     """A run's labels for the videos of a split, or for ``videos`` of them spread over it. Needs no ground truth."""
@@ -65,7 +64,7 @@ class MaskWriter:
     video, ``rle`` one COCO file for all videos, ``masks.json``, at the end.
     """
 
-    def __init__(self, folder: Path, form: Format, frames_a_second: float = 12.0) -> None:
+    def __init__(self, folder: Path, form: MaskFormat, frames_a_second: float = 12.0) -> None:
         self.folder, self.form, self.rate = folder, form, frames_a_second
         self.files = 0
         self._coco: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": []}

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 
 from featcache.store.reading import Split
 from slotlab.masks.labels import masks_to_labels
-from slotlab.pictures.palette import slot_colours
+from slotlab.pictures.palette import slot_colours, truth_colours
 from slotlab.pictures.still import Still
 
 HEADER = 0.67  # inches above the first row, for the titles
@@ -31,9 +31,8 @@ def draw_sheet(split: Split, stills: Sequence[Still], path: Path) -> Path:
         frame, truth = split.video(still.video)[still.frame], split.segmentations(still.video)[still.frame]
         colours = slot_colours(still.masks.shape[1], still.objects) / 255
         assigned = masks_to_labels(still.masks, truth.shape)[0].numpy()  # (H, W)
-        labels = int(truth.max()) + 1
-        truth_colours = slot_colours(labels, {k: k - 1 for k in range(1, labels)}) / 255  # 0 is the background
-        pictures = [frame, over(frame, truth_colours[truth]), over(frame, colours[assigned])]
+        known = truth_colours(truth, split.ignored(still.video)[still.frame]) / 255
+        pictures = [frame, over(frame, known), over(frame, colours[assigned])]
         shown = sorted(still.objects, key=still.objects.__getitem__)[:SINGLE_SLOTS]
         fine = F.interpolate(still.masks.float(), size=truth.shape, mode="bilinear")[0].numpy()  # (K, H, W)
         pictures += [(frame / 255.0) * fine[s][..., None] + 0.93 * (1 - fine[s][..., None]) for s in shown]

@@ -41,7 +41,7 @@ def draw_masks(gathered: Gathered, folder: Path) -> list[tuple[str, Path]]:
     for footage in footages(gathered.runs):
         for position in footage.runs:
             run = gathered.runs[position]
-            if run.split.spec.masks and footage.choices:
+            if run.split.has_truth and footage.choices:
                 path = folder / f"masks-{run.name.replace('/', '-')}.png"
                 stills = [run.views[choice.video].still for choice in footage.choices]
                 draw_sheet(run.split, stills, path)

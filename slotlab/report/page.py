@@ -135,11 +135,13 @@ def sections(gathered: Gathered) -> Mapping[str, Any]:
     }
 
 
-def colours() -> dict[str, list[palette.Rgb]]:
-    """The colours that the page's canvases draw with."""
+def colours() -> dict[str, Any]:
+    """The colours that the page's canvases draw with, and the width of stripes."""
     return {
         "objects": [palette.rgb(c) for c in palette.OBJECTS],
         "others": [palette.rgb(c) for c in palette.OTHERS],
+        "ignored": [palette.rgb(c) for c in palette.IGNORED],
+        "stripe": palette.STRIPE,
         "confidence": [palette.rgb(c) for c in palette.CONFIDENCE],
     }
 

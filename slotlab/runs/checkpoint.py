@@ -64,6 +64,7 @@ def save(
 
 
 def exists(run: Path) -> bool:
+    """Whether a run has a whole checkpoint."""
     return _whole(run) is not None
 
 
@@ -83,6 +84,7 @@ def _whole(run: Path) -> Path | None:
 
 
 def state(run: Path) -> dict[str, Any]:
+    """The ``step``, ``schedule`` and ``stream`` of a run's last checkpoint. ``DataError`` if it is damaged."""
     path = folder(run) / STATE
     try:
         found: dict[str, Any] = json.loads(path.read_text())
@@ -127,6 +129,7 @@ def _to_use(run: Path) -> str:
 
 
 def load_optimizer(run: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Restore the optimiser's state from a run's last checkpoint. ``DataError`` if it is damaged."""
     raw = optimizer.state_dict()
     raw["state"] = {}
     for key, value in _tensors(folder(run) / OPTIMIZER).items():

@@ -15,7 +15,7 @@ import torch
 from featcache.errors import DataError, IncompatibleError, UsageError, compare_settings
 from featcache.store.durable import write_durably
 from featcache.store.reading import FeatureStore
-from featcache.store.spec import SCHEMA, StoreSpec, flatten
+from featcache.store.spec import READABLE, StoreSpec, flatten
 from featcache.stream.stream import VIDEO
 from slotlab.config.schema import Config
 from slotlab.runs import checkpoint
@@ -26,8 +26,9 @@ STORE, LOG, SUMMARY = "store.json", "metrics.jsonl", "summary.json"
 def trained_spec(run: Path) -> StoreSpec:
     """The specification of the store that a run was trained on, from the run folder."""
     path, raw = run / STORE, trained_on(run)["spec"]
-    if raw.get("schema") != SCHEMA:
-        raise IncompatibleError(f"{path}: store schema {raw.get('schema')}, this version reads {SCHEMA}; train again")
+    if raw.get("schema") not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise IncompatibleError(f"{path}: store schema {raw.get('schema')}, this version reads {known}; train again")
     return StoreSpec.from_json(raw)
 
 
@@ -126,7 +127,8 @@ def check_store(run: Path, store: FeatureStore) -> None:
     if tap == VIDEO:
         return
     noted, name = trained_on(run), store.tap(tap)
-    ignored = ("dtype", "precision", "frame_stride", "taps.")  # how features are stored, not what they mean
+    # How features are stored, not what they mean.
+    ignored = ("dtype", "precision", "frame_stride", "taps.", "schema")
 
     def deciding(identity: Mapping[str, Any], taps: Mapping[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in identity.items() if not key.startswith(ignored)}

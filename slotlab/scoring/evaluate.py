@@ -37,16 +37,20 @@ class Evaluator:
         """The evaluation of the added videos; ``known`` as in :func:`~slotlab.scoring.references.references`."""
         loaded, split, step = self._loaded, self._split, checkpoint.state(self._loaded.path)["step"]
         published, means = self._scores[loaded.config.published_masks], self._diagnostics.means()
+        tables, _ = published.frame_tables()
+        height, width = split.spec.frame_size
         return Evaluation(
             run=str(loaded.path),
             cache=str(loaded.store.path),
             split=split.name,
+            content=split.spec.content,
             tap=loaded.tap,
             step=step,
             code=scoring_code(),
             resolution=split.spec.frame_size,
             published_masks=loaded.config.published_masks,
             summary=published.summary(),
+            ignored_pixels=1 - int(tables.sum()) / (len(tables) * height * width),
             masks={kind: scores.summary() for kind, scores in self._scores.items()},
             references=references(split, loaded, known),
             diagnostics=means,

@@ -21,7 +21,7 @@ from slotlab.runs.loaded import LoadedRun
 from slotlab.scoring.collapse import effective_slots, kept_slots
 from slotlab.scoring.metrics import SCORES
 from slotlab.scoring.scores import Scores, Values, in_order
-from slotlab.scoring.tables import count_labels, mask_tables
+from slotlab.scoring.tables import UNKNOWN, count_labels, ground_truth, labelled_frames, mask_tables
 
 FLOORS = {"kmeans_raw": "floor: k-means, raw tokens", "kmeans_whitened": "floor: k-means, whitened tokens"}
 
@@ -84,8 +84,11 @@ def _measured(split: Split, loaded: LoadedRun) -> References:
     ceiling, raw, whitened = Scores(), Scores(), Scores()
     effective: list[Tensor] = []
     for video in split.videos:
-        truth = torch.from_numpy(split.segmentations(video))
-        tokens = loaded.inputs.tokens(split, video)
+        truth = ground_truth(split, video)
+        labelled = labelled_frames(truth)
+        if not labelled.any():
+            continue
+        truth, tokens = truth[labelled], loaded.inputs.tokens(split, video)[labelled]
         ceiling.add_video(grid_reference(truth, grid, labels), video)
         effective.append(effective_slots(grid_masks(truth, grid, labels)))
         raw.add_video(kmeans_floor(tokens, grid, clusters, truth, labels, seed=video), video)
@@ -107,8 +110,8 @@ _FRAMES_A_CHUNK = 8  # one-hot ground truth is (frames, n_true, H, W) floats: 23
 def grid_reference(segmentations: Tensor, grid: tuple[int, int], n_true: int) -> Tensor:
     """Tables (F, n_true, n_true) int64 of the ground truth, averaged to the patch grid and upsampled again.
 
-    segmentations (F, H, W) integer labels below n_true, grid (rows, columns). Each object's mask is averaged
-    over the area of each patch (exact also where patches and pixels do not line up), then upsampled and
+    segmentations (F, H, W) integer labels below n_true or ``UNKNOWN``, grid (rows, columns). Each object's mask is
+    averaged over the known area of each patch (exact also where patches and pixels do not line up), then upsampled and
     turned into labels like a model's masks. A perfect model with that grid and no finer decoder would score this.
     """
     tables = []
@@ -119,13 +122,19 @@ def grid_reference(segmentations: Tensor, grid: tuple[int, int], n_true: int) ->
 
 
 def grid_masks(segmentations: Tensor, grid: tuple[int, int], n_true: int) -> Tensor:
-    """Each label's share of each patch, (F, n_true, rows, columns), from integer labels (F, H, W) below n_true."""
+    """Each label's share of each patch's known pixels, (F, n_true, rows, columns); 0 where a patch has none.
+
+    segmentations (F, H, W) integer labels below n_true, or ``UNKNOWN``.
+    """
     height, width = segmentations.shape[1:]
     rows = area_weights(height, grid[0], segmentations.device)  # (h, H)
     columns = area_weights(width, grid[1], segmentations.device)  # (w, W)
     ids = torch.arange(n_true, device=segmentations.device).view(1, -1, 1, 1)
     onehot = segmentations.unsqueeze(1) == ids  # (F, n_true, H, W)
-    return rows @ (onehot.float() @ columns.T)
+    shares = rows @ (onehot.float() @ columns.T)
+    partly = (segmentations == UNKNOWN).flatten(1).any(1)  # in other frames the shares of a patch sum to one
+    shares[partly] = (shares[partly] / shares[partly].sum(1, keepdim=True)).nan_to_num_(0.0)
+    return shares
 
 
 def kmeans_floor(

@@ -197,8 +197,10 @@ FREE = {  # beside views: what touches no values
 def convolution_backward_flops(
     gradient: Shape, features: Shape, weight: Shape, *rest: Any, out_shape: Sequence[Shape | None]
 ) -> int:
-    """One forward pass for each gradient that is asked for. torch's own formula leaves out the groups, and so
-    counts a depthwise convolution of C channels C times."""
+    """FLOPs of a convolution's backward pass: those of a forward pass for each gradient that is needed.
+
+    torch's formula ignores groups, and so counts a depthwise convolution of C channels C times.
+    """
     transposed = rest[4]
     wanted = sum(shape is not None for shape in out_shape[:2])  # the features' and the weight's
     return wanted * int(conv_flop_count(list(features), list(weight), list(gradient), transposed))
