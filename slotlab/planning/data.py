@@ -111,4 +111,4 @@ def _spec(backbone: Backbone) -> StoreSpec:
 
 
 def _split(lengths: tuple[int, ...], frame_size: tuple[int, int], masks: bool) -> SplitSpec:
-    return SplitSpec("", lengths, min(max(lengths), MAX_CHUNK_FRAMES), frame_size, masks)
+    return SplitSpec("", lengths, min(max(lengths), MAX_CHUNK_FRAMES), frame_size, masks, ignored=masks)
