@@ -109,7 +109,7 @@ class Scores:
         added = torch.cat(self._added)
         skipped = int((visible(tables) == 0).sum())
         return Summary(
-            len(added), len(added.unique()), self._means(None), labelled_frames=len(tables), skipped_frames=skipped
+            len(added), len(set(added.tolist())), self._means(None), labelled_frames=len(tables), skipped_frames=skipped
         )
 
     def of_objects(self, objects: Tensor) -> Summary:
