@@ -93,7 +93,7 @@ def extract(
     from featcache.extraction.extract import measure_seconds
     from featcache.extraction.plan import ExtractOptions, plan
     from featcache.extraction.rounding import measure_rounding
-    from featcache.machine import pick_device
+    from featcache.machine import chosen, on_windows_drive, pick_device
     from featcache.sources import Reading, absolute, open_source
     from featcache.sources.damaged import SoundVideos
     from slotlab.commands import terminal
@@ -153,6 +153,9 @@ def extract(
             terminal.out.print(plain_table(("", "value"), rows))
             _tell(dtype, rounding, damaged)
         return
+    terminal.err.print(chosen(model.device), soft_wrap=True, markup=False, highlight=False)
+    if on_windows_drive(path):
+        terminal.warn([f"{path}: on a drive of Windows, several times slower; choose --out below {Path.home()}"])
     with terminal.ExtractProgress() as progress:
         if client:
             store = extract_distributed(todo, source, client, weights=weights, device=device, progress=progress)
