@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -166,7 +166,7 @@ def extract(
         print_json(summary | said)
     else:
         _tell(dtype, rounding, damaged)
-        frames = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())  # type: ignore[attr-defined]
+        frames = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())
         terminal.out.print(f"{path}: {frames} frames. Next: slotlab stats {path}")
 
 
