@@ -23,7 +23,9 @@ FORMS = {
     "one bit": lambda numbers: Image.fromarray(numbers.astype(bool)),
     "palette": lambda numbers: _palette(numbers),
     "equal channels": lambda numbers: Image.fromarray(np.stack([numbers] * 3, -1)),
-    "constant alpha": lambda numbers: Image.merge("LA", [Image.fromarray(numbers), Image.new("L", _size(numbers), 255)]),
+    "constant alpha": lambda numbers: Image.merge(
+        "LA", [Image.fromarray(numbers), Image.new("L", _size(numbers), 255)]
+    ),
     "sixteen bits": lambda numbers: Image.fromarray(numbers.astype(np.uint16)),
 }
 IMAGES = {"png": {}, "tif": {}, "webp": {"lossless": True}, "jpg": {"quality": 95, "subsampling": 0}}

@@ -218,7 +218,7 @@ def test_weights_are_found_again_where_the_store_says(path: Path, sound: Path) -
 @pytest.mark.parametrize(("damage", "message"), [(remove, "missing, and with it"), (cut, "damaged, and with it")])
 def test_a_lost_root_is_refused(path: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(path / "zarr.json")
-    with pytest.raises(DataError, match=f"zarr.json: {message} what the features are; put back a copy"):
+    with pytest.raises(DataError, match=f"zarr.json: {message} the specification of the features; put back a copy"):
         verify(path)
 
 

@@ -16,7 +16,7 @@ READERS = 2
 
 
 class SoundVideos(Source):
-    """The videos of a source that can be read. To know them, each is read once, when its split is first asked for."""
+    """The readable videos of a source. All videos of a split are read once, when the split is first used."""
 
     def __init__(self, source: Source) -> None:
         self.location = source.location
@@ -26,6 +26,9 @@ class SoundVideos(Source):
 
     def splits(self) -> tuple[str, ...]:
         return self._source.splits()
+
+    def usual_splits(self) -> tuple[str, ...]:
+        return self._source.usual_splits()
 
     def lengths(self, split: str) -> Sequence[int]:
         return tuple(self._look(split).values())
@@ -59,15 +62,18 @@ class SoundVideos(Source):
         return self._damaged[split]
 
     def read(self, split: str, index: int) -> Video:
+        return self.read_smaller(split, index, 1.0)
+
+    def read_smaller(self, split: str, index: int, shrink: float) -> Video:
         sound = tuple(self._look(split))
         check_index(self.location, split, index, len(sound))
-        return self._source.read(split, sound[index])
+        return self._source.read_smaller(split, sound[index], shrink)
 
     def _of_sound(self, split: str, values: Sequence[str]) -> tuple[str, ...]:
         return tuple(values[index] for index in self._look(split))
 
     def _look(self, split: str) -> dict[int, int]:
-        """``DataError`` where no video is left."""
+        """Frames of each sound video, by its position in the source. ``DataError`` if no video is sound."""
         if split in self._sound:
             return self._sound[split]
         logger.warning("%s: reading every video of %s once, to find the damaged ones", self.location, split)
@@ -84,6 +90,7 @@ class SoundVideos(Source):
         return sound
 
     def _frames(self, split: str, index: int) -> int | str:
+        """Number of frames of a video, or the error that it cannot be read for."""
         try:
             return len(self._source.read(split, index).frames)
         except DataError as error:

@@ -1,6 +1,6 @@
 """Writing a store so that nothing finished is lost and nothing unfinished is believed.
 
-The order is the whole of it: chunks are durable before their manifest row, tables and statistics before the
+Everything depends on the order: chunks are durable before their manifest row, tables and statistics before the
 split's attributes say that it is complete, a split's arrays before its manifest exists, the root before any
 split. Chunks are encoded here rather than through zarr-python because zarr-python does not sync, and because
 the bytes that are checked are then the bytes that are written.
@@ -57,7 +57,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]  # one video's rows as stored, by array
 class StoreWriter:
     """The one process that may write to a store. Use as a context manager; it holds the store's lock.
 
-    Raises ``DataError`` where another process writes, or where something else than a store lies, and
+    Raises ``DataError`` if another process is writing, or if the path holds something other than a store, and
     ``IncompatibleError`` for a store of other features.
     """
 
@@ -118,7 +118,7 @@ class SplitWriter:
         self._shard = _OpenShard(self.path, self.spec, array_layouts(self.store_spec, self.spec))
 
     def close(self) -> None:
-        """Let go of the split. Videos that wait for their shard to fill are forgotten, unlike after `finish`."""
+        """Close the split. Videos that wait for their shard to fill are lost, unless `finish` was called."""
         self._appender.close()
 
     # -- layout ----------------------------------------------------------------------------------------
@@ -195,6 +195,7 @@ class SplitWriter:
 
     @property
     def complete(self) -> bool:
+        """Whether all videos are finished and the statistics cover them."""
         return len(self.done) == len(self.spec.lengths) == self.spec.statistics_videos
 
     def write(self, index: int, video: Video, tokens: Mapping[str, torch.Tensor]) -> None:
@@ -204,7 +205,7 @@ class SplitWriter:
         self.append(write_chunks(self.path, self.store_spec, self.spec, index, video, stored))
 
     def write_arrays(self, row: manifest.Row, arrays: Arrays) -> None:
-        """Store one video whose rows are encoded as they shall lie; ``row`` lacks only the checksums.
+        """Store one video whose rows are already encoded; ``row`` lacks only the checksums.
 
         In a sharded split the video is finished when its last shard is full, or by `finish`.
         """
@@ -215,7 +216,7 @@ class SplitWriter:
             self.append(finished)
 
     def append(self, row: manifest.Row) -> None:
-        """Declare a video finished, whose chunks some process has made durable."""
+        """Declare a video finished; its chunks must be durable, whichever process wrote them."""
         self._appender.append(row)
         self.done.add(row.video)
 
@@ -227,7 +228,7 @@ class SplitWriter:
             self.append(row)
         self.unfinish()
         rows = manifest.read(self.path)
-        for old in SUMMARIES:  # an older one may have had other arrays
+        for old in SUMMARIES:  # earlier ones may have had other arrays
             shutil.rmtree(self.path / old, ignore_errors=True)
         write_tree(self.path, summary_files(self.spec, rows, statistics))
         self._save(replace(self.spec, statistics_videos=len(rows)))
@@ -253,16 +254,19 @@ def write_chunks(
     video: Video,
     tokens: Mapping[str, Stored],
 ) -> manifest.Row:
-    """Make one video's chunks durable in the split at ``path``; needs no lock, in whichever process it runs.
+    """Make one video's chunks durable in the split at ``path``, and return its manifest row.
 
-    ``tokens`` holds those of each tap in the store's form (`featcache.store.encoding`). Gives the row that the process
-    with the store's lock appends. Raises ``DataError`` when the disk is full; the videos finished before stay.
+    ``tokens`` maps each tap to its tokens in the store's form (`featcache.store.encoding`). Any process may call this;
+    only the one with the store's lock may append the row. Raises ``DataError`` when the disk is full; the videos
+    finished before stay.
     """
     assert not split.shard_chunks, "several videos share a shard: only `SplitWriter.write_arrays` fills them"
     arrays: dict[str, npt.NDArray[Any]] = {"video": video.frames}
     if split.masks:
         assert video.segmentations is not None
         arrays["segmentations"] = video.segmentations
+    if split.ignored:
+        arrays["ignored"] = video.ignored
     for array in ENCODINGS[store.dtype].arrays:
         arrays |= {array.path(tap): stored[array.folder].cpu().numpy() for tap, stored in tokens.items()}
     fingerprint = split.fingerprints[index] if split.fingerprints else ""
@@ -300,7 +304,7 @@ class _OpenShard:
         self._waiting: list[manifest.Row] = []
 
     def put(self, row: manifest.Row, arrays: Arrays) -> list[manifest.Row]:
-        """Add a video; gives the rows that became durable on the way."""
+        """Add a video; return the rows that became durable on the way."""
         finished: list[manifest.Row] = []
         encoded = {
             layout.name: list(_chunks(layout, self._split, row.video, arrays[layout.name])) for layout in self._layouts
@@ -317,7 +321,7 @@ class _OpenShard:
         return finished
 
     def flush(self) -> list[manifest.Row]:
-        """Write the open shard; gives the rows that became durable."""
+        """Write the open shard; return the rows that became durable."""
         if self._number is None:
             return []
         for layout in self._layouts:
@@ -329,7 +333,7 @@ class _OpenShard:
         return finished
 
     def _open(self, number: int) -> None:
-        """Take up what an earlier run, or a video that began in this shard, left there."""
+        """Continue the shard with the chunks that an earlier run, or a video that began in it, left there."""
         self._number = number
         for layout in self._layouts:
             file = chunk_path(self._path / layout.name, number, layout.ndim)
@@ -355,7 +359,7 @@ def save_split_spec(path: Path, spec: SplitSpec) -> None:
 
 
 def refuse_foreign(path: Path) -> None:
-    """``DataError`` for a folder of other things: a writer sweeps what killed runs left, and must not sweep those."""
+    """``DataError`` for a folder that holds no store but other files, which a writer must not take for leftovers."""
     if not path.exists() or (path / METADATA).exists():
         return
     if not path.is_dir():
@@ -363,7 +367,7 @@ def refuse_foreign(path: Path) -> None:
     found = [p.name for p in path.iterdir() if not p.name.startswith((".", METADATA))]
     if any((path / name / manifest.NAME).exists() for name in found):
         raise DataError(
-            f"{path / METADATA}: missing, and with it what the features are; "
+            f"{path / METADATA}: missing, and with it the specification of the features; "
             "put back a copy of that file, or extract to another --out"
         )
     if found:

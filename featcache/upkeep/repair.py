@@ -24,7 +24,7 @@ from featcache.extraction.job import SplitJob, merge
 from featcache.extraction.plan import ExtractPlan, SplitPlan
 from featcache.extraction.store_backbone import refuse_other_backbone, store_backbone
 from featcache.moments import Moments
-from featcache.sources import open_source
+from featcache.sources import Reading, open_source
 from featcache.sources.video import Source
 from featcache.store import manifest
 from featcache.store.durable import write_tree
@@ -35,6 +35,8 @@ from featcache.store.writing import StoreWriter, read_split_spec, save_split_spe
 from featcache.upkeep.convert import ConvertOptions, convert, copied_spec, open_origin
 from featcache.upkeep.verify import Damage, extra_files, metadata_problem, open_root, verify, verify_split
 
+READ_ALIKE = ", and --ignore-label, --mask-colours and --frames-as as they were then"
+
 
 @dataclass(frozen=True)
 class Means:
@@ -44,12 +46,14 @@ class Means:
     weights: str | None = None
     backbone: Backbone | None = None
     device: str = "cpu"
+    reading: Reading | None = None  # of ``data``
 
     def source(self, store: FeatureStore) -> Source:
+        """The source of the store's videos. ``DataError`` if it is gone."""
         if self.data is not None and not isinstance(self.data, str):
             return self.data
         try:
-            return open_source(self.data or store.spec.source)
+            return open_source(self.data or store.spec.source, self.reading)
         except DataError as error:
             raise DataError(f"{error} (the store's own source; name where it is now with --data)") from error
 
@@ -165,7 +169,9 @@ def _origins(folder: Path, split: SplitSpec, lost: list[int], source: Source, st
         there = {"source_fingerprint": found.fingerprint, "lengths": found.lengths[: len(split.lengths)]}
     if differences := compare_settings(present, there):
         raise IncompatibleError(
-            f"{folder}: {source.location} does not hold its videos", differences, "give the same videos with --data"
+            f"{folder}: {source.location} does not hold its videos",
+            differences,
+            f"give the same videos with --data{READ_ALIKE}",
         )
     return origins
 
@@ -227,6 +233,7 @@ def _rebuilt_spec(store: FeatureStore, folder: Path, means: Means) -> SplitSpec:
         chunk_frames=frames,
         frame_size=(video.shape[1], video.shape[2]),
         masks=(folder / "segmentations").is_dir(),
+        ignored=(folder / "ignored").is_dir(),
         shard_chunks=video.shards[0] // frames if video.shards else 0,
     )
     if spec.exported_from:
@@ -240,7 +247,9 @@ def _rebuilt_spec(store: FeatureStore, folder: Path, means: Means) -> SplitSpec:
     if video.shape[0] not in ends or any(
         row not in range(len(made.lengths)) or rows[row].frames != made.lengths[row] for row in rows
     ):
-        raise IncompatibleError(f"{folder}: the source does not hold its videos; give the same ones with --data")
+        raise IncompatibleError(
+            f"{folder}: the source does not hold its videos; give the same ones with --data{READ_ALIKE}"
+        )
     videos = ends.index(video.shape[0]) + 1
     return replace(
         made,

@@ -75,7 +75,7 @@ def open_root(path: Path) -> FeatureStore:
             refuse_foreign(path)  # raises for a missing root
         if any(path.glob(f"*/{manifest.NAME}")):
             raise DataError(
-                f"{path / METADATA}: damaged, and with it what the features are; "
+                f"{path / METADATA}: damaged, and with it the specification of the features; "
                 "put back a copy of that file, or extract to another --out"
             ) from error
         raise
@@ -200,7 +200,7 @@ def _metadata(store: StoreSpec, spec: SplitSpec, folder: Path) -> Iterator[Damag
 
 
 def metadata_problem(file: Path, expected: bytes) -> str | None:
-    """The difference of a zarr.json from the one by the specifications; None if they mean the same."""
+    """The difference between a zarr.json and the expected one; None if they mean the same."""
     wanted = json.loads(expected)
     try:
         found = json.loads(file.read_bytes())

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featcache.errors import IncompatibleError, UsageError
-from slotlab.commands.options import Device, Json, Refine, print_json
+from slotlab.commands.options import Device, Json, print_json
+from slotlab.words import Floors, Refinement
 
 if TYPE_CHECKING:
     from slotlab.runs.loaded import LoadedRun
@@ -19,21 +20,25 @@ if TYPE_CHECKING:
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    cache: Annotated[Path | None, typer.Option(help="Another store of the same features.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Store of the same features, instead of the run's own.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to score; default: the configuration's, validation.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="PNG to draw: frames, ground truth and slots.")] = None,
-    boundaries: Annotated[bool, typer.Option("--boundaries", help="Boundary F and bleeding by area, too.")] = False,
+    boundaries: Annotated[bool, typer.Option("--boundaries", help="Boundary F and bleeding as well, by area.")] = False,
     refine: Annotated[
-        Refine | None, typer.Option(help="Method of refinement by the frames; the refined masks are scored, too.")
+        Refinement | None,
+        typer.Option(help="Method that refines masks along edges; refined and plain masks are scored."),
     ] = None,
     binarise: Annotated[
-        list[str] | None, typer.Option(help="Binarisation to score, too: argmax, threshold=T or gumbel=T; repeatable.")
+        list[str] | None, typer.Option(help="Binarisation to score as well: argmax, threshold=T, gumbel=T; repeatable.")
     ] = None,
+    floors: Annotated[
+        Floors, typer.Option(help="Floors to measure: usual, or all, which adds normalised cuts.")
+    ] = "usual",
     against: Annotated[Path | None, typer.Option(help="Run to test this one against, video by video.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Score a run: FG-ARI, ARI, mBO, mIoU by frame, video and material, beside a ceiling and a floor."""
+    """Score a run: FG-ARI, ARI, mBO, mIoU by frame, video and material, beside a ceiling and floors."""
     from featcache.machine import pick_device
     from slotlab.commands import terminal
     from slotlab.commands.splits import chosen_split
@@ -59,7 +64,7 @@ def evaluate(
 
         stills = Stills(pick_videos(chosen))
         also.append(stills.add)
-    found = run_evaluate(loaded, chosen.name, also=also)
+    found = run_evaluate(loaded, chosen.name, also=also, floors=floors)
     if fine:
         found = replace(found, fine=outlines.result())
     result = found.as_dict()

@@ -40,7 +40,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # keys, objectness,
 
 
 class Seen(NamedTuple):
-    """What the tracker keeps of a past frame."""
+    """The tracker's record of a past frame."""
 
     directions: Float[Tensor, "N D"]  # unit vectors of the tokens
     attention: Float[Tensor, "N K"]
