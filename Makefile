@@ -25,14 +25,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.busy
 
 bench-gpu: $(VENV)/.installed
-	$(BIN)/slotlab extract --backbone dinov2
-	$(BIN)/slotlab bench extract
-	$(BIN)/slotlab bench stream --cache cache/dinov2.zarr
-	$(BIN)/slotlab bench train --cache cache/dinov2.zarr --preset dinosaur --set optim.precision=bfloat16 \
-	  --batch-size 64 --batch-size 128 --batch-size 256 --batch-size 512 --batch-size 1024 --batch-size 2048
-	for graphs in false true; do for preset in default log-2026; do \
-	  $(BIN)/slotlab bench train --cache cache/dinov2.zarr --preset $$preset --set optim.compile=$$graphs \
-	    --set optim.cuda_graphs=$$graphs --batch-size 8 --batch-size 64 --batch-size 256 || exit; done; done
+	$(BIN)/python -m benchmarks.gpu
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

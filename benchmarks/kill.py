@@ -1,8 +1,7 @@
 """Random ``kill -9`` of extractions: python -m benchmarks.kill --kills 100
 
-Each extraction dies at a random moment of its writing. After each death every chunk file that has its final
-name must be whole, every manifest row true, and ``verify`` silent; every store that got to its end must equal
-an unbroken one byte for byte.
+Each extraction is killed at a random moment of its writing. After each kill, every chunk file with its final name must
+be whole, every manifest row true, and ``verify`` silent; every finished store must equal an unbroken one byte for byte.
 """
 
 from __future__ import annotations

@@ -94,8 +94,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=30)
     parser.add_argument("--batches", type=int, default=200)
-    parser.add_argument("--folder", type=Path, help="where to make the store; default: the temporary folder")
-    parser.add_argument("--skip-statistics", action="store_true", help="they take minutes")
+    parser.add_argument("--folder", type=Path, help="folder of the store; default: the temporary folder")
+    parser.add_argument("--skip-statistics", action="store_true", help="streaming only; statistics take minutes")
     args = parser.parse_args()
 
     videos = round(args.gigabytes * 1e9 / VIDEO_BYTES)

@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=PRESETS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=1800)
-    parser.add_argument("--frames", type=int, help="to be seen by each, instead of a time")
+    parser.add_argument("--frames", type=int, help="number of frames that each run sees, instead of a time")
     parser.add_argument("--peer-frames", type=int, default=8)
     parser.add_argument("--peer-patches", type=int, default=64)
     parser.add_argument("--peer-set", nargs="*", default=[], metavar="KEY=VALUE")

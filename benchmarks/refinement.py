@@ -1,4 +1,4 @@
-"""How the parameters of mask refinement were chosen, and what refinement gains where they were not.
+"""Scores of mask refinement: on the frames that its parameters were chosen on, and its gain on other frames.
 
     python -m benchmarks.refinement RUN [RUN ...] [--videos 30] [--frames 2] [--crf]
 
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from benchmarks.harness import report
 from featcache.machine import pick_device
-from slotlab.masks.refine import Crf, Guided, Method, refine
+from slotlab.masks.refine import Crf, Guided, Parameters, refine
 from slotlab.runs.loaded import LoadedRun, load_run
 from slotlab.scoring.fine import outline_scores
 from slotlab.scoring.metrics import adjusted_rand_index, mean_best_overlap
 from slotlab.scoring.tables import count_labels, mask_tables
+from slotlab.words import Refinement
 
 CHANGES: dict[type[Guided] | type[Crf], dict[str, tuple[Any, ...]]] = {
     Guided: {
@@ -66,14 +67,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--videos", type=int, default=30)
-    parser.add_argument("--frames", type=int, default=2, help="of each video")
+    parser.add_argument("--frames", type=int, default=2, help="number of frames of each video")
     parser.add_argument("--crf", action="store_true")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
 
     runs = [load_run(run, None, pick_device(args.device)) for run in args.runs]
     masks, pictures, truth, labels = frames_of(runs[0], args.videos, args.frames)
-    methods: dict[Method, Guided | Crf] = {"guided": Guided(), **({"crf": Crf()} if args.crf else {})}
+    methods: dict[Refinement, Parameters] = {"guided": Guided(), **({"crf": Crf()} if args.crf else {})}
     tried: list[dict[str, Any]] = [{"parameters": "plain", **score(masks, truth, labels)}]
     for method, default in methods.items():
         others = [

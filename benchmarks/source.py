@@ -144,10 +144,10 @@ def stepper(model: nn.Module, loss: Loss, config: Config, fused: bool) -> Callab
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkout", type=Path, help="of the source")
+    parser.add_argument("checkout", type=Path, help="folder of VideoSAUR's source")
     parser.add_argument("--preset", choices=PRESETS, default="dinosaur")
-    parser.add_argument("--batch-size", type=int, default=4, help="frames, or clips")
-    parser.add_argument("--side", type=int, default=16, help="patches a side")
+    parser.add_argument("--batch-size", type=int, default=4, help="frames or clips in a batch")
+    parser.add_argument("--side", type=int, default=16, help="patches per side")
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="auto")

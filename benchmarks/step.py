@@ -160,12 +160,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="dinosaur")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--side", type=int, default=16, help="patches a side")
+    parser.add_argument("--side", type=int, default=16, help="patches per side")
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     others = [name for name in VARIANTS if name != REFERENCE]
-    parser.add_argument("--variants", nargs="+", choices=others, default=others, help="beside the published")
+    parser.add_argument(
+        "--variants", nargs="+", choices=others, default=others, help="variants to measure beside the published one"
+    )
     args = parser.parse_args()
 
     device, config = pick_device(args.device), load_config(args.preset)

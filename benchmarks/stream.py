@@ -170,7 +170,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--videos", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", type=Path, help="where to make the stores; default: the temporary folder")
+    parser.add_argument("--folder", type=Path, help="folder of the stores; default: the temporary folder")
     args = parser.parse_args()
 
     torch.set_num_threads(1)

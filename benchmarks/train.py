@@ -2,8 +2,8 @@
 
     python -m benchmarks.train [--cache cache/dinov2.zarr] [--steps 6] [--rounds 3]
 
-Both take the same steps of the same model on the same clips. In the loop, every step decodes nothing (frames lie in
-memory) and runs the backbone on the frames of its batch, as codebases without a cache do.
+Both take the same steps of the same model on the same clips. In the loop, every step runs the backbone on the frames of
+its batch, which are in memory already decoded, as codebases without a cache do.
 """
 
 from __future__ import annotations

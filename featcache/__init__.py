@@ -9,8 +9,35 @@ threads that they wait for. OpenMP reads the variable once, when torch is loaded
 before featcache or slotlab must set it itself. In libgomp ``GOMP_SPINCOUNT`` overrides it.
 """
 
+from __future__ import annotations
+
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # imported when called for: `import featcache` stays fast
+    from featcache.library import Cache, extract, open
+    from featcache.sources.reading import Reading
+    from featcache.stream.dataset import Batches, Clips
 
 __version__ = "0.1.0"
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # here, because every command and worker imports this package
+
+# What is public: it changes with a deprecation alone.
+__all__ = ["Batches", "Cache", "Clips", "Reading", "__version__", "extract", "open"]
+
+_HOMES = {
+    "Batches": "featcache.stream.dataset",
+    "Cache": "featcache.library",
+    "Clips": "featcache.stream.dataset",
+    "Reading": "featcache.sources.reading",
+    "extract": "featcache.library",
+    "open": "featcache.library",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'featcache' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

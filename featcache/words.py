@@ -1,16 +1,17 @@
-"""Words of the configuration, without torch, so that a command line can be built from them at once."""
+"""Words of options and settings, without torch, so that the command line starts quickly."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-Dtype = Literal["float16", "int8"]  # of the stored tokens
+Dtype = Literal["float16", "int8"]  # stored forms of a token
 
-Precision = Literal["float32", "float16", "bfloat16"]  # the backbone ran in
+Precision = Literal["float32", "float16", "bfloat16"]  # number formats of the backbone
 
+Residence = Literal["auto", "disk", "host", "device"]  # places of the features while they stream
 
-Residence = Literal["auto", "disk", "host", "device"]
+Fit = Literal["squash", "crop", "pad"]  # ways to bring frames of other proportions to the input
 
-Fit = Literal["squash", "crop", "pad"]  # what a backbone is shown of frames that have not its input's proportions
+FramesAs = Literal["video", "images"]  # readings of numbered images in one folder
 
-FramesAs = Literal["video", "images"]  # what numbered images beside each other are
+StoreFormat = Literal["zarr", "hdf5"]  # formats of a copy

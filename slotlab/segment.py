@@ -24,7 +24,6 @@ from featcache.sources.video import Size
 from featcache.store.reading import FeatureStore
 from slotlab.config.schema import Config
 from slotlab.masks.labels import UNSEEN, fine_labels, masks_to_labels
-from slotlab.masks.refine import Method
 from slotlab.masks.refine import refine as refine_masks
 from slotlab.models.base import Model
 from slotlab.models.build import empty_model
@@ -36,6 +35,7 @@ from slotlab.models.whitening import natural
 from slotlab.pictures.frames import Frames, as_frames
 from slotlab.runs import checkpoint
 from slotlab.runs.folder import STORE, trained_spec
+from slotlab.words import Refinement
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Segmenter(ABC):
     def _found(self, pictures: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:
         """Slots (T, K, S) and masks on the grid (T, K, h, w) of pictures (T, H, W, 3)."""
 
-    def segment(self, frames: Frames, *, refine: Method | None = None) -> Segmentation:
+    def segment(self, frames: Frames, *, refine: Refinement | None = None) -> Segmentation:
         """Masks and slots of pictures, or of the frames of one video, at their own resolution.
 
         Frames may have any size and proportions, and any form that :func:`slotlab.pictures.frames.as_frames` takes.
@@ -81,13 +81,13 @@ class Segmenter(ABC):
             labels = torch.from_numpy(window.put_back(labels.numpy(), UNSEEN))
         return Segmentation(fine, labels, slots.float().cpu())
 
-    def label(self, frames: Frames, *, refine: Method | None = None) -> npt.NDArray[np.uint8]:
+    def label(self, frames: Frames, *, refine: Refinement | None = None) -> npt.NDArray[np.uint8]:
         """The slot of each pixel, (T, H, W), without holding the masks of all frames at the frames' resolution."""
         pictures, window = self._shown(frames)
         return window.put_back(fine_labels(self._found(pictures)[1], pictures, refine), UNSEEN)
 
     def _shown(self, frames: Frames) -> tuple[npt.NDArray[np.uint8], Window]:
-        """What the model sees of frames, and where that lies in them."""
+        """The part (T, h, w, 3) of the frames that the model sees, and its window in them."""
         pictures = as_frames(frames)
         window = shown(self._preprocessing, (pictures.shape[1], pictures.shape[2]))
         return window.cut(pictures, self._preprocessing.get(MARGIN, 0)), window
@@ -134,7 +134,7 @@ class TrainingFreeSegmenter(Segmenter):
         tokens = self._whiten(self._read(pictures))
         masks = soft_segments(tokens, self._grid, self._cut)  # (T, K, N)
         slots = masks @ tokens / masks.sum(-1, keepdim=True).clamp_min(1e-6)
-        return slots, masks.unflatten(-1, self._grid)
+        return slots, masks.reshape(*masks.shape[:2], *self._grid)
 
 
 def load(run: str | Path, *, device: str | torch.device = "auto", weights: str | None = None) -> RunSegmenter:

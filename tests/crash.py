@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.crash_imports"])
 
 # Every call that changes what is on the disk, or promises that it will stay.
-WRITES = ("open", "write", "pwrite", "fsync", "replace", "rename", "mkdir", "unlink", "ftruncate")
+WRITES = ("open", "write", "pwrite", "fsync", "replace", "rename", "mkdir", "unlink", "ftruncate", "link", "rmdir")
 
 
 def extraction(path: str, batch_size: int | None = 3, max_videos: int | None = None) -> None:
@@ -30,6 +31,18 @@ def extraction(path: str, batch_size: int | None = 3, max_videos: int | None = N
     source, backbone = DiscSource(), load_backbone("resnet18", weights="random", taps=("layer1",), input_size=32)
     options = ExtractOptions(batch_size=batch_size, precision="float32", max_videos=max_videos)
     extract(plan(Path(path), source, backbone, options), source, backbone)
+
+
+def follow(path: str, source: str) -> None:
+    """Bring a store of a folder of videos to what the folder holds now."""
+    import torch
+
+    from featcache.backbones.backbone import load_backbone
+    from tests.growing import GROW, run
+
+    torch.set_num_threads(1)
+    backbone = load_backbone("resnet18", weights="random", taps=("layer1",), input_size=32)
+    run(Path(path), Path(source), backbone, replace(GROW, prune=True))
 
 
 def repair(path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from slotlab.config.load import load_config
 SIZE = 32
 GRID = (4, 4)
 DIM = 12
+PARTLY = {"train": (4, 4, 2), "validation": (10, 5, 3)}  # frames of `PartlyKnown`
 Scale = float | npt.NDArray[np.float64]  # of all channels, or of each
 
 
@@ -40,7 +42,10 @@ class DiscSource(Source):
         return self._lengths[split]
 
     def fingerprint(self, split: str) -> str:
-        return f"{split}-{self._lengths[split]}"
+        return f"{split}-{self._lengths[split]}"  # which stands in fixtures/v0.1
+
+    def fingerprints(self, split: str) -> tuple[str, ...]:
+        return tuple(f"{split}-{index}-{length}" for index, length in enumerate(self._lengths[split]))
 
     def read(self, split: str, index: int) -> Video:
         rng = np.random.default_rng((index, len(split)))
@@ -60,6 +65,35 @@ class DiscSource(Source):
             for k, m in enumerate(materials)
         )
         return Video(f"{split}-{index}", frames, masks, instances)
+
+
+class PartlyKnown(DiscSource):
+    """Discs behind a stripe of void. Of video 0 every fifth frame has a mask, of video 2 none."""
+
+    def __init__(self, lengths: Mapping[str, tuple[int, ...]] = PARTLY) -> None:
+        super().__init__(lengths)
+
+    def read(self, split: str, index: int) -> Video:
+        video = super().read(split, index)
+        assert video.segmentations is not None
+        ignore = np.zeros(video.segmentations.shape, bool)
+        ignore[:, :, 5 * index + 6 : 5 * index + 13] = True
+        frames = np.arange(len(ignore))
+        labelled = {0: frames % 5 == 0, 1: None}.get(index, frames < 0)
+        known = ~ignore if labelled is None else ~ignore & labelled[:, None, None]
+        masks = np.where(known, video.segmentations, np.uint8(0))
+        instances = tuple(
+            replace(instance, visibility=tuple((masks == k).sum((1, 2)).tolist()))
+            for k, instance in enumerate(video.instances, 1)
+        )
+        return Video(video.id, video.frames, masks, instances, ignore, labelled)
+
+    def known(self, split: str, index: int) -> npt.NDArray[np.bool_]:
+        """Pixels of known truth (T, H, W)."""
+        video = self.read(split, index)
+        assert video.ignore is not None
+        labelled = np.ones(len(video.frames), bool) if video.labelled is None else video.labelled
+        return ~video.ignore & labelled[:, None, None]
 
 
 def tokens_of(video: Video, grid: tuple[int, int] = GRID, dim: int = DIM, scale: Scale = 1.0) -> torch.Tensor:
@@ -95,10 +129,9 @@ def make_store(
     with StoreWriter(path, spec) as writer:
         for name in source.splits():
             lengths = source.lengths(name)
-            split = writer.split(
-                name,
-                SplitSpec(source.fingerprint(name), lengths, chunk_frames or max(lengths), (SIZE, SIZE), source.masks),
-            )
+            frames, truth = chunk_frames or max(lengths), source.masks
+            spec_of_split = SplitSpec(source.fingerprint(name), lengths, frames, (SIZE, SIZE), truth, ignored=truth)
+            split = writer.split(name, spec_of_split)
             rounded = ENCODINGS[spec.dtype].rounded
             moments = {tap: Moments.empty(GRID[0] * GRID[1], DIM) for tap in taps}
             for index in range(len(lengths)):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from slotlab.masks.labels import masks_to_labels
+from slotlab.pictures import palette
 from slotlab.report.options import PageOptions
 from slotlab.report.server import LiveReport, serve
 from slotlab.report.write import write_report
@@ -129,6 +130,16 @@ def test_the_canvas_decides_as_the_evaluation_does(page: Any, home: Path) -> Non
     for t in range(len(expected)):
         found = page.execute_script(f"return Array.from(cards[0].runs[0].decide({t}).labels)")
         assert (np.array(found).reshape(expected[t].shape) == expected[t]).mean() > 0.999
+
+
+def test_pixels_of_unknown_truth_are_striped(page: Any) -> None:
+    page.execute_script("cards[0].ignored = new Uint8Array(cards[0].truth.length); cards[0].ignored.fill(1, 0, 512)")
+    both = "return [cards[0].frames[0].data, cards[0].picture('truth', null).data].map((d) => Array.from(d))"
+    frame, shown = (np.array(pixels).reshape(32, 32, 4)[..., :3] for pixels in page.execute_script(both))
+    y, x = np.indices((32, 32))
+    stripes = np.array([palette.rgb(colour) for colour in palette.IGNORED])[(x + y) // palette.STRIPE % 2]
+    expected = np.clip(stripes * (0.45 + 0.75 * frame.mean(-1, keepdims=True) / 255), 0, 255)
+    assert np.abs(shown - expected)[:16].max() <= 1 < np.abs(shown - expected)[16:].max()
 
 
 def test_the_slider_moves_the_frames_by_keyboard(page: Any) -> None:

@@ -1,4 +1,4 @@
-"""Diagnostics is told in plain words, and only where there is one."""
+"""A collapse is reported in plain words, and only if there is one."""
 
 from __future__ import annotations
 

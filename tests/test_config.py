@@ -12,6 +12,7 @@ from featcache.errors import DataError, UsageError
 from slotlab.config.load import load_config, presets, read_toml, validate, walk
 from slotlab.config.model import MODEL_KINDS, ClusteringConfig, Logistic, Sign
 from slotlab.config.schema import LOSS_NAMES, NORMALISATIONS, Config
+from slotlab.masks.refine import METHODS
 from slotlab.models import flow
 from slotlab.models.build import MODELS
 from slotlab.models.clustering import tracking
@@ -21,6 +22,7 @@ from slotlab.models.normalise import RECIPES
 from slotlab.models.predictors import PREDICTORS
 from slotlab.scoring.collapse import COLLAPSES
 from slotlab.training import losses
+from slotlab.words import Refinement
 
 
 def test_command_line_over_file_over_preset(tmp_path: Path) -> None:
@@ -89,6 +91,7 @@ def test_every_word_of_the_configuration_has_its_part() -> None:
     assert set(LOSS_NAMES) == set(losses.LOSSES)
     assert set(NORMALISATIONS) == set(RECIPES)
     assert set(get_args(Sign)) == set(COLLAPSES)
+    assert set(get_args(Refinement)) == set(METHODS)
     found: dict[str, set[str]] = {}
     for kind in MODEL_KINDS:
         for key in walk(kind):
@@ -148,7 +151,7 @@ def test_configuration_is_frozen() -> None:
         ("model.slot=7", "model.slot: no such key; did you mean model.slots"),
         ("model.slots=0", "model.slots: Input should be greater than or equal to 2"),
         ("model.decoder=cnn", "model.decoder: no such key"),  # not one of this kind of model
-        ("model.kind=slot_attention", "data.clip above 1 needs a model of video"),
+        ("model.kind=slot_attention", "data.clip above 1 needs a video model"),
         ("model.kind=perceiver", "model: Input tag 'perceiver'"),
         ("loss.temporal_similarity=0.1", "loss.temporal_similarity needs model.kind = slot_attention"),
         ("loss.slot_contrast=0.5", "loss.slot_contrast needs slots carried over clips"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +22,12 @@ from featcache.extraction.distributed import connect, extract_distributed
 from featcache.extraction.extract import extract
 from featcache.extraction.plan import ExtractOptions, ExtractPlan, plan
 from featcache.scale.recompute import recomputed_statistics
+from featcache.sources import open_source
 from featcache.sources.video import Video
 from featcache.store import manifest
 from featcache.store.reading import FeatureStore
 from featcache.upkeep.verify import verify
+from tests import growing
 from tests.synthetic import DiscSource, make_store
 
 pytestmark = pytest.mark.slow
@@ -228,6 +231,23 @@ def test_the_command_line_recomputes_statistics_on_workers(
     assert on_workers["std"] == pytest.approx(stored["std"], rel=1e-9)
     with pytest.raises(UsageError, match="only with --recompute"):
         cli.app(["stats", store, "--workers", "1"], standalone_mode=False)
+
+
+def test_a_source_that_changed_is_followed_alike(tmp_path: Path, backbone: Backbone, client: Client) -> None:
+    source, path = growing.videos(tmp_path / "v", "abcde"), tmp_path / "s.zarr"
+    growing.run(path, source, backbone)
+    growing.put(source, "b", 9, 5)
+    growing.put(source, "x", 6)
+    growing.drop(source, "a")
+    there = shutil.copytree(path, tmp_path / "there.zarr")
+    todo = plan(there, open_source(source), backbone, growing.GROW)
+    extract_distributed(todo, open_source(source), client, weights="random", device="cpu")
+    split, _ = growing.run(path, source, backbone, growing.GROW)
+    assert growing.ids(split) == list("abcdex") and files(there) == files(path)
+    todo = plan(there, open_source(source), backbone, growing.PRUNE)
+    extract_distributed(todo, open_source(source), client, weights="random", device="cpu")
+    growing.run(path, source, backbone, growing.PRUNE)
+    assert files(there) == files(path) and verify(there) == []
 
 
 def test_videos_that_always_kill_their_worker_are_named(tmp_path: Path, backbone: Backbone, client: Client) -> None:

@@ -149,7 +149,7 @@ def aged(run: Path, lasting: float) -> Path:
 def test_a_run_of_the_first_version_opens_and_says_what_differs(tmp_path: Path, store: FeatureStore) -> None:
     fitted, never = (aged(train(small(), store, tmp_path / name), lasting) for name, lasting in (("a", 0.5), ("b", 0)))
     told = [evaluate(load_run(run)).warnings for run in (fitted, never)]
-    assert "made by a version that gave slots of what soon passes to the background" in told[0][0]
+    assert "made by a version that gave short-lived slots to the background" in told[0][0]
     assert told[0][1:] == told[1], "where it was off, nothing differs"
     one, other = (load_run(run).segment(store["validation"], 0) for run in (fitted, never))
     assert torch.equal(one.masks, other.masks)

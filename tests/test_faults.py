@@ -237,7 +237,7 @@ def test_a_source_that_changed_is_refused_before_anything_is_written(tmp_path: P
     path, source = tmp_path / "s.zarr", DiscSource()
     extract(plan(path, source, backbone, replace(FIXED, max_videos=2)), source, backbone)
     before = arrays_of(path)
-    other = DiscSource({"train": (4, 4, 3, 4, 3), "validation": (4, 4)})
+    other = DiscSource({"train": (3, 3, 4, 3, 3), "validation": (3, 3)})
     with pytest.raises(IncompatibleError, match="source_fingerprint"):
         extract(plan(path, other, backbone, FIXED), other, backbone)
     assert arrays_of(path) == before and verify(path) == []

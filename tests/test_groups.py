@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from scipy.stats import wilcoxon
 
 from featcache.errors import IncompatibleError
-from featcache.sources.video import Instance, Video
+from featcache.sources.video import Video
 from featcache.store.reading import FeatureStore, Split
 from slotlab.scoring.evaluation import Evaluation
-from slotlab.scoring.groups import objects_by, subgroup_scores
+from slotlab.scoring.groups import ATTRIBUTES, objects_by, subgroup_scores
 from slotlab.scoring.intervals import Bootstrap
 from slotlab.scoring.paired import paired, paired_scores
 from slotlab.scoring.scores import Scores
@@ -39,8 +39,8 @@ class SizedSource(DiscSource):
             video.frames,
             video.segmentations,
             tuple(
-                Instance(i.shape, s, i.color, i.material, i.visibility)
-                for i, s in zip(video.instances, sizes, strict=True)
+                replace(i, size=s, category=c)
+                for i, s, c in zip(video.instances, sizes, ("cat", "dog")[:: -1 if index % 2 else 1], strict=True)
             ),
         )
 
@@ -123,7 +123,8 @@ def test_groups_are_the_objects_with_that_label(split: Split) -> None:
     found = subgroup_scores(scores, split, Bootstrap(resamples=200)).summaries
     assert set(found["by_material"]) == {"metal", "rubber"} and set(found["by_size"]) == {"large", "small"}
     tables, videos = scores.frame_tables()
-    for attribute in ("material", "size"):
+    assert set(found["by_category"]) == {"cat", "dog"}
+    for attribute in ATTRIBUTES:
         for name, of in found[f"by_{attribute}"].items():
             ious = []  # by a plain loop over frames and objects
             for table, video in zip(tables.double(), videos.tolist(), strict=True):
@@ -158,7 +159,7 @@ def test_confidence_has_every_score_and_contains_it(split: Split) -> None:
     for name, value in scores.summary().values.items():
         low, high = sure.total[name]
         assert low <= value <= high
-    assert sure.groups.keys() == found.summaries.keys() == {"by_material", "by_size", "by_objects"}
+    assert sure.groups.keys() == found.summaries.keys() == {f"by_{of}" for of in (*ATTRIBUTES, "objects")}
     for key, groups in found.summaries.items():
         assert sure.groups[key].keys() == groups.keys()
         for group, of in groups.items():

@@ -15,7 +15,7 @@ from featcache.errors import UsageError
 from featcache.store.reading import FeatureStore
 from slotlab.config.load import load_config
 from slotlab.masks.labels import masks_to_labels
-from slotlab.masks.refine import Guided, Method, refine
+from slotlab.masks.refine import METHODS, Guided, refine
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.boundaries import boundary_f
 from slotlab.scoring.evaluate import evaluate
@@ -24,11 +24,10 @@ from slotlab.scoring.metrics import object_iou
 from slotlab.scoring.references import grid_masks
 from slotlab.scoring.tables import mask_tables
 from slotlab.training.train import train
+from slotlab.words import Refinement
 
-METHODS: list[Method] = ["guided", "crf"]
 
-
-def needs(method: Method) -> None:
+def needs(method: Refinement) -> None:
     if method == "crf":
         pytest.importorskip("pydensecrf.densecrf")
 
@@ -49,7 +48,7 @@ def scene(size: int = 96, frames: int = 2) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_masks_of_patches_come_to_follow_the_edges(method: Method) -> None:
+def test_masks_of_patches_come_to_follow_the_edges(method: Refinement) -> None:
     needs(method)
     pictures, truth = scene()
     masks = grid_masks(truth, (8, 8), 3)

@@ -109,6 +109,27 @@ def test_movi_reads_frames_masks_and_instances_over_shards(tmp_path: Path) -> No
     assert (second.shape, second.size, second.color, second.material) == ("sphere", "small", "cyan", "metal")
 
 
+def test_movi_c_and_later_have_categories(tmp_path: Path) -> None:
+    """Kubric's movi_c.py to movi_f.py: instances have a class label ``category``, and no shape, size or material."""
+    folder = write_movi(tmp_path / "movi_e" / "128x128" / "1.0.0", {"train": 2})
+    content = json.loads((folder / "features.json").read_text())
+    of = content["featuresDict"]["features"]["instances"]["sequence"]["feature"]["featuresDict"]
+    of["features"] = {"category": {"classLabel": {"numClasses": "2"}}, "asset_id": {"text": {}}}
+    (folder / "features.json").write_text(json.dumps(content))
+    (folder / "instances-category.labels.txt").write_text("Action Figures\nShoe\n")
+    for path in folder.glob("instances-*_label.labels.txt"):
+        path.unlink()
+    write_records(folder / SHARD, [
+        example(index, edit=lambda feature: feature["instances/category"].int64_list.value.extend([1, 0]))
+        for index in range(2)
+    ])  # fmt: skip
+    for instance, category in zip(
+        open_source(tmp_path).read("train", 1).instances, ("Shoe", "Action Figures"), strict=True
+    ):
+        assert (instance.category, instance.shape, instance.material) == (category, "", "")
+        assert len(instance.visibility) == 3
+
+
 def test_movi_lengths_are_parsed_where_the_specification_leaves_them_open(tmp_path: Path) -> None:
     records = [example(0, 2), example(1, 5)]
     source = MoviSource(write_movi(tmp_path / "m", {"train": records}, frames=-1))
@@ -132,6 +153,9 @@ def test_movi_fingerprint_follows_content_not_place_or_time(tmp_path: Path) -> N
     write_records(tmp_path / "b" / SHARD, [example(0), example(1), example(9)])
     assert MoviSource(tmp_path / "b").fingerprint("train") != a.fingerprint("train")
     assert MoviSource(tmp_path / "b").fingerprint("validation") == a.fingerprint("validation")
+    assert MoviSource(tmp_path / "b").fingerprints("train")[:2] == a.fingerprints("train")[:2]
+    assert MoviSource(tmp_path / "b").fingerprints("train")[2] != a.fingerprints("train")[2]
+    assert list(a.names("train")) == [f"{SHARD}:{record}" for record in range(3)]
 
 
 def test_movi_missing_shard_is_named_and_partial_reads_the_rest(tmp_path: Path) -> None:
@@ -248,8 +272,10 @@ def test_tfds_without_tensorflow_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'slotlab\[tf\]'"):
         open_source("tfds:movi_a/256x256?data_dir=gs://kubric-public/tfds")
-    with pytest.raises(UsageError, match=r"write tfds:NAME"):
+    with pytest.raises(UsageError, match=r"no option 'version' after the question mark for TFDS; known: data_dir"):
         open_source("tfds:movi_a?version=1")
+    with pytest.raises(UsageError, match=r"write tfds:NAME"):
+        open_source("tfds:")
 
 
 def test_remote_address() -> None:

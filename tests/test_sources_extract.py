@@ -16,6 +16,7 @@ from PIL import ExifTags, Image
 import cli
 from featcache.store.reading import FeatureStore
 from tests.media import oblong, save_images, save_movie
+from tests.published import voc, write_list
 
 RESNET = ("extract", "--backbone", "resnet18", "--weights", "random", "--tap", "layer1", "--input-size", "32")
 QUICK = (*RESNET, "--batch-size", "2", "--precision", "float32", "--out", "s.zarr", "--json")
@@ -147,3 +148,19 @@ def test_what_is_left_out_is_said(slotlab: Run) -> None:
             "photos: left out files of kinds that are not read here: 1 .heic, 2 .txt; for HEIF: pip install"
             in ended.said
         )
+
+
+def test_a_published_data_set(slotlab: Run) -> None:
+    lists = {"train": ["a", "b"], "val": ["c"]}
+    voc(Path("VOCdevkit"), lists)
+    write_list(Path("VOCdevkit/VOC2012/ImageSets/Segmentation/trainval.txt"), ["a", "b", "c"])
+    ended = slotlab(*QUICK, "--data", "VOCdevkit")
+    assert ended.code == 0 and ended.out["splits"] == {"train": 2, "val": 1}, "trainval repeats both"
+    store = FeatureStore.open(Path("s.zarr"))
+    assert [instance.category for instance in store["val"].instances(0)] == ["dog", "person"]
+    assert slotlab(*QUICK, "--data", "VOCdevkit", "--split", "trainval").out["splits"]["trainval"] == 3
+    ended = slotlab(*QUICK, "--data", "VOCdevkit?year=2011")
+    assert ended.code == 2 and "no year '2011'; there is: 2012" in ended.said
+    Path("VOCdevkit/VOC2012/JPEGImages/c.jpg").unlink()
+    ended = slotlab(*QUICK, "--data", "VOCdevkit", "--split", "val")
+    assert ended.code == 3 and "c.jpg: no such file, but val names it" in ended.said

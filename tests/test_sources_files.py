@@ -94,6 +94,28 @@ def test_folder_fingerprint_follows_content(tmp_path: Path) -> None:
     assert FolderSource(tmp_path / "b").fingerprint("train") != before
 
 
+def test_a_video_keeps_its_fingerprint_under_another_name(tmp_path: Path) -> None:
+    frames, numbers = scene(0)
+    save_images(tmp_path / "walk", frames)
+    save_images(tmp_path / "masks" / "walk", numbers[1:], ["1.png", "2.png"])
+    save_images(tmp_path, scene(1)[0][:2], ["p.png", "q.png"])
+
+    def known() -> dict[str, str]:
+        source = FolderSource(tmp_path)
+        return dict(zip(source.names("train"), source.fingerprints("train"), strict=True))
+
+    before = known()
+    assert list(before) == ["p.png", "q.png", "walk"] and len(set(before.values())) == 3
+    for old, new in (("walk", "a"), ("masks/walk", "masks/a"), ("q.png", "b.png")):
+        (tmp_path / old).rename(tmp_path / new)
+    assert known() == {"a": before["walk"], "b.png": before["q.png"], "p.png": before["p.png"]}
+    (tmp_path / "masks" / "a" / "1.png").rename(tmp_path / "masks" / "a" / "0.png")
+    assert known()["a"] != before["walk"], "the mask is another frame's"
+    (tmp_path / "masks" / "a" / "0.png").rename(tmp_path / "masks" / "a" / "1.png")
+    (tmp_path / "a" / "0.png").rename(tmp_path / "a" / "7.png")
+    assert known()["a"] != before["walk"], "the frames have another order"
+
+
 def test_large_files_are_fingerprinted_to_the_last_byte(tmp_path: Path) -> None:
     path = tmp_path / "big"
     content = bytearray(np.random.default_rng(0).bytes(3 << 20))
@@ -229,6 +251,33 @@ def test_hdf5_groups_and_fingerprint(tmp_path: Path) -> None:
     with h5py.File(path, "a") as file:
         file["train/video"][0, 0, 0, 0, 0] ^= 1
     assert Hdf5Source(path).fingerprint("train") != before
+
+
+@pytest.mark.parametrize("frames", [VIDEOS, VIDEOS[:, 0]], ids=["videos", "images"])
+def test_hdf5_rows_have_fingerprints_of_their_own(tmp_path: Path, frames: np.ndarray) -> None:
+    masks = NUMBERS[tuple(slice(None, n) for n in frames.shape[:-1])] if frames.ndim == 5 else NUMBERS[:, 0]
+    before = Hdf5Source(_hdf5(tmp_path / "a.h5", video=frames, mask=masks)).fingerprints("train")
+    assert len(set(before)) == 4
+    moved = Hdf5Source(_hdf5(tmp_path / "b.h5", video=frames[[3, 0]], mask=masks[[3, 0]])).fingerprints("train")
+    assert moved == (before[3], before[0])
+    frames, masks = frames.copy(), masks.copy()
+    frames[1][..., -1, :, :] = 0  # the last lines of pixels
+    masks[2][..., -1, :] = 2
+    after = Hdf5Source(_hdf5(tmp_path / "c.h5", video=frames, mask=masks)).fingerprints("train")
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, False, False, True]
+
+
+def test_a_damaged_hdf5_row_leaves_the_others_their_fingerprints(tmp_path: Path) -> None:
+    path = tmp_path / "v.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("video", data=VIDEOS, chunks=(1, *VIDEOS.shape[1:]), compression="gzip")
+        at = file["video"].id.get_chunk_info(2).byte_offset
+    before = Hdf5Source(path).fingerprints("train")
+    data = bytearray(path.read_bytes())
+    data[at : at + 40] = bytes(40)
+    path.write_bytes(data)
+    after = Hdf5Source(path).fingerprints("train")
+    assert [one == other for one, other in zip(before, after, strict=True)] == [True, True, False, True]
 
 
 @pytest.mark.parametrize(

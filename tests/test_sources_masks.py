@@ -111,7 +111,7 @@ def test_lossy_masks_are_refused(tmp_path: Path, name: str, options: dict[str, A
     save_images(tmp_path, oblong(1), [f"{Path(name).stem}.png"])
     (tmp_path / "masks").mkdir()
     Image.fromarray(NUMBERS * 60).save(tmp_path / "masks" / name, **options)
-    with pytest.raises(DataError, match=rf"masks/{name}: mask is a lossy .* make it again as PNG"):
+    with pytest.raises(DataError, match=rf"masks/{name}: mask is a lossy .* save it as PNG"):
         open_source(tmp_path).read("train", 0)
     if name.endswith("webp"):
         Image.fromarray(NUMBERS).save(tmp_path / "masks" / name, lossless=True)
@@ -150,6 +150,16 @@ def test_a_palettes_255_beside_small_numbers_is_void(tmp_path: Path, caplog: pyt
     video = _read(tmp_path, _palette(only, VOC))
     np.testing.assert_array_equal(video.ignore[0], only == 255)
     assert not video.segmentations.any() and not video.instances
+
+    every = Reading.of(ignore_label="none")
+    video = _read(tmp_path, _palette(only, VOC), reading=every)
+    np.testing.assert_array_equal(video.segmentations[0], only // 255)
+    caplog.clear()
+    video = _read(tmp_path, _palette(voc, VOC), reading=every)
+    np.testing.assert_array_equal(video.segmentations[0], voc)
+    assert len(video.instances) == 255 and not video.ignored.any() and not caplog.text
+    assert open_source(tmp_path, every).fingerprint("train") != open_source(tmp_path).fingerprint("train")
+    assert "pass --ignore-label none" in remark
 
     many = (np.arange(48 * 64) % 256).astype(np.uint8).reshape(48, 64)
     assert _read(tmp_path, _palette(many, VOC)).ignore is None  # 255 of 255 objects
@@ -275,8 +285,8 @@ def test_a_clips_masks_are_put_to_their_frames(tmp_path: Path, names: list[str],
     ("names", "message"),
     [
         (["5.png", "10.png"], "none is numbered 0 or 12, so they may count from 0 or from 1"),
-        (["a.png", "b.png"], "give one mask a frame, or name each by the number"),
-        (["0a0.png", "1a0.png"], "give one mask a frame, or name each by the number"),
+        (["a.png", "b.png"], "give one mask per frame, or name each by the number"),
+        (["0a0.png", "1a0.png"], "give one mask per frame, or name each by the number"),
         (["0.png", "12.png"], "the last of which is numbered 12"),
         (["3.png", "30.png"], "the last of which is numbered 30"),
         ([f"{i}.png" for i in range(14)], "the last of which is numbered 13"),

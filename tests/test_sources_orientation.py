@@ -59,7 +59,7 @@ def test_a_display_matrix_that_is_no_quarter_turn_is_refused(tmp_path: Path) -> 
     clip = save_movie(tmp_path / "clip.mp4", "libx264", oblong())
     for matrix in [(0.8, 0.6, -0.6, 0.8), (1, 0.5, 0, 1), (0, 0, 0, 0)]:
         set_display_matrix(clip, *matrix)
-        with pytest.raises(DataError, match=r"clip.mp4: is to be shown at an angle .*ffmpeg -i FILE new.mp4"):
+        with pytest.raises(DataError, match=r"clip.mp4: its display matrix .*ffmpeg -i FILE new.mp4"):
             open_source(tmp_path).read("train", 0)
     set_display_matrix(clip, 2, 0, 0, 2)  # a scale, which ffmpeg leaves to the player
     np.testing.assert_array_equal(read_path(clip).shape, (3, 48, 64, 3))

@@ -71,7 +71,7 @@ def test_masks_in_as_many_pages_or_files(tmp_path: Path) -> None:
     for index in range(3):
         np.testing.assert_array_equal(open_source(tmp_path).read("train", index).segmentations, MASKS)
     _save(tmp_path / "masks" / "a.tif", MASKS[:4])
-    with pytest.raises(DataError, match=r"masks: 4 masks of 5 frames of a.tif; give one mask a frame"):
+    with pytest.raises(DataError, match=r"masks: 4 masks of 5 frames of a.tif; give one mask per frame"):
         open_source(tmp_path).read("train", 0)
 
 

@@ -336,7 +336,7 @@ def test_blockwise_dequantises(tmp_path: Path) -> None:
     scales = zarr.create_array(str(tmp_path / "s"), data=stored["scales"].numpy(), chunks=(6, 5))
     expected = streamed(ENCODINGS["int8"].decode(stored), valid)
     assert_same(reduce_moments({"features": features, "scales": scales}, dtype="int8", valid=valid), expected)
-    with pytest.raises(ValueError, match="int8 has the arrays features, scales; given are features"):
+    with pytest.raises(ValueError, match="int8 has the arrays features, scales; got features"):
         reduce_moments(features, dtype="int8", valid=valid)
     with pytest.raises(ValueError, match="do not fit"):
         reduce_moments({"features": features, "scales": da.from_array(stored["scales"].numpy()[:-1])}, dtype="int8")

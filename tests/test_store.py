@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from featcache.errors import DataError, IncompatibleError, UsageError
 from featcache.moments import Moments
+from featcache.sources.video import Instance
 from featcache.store import manifest
 from featcache.store.encoding import ENCODINGS
-from featcache.store.layout import chunk_path
+from featcache.store.layout import chunk_path, tables
 from featcache.store.reading import FeatureStore, Split
 from featcache.store.spec import SplitSpec
 from featcache.store.writing import StoreWriter
@@ -213,3 +214,27 @@ def test_unfinished_split_says_how_to_finish(tmp_path: Path, store: FeatureStore
     with pytest.raises(DataError, match=r"0 of 1 videos\); run the same slotlab extract command again"):
         split.require_complete()
     assert split.store.spec.taps["block1"].grid == GRID
+
+
+@pytest.mark.parametrize("names", [1, 255, 256])
+def test_table_of_categories(names: int) -> None:
+    """A code for each, in two bytes where there are more than 255."""
+    each = [Instance(category=f"c{k:03d}") for k in range(names)]
+    rows = {video: manifest.Row(video, "v", 1, {}, (instance, Instance())) for video, instance in enumerate(each)}
+    rows = {
+        video: replace(row, instances=tuple(replace(i, visibility=(3,)) for i in row.instances))
+        for video, row in rows.items()
+    }
+    found = tables(SplitSpec("", (1,) * names, 1, (8, 8), True), rows)
+    table = found["instances/category"]
+    assert table.values.dtype == (np.uint8 if names < 256 else np.uint16)
+    assert [table.labels[code] for code in table.values[:, 0]] == [instance.category for instance in each]
+    assert set(table.values[:, 1].tolist()) == {np.iinfo(table.values.dtype).max}
+
+
+def test_stores_of_earlier_versions_have_no_table_of_categories_and_are_sound(store: FeatureStore) -> None:
+    assert not (store.path / "train/instances/category").exists()
+    assert verify(store.path) == []
+    lines = (store.path / "train/manifest.jsonl").read_text().splitlines()
+    assert manifest.Row.from_json(lines[0].replace(',"category":""', "")) == manifest.Row.from_json(lines[0])
+    assert '"category":""' in lines[0], "the row above is of no use"

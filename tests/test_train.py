@@ -129,18 +129,18 @@ def test_bfloat16_trains(tmp_path: Path, store: FeatureStore) -> None:
     np.testing.assert_allclose([r["loss"] for r in rounded], [r["loss"] for r in exact], rtol=0.1)
 
 
-COMPILED = ("optim.compile=true",)
+COMPILED = ("optim.compile=true", "optim.cuda_graphs=true")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_training_is_the_same_training(tmp_path: Path, store: FeatureStore) -> None:
-    """With CUDA graphs, too, which a CPU has none of: the loop around them is the same."""
+    """As for CUDA graphs, which a CPU has none of: the loop around them is the same. One iteration compiles sooner."""
     losses = []
-    for name, options in {"plain": (), "compiled": COMPILED, "graphs": (*COMPILED, "optim.cuda_graphs=true")}.items():
-        config = small(*options, preset="default", optim__steps=3)
+    for name, options in {"plain": (), "compiled": COMPILED}.items():
+        config = small("model.iterations=1", *options, preset="dinosaur", optim__steps=3)
         losses.append([row["loss"] for row in rows_of(train(config, store, tmp_path / name))])
-    np.testing.assert_allclose(losses[1:], losses[:1] * 2, rtol=1e-3)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
 
 
 def test_int8_store_trains_like_float16(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_accumulated_parts_are_the_whole_batch(tmp_path: Path, store: FeatureSto
 
 @pytest.mark.parametrize("log_every", [1, 50])
 def test_a_loss_that_is_not_finite_names_the_batch(tmp_path: Path, store: FeatureStore, log_every: int) -> None:
-    """The first bad step is told, however late it is noticed; and nothing of it is saved."""
+    """The error names the first bad step, however late it is noticed, and nothing of it is saved."""
     overrides = (f"log_every={log_every}", "optim.learning_rate=1e30", "optim.warmup_steps=0")
     message = r"not finite at step 2 \(samples that begin at store rows \[\d+, \d+, \d+, \d+\]\); lower --set"
     with pytest.raises(DataError, match=message):

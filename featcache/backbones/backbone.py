@@ -1,4 +1,4 @@
-"""A frozen backbone that gives patch tokens of one or several taps."""
+"""A frozen backbone and its patch tokens at one or several taps."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ from featcache.backbones.weights import RANDOM_SEED, Weights, resolve_weights, t
 from featcache.errors import IncompatibleError, UsageError
 
 __all__ = ["Backbone", "BackboneSpec", "get_spec", "list_backbones", "load_backbone"]
+
+
+PIXELS_AT_ONCE = 1 << 25  # of frames that are resized: what that takes must follow from the input, not from the source
 
 
 class Backbone:
@@ -77,14 +80,24 @@ class Backbone:
         self._scale = (1 / (255 * std)).view(3, 1, 1).to(device)
         self._shift = (-mean / std).view(3, 1, 1).to(device)
 
+    def to_empty(self, device: torch.device | str) -> Backbone:
+        """This backbone, moved to a device without its weights, as by torch's method of that name."""
+        self._tower.model.to_empty(device=device)
+        self.device = torch.device(device)
+        return self
+
     def preprocess(self, frames: Tensor) -> Tensor:
         """Bring uint8 frames (B, H, W, 3) of any size to the model's input, float32 (B, 3, rows, columns).
 
-        The whole frame is resized, never cropped, so that masks of the frame and tokens cover the same
-        picture. A frame that has not the input's proportions is squeezed.
+        The whole frame is resized, never cropped, so that masks and tokens cover the same picture. A frame of other
+        proportions than the input is squeezed. ``UsageError`` for frames of another shape or type.
         """
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
             raise UsageError(f"frames must be uint8 (B, H, W, 3), not {frames.dtype} {tuple(frames.shape)}")
+        few = max(1, PIXELS_AT_ONCE // (frames.shape[1] * frames.shape[2]))
+        return torch.cat([self._prepared(part) for part in torch.split(frames, few)])
+
+    def _prepared(self, frames: Tensor) -> Tensor:
         images: Tensor = frames.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # (B, 3, H, W)
         mode = InterpolationMode(self.spec.interpolation)
         images = resize(images, list(self.input_size), interpolation=mode, antialias=True)
@@ -92,8 +105,10 @@ class Backbone:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
-        """Patch tokens (B, N, D) of each tap for preprocessed images (B, 3, rows, columns), in one pass that ends with
-        the last block needed. Prefix tokens (class, registers) are dropped; N runs row by row."""
+        """Patch tokens (B, N, D) of each tap, patches row by row, for preprocessed images (B, 3, rows, columns).
+
+        One pass, which ends with the last block needed. Prefix tokens (class, registers) are dropped.
+        """
         rows, columns = self.input_size
         if images.shape[1:] != (3, rows, columns):
             raise UsageError(f"images must be (B, 3, {rows}, {columns}) from preprocess, not {tuple(images.shape)}")
@@ -101,7 +116,7 @@ class Backbone:
 
         def keep(index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                inputs[index] = args[0]  # (B, P + N, D), what the attention projects
+                inputs[index] = args[0]  # (B, P + N, D), the input of the attention
 
             return hook
 
@@ -119,12 +134,12 @@ class Backbone:
                 projected = _project(_attention(tower.blocks[tap.index]), tap.kind, inputs[tap.index])
                 tokens[tap.name] = projected[:, self.spec.prefix_tokens :]
             elif tap.kind == "norm":
-                assert tower.norm is not None  # parsing the tap made sure
+                assert tower.norm is not None  # parse_tap checks it
                 tokens[tap.name] = tower.norm(outputs[tap.index])
             else:
                 tokens[tap.name] = outputs[tap.index]
         expected = self.grid[0] * self.grid[1]
-        for name, value in tokens.items():  # a model passed through may not be as regular as it says
+        for name, value in tokens.items():  # models by timm: or open_clip: names may break the rules
             if value.shape[1] != expected:
                 found = value.shape[1]
                 raise IncompatibleError(f"{self.spec.name} gave {found} tokens at {name}, not {expected}")
@@ -141,31 +156,23 @@ def load_backbone(
     """Build a backbone ready to run.
 
     Args:
-        name: see `get_spec`.
-        weights: see `featcache.backbones.weights.resolve_weights`.
-        taps: where to read tokens; none means the last block's output, before the final norm.
+        name: a name for `get_spec`.
+        weights: a value for `featcache.backbones.weights.resolve_weights`.
+        taps: names of the taps; none: the last block's output, before the final norm.
         input_size: pixels a side, or rows and columns; position embeddings are resampled to it.
-        device: where the model and its inputs live.
+        device: device of the model and its inputs.
 
     Raises:
         UsageError: unknown name or tap, a size that the patch does not divide, taps of different grids.
-        DataError: weights that cannot be had or read.
+        DataError: weights that cannot be found or read.
         IncompatibleError: a checkpoint of another model.
     """
-    spec = get_spec(name)
-    wished = spec.default_size if input_size is None else input_size
-    size = (wished, wished) if isinstance(wished, int) else wished
-    wanted = tuple(dict.fromkeys(taps)) or (spec.default_tap,)
-    if TAP.fullmatch(spec.default_tap):
-        _check_input_size(spec.name, size, spec.patch)
-        for tap in wanted:  # before minutes go into a download
-            parse_block_tap(tap, spec)
+    spec, size, wanted = _settle(name, taps, input_size)
     found = resolve_weights(spec, weights)
     # The library's initialiser draws from the global generator: leave the caller's as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(RANDOM_SEED)
-        build = open_clip_tower if spec.library == "open_clip" else timm_tower
-        tower = build(spec, size, found)
+        tower = _build(spec, size, found)
     if found.state_dict is None:
         found = dataclasses.replace(found, sha256=tensors_sha256(tower.model.state_dict()))
     parsed = tuple(parse_tap(tap, spec, tower) for tap in wanted)
@@ -174,8 +181,39 @@ def load_backbone(
     return Backbone(spec, tower, parsed, size, dataclasses.replace(found, state_dict=None), target)
 
 
+def outline(name: str, taps: Sequence[str] = (), input_size: int | tuple[int, int] | None = None) -> Backbone:
+    """A backbone on torch's meta device, where tensors have shapes and no values; arguments as for `load_backbone`."""
+    spec, size, wanted = _settle(name, taps, input_size)
+    weights = resolve_weights(spec, "random")
+    with torch.device("meta"):
+        tower = _build(spec, size, weights)
+        tower.model.eval().requires_grad_(False)
+        return Backbone(
+            spec, tower, tuple(parse_tap(t, spec, tower) for t in wanted), size, weights, torch.device("meta")
+        )
+
+
+def _settle(
+    name: str, taps: Sequence[str], input_size: int | tuple[int, int] | None
+) -> tuple[BackboneSpec, tuple[int, int], tuple[str, ...]]:
+    """The backbone, rows and columns of its input, and the taps wanted; `UsageError` where they do not fit."""
+    spec = get_spec(name)
+    wished = spec.default_size if input_size is None else input_size
+    size = (wished, wished) if isinstance(wished, int) else wished
+    wanted = tuple(dict.fromkeys(taps)) or (spec.default_tap,)
+    if TAP.fullmatch(spec.default_tap):
+        _check_input_size(spec.name, size, spec.patch)
+        for tap in wanted:  # before a download that takes minutes
+            parse_block_tap(tap, spec)
+    return spec, size, wanted
+
+
+def _build(spec: BackboneSpec, size: tuple[int, int], weights: Weights) -> Tower:
+    return (open_clip_tower if spec.library == "open_clip" else timm_tower)(spec, size, weights)
+
+
 def input_size(preprocessing: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns of the input that a store's preprocessing records."""
+    """Rows and columns of the backbone's input, from a store's preprocessing."""
     size = preprocessing["size"]
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
@@ -197,8 +235,8 @@ def _attention(block: nn.Module) -> nn.Module:
 def _project(attention: Any, facet: str, x: Tensor) -> Tensor:
     """One of the three projections (B, L, D) of an attention's input ``x`` (B, L, D).
 
-    Computed again rather than hooked: fused layers are called as functions in several families (Eva, BEiT,
-    `nn.MultiheadAttention`), where a hook on them never fires, and one third of one layer costs little.
+    It is computed again, not hooked: several families (Eva, BEiT, `nn.MultiheadAttention`) call fused layers as
+    functions, where a hook never fires, and one third of one layer costs little.
     """
     part = FACETS.index(facet)
     weight = getattr(attention, "in_proj_weight", None)

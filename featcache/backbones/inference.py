@@ -1,4 +1,4 @@
-"""Frames through a backbone, batch by batch: in which number format, and how many frames at a time."""
+"""Runs frames through a backbone batch by batch, and chooses the batch size and the number format."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ import torch
 from featcache.backbones.backbone import Backbone
 from featcache.errors import UsageError, out_of_memory
 from featcache.machine import native_bfloat16
+from featcache.text import bytes_text
 from featcache.words import Precision
 
 CPU_BATCH = 8  # frames; see `choose_batch_size`
-GPU_BATCH = 128  # frames: a ViT-S takes longer over them than their operations take to start
-PROBED = 4  # frames that show what one takes of a GPU's memory
+GPU_BATCH = 128  # frames; enough that a ViT-S computes for longer than its kernels take to launch
+PROBED = 4  # frames that the memory of one frame is measured with
 
 MAX_RELATIVE_ERROR = 1e-2  # Frobenius norm, against float32 on real frames
-HALF_PRECISION = (7, 0)  # compute capability from which a GPU multiplies float16 at several times float32's rate
+HALF_PRECISION = (7, 0)  # least compute capability of a GPU that multiplies float16 several times faster than float32
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +29,9 @@ logger = logging.getLogger(__name__)
 def forward(
     backbone: Backbone, videos: Sequence[np.ndarray], batch_size: int, precision: Precision
 ) -> list[dict[str, torch.Tensor]]:
-    """Patch tokens of several videos' frames (T, H, W, 3), each a dict of tap -> (T, N, D) on the device.
+    """Patch tokens of videos, given as frames (T, H, W, 3) uint8: for each a dict tap -> (T, N, D) on the device.
 
-    ``UsageError`` where its memory does not hold a batch.
+    ``UsageError`` if the device's memory does not hold a batch.
     """
     lengths = [len(frames) for frames in videos]
     starts = np.cumsum([0, *lengths])
@@ -54,9 +55,9 @@ def forward(
 
 
 def choose_batch_size(backbone: Backbone, precision: Precision) -> int:
-    """Frames a batch: a matter of the backbone and the machine alone, never of a timing.
+    """Number of frames in a batch. It depends on the backbone and the machine only, never on a timing.
 
-    On a CPU 8. DINOv2 ViT-S/14 at 224 px (AVX-512 with bfloat16, CPU seconds a frame, sizes in turn) runs at these
+    On a CPU: 8. DINOv2 ViT-S/14 at 224 px (AVX-512 with bfloat16, CPU seconds per frame, sizes in turn) runs at these
     shares of its best rate:
 
     ========  ====  ====  ====  ====  ====  ====  ====  ====
@@ -65,8 +66,8 @@ def choose_batch_size(backbone: Backbone, precision: Precision) -> int:
     bfloat16  0.78  0.90  0.96  0.98  0.99  1.00  0.99  0.87
     ========  ====  ====  ====  ====  ====  ====  ====  ====
 
-    On a GPU 128, or the largest power of two whose activations fit in half of its memory; fewer, with a warning, where
-    others hold so much of it now that those would not fit.
+    On a GPU: 128, or the largest power of two whose activations fit in half of its memory; fewer, with a warning, if
+    too little of it is free.
     """
     device = backbone.device
     if device.type != "cuda":
@@ -75,17 +76,17 @@ def choose_batch_size(backbone: Backbone, precision: Precision) -> int:
     frame = _frame_memory(backbone, precision)
     batch, now = _power_of_two(total // 2 // frame), _power_of_two(free // frame)
     if now < batch:
-        logger.warning("%.1f GB of %s are free: %d frames at a time instead of %d", free / 1e9, device, now, batch)
+        logger.warning("%s of %s are free: %d frames at a time instead of %d", bytes_text(free), device, now, batch)
     return min(batch, now)
 
 
 def _power_of_two(most: int) -> int:
-    """The largest one up to ``most`` and `GPU_BATCH`, at least 1."""
+    """The largest power of two up to ``most`` and `GPU_BATCH`; at least 1."""
     return 1 << (min(max(most, 1), GPU_BATCH).bit_length() - 1)
 
 
 def _frame_memory(backbone: Backbone, precision: Precision) -> int:
-    """Bytes that a frame of a batch takes on a GPU beside the weights."""
+    """Bytes of GPU memory that each frame of a batch takes, besides the weights."""
     torch.cuda.reset_peak_memory_stats(backbone.device)
     before = torch.cuda.memory_allocated(backbone.device)
     forward(backbone, [np.zeros((PROBED, *backbone.input_size, 3), np.uint8)], PROBED, precision)
@@ -93,16 +94,17 @@ def _frame_memory(backbone: Backbone, precision: Precision) -> int:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """A context in which torch computes in ``precision`` on the device."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, getattr(torch, precision))
 
 
 def fast_precision(device: torch.device) -> Precision:
-    """The narrowest format that the device multiplies by instructions made for it, faster than float32.
+    """The narrowest format that the device multiplies natively, and so faster than float32.
 
     float16 on a GPU of compute capability 7.0 or more, bfloat16 on a processor with instructions for it; elsewhere
-    float32, which a format that is emulated does not reach.
+    float32, as emulated formats are slower.
     """
     if device.type == "cuda":
         return "float16" if torch.cuda.get_device_capability(device) >= HALF_PRECISION else "float32"
@@ -110,7 +112,7 @@ def fast_precision(device: torch.device) -> Precision:
 
 
 def choose_precision(backbone: Backbone, videos: Sequence[np.ndarray]) -> Precision:
-    """:func:`fast_precision` where its error, measured on the videos' frames (T, H, W, 3), is small; else float32."""
+    """:func:`fast_precision` if its error on the videos' frames (T, H, W, 3) is small; else float32."""
     fast = fast_precision(backbone.device)
     if fast == "float32" or not relative_error(backbone, videos, fast) <= MAX_RELATIVE_ERROR:  # nor NaN
         return "float32"
@@ -118,8 +120,10 @@ def choose_precision(backbone: Backbone, videos: Sequence[np.ndarray]) -> Precis
 
 
 def relative_error(backbone: Backbone, videos: Sequence[np.ndarray], precision: Precision) -> float:
-    """Largest over the taps of ‖x - x32‖ / ‖x32‖, x the tokens of the videos' frames (T, H, W, 3) each under
-    ``precision``, x32 those in float32; NaN if any is not finite."""
+    """Relative error of ``precision`` on the frames (T, H, W, 3) of videos, the largest over the taps.
+
+    It is ‖x - x32‖ / ‖x32‖, x being the tokens in that precision and x32 those in float32; NaN if any is not finite.
+    """
     exact, rounded = (forward(backbone, videos, CPU_BATCH, kind) for kind in ("float32", precision))
     errors = []
     for tap in backbone.taps:

@@ -1,4 +1,4 @@
-"""Where the weights of a backbone came from, as a store keeps it: enough to find them again."""
+"""The origin of a backbone's weights, as a store records it: enough to find them again."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, Literal
 
 Kind = Literal["random", "file", "wheel", "hub"]
 
-# What stores by slotlab 0.1.0 say, before "PLACE" or "PLACE, MEMBER".
+# Words that stores by slotlab 0.1.0 put before "PLACE" or "PLACE, MEMBER".
 _PROSE: Mapping[str, Kind] = {"random, ": "random", "file ": "file", "PyPI wheel ": "wheel", "hub ": "hub"}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """A kind of place, which one (a seed, a path, a requirement, a repository), and the file within it."""
+    """A kind of place, its name (a seed, a path, a requirement or a repository), and the file in it."""
 
     kind: Kind
     place: str
@@ -22,7 +22,7 @@ class Origin:
 
     @classmethod
     def read(cls, kept: Any) -> Origin | None:
-        """The origin that a store's metadata hold under ``weights_origin``; None where it is not known."""
+        """The origin from ``weights_origin`` of a store's metadata; None if it is unknown."""
         if isinstance(kept, Mapping):
             return cls(**kept)
         for start, kind in _PROSE.items():
@@ -35,7 +35,7 @@ class Origin:
 
     @property
     def weights(self) -> str:
-        """The ``--weights`` that finds them again."""
+        """The ``--weights`` value that finds the weights again."""
         return self.place if self.kind == "file" else self.kind
 
     def __str__(self) -> str:

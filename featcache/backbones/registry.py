@@ -1,7 +1,7 @@
-"""Which backbones there are: short names, aliases, and the two libraries' own names.
+"""The registry of backbones: short names, aliases, and the names of the two libraries.
 
-Reading the registry imports neither torch nor a model library; only ``timm:`` and ``open_clip:`` names do,
-because the library has to be asked what they are.
+The registry imports neither torch nor a model library, except for ``timm:`` and ``open_clip:`` names, which it looks up
+in the library.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ TAP = re.compile(r"block([1-9]\d*)(?:\.(\w+))?")
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """A frozen image model and what it wants to be fed.
+    """A frozen image model and the input that it expects.
 
-    ``patch`` is the pixels a side of one token's cell, at the default tap; ``dim`` the width there;
-    ``depth`` the number of blocks (of stages, for a convolutional network).
+    ``patch`` is the side of a token's cell in pixels, and ``dim`` the width of a token, both at the default tap;
+    ``depth`` is the number of blocks (stages in a convolutional network).
     """
 
     name: str
     library: Library
     model_id: str
-    tag: str  # which weights of that architecture
+    tag: str  # name of the weights for that architecture
     patch: int
     dim: int
     depth: int
     prefix_tokens: int
-    source: str  # where a person downloads the weights
+    source: str  # address to download the weights from
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     native_size: int = 224  # pixels a side in pre-training
@@ -91,7 +91,7 @@ _SPECS = (
         "dino_vitb16", "vit_base_patch16_224.dino", 16, 768, 1,
         f"{_META}/dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth",
     ),
-    # OpenAI trained with QuickGELU; the plain architecture loads the same file and computes something else.
+    # OpenAI trained with QuickGELU; the plain architecture loads the same file, but computes other features.
     _timm(
         "clip_vitb16", "vit_base_patch16_clip_quickgelu_224.openai", 16, 768, 1,
         hub="vit_base_patch16_clip_224.openai", mean=CLIP_MEAN, std=CLIP_STD,
@@ -111,7 +111,7 @@ ALIASES = {"dinov2": "dinov2_vits14", "dino": "dino_vits16", "clip": "clip_vitb1
 
 
 def list_backbones() -> tuple[BackboneSpec, ...]:
-    """Every backbone that has a short name, in the order in which they are shown."""
+    """Every backbone with a short name, in the order of display."""
     return _SPECS
 
 

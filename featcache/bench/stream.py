@@ -18,8 +18,9 @@ from torch import Tensor
 from featcache.machine import alternate, limited, paired_ratio, timed
 from featcache.memory.pages import cached_share, host_empty
 from featcache.store.reading import Split
+from featcache.stream.residence import RING
 from featcache.stream.rows import TORCH_DTYPES, FileRows
-from featcache.stream.stream import RING, FeatureStream, clip_starts, feature_arrays, open_readers
+from featcache.stream.stream import FeatureStream, clip_starts, feature_arrays, open_readers
 from featcache.words import Residence
 
 WINDOW = 2 << 30  # bytes of features that a measurement reads: far more than caches, far less than memory
@@ -37,7 +38,7 @@ Starts = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Access:
-    """Random access in batches of ``samples`` clips of ``frames`` consecutive frames."""
+    """Random access in batches of ``samples`` clips, each of ``frames`` consecutive frames."""
 
     samples: int
     frames: int
@@ -86,6 +87,7 @@ class Window:
         self._rng = np.random.default_rng(0)
 
     def starts(self, clip: int) -> Starts:
+        """First rows (samples,) of the clips of ``clip`` frames in the window; at least one."""
         starts = clip_starts(self.split, clip)
         inside = starts[starts <= self.stop - clip]
         return inside if len(inside) else starts[:1]
@@ -105,6 +107,7 @@ class Window:
         }
 
     def read(self, starts: Starts, buffers: Mapping[str, Tensor]) -> None:
+        """Read the clips that begin at ``starts`` into the buffers."""
         for name, reader in self.readers.items():
             reader.gather(starts, buffers[name])
 

@@ -1,12 +1,12 @@
 """Extraction on dask workers: this machine's processes, or those of a running scheduler.
 
-A task is one of the fixed groups of videos that the local extractor cuts. The worker decodes it, runs its own
-copy of the backbone and makes the chunks durable itself, on a file system that all share; back come the
-manifest rows and the group's moments, never the features. The client alone holds the store's lock, appends the
-rows as they come and merges the moments in the groups' order, so that the store equals a local one.
+A task is one of the fixed groups of videos that the local extractor cuts. The worker decodes it, runs its copy of the
+backbone, and makes the chunks durable on a file system that all share; it returns the manifest rows and the group's
+moments, never the features. The client alone holds the store's lock, appends the rows as they arrive and merges the
+moments in the order of the groups, so that the store equals a local one.
 
-A task may run twice, when its worker dies or only seems to: it writes the same bytes under the same names, each
-time by renaming its own temporary file.
+A task may run twice, if its worker dies or only seems to: it writes the same bytes under the same names, each time by
+renaming a temporary file.
 """
 
 # dask.distributed leaves most of its functions without types
@@ -49,21 +49,21 @@ from featcache.store.writing import SplitWriter, StoreWriter
 logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10
-# Groups given out beyond the first unfinished one, for each thread of the workers. It bounds the moments that
-# wait here for an earlier group, and keeps the workers busy while that one is run again.
+# Groups submitted beyond the first unfinished one, per worker thread. This bounds the moments that wait here for an
+# earlier group, and keeps the workers busy while that group runs again.
 WINDOW = 4
 
 
 @contextmanager
 def connect(scheduler: str | None = None, workers: int | None = None) -> Iterator[Client]:
-    """A dask client: of the scheduler at that address, or of ``workers`` processes of one thread on this machine.
+    """A dask client of the scheduler at that address, or of ``workers`` processes on this machine, one thread each.
 
-    Raises ``UsageError`` where no scheduler answers. While it is open, it is dask's default client.
+    While it is open, it is dask's default client. ``UsageError`` if no scheduler answers.
     """
     if (scheduler is None) == (workers is None):
         raise UsageError("give --scheduler ADDRESS or --workers N, one of the two")
     if scheduler is not None:
-        # Our message of a lost scheduler is one line; dask would add the traceback of its last attempt.
+        # The message of a lost scheduler is one line; dask would add the traceback of its last attempt.
         logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
         try:
             client = Client(scheduler, timeout=CONNECT_SECONDS)
@@ -78,7 +78,7 @@ def connect(scheduler: str | None = None, workers: int | None = None) -> Iterato
     assert workers is not None
     if workers < 1:
         raise UsageError(f"--workers {workers}: must be at least 1")
-    # No limit of memory: a worker holds one group of videos at a time, and dask's limit would kill it for that.
+    # No memory limit: a worker holds one group of videos at a time, and dask's limit could kill it for that.
     cluster = LocalCluster(
         n_workers=workers, threads_per_worker=1, processes=True, memory_limit=0, dashboard_address=":0"
     )
@@ -86,13 +86,13 @@ def connect(scheduler: str | None = None, workers: int | None = None) -> Iterato
         client.register_plugin(_LocalWorker())
         try:
             yield client
-        finally:  # hide what dask says of workers that are slow to stop, too
+        finally:  # hide dask's messages about workers that are slow to stop
             logging.getLogger("distributed.nanny").setLevel(logging.ERROR)
 
 
 class _LocalWorker(WorkerPlugin):
-    """Ctrl-C reaches every process of a terminal, but only the client acts on it, once it has kept what the
-    workers finished. Hide dask's messages of the cancelled tasks."""
+    """Ignores Ctrl-C, which a terminal sends to every process: the client keeps what the workers finished, then stops
+    them. Hides dask's cancellation messages."""
 
     def setup(self, worker: Worker) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -108,25 +108,25 @@ def extract_distributed(
     device: str = "auto",
     progress: Progress = lambda *_: None,
 ) -> FeatureStore:
-    """Carry out a plan on a client's workers and return the finished store, equal to `extract`'s.
+    """Carry out a plan on a client's workers and return the finished store, which equals that of `extract`.
 
-    ``weights`` and ``device`` are what each worker gives `load_backbone`; ``auto`` is the best it has. The
-    store's path must mean the same directory on every worker, as must a source's files.
+    Each worker passes ``weights`` and ``device`` to `load_backbone`; ``auto`` is the best device it has. The paths of
+    the store and of the source's files must be the same on every worker.
 
-    Raises ``DataError`` when the disk is too small, a video is damaged, the scheduler is lost, or a group's
-    workers keep dying; ``IncompatibleError`` when the store or a worker's backbone is another one.
+    Raises ``DataError`` if the disk is too small, a video is damaged, the scheduler is lost, or a group's workers keep
+    dying; ``IncompatibleError`` if the store or a worker's backbone is another one.
     """
     require_space(plan)
     if weights is not None and Path(weights).exists():
         weights = str(Path(weights).absolute())
     with StoreWriter(plan.path, plan.spec) as writer, _permit(plan.path) as permit:
         for split in plan.splits:
-            with closing(writer.split(split.name, split.spec)) as split_writer:
+            with closing(writer.split(split.name, split.spec, rearrange=True)) as split_writer:
                 if split_writer.complete:
                     total = sum(split_writer.spec.lengths)
                     progress(split.name, total, total)
                     continue
-                job = SplitJob.of(split_writer, plan, source)
+                job = SplitJob.of(split_writer, split, plan, source)
                 work = _pickled(_Work(job, source, weights, device, permit))
                 try:
                     _run_split(split_writer, job, work, client, progress)
@@ -156,7 +156,7 @@ def _run_split(writer: SplitWriter, job: SplitJob, work: bytes, client: Client, 
                 logger.warning("no dask worker is connected; waiting for one")
             while given < min(len(groups), merged + WINDOW * max(1, threads)):
                 group = groups[given]
-                # Not pure: a result of an earlier run must never be taken for this one's.
+                # Not pure: dask must never reuse the result of an earlier run.
                 future = client.submit(_run_group, work, group, done.intersection(group), pure=False)
                 pending[future] = given
                 completed.add(future)
@@ -176,7 +176,7 @@ def _run_split(writer: SplitWriter, job: SplitJob, work: bytes, client: Client, 
                 merged += 1
     except BaseException:
         _keep_finished(pending, writer)
-        with suppress(Exception):  # a lost scheduler has nothing left to cancel
+        with suppress(Exception):  # a lost scheduler cannot cancel anything
             client.cancel(list(pending))
         raise
     writer.finish(statistics)
@@ -188,7 +188,7 @@ def _result(future: Future[_GroupResult], job: SplitJob, group: range) -> _Group
     except KilledWorker as error:
         raise DataError(
             f"{job.location}: the workers that ran {job.name} videos {group[0]} to {group[-1]} died "
-            f"{error.allowed_failures + 1} times, most often for want of memory; use a smaller --batch-size or fewer "
+            f"{error.allowed_failures + 1} times, most often for lack of memory; use a smaller --batch-size or fewer "
             "workers on a machine, the same command resumes"
         ) from error
     assert isinstance(result, _GroupResult)
@@ -196,10 +196,10 @@ def _result(future: Future[_GroupResult], job: SplitJob, group: range) -> _Group
 
 
 def _keep_finished(pending: Mapping[Future[_GroupResult], int], writer: SplitWriter) -> None:
-    """Rows of the groups that had come to an end when the run was broken off."""
+    """Append the rows of groups that were finished when the run was interrupted."""
     for future in pending:
         if future.status == "finished":
-            with suppress(Exception):  # its worker or the scheduler may be gone; the group is then run again
+            with suppress(Exception):  # its worker or the scheduler may be gone; the group then runs again
                 for row in future.result(timeout=CONNECT_SECONDS).rows:
                     writer.append(row)
 
@@ -210,10 +210,9 @@ def _lost(client: Client, error: Exception) -> bool:
 
 @contextmanager
 def _permit(store: Path) -> Iterator[Path]:
-    """A file that workers look for: it shows that they see this store, and that their run is still on.
+    """A file that workers check: it shows that they see this store, and that their run is still going on.
 
-    A later run removes it as it does all temporary files, so that workers left over from a client that was
-    killed stop before they write.
+    The next run deletes it like all temporary files, so that workers of a killed client stop before they write.
     """
     path = store.absolute() / f".run-{uuid.uuid4().hex}{TEMPORARY}"
     path.touch()
@@ -228,10 +227,10 @@ def _permit(store: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class _Work:
-    """What a worker must know of a split. Sent with every task, so that any worker can take over any group."""
+    """Everything that a worker needs for a split. It is sent with every task, so that any worker can run any group."""
 
     job: SplitJob
-    source: Source | None  # None: open what the location names
+    source: Source | None  # None: open the one at the job's location
     weights: str | None
     device: str
     permit: Path
@@ -239,8 +238,8 @@ class _Work:
 
 @dataclass(frozen=True)
 class _GroupResult:
-    """What a group adds to its store. An error for the user comes as a value, so that dask logs no traceback
-    and the rows of the videos before it are kept."""
+    """The result of a group. A user's error is returned, not raised, so that dask logs no traceback and the rows of
+    the videos before it are kept."""
 
     rows: Sequence[Row]
     statistics: Mapping[str, Moments]
@@ -254,8 +253,8 @@ def _pickled(work: _Work) -> bytes:
         return pickle.dumps(_Work(work.job, None, work.weights, work.device, work.permit))
 
 
-# Threads of one worker share its backbone, whose taps are hooks: one forward pass at a time. They still decode
-# and write while another computes.
+# Threads of one worker share its backbone, whose taps are hooks, so one forward pass runs at a time. Other threads
+# decode and write meanwhile.
 _model_lock = threading.Lock()
 
 
@@ -266,7 +265,7 @@ def _run_group(work: bytes, group: range, done: frozenset[int]) -> _GroupResult:
             task, source, backbone = _prepared(work)
         job = task.job
         _require_permit(task.permit)
-        videos = [] if done.issuperset(group) else [job.read(source, index) for index in group]
+        videos = [] if done.issuperset(group) else [job.read(source, index, done) for index in group]
         with _model_lock:
             tokens = job.forward(backbone, videos) if videos else []
         _require_permit(task.permit)

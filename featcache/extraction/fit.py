@@ -1,8 +1,8 @@
-"""How pictures of any proportions meet a backbone's input, and how masks of it are brought back.
+"""Fits pictures of any proportions to a backbone's input, and maps masks back.
 
-The backbone resizes whole frames to its input. So what it is shown is settled before: all of a frame (``squash``), as
-much as has the input's proportions (``crop``: the short side, from the centre), or all of it with a margin (``pad``).
-Stored frames and masks are cut alike, and then cover what the tokens cover.
+The backbone resizes whatever it gets to its input. So frames are cut before: not at all (``squash``), to the largest
+centred window with the input's proportions (``crop``), or to the smallest window around the frame with them (``pad``).
+Stored frames and masks are cut in the same way, so that they cover the same picture as the tokens.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.backbones.backbone import input_size
-from featcache.sources.masks import visibility
+from featcache.sources.masks import counted
 from featcache.sources.video import Size, Video
 from featcache.words import Fit
 
-FIT, MARGIN = "fit", "margin"  # keys of a store's preprocessing; it has neither where whole frames are squashed
+FIT, MARGIN = "fit", "margin"  # keys of a store's preprocessing; it has neither if frames are squashed
 
 
 @dataclass(frozen=True)
 class Window:
-    """A rectangle in a picture of ``frame`` size, or around it: rows ``top`` to ``top + height``."""
+    """A rectangle of rows ``top`` to ``top + height`` in a picture of size ``frame``, or around it."""
 
     frame: Size
     top: int
@@ -34,7 +34,7 @@ class Window:
 
     @classmethod
     def of(cls, fit: Fit, frame: Size, proportions: Size) -> Window:
-        """What of a frame is shown to an input of those proportions (rows, columns)."""
+        """The window of a frame that an input with those proportions (rows, columns) gets."""
         rows, columns = frame
         wide = columns * proportions[0] > rows * proportions[1]
         if (fit == "crop" and wide) or (fit == "pad" and not wide):
@@ -52,22 +52,22 @@ class Window:
         return self.size == self.frame
 
     def cut(self, images: npt.NDArray[Any], margin: Any) -> npt.NDArray[Any]:
-        """(T, H, W, ...) of the frame -> (T, height, width, ...), with ``margin`` beyond its edges."""
+        """Cut images (T, H, W, ...) of the frame to (T, height, width, ...), with ``margin`` around the frame."""
         return _moved(images, self.size, (-self.top, -self.left), margin)
 
     def put_back(self, images: npt.NDArray[Any], outside: Any) -> npt.NDArray[Any]:
-        """(T, height, width, ...) of the window -> (T, H, W, ...) of the frame, with ``outside`` where it is not."""
+        """Put images (T, height, width, ...) of the window back into the frame (T, H, W, ...), on ``outside``."""
         return _moved(images, self.frame, (self.top, self.left), outside)
 
     def resized(self, size: Size) -> Window:
-        """The same where the window's content was brought to ``size``."""
+        """This window after its content was resized to ``size``."""
         y, x = size[0] / self.height, size[1] / self.width
         frame = max(1, round(self.frame[0] * y)), max(1, round(self.frame[1] * x))
         return Window(frame, round(self.top * y), round(self.left * x), *size)
 
 
 def _moved(images: npt.NDArray[Any], size: Size, place: tuple[int, int], empty: Any) -> npt.NDArray[Any]:
-    """A canvas (T, *size, ...) of ``empty`` with images (T, H, W, ...) laid at a place, as far as they lie on it."""
+    """A canvas (T, *size, ...) of ``empty`` with images (T, H, W, ...) at a place (row, column), clipped to it."""
     if images.shape[1:3] == size:
         return images
     canvas = np.empty((len(images), *size, *images.shape[3:]), images.dtype)
@@ -81,24 +81,25 @@ def _moved(images: npt.NDArray[Any], size: Size, place: tuple[int, int], empty: 
 
 
 def shown(preprocessing: Mapping[str, Any], frame: Size) -> Window:
-    """What of a frame a store's backbone is shown."""
+    """The window of a frame that the backbone of a store gets."""
     fit = fit_of(preprocessing)
     return Window.of(fit, frame, frame if fit == "squash" else input_size(preprocessing))
 
 
 def fit_of(preprocessing: Mapping[str, Any]) -> Fit:
+    """The fit that a store's preprocessing records."""
     fit: Fit = preprocessing.get(FIT, "squash")
     return fit
 
 
 def fitting(fit: Fit, mean: tuple[float, ...]) -> dict[str, Any]:
-    """What a store's preprocessing says of a fit. A margin has the colour that normalisation makes zero."""
+    """The entries of a fit in a store's preprocessing. A margin has the colour that normalisation maps to zero."""
     margin = {MARGIN: [round(255 * value) for value in mean]} if fit == "pad" else {}
     return {} if fit == "squash" else {FIT: fit, **margin}
 
 
 def fitted(video: Video, preprocessing: Mapping[str, Any]) -> Video:
-    """A video as its store's backbone is shown it. In a margin the truth is not known."""
+    """A video, cut as the backbone of its store gets it. The ground truth is unknown in a margin."""
     window = shown(preprocessing, video.frames.shape[1:3])
     if window.is_frame:
         return video
@@ -119,5 +120,4 @@ def fitted(video: Video, preprocessing: Mapping[str, Any]) -> Video:
 
 def recounted(video: Video, masks: npt.NDArray[np.uint8]) -> tuple[Any, ...]:
     """The video's instances with the pixels that they have in other masks (T, H, W) of it."""
-    counts = visibility(masks, len(video.instances))
-    return tuple(replace(i, visibility=tuple(row.tolist())) for i, row in zip(video.instances, counts, strict=True))
+    return counted(masks, video.instances)

@@ -1,4 +1,4 @@
-"""How the groups of one split are read, run and stored, in whichever process."""
+"""Reads, runs and stores the groups of one split, in any process."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from PIL import Image
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.inference import forward
 from featcache.errors import DataError
-from featcache.extraction.fit import fitted, recounted
-from featcache.extraction.plan import ExtractPlan, strided
+from featcache.extraction.fit import recounted
+from featcache.extraction.plan import ExtractPlan, SplitPlan, read_shown
 from featcache.moments import Moments, NonFiniteTokensError
 from featcache.sources.video import Source, Video
 from featcache.store.encoding import ENCODINGS, FEATURES, Stored
@@ -25,14 +25,16 @@ from featcache.store.reading import FeatureStore, Split
 from featcache.store.spec import SplitSpec, StoreSpec
 from featcache.store.writing import SplitWriter, write_chunks
 
-Tokens = Mapping[str, Stored]  # tap -> one video's, in the store's form
+Tokens = Mapping[str, Stored]  # tap -> tokens of one video, in the store's form
 
 TapMoments = Mapping[str, Moments]
+
+GROUP_BYTES = 2 << 30  # of frames that are held for one pass, unless a single video has more
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One video as the backbone is shown it, and as it is stored."""
+    """One video as the backbone gets it, and as it is stored."""
 
     frames: npt.NDArray[np.uint8]  # (T, H, W, 3)
     stored: Video
@@ -40,39 +42,56 @@ class Shown:
 
 @dataclass(frozen=True)
 class SplitJob:
-    """How the groups of one split are read, run and stored, in whichever process."""
+    """The work on one split, group by group, in any process."""
 
     path: Path  # the split's folder
     name: str
     store: StoreSpec
     spec: SplitSpec
-    location: str  # of the source, for messages
+    location: str  # of the source
     resize_frames: bool
+    origins: Sequence[int | None] = ()  # place of each video in the source; None where it is no longer
 
     @classmethod
-    def of(cls, writer: SplitWriter, plan: ExtractPlan, source: Source) -> SplitJob:
+    def of(cls, writer: SplitWriter, split: SplitPlan, plan: ExtractPlan, source: Source) -> SplitJob:
+        """The job of a split that is open for writing."""
         path = writer.path.absolute()
-        return cls(path, writer.name, plan.spec, writer.spec, source.location, plan.resize_frames)
+        spec = replace(writer.spec, names=())  # it is sent to workers with every group
+        return cls(path, writer.name, plan.spec, spec, source.location, plan.resize_frames, split.origins)
 
     def groups(self) -> list[range]:
-        """Videos that share batches: a matter of position and batch size alone."""
-        size = max(1, self.store.batch_size // self.spec.chunk_frames)
+        """Videos that share batches; only their position, the batch size and the size of the frames decide."""
+        size = max(1, min(self.store.batch_size // self.spec.chunk_frames, GROUP_BYTES // self.chunk_bytes))
         videos = len(self.spec.lengths)
         return [range(i, min(i + size, videos)) for i in range(0, videos, size)]
 
-    def read(self, source: Source, index: int) -> Shown:
-        video = strided(source.read(self.name, index), self.store.frame_stride)
-        video = fitted(video, self.store.preprocessing)
-        return Shown(video.frames, _resized(video, self.spec, self.resize_frames, source.where(self.name, index)))
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the frames of a full chunk: most videos have one."""
+        return 3 * self.spec.chunk_frames * self.spec.frame_size[0] * self.spec.frame_size[1]
+
+    def read(self, source: Source, index: int, done: Container[int]) -> Shown:
+        """One video of the split; ``DataError`` if it is damaged or does not fit.
+
+        One that is ``done`` is read from the store: it shares its group's batch, and its source may have lost it.
+        """
+        if index in done:
+            frames = self._stored.video(index)
+            return Shown(frames, Video("", frames))
+        origin = self.origins[index]
+        assert origin is not None, "a video that its source has lost was asked for"
+        stored = self.spec.frame_size if self.resize_frames else None
+        video = read_shown(source, self.name, origin, self.store.frame_stride, self.store.preprocessing, stored)
+        return Shown(video.frames, _resized(video, self.spec, self.resize_frames, source.where(self.name, origin)))
 
     def forward(self, backbone: Backbone, videos: Sequence[Shown]) -> list[Tokens]:
-        """Each video's tokens as they are stored, where the backbone runs."""
+        """Each video's tokens in the store's form, on the backbone's device."""
         encode = ENCODINGS[self.store.dtype].encode
         found = forward(backbone, [v.frames for v in videos], self.store.batch_size, self.store.precision)
         return [{tap: encode(tokens) for tap, tokens in taps.items()} for taps in found]
 
     def measure(self, group: range, done: Container[int], tokens: Sequence[Tokens]) -> TapMoments:
-        """Moments of the group's videos together, of the tokens as stored; old videos are read back."""
+        """Moments of the stored tokens over the whole group; finished videos are read back."""
         return {tap: self._moments(group, tap, done, tokens) for tap in self.store.taps}
 
     def store_group(
@@ -83,9 +102,9 @@ class SplitJob:
         tokens: Sequence[Tokens],
         each: Callable[[Callable[[int], Row], Sequence[int]], Iterator[Row]] = map,
     ) -> Iterator[Row]:
-        """Make the chunks of the group's new videos durable; gives the rows to append, in order.
+        """Make the chunks of the group's new videos durable; yields the manifest rows to append, in order.
 
-        ``each`` may be an executor's ``map``, which writes several at a time.
+        ``each`` may be the ``map`` of an executor, which writes several videos at a time.
         """
 
         def store(position: int) -> Row:
@@ -97,7 +116,7 @@ class SplitJob:
 
     @cached_property
     def _stored(self) -> Split:
-        return Split(FeatureStore.open(self.path.parent), self.name)
+        return Split(FeatureStore.open(self.path.parent), self.path.name)
 
     def _moments(self, group: range, tap: str, done: Container[int], tokens: Sequence[Tokens]) -> Moments:
         decode = ENCODINGS[self.store.dtype].decode
@@ -119,16 +138,23 @@ class SplitJob:
 
 
 def merge(total: dict[str, Moments], part: TapMoments) -> None:
-    """Add moments by tap to ``total``. Videos are measured together with their group, and groups are merged in order,
-    wherever they ran: the sums are rounded alike."""
+    """Add moments by tap to ``total``. Each group is measured as a whole, and groups are merged in order, wherever they
+    ran, so that sums are rounded alike."""
     for tap, moments in part.items():
         total[tap] = total[tap] + moments if tap in total else moments
 
 
 def _resized(video: Video, spec: SplitSpec, resize: bool, where: str) -> Video:
-    """The video at the store's frame size, or ``DataError`` if it would have to be resized unasked."""
+    """The video at the store's frame size. ``DataError`` if that needs a resize that the user did not ask for."""
     if (video.segmentations is not None) != spec.masks:
         raise DataError(f"{where}: {'has' if not spec.masks else 'lacks'} masks, unlike the first video of its split")
+    if video.ignore is not None and video.segmentations is not None:  # a source may count pixels of every number
+        video = replace(video, instances=recounted(video, video.segmentations))
+    if spec.masks and not spec.ignored and video.ignored.any():
+        raise DataError(
+            f"{where}: has pixels or frames whose truth is not known, and the store, by an earlier version, has no "
+            "place for that; extract to another --out"
+        )
     if video.frames.shape[1:3] == spec.frame_size:
         return video
     height, width = spec.frame_size

@@ -1,4 +1,4 @@
-"""What an extraction would do, settled before it starts."""
+"""Plans an extraction before it starts: its store, the work left, and the space it needs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -14,37 +14,42 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from featcache.backbones.backbone import Backbone
+from featcache.backbones.backbone import Backbone, input_size
 from featcache.backbones.inference import choose_batch_size, choose_precision
 from featcache.errors import DataError, UsageError
-from featcache.extraction.fit import Window, fitted, fitting
+from featcache.extraction.changes import Changes, Found, settle
+from featcache.extraction.fit import Window, fitted, fitting, shown
 from featcache.sources.clips import listed
+from featcache.sources.images import MOST_PIXELS, decoded_smaller, size_text
 from featcache.sources.video import Size, Source, Video
 from featcache.store.encoding import ENCODINGS
-from featcache.store.layout import COMPRESSED, array_layouts
+from featcache.store.layout import array_bytes, array_layouts
 from featcache.store.reading import FeatureStore
-from featcache.store.spec import MAX_CHUNK_FRAMES, SplitSpec, StoreSpec, TapSpec
+from featcache.store.spec import MAX_CHUNK_FRAMES, SCHEMA, SplitSpec, StoreSpec, TapSpec, refuse_if_different
+from featcache.text import bytes_text
 from featcache.words import Dtype, Fit, Precision
 
 logger = logging.getLogger(__name__)
 
 
-PROBED_VIDEOS, PROBED_FRAMES = 4, 16  # that a format's error is measured on, at most
+PROBED_VIDEOS, PROBED_FRAMES = 4, 16  # most videos and frames that a number format's error is measured on
 
 
 @dataclass(frozen=True)
 class ExtractOptions:
-    """What to extract; the backbone and the source are given apart."""
+    """Options of an extraction, besides its backbone and its source."""
 
-    splits: tuple[str, ...] = ()  # () is every split of the source
+    splits: tuple[str, ...] = ()  # empty: every split of the source that repeats no other
     dtype: Dtype = "float16"
     frame_stride: int = 1
     max_videos: int | None = None
-    batch_size: int | None = None  # None is what suits the machine
+    batch_size: int | None = None  # None: chosen for the machine
     precision: Precision | Literal["auto"] = "auto"
-    # Height and width of the stored frames and masks, or their shorter side; None keeps the source's.
+    # Height and width of the stored frames and masks, or their shorter side; None: those of the source.
     frame_size: int | tuple[int, int] | None = None
     fit: Fit = "squash"
+    grow: bool = False  # videos that the source has got since are added
+    prune: bool = False  # videos that the source has no longer are removed
 
     def __post_init__(self) -> None:
         if self.frame_stride < 1:
@@ -59,25 +64,26 @@ class ExtractOptions:
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """What one split still needs."""
+    """The work that is left on one split."""
 
     name: str
     spec: SplitSpec
-    videos_done: int
-    frames_left: int
-    bytes_left: int  # upper bound: frames and masks counted uncompressed
+    origins: tuple[int | None, ...]  # place of each video in the source; None where it is no longer
+    changes: Changes = field(default_factory=Changes)
+    frames_left: int = 0
+    bytes_left: int = 0  # upper bound: frames and masks counted uncompressed
 
 
 @dataclass(frozen=True)
 class ExtractPlan:
-    """What an extraction would do, known before it starts."""
+    """The plan of an extraction."""
 
     path: Path
     spec: StoreSpec
     splits: tuple[SplitPlan, ...]
     bytes_free: int
     resize_frames: bool = False  # the user chose the size of the stored frames
-    remarks: tuple[str, ...] = ()  # what the source says before its videos are trusted
+    remarks: tuple[str, ...] = ()  # warnings about the source
 
     @property
     def frames_left(self) -> int:
@@ -91,11 +97,12 @@ class ExtractPlan:
 def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions) -> ExtractPlan:
     """Settle the store's specification and the work left.
 
-    Batch size and precision, where they are not given, follow from the backbone, the machine and some of the frames
-    alone: the same command gives the same store, however busy the machine is. An existing store lends its own, so that
-    a resumed run cuts the same batches.
+    Batch size and precision, if not given, depend only on the backbone, the machine and some of the frames, so that the
+    same command gives the same store, however busy the machine is. An existing store keeps its values, so that a
+    resumed run cuts the same batches. Raises ``UsageError`` for a split that the source lacks or a question that the
+    user must answer first, ``DataError`` for frames of several sizes.
     """
-    names = options.splits or source.splits()
+    names = options.splits or source.usual_splits()
     if unknown := [name for name in names if name not in source.splits()]:
         raise UsageError(f"{source.location}: no split {unknown[0]!r}; it has: {', '.join(source.splits())}")
     store = FeatureStore.open(path) if (path / "zarr.json").exists() else None
@@ -106,10 +113,11 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
         logger.warning("%s", line)
     preprocessing = {**backbone.preprocessing, **fitting(options.fit, backbone.spec.mean)}
     stored = {name: _stored_size(source, name, backbone, options) for name in names}
-    probes = {name: fitted(strided(source.read(name, 0), options.frame_stride), preprocessing) for name in names}
+    chosen = {name: None if options.frame_size is None else stored[name] for name in names}
+    probes = {name: read_shown(source, name, 0, options.frame_stride, preprocessing, chosen[name]) for name in names}
     precision, batch_size = options.precision, options.batch_size
     if precision == "auto":
-        frames = [] if store else _some_frames(source, names[0], options, preprocessing)
+        frames = [] if store else some_frames(source, names[0], options.max_videos, preprocessing, chosen[names[0]])
         precision = store.spec.precision if store else choose_precision(backbone, frames)
     if batch_size is None:
         batch_size = store.spec.batch_size if store else choose_batch_size(backbone, precision)
@@ -124,29 +132,33 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
         source=source.location,
         batch_size=batch_size,
         versions={"python": platform.python_version(), **{p: version(p) for p in ("torch", "zarr", "slotlab")}},
+        schema=store.spec.schema if store else SCHEMA,
     )
+    if store:
+        refuse_if_different(path, store.spec.identity(), spec.identity())
     splits = []
     for name, probe in probes.items():
-        lengths = [-(-length // options.frame_stride) for length in source.lengths(name)]
-        chunk_frames = min(max(lengths), MAX_CHUNK_FRAMES)
+        found = Found(source, name, options.frame_stride)
         height, width = stored[name] or probe.frames.shape[1:3]
-        split_spec = SplitSpec(
-            source_fingerprint=source.fingerprint(name),
-            lengths=tuple(lengths[: options.max_videos]),
-            chunk_frames=chunk_frames,
+        fresh = SplitSpec(
+            source_fingerprint=found.fingerprint,
+            lengths=found.lengths,
+            chunk_frames=min(max(found.lengths), MAX_CHUNK_FRAMES),
             frame_size=(height, width),
             masks=probe.segmentations is not None,
+            ignored=probe.segmentations is not None and spec.schema > 1,
         )
-        done: Sequence[int] = store[name].videos if store and name in store.splits else ()
-        left = [length for i, length in enumerate(split_spec.lengths) if i not in set(done)]
-        padded = sum(-(-length // chunk_frames) * chunk_frames for length in left)  # raw chunks are written full
-        bytes_left = sum(
-            (sum(left) if layout.name in COMPRESSED else padded)
-            * int(np.prod(layout.shape))
-            * np.dtype(layout.dtype).itemsize
-            for layout in array_layouts(spec, split_spec)
-        )
-        splits.append(SplitPlan(name, split_spec, len(done), sum(left), bytes_left))
+        there = store[name] if store and name in store.splits else None
+        settled = settle(fresh, found, there, options.max_videos, options.grow, options.prune)
+        split_spec = settled.spec
+        lines = settled.changes.lines(str(path / name), source.location)
+        for line in lines:
+            logger.warning("%s", line)
+        remarks += tuple(lines)
+        lengths = tuple(n for i, n in enumerate(split_spec.lengths) if i not in settled.finished)
+        left = replace(split_spec, lengths=lengths)
+        bytes_left = sum(array_bytes(layout, left) for layout in array_layouts(spec, split_spec))
+        splits.append(SplitPlan(name, split_spec, settled.origins, settled.changes, sum(lengths), bytes_left))
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     return ExtractPlan(path, spec, tuple(splits), free, options.frame_size is not None, remarks)
@@ -159,28 +171,33 @@ def _remarks(source: Source, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _some_frames(
-    source: Source, split: str, options: ExtractOptions, preprocessing: Mapping[str, Any]
+def some_frames(
+    source: Source, split: str, max_videos: int | None, preprocessing: Mapping[str, Any], stored: Size | None
 ) -> list[npt.NDArray[np.uint8]]:
-    """A few frames of a few videos, spread evenly over those to extract: (T, H, W, 3) each."""
-    videos = len(source.lengths(split)[: options.max_videos])
+    """A few frames of a few videos, both evenly spaced: (T, H, W, 3) each; `read_shown`."""
+    videos = len(source.lengths(split)[:max_videos])
     chosen = range(0, videos, -(-videos // PROBED_VIDEOS))
     frames = PROBED_FRAMES // len(chosen)
-    shown = [fitted(source.read(split, index), preprocessing).frames for index in chosen]
+    shown = (read_shown(source, split, index, 1, preprocessing, stored).frames for index in chosen)
     return [video[:: -(-len(video) // frames)] for video in shown]
 
 
 def _stored_size(source: Source, split: str, backbone: Backbone, options: ExtractOptions) -> Size | None:
-    """Height and width of a split's stored frames; None if only its first video tells.
+    """Height and width of a split's stored frames; None: those of its first video.
 
-    ``DataError`` where frames are of several sizes and were not to be brought to one.
+    ``DataError`` if frames have several sizes and no frame size is given.
     """
     wished, (rows, columns) = options.frame_size, backbone.input_size
     videos = range(len(source.lengths(split)[: options.max_videos]))
     sizes: dict[Size, list[int]] = {}
-    for index in videos:  # also where all are resized: masks that do not fit are found before anything is computed
+    for index in videos:  # even if all are resized: this finds masks that do not fit before anything is computed
         if size := source.size(split, index):
             sizes.setdefault(Window.of(options.fit, size, backbone.input_size).size, []).append(index)
+            if wished is None and size[0] * size[1] > MOST_PIXELS:
+                raise DataError(
+                    f"{source.where(split, index)}: {size_text(size)} are over {MOST_PIXELS / 1e6:.0f} million "
+                    "pixels, too many to store as they are; have them scaled down with --frame-size 512"
+                )
     if isinstance(wished, int):  # the shorter side
         short = min(rows, columns)
         return round(wished * rows / short), round(wished * columns / short)
@@ -205,18 +222,35 @@ def _stored_size(source: Source, split: str, backbone: Backbone, options: Extrac
 
 
 def require_space(plan: ExtractPlan) -> None:
-    """``DataError`` if what is left to do cannot fit on the disk."""
+    """``DataError`` if the rest of the store does not fit on the disk."""
     if plan.bytes_left > plan.bytes_free:
         dim = next(iter(plan.spec.taps.values())).dim
         smallest = min(ENCODINGS.values(), key=lambda encoding: encoding.token_bytes(dim)).name
         smaller = "" if smallest == plan.spec.dtype else f"--dtype {smallest}, "
         raise DataError(
-            f"{plan.path}: needs up to {plan.bytes_left / 1e9:.1f} GB and {plan.bytes_free / 1e9:.1f} GB are free; "
+            f"{plan.path}: needs up to {bytes_text(plan.bytes_left)} and {bytes_text(plan.bytes_free)} are free; "
             f"free space, or use {smaller}--frame-stride or --max-videos"
         )
 
 
+def read_shown(
+    source: Source, split: str, index: int, stride: int, preprocessing: Mapping[str, Any], stored: Size | None
+) -> Video:
+    """A video as its store's backbone is shown it, every ``stride``-th frame.
+
+    ``stored`` is the size of the stored frames where that was chosen: large pictures are then decoded no larger than
+    what is stored and what the backbone takes need.
+    """
+    shrink = 1.0
+    if stored and (size := source.size(split, index)):
+        window, wanted = shown(preprocessing, size), input_size(preprocessing)
+        sides = zip(window.size, stored, wanted, strict=True)
+        shrink = decoded_smaller(size, min(side / max(kept, taken) for side, kept, taken in sides))
+    return fitted(strided(source.read_smaller(split, index, shrink), stride), preprocessing)
+
+
 def strided(video: Video, stride: int) -> Video:
+    """Every ``stride``-th frame of a video, with its ground truth."""
     if stride == 1:
         return video
     instances = tuple(replace(i, visibility=i.visibility[::stride]) for i in video.instances)

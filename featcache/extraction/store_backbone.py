@@ -1,4 +1,4 @@
-"""The backbone that made a store, loaded again: to mend the store, or to run other frames the same way."""
+"""Loads the backbone of a store again, to repair the store or to compute features of other frames."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def store_backbone(
 ) -> Backbone:
     """The backbone named in a store, for some of its taps or all.
 
-    ``weights`` are as for `featcache.backbones.backbone.load_backbone`; None is where the store says that its own are
-    from. Raises `DataError` where they are gone, `UsageError` for a backbone that this version does not know, and
-    `IncompatibleError` where what was found is not what the store was made with.
+    ``weights`` are as for `featcache.backbones.backbone.load_backbone`; None: the origin that the store records. Raises
+    `DataError` if they are gone, `UsageError` for a backbone that this version does not know, and `IncompatibleError`
+    if the backbone differs from the one that made the store.
     """
     spec = store.spec
     if "size" not in spec.preprocessing:
@@ -44,9 +44,9 @@ def store_backbone(
 def token_maker(
     store: FeatureStore, tap: str, weights: str | None, device: torch.device
 ) -> Callable[[npt.NDArray[np.uint8]], torch.Tensor]:
-    """What turns frames (T, H, W, 3) into tokens (T, N, D) on the device, just as the store's own were made.
+    """A function from frames (T, H, W, 3) uint8 to tokens (T, N, D) on the device, computed like the store's tokens.
 
-    ``weights`` and what is raised are as for :func:`store_backbone`.
+    ``weights`` and errors are those of :func:`store_backbone`.
     """
     spec, backbone = store.spec, store_backbone(store, (tap,), weights, str(device))
     # Half precision is emulated on a CPU; what a GPU rounded is within 1 % of the exact features.
@@ -59,7 +59,7 @@ def token_maker(
 
 
 def refuse_other_backbone(store: FeatureStore, backbone: Backbone, taps: Sequence[str] = ()) -> None:
-    """``IncompatibleError`` unless the backbone gives the store's features at these taps, or at all."""
+    """``IncompatibleError`` unless the backbone gives the store's features at these taps (default: at all)."""
     spec = store.spec
     made = replace(
         spec,
@@ -77,13 +77,15 @@ def refuse_other_backbone(store: FeatureStore, backbone: Backbone, taps: Sequenc
 
 
 def _deciding(spec: StoreSpec) -> dict[str, Any]:
-    """What decides the features; the same weights may have come by another way and name."""
+    """The settings that decide the features, without the name that the weights had where they came from."""
     return {key: value for key, value in spec.identity().items() if key != "model.weights_tag"}
 
 
 def recorded_weights(spec: StoreSpec) -> str | None:
-    """The ``--weights`` value that gives a store's weights again; None where the store does not say. ``DataError`` for
-    a file that is gone."""
+    """The ``--weights`` value that reproduces a store's recorded weights; None if it records none.
+
+    ``DataError`` if the recorded file is gone.
+    """
     origin = Origin.read(spec.model.get("weights_origin"))
     if origin is None:
         return None

@@ -15,9 +15,9 @@ CHECK = 16  # copies between two calls of ``between``
 
 
 class Copier:
-    """Carries out copies on ``threads`` threads.
+    """Copies memory on ``threads`` threads.
 
-    One thread moves about 10 GB/s, a machine's memory often several times that.
+    One thread moves about 10 GB/s; the memory of a machine often allows several times that.
     """
 
     def __init__(self, threads: int = 1) -> None:
@@ -38,7 +38,7 @@ class Copier:
 
 
 def _copy(lines: Callable[[int, int, int], object], pieces: Sequence[Piece]) -> None:
-    """Copy pieces, those of whole lines by ``lines``. Both ways release the GIL, at half the cost of Tensor.copy_."""
+    """Copy pieces, whole lines by ``lines``. Both functions release the GIL, and cost half as much as Tensor.copy_."""
     for target, source, size in pieces:
         copy = ctypes.memmove if (target | size) % kernels.LINE else lines
         copy(target, source, size)

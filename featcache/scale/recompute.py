@@ -56,7 +56,7 @@ def reduce_moments(
     arrays = dict(features) if isinstance(features, Mapping) else {FEATURES: features}
     wanted = {array.folder: array for array in ENCODINGS[dtype].arrays}
     if arrays.keys() != wanted.keys():
-        raise ValueError(f"{dtype} has the arrays {', '.join(wanted)}; given are {', '.join(arrays)}")
+        raise ValueError(f"{dtype} has the arrays {', '.join(wanted)}; got {', '.join(arrays)}")
     name = _name(arrays[FEATURES])
     rows = _lazy(arrays[FEATURES]).rechunk({1: -1, 2: -1} if blocks is None else (tuple(blocks), -1, -1))
     frames = rows.shape[0]

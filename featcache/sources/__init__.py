@@ -1,76 +1,104 @@
-"""Data sources: videos from MOVi files, TFDS, folders and HDF5, all read as the same ``Video`` record."""
+"""Data sources: videos from folders, HDF5 and the layouts of published data sets, all read as the same ``Video``."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from featcache.errors import DataError, UsageError
+from featcache.sources.place import Layout, Place
 from featcache.sources.reading import Reading
 from featcache.sources.video import Instance, Source, Video
 
-__all__ = ["Instance", "Reading", "Source", "Video", "open_source", "sample_dir"]
+__all__ = ["Instance", "Reading", "Source", "Video", "absolute", "layouts", "open_source", "sample_dir"]
 
 SAMPLE = "sample:movi_a"
-HDF5_SUFFIXES = (".h5", ".hdf5", ".hdf")
-PARTIAL = "?partial"
+
+
+@cache
+def published() -> tuple[Layout, ...]:
+    """The layouts of data sets, which lie in folders of their own."""
+    from featcache.sources import clevrer, clevrtex, coco, davis, multi_object, voc, youtube
+
+    videos = (davis.LAYOUT, youtube.VIS, youtube.VOS, clevrer.LAYOUT)
+    return (*videos, voc.LAYOUT, coco.LAYOUT, clevrtex.LAYOUT, multi_object.LAYOUT)
+
+
+@cache
+def layouts() -> tuple[Layout, ...]:
+    """Every layout that is read, in the order in which a place is tried: the first that it fits reads it."""
+    from featcache.sources import folder, hdf5, movi, tfds
+
+    return (*published(), hdf5.LAYOUT, movi.LAYOUT, tfds.LAYOUT, folder.LAYOUT)
 
 
 def open_source(location: str | Path | None = None, reading: Reading | None = None) -> Source:
-    """Open what ``location`` names; ``None`` is the embedded sample. ``reading`` is how to take what is in it.
+    """Open the source at ``location``; ``None`` is the embedded sample. ``reading`` says how to read its files.
 
-    ==========================================  ======================================================
-    ``sample:movi_a``                           the embedded sample
-    a folder with ``features.json`` in or below MOVi in its TFRecord layout, read without TensorFlow;
-                                                ``FOLDER?partial`` takes the shards that are there
-    ``tfds:movi_a/256x256?data_dir=DIR``        any TFDS video data set, through TensorFlow (extra ``tf``)
-    a file ending in .h5, .hdf5 or .hdf         arrays ``video`` or ``image``, optionally ``mask``
-    any other folder, or one video file         videos, or images, optionally with ``masks/``
-    ==========================================  ======================================================
+    A location is ``[LAYOUT:]PATH[?option[=value]&...]``: a folder or a file in one of ``layouts()``, which is found by
+    what lies there unless it is named. ``tfds:NAME?data_dir=DIR`` goes through TensorFlow, ``sample:movi_a`` is the
+    embedded sample.
 
-    Raises ``DataError`` where nothing readable is there, ``UsageError`` where the location itself is wrong.
+    Raises ``DataError`` if nothing readable is there, ``UsageError`` if the location itself is wrong.
     """
-    from featcache.sources.folder import FolderSource
-
     reading = reading or Reading()
-    source = _open(location, reading)
-    if reading.mask_colours and not isinstance(source, FolderSource):
-        raise UsageError(f"{source.location}: --mask-colours is for folders of mask images; here masks are numbers")
-    return source
-
-
-def _open(location: str | Path | None, reading: Reading) -> Source:
     if location is None or str(location) == SAMPLE:
         from featcache.sources.movi import MoviSource
 
+        _require_numbers(SAMPLE, reading)
         return MoviSource(sample_dir(), location=SAMPLE, reading=reading)
-    name = str(location)
-    if name.startswith("tfds:"):
-        from featcache.sources.tfds import TfdsSource
-
-        return TfdsSource(name, reading)
-    if "://" in name:
+    place = Place.of(str(location), [each.name for each in layouts()])
+    layout = _layout(place)
+    if unknown := sorted(place.options.keys() - set(layout.options)):
+        known = ", ".join(layout.options) or "none"
         raise UsageError(
-            f"{name}: remote addresses are not read directly; download the files and give their folder, "
+            f"{location}: no option {unknown[0]!r} after the question mark for {layout.of}; known: {known}"
+        )
+    if not place.layout and layout is layouts()[-1] and place.path.is_dir():
+        _refuse_inner(place)
+    if not layout.colours:
+        _require_numbers(place.location, reading)
+    return layout.open(place, reading)
+
+
+def absolute(location: str) -> str:
+    """The same location for a process with another working directory."""
+    place = Place.of(location, [each.name for each in layouts()])
+    remote = any(each.name == place.layout and not each.local for each in layouts())
+    return location if remote or not place.path.exists() else place.absolute()
+
+
+def _layout(place: Place) -> Layout:
+    """The layout that a place names, or the first that it fits."""
+    named = next((layout for layout in layouts() if layout.name == place.layout), None)
+    if named and not named.local:
+        return named
+    if not named and "://" in place.location:
+        raise UsageError(
+            f"{place.location}: remote addresses are not read directly; download the files and give their folder, "
             "or write tfds:NAME?data_dir=ADDRESS"
         )
-    partial = name.endswith(PARTIAL) and not Path(name).exists()
-    path = Path(name.removesuffix(PARTIAL) if partial else name).expanduser()
-    if not path.exists():
-        raise DataError(f"{path}: no such file or folder; give a folder of videos, a MOVi folder or an HDF5 file")
-    if path.is_file() and path.suffix.lower() in HDF5_SUFFIXES:
-        from featcache.sources.hdf5 import Hdf5Source
+    if not place.path.exists():
+        raise DataError(
+            f"{place.path}: no such file or folder; give a folder of videos, an HDF5 file, or the folder of a data set "
+            f"({', '.join(layout.name for layout in layouts())})"
+        )
+    return named or next(layout for layout in layouts() if layout.local and layout.fits(place.path))
 
-        return Hdf5Source(path, reading)
-    if ".tfrecord" in path.name and path.is_file():
-        raise DataError(f"{path}: one shard alone is not readable; give its folder, which holds features.json")
-    if path.is_dir():
-        from featcache.sources.movi import MoviSource, find_features
 
-        if (directory := find_features(path)) is not None:
-            return MoviSource(directory, location=name, partial=partial, reading=reading)
-    from featcache.sources.folder import FolderSource
+def _refuse_inner(place: Place) -> None:
+    """``DataError`` where a folder holds a published data set, whose annotations would be taken for videos."""
+    for child in sorted(path for path in place.path.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        if inner := next((layout for layout in published() if layout.fits(child)), None):
+            raise DataError(
+                f"{place.path}: holds {inner.of} in {child.name}; give {child}, or folder:{place.path} to read all as "
+                "videos and frames"
+            )
 
-    return FolderSource(path, reading)
+
+def _require_numbers(location: str, reading: Reading) -> None:
+    if reading.mask_colours:
+        raise UsageError(f"{location}: --mask-colours is for folders of mask images; here masks are numbers")
 
 
 def sample_dir() -> Path:

@@ -16,19 +16,28 @@ READERS = 2
 
 
 class SoundVideos(Source):
-    """The videos of a source that can be read. To know them, each is read once, when its split is first asked for."""
+    """The readable videos of a source. All videos of a split are read once, when the split is first used."""
 
     def __init__(self, source: Source) -> None:
         self.location = source.location
         self._source = source
         self._sound: dict[str, dict[int, int]] = {}  # split -> position in the source -> frames
-        self._damaged: dict[str, tuple[str, ...]] = {}
+        self._damaged: dict[str, dict[str, str]] = {}  # split -> name -> what is wrong
 
     def splits(self) -> tuple[str, ...]:
         return self._source.splits()
 
+    def usual_splits(self) -> tuple[str, ...]:
+        return self._source.usual_splits()
+
     def lengths(self, split: str) -> Sequence[int]:
         return tuple(self._look(split).values())
+
+    def fingerprints(self, split: str) -> Sequence[str]:
+        return self._of_sound(split, self._source.fingerprints(split))
+
+    def names(self, split: str) -> Sequence[str]:
+        return self._of_sound(split, self._source.names(split))
 
     def fingerprint(self, split: str) -> str:
         return self._source.fingerprint(split)
@@ -48,30 +57,40 @@ class SoundVideos(Source):
     def question(self) -> str:
         return self._source.question()
 
-    def damaged(self, split: str) -> Sequence[str]:
+    def damaged(self, split: str) -> Mapping[str, str]:
         self._look(split)
         return self._damaged[split]
 
     def read(self, split: str, index: int) -> Video:
+        return self.read_smaller(split, index, 1.0)
+
+    def read_smaller(self, split: str, index: int, shrink: float) -> Video:
         sound = tuple(self._look(split))
         check_index(self.location, split, index, len(sound))
-        return self._source.read(split, sound[index])
+        return self._source.read_smaller(split, sound[index], shrink)
+
+    def _of_sound(self, split: str, values: Sequence[str]) -> tuple[str, ...]:
+        return tuple(values[index] for index in self._look(split))
 
     def _look(self, split: str) -> dict[int, int]:
-        """``DataError`` where no video is left."""
+        """Frames of each sound video, by its position in the source. ``DataError`` if no video is sound."""
         if split in self._sound:
             return self._sound[split]
         logger.warning("%s: reading every video of %s once, to find the damaged ones", self.location, split)
         with ThreadPoolExecutor(READERS, "look") as readers:
             found = list(readers.map(lambda index: self._frames(split, index), range(self._source.videos(split))))
-        damaged = tuple(why for why in found if isinstance(why, str))
+        names = self._source.names(split)
+        damaged = {names[index]: why for index, why in enumerate(found) if isinstance(why, str)}
         sound = {index: frames for index, frames in enumerate(found) if isinstance(frames, int)}
         if not sound:
-            raise DataError(f"{self.location}: every video of {split} is damaged; the first: {damaged[0]}")
+            raise DataError(
+                f"{self.location}: every video of {split} is damaged; the first: {next(iter(damaged.values()))}"
+            )
         self._sound[split], self._damaged[split] = sound, damaged
         return sound
 
     def _frames(self, split: str, index: int) -> int | str:
+        """Number of frames of a video, or the error that it cannot be read for."""
         try:
             return len(self._source.read(split, index).frames)
         except DataError as error:

@@ -10,7 +10,7 @@ BLOCK, BLOCKS = 1 << 16, 16  # a larger file is fingerprinted by this many evenl
 
 
 def digest(parts: Iterable[bytes | str]) -> str:
-    """Short hash of a sequence; the lengths are hashed too, so that parts cannot run together."""
+    """Short hash of a sequence. Lengths are hashed too, so that the same bytes in other parts hash differently."""
     hashed = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part

@@ -11,8 +11,8 @@
         walk/00.png 01.png ...      those of a folder of images, by the frame's name
         photo.png                   that of a single image
 
-Frames without a mask are read, and left out of scores. The masks of a clip that has fewer of them are named by the
-numbers of their frames.
+Frames without a mask are read, but not scored. If a clip has fewer masks than frames, its masks are named by frame
+number.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from featcache.errors import DataError
 from featcache.sources import clips
 from featcache.sources.fingerprint import digest, file_digest
 from featcache.sources.masks import decode_mask, settle, unlabelled_instances
+from featcache.sources.place import Layout
 from featcache.sources.reading import Reading
 from featcache.sources.scan import Entry, scan, split_roots
 from featcache.sources.splits import check_index, check_split
@@ -35,14 +37,14 @@ from featcache.sources.video import Size, Source, Video
 
 logger = logging.getLogger(__name__)
 
-LOOKED_AT = 8  # masks of a split that are looked at for remarks before all are read
+LOOKED_AT = 8  # masks of a split that are examined for remarks in advance
 
 
 class FolderSource(Source):
-    """Videos found in a folder when it is opened, sorted by name in natural order. Nothing is decoded until asked."""
+    """Videos found in a folder when it is opened, in natural order of their names. Decodes nothing before ``read``."""
 
-    def __init__(self, root: Path, reading: Reading | None = None) -> None:
-        self.location = str(root)
+    def __init__(self, root: Path, reading: Reading | None = None, location: str | None = None) -> None:
+        self.location = location or str(root)
         self.root = root
         self.reading = reading or Reading()
         roots = split_roots(root)
@@ -50,6 +52,7 @@ class FolderSource(Source):
         self._scans = {split: scan(folder, frames_as) for split, folder in roots.items()}
         self._entries = {split: found.entries for split, found in self._scans.items()}
         self._lengths: dict[str, tuple[int, ...]] = {}
+        self._hashed: dict[Path, bytes] = {}
         self._remarked: set[str] = set()
         if empty := [split for split, entries in self._entries.items() if not entries]:
             others = clips.listed(self._scans[empty[0]].left_out) or "no file"
@@ -57,6 +60,9 @@ class FolderSource(Source):
                 f"{root}: no video and no image in it (split {empty[0]}), but {others}; known are {clips.KNOWN}, and "
                 "MOVi folders and HDF5 files"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_hashed": {}}  # which no other process asks for
 
     def splits(self) -> tuple[str, ...]:
         return tuple(self._entries)
@@ -80,9 +86,27 @@ class FolderSource(Source):
         entry = self._entries[split][index]
         return str(entry.clip or (entry.images[0] if entry.images[1:] == () else entry.images[0].parent))
 
+    def names(self, split: str) -> Sequence[str]:
+        check_split(self.location, split, self._entries)
+        return tuple(entry.id for entry in self._entries[split])
+
+    def fingerprints(self, split: str) -> Sequence[str]:
+        check_split(self.location, split, self._entries)
+        return tuple(digest(self._content(entry)) for entry in self._entries[split])
+
+    def _content(self, entry: Entry) -> Iterator[bytes | str]:
+        """The entry's files in their order; a mask with the frame that it is for."""
+        yield self.reading.of_masks()
+        for path in entry.images or filter(None, (entry.clip,)):
+            yield self._digest(path)
+        for mask in entry.masks or ():
+            # Masks of a clip may be named by the numbers of their frames.
+            yield mask.name.removeprefix(entry.clip.stem) if mask and entry.clip else ""
+            yield self._digest(mask) if mask else ""
+
     def fingerprint(self, split: str) -> str:
         check_split(self.location, split, self._entries)
-        return digest(self._fingerprint_parts(split))
+        return digest(self._fingerprint_parts(split))  # as stores of version 0.1 have it
 
     def _fingerprint_parts(self, split: str) -> Iterator[bytes | str]:
         if how := self.reading.of_masks():
@@ -91,23 +115,32 @@ class FolderSource(Source):
             yield entry.id
             for path in (*((entry.clip,) if entry.clip else ()), *entry.images, *filter(None, entry.masks or ())):
                 yield path.name
-                yield file_digest(path)
+                yield self._digest(path)
+
+    def _digest(self, path: Path) -> bytes:
+        if path not in self._hashed:
+            self._hashed[path] = file_digest(path)
+        return self._hashed[path]
 
     def read(self, split: str, index: int) -> Video:
+        return self.read_smaller(split, index, 1.0)
+
+    def read_smaller(self, split: str, index: int, shrink: float) -> Video:
         check_split(self.location, split, self._entries)
         check_index(self.location, split, index, len(self._entries[split]))
         entry = self._entries[split][index]
-        frames = clips.read_frames(entry.clip) if entry.clip else clips.read_images(entry.images)
+        frames = clips.read_frames(entry.clip, shrink) if entry.clip else clips.read_images(entry.images, shrink)
         if entry.masks is None:
             return Video(entry.id, frames)
-        truth = read_truth(entry, frames, self.reading)
-        masks = truth.masks
+        size = (frames.shape[1], frames.shape[2])
+        truth = read_truth(entry, (len(frames), *(size if shrink == 1 else check_sizes(entry))), self.reading)
+        masks = truth.masks.resized(size)
         if masks.remark and self._is_new(masks.remark):
             logger.warning("%s", masks.remark)
         return Video(entry.id, frames, masks.numbers, unlabelled_instances(masks.numbers), masks.ignore, truth.labelled)
 
     def _is_new(self, remark: str) -> bool:
-        """Whether nothing of the kind was said before: masks of one data set are alike."""
+        """Whether this is the first remark of its kind: masks of one data set usually have the same problem."""
         what = remark.rpartition(": ")[2]
         known = what in self._remarked
         self._remarked.add(what)
@@ -130,7 +163,7 @@ class FolderSource(Source):
         entries = self._entries[split]
         found = [unclear_turns(entries), _without_masks(entries), _stray(self._scans[split].stray_masks)]
         for path in [path for entry in entries for path in entry.masks or () if path][:LOOKED_AT]:
-            with suppress(DataError):  # which reading its video will raise
+            with suppress(DataError):  # reading the video will raise it
                 found.append(
                     settle(
                         decode_mask(clips.read_bytes(path), str(path), self.reading.mask_colours), self.reading
@@ -146,7 +179,7 @@ def _stray(masks: Sequence[Path]) -> str:
 
 
 def _without_masks(entries: Sequence[Entry]) -> str:
-    """How many images and clips have no mask, where others have."""
+    """A remark on images and clips without a mask in a split that has masks; empty if there are none."""
     wanted = [
         (file, mask)
         for entry in entries
@@ -157,3 +190,12 @@ def _without_masks(entries: Sequence[Entry]) -> str:
     if not missing:
         return ""
     return f"{missing[0]}: no mask, as for {len(missing)} of {len(wanted)} images and clips; these are not scored"
+
+
+LAYOUT = Layout(
+    "folder",
+    "folders of videos or frames",
+    lambda path: True,
+    lambda place, reading: FolderSource(place.path, reading, place.location),
+    colours=True,
+)

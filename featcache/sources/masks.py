@@ -1,9 +1,9 @@
-"""Masks: from image files and arrays to object numbers, and the table of the objects in them."""
+"""Reads masks from image files and arrays as object numbers, and makes the table of their objects."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -12,20 +12,20 @@ from PIL import ImageOps
 from featcache.errors import DataError
 from featcache.sources.images import Page, errors_named, one_size, open_pages, size_text
 from featcache.sources.reading import Reading
-from featcache.sources.video import Instance
+from featcache.sources.video import Instance, Size
 
 LOSSY = frozenset(("JPEG", "MPO", "JPEG2000", "AVIF", "HEIF"))  # formats that blur numbers, or may
-VOID = 255  # the number of pixels of no known object in Pascal VOC and those that follow it
-SMALL = 128  # numbers below it, beside 255, count objects
+VOID = 255  # number of pixels without known truth in Pascal VOC and similar data sets
+SMALL = 128  # if all other numbers are below it, 255 may mark void
 
 Numbers = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class MaskPage:
-    """One mask as its file has it."""
+    """One mask with the numbers of its file."""
 
-    values: npt.NDArray[np.generic]  # (H, W) numbers, or 0xRRGGBB where colours are asked for
+    values: npt.NDArray[np.generic]  # (H, W) numbers, or 0xRRGGBB if masks are read by colour
     name: str
     palette: bool = False
     white: bool = False  # the palette shows 255 as white
@@ -36,25 +36,36 @@ class Masks:
     """The masks of one video."""
 
     numbers: Numbers  # (T, H, W), 0 for the background
-    ignore: npt.NDArray[np.bool_] | None = None  # (T, H, W) pixels of which the truth is not known
-    remark: str = ""  # what was taken for what
+    ignore: npt.NDArray[np.bool_] | None = None  # (T, H, W) pixels whose truth is not known
+    remark: str = ""  # the assumption made about ambiguous numbers
+
+    def resized(self, size: Size) -> Masks:
+        """The same of frames of another height and width, by the nearest pixel."""
+        if self.numbers.shape[1:] == size:
+            return self
+        rows, columns = (
+            ((np.arange(new) + 0.5) * old / new).astype(int)
+            for new, old in zip(size, self.numbers.shape[1:], strict=True)
+        )
+        place = (slice(None), rows[:, None], columns)
+        return Masks(self.numbers[place], None if self.ignore is None else self.ignore[place], self.remark)
 
 
-def decode_mask(data: bytes, where: str, colours: bool = False) -> list[MaskPage]:
-    """Every mask in an image file, upright by its own EXIF tag.
+def decode_mask(data: bytes, where: str, colours: bool = False, turn: bool = True) -> list[MaskPage]:
+    """Every mask in an image file, upright by its EXIF orientation, or with ``turn=False`` as the file stores it.
 
     One channel of any packing (grey, palette, 1 to 16 bits) gives its numbers, as do equal channels and a constant
-    alpha. ``DataError`` for anything that would have to be guessed, and for lossy files.
+    alpha. ``DataError`` for anything ambiguous, and for lossy files.
     """
-    return [_mask(page, colours, data) for page in open_pages(data, where)]
+    return [_mask(page, colours, turn, data) for page in open_pages(data, where)]
 
 
-def _mask(page: Page, colours: bool, data: bytes) -> MaskPage:
+def _mask(page: Page, colours: bool, turn: bool, data: bytes) -> MaskPage:
     image, name = page.image, page.name
     if image.format in LOSSY or str(image.info.get("compression", "")).endswith("jpeg") or _lossy_webp(data):
-        raise DataError(f"{name}: mask is a lossy {image.format}, whose numbers are blurred; make it again as PNG")
+        raise DataError(f"{name}: mask is a lossy {image.format}, whose numbers are blurred; save it as PNG")
     with errors_named(name):
-        image = ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(image) if turn else image
         if colours:
             rgb = np.asarray(image.convert("RGB")).astype(np.uint32)
             return MaskPage(rgb[..., 0] << 16 | rgb[..., 1] << 8 | rgb[..., 2], name)
@@ -70,7 +81,7 @@ def _mask(page: Page, colours: bool, data: bytes) -> MaskPage:
 
 
 def _one_channel(values: npt.NDArray[np.generic], page: Page) -> npt.NDArray[np.generic]:
-    """The channel (H, W) that says all of an image (H, W, C)."""
+    """The channel (H, W) that holds everything in an image (H, W, C). ``DataError`` if there is none."""
     colour = values[..., :-1] if page.image.mode in ("LA", "RGBA", "PA") else values
     kept = colour.shape[-1] < values.shape[-1] and (values[..., -1] != values[0, 0, -1]).any()
     if "16" in page.packing:
@@ -103,7 +114,7 @@ def _lossy_webp(data: bytes) -> bool:
 
 
 def settle(pages: Sequence[MaskPage], reading: Reading) -> Masks:
-    """The masks of one video, frame by frame: which number is which object, and which pixels are void."""
+    """The masks of one video as object numbers, with void pixels marked."""
     name = pages[0].name
     one_size([page.values.shape for page in pages], [page.name for page in pages], "mask")
     shown = np.stack([page.values for page in pages])
@@ -113,19 +124,20 @@ def settle(pages: Sequence[MaskPage], reading: Reading) -> Masks:
     numbers, ignore = without_void(as_mask(shown, name), reading.ignore_label)
     present = set(np.flatnonzero(np.bincount(numbers.ravel(), minlength=256)).tolist())
     others, palette = present - {0, VOID}, all(page.palette for page in pages)
-    if VOID in present and not others and not (palette and not any(page.white for page in pages)):
+    said = reading.ignore_label is not None
+    if VOID in present and not others and (said or not palette or any(page.white for page in pages)):
         return Masks(np.minimum(numbers, 1), ignore)
-    if VOID not in present or max(others, default=0) >= SMALL or reading.ignore_label is not None:
+    if VOID not in present or max(others, default=0) >= SMALL or said:
         return Masks(numbers, ignore)
     if not palette:
         what = "255 beside small numbers is taken as an object; if it marks void, pass --ignore-label 255"
         return Masks(numbers, None, f"{name}: {what}")
-    what = "a palette mask's 255 beside small numbers is taken as void, which belongs to no object"
+    what = "a palette mask's 255 beside small numbers is taken as void; if it is an object, pass --ignore-label none"
     return Masks(*without_void(numbers, VOID), f"{name}: {what}")
 
 
 def without_void(numbers: Numbers, label: int | None) -> tuple[Numbers, npt.NDArray[np.bool_] | None]:
-    """Numbers with the background where they were ``label``, and where that was."""
+    """Numbers with ``label`` replaced by the background, and a mask of those pixels; None without a label."""
     if label is None:
         return numbers, None
     ignore = numbers == label
@@ -151,7 +163,7 @@ def _numbered(colours: npt.NDArray[np.generic], ignore: npt.NDArray[np.bool_] | 
 
 
 def as_mask(values: npt.NDArray[np.generic], where: str) -> Numbers:
-    """Object numbers of any dtype -> uint8, unless a number would be lost."""
+    """Object numbers of any dtype -> uint8. ``DataError`` if a number does not fit."""
     if values.dtype == np.uint8:
         return values.astype(np.uint8, copy=False)
     if values.dtype == np.bool_:
@@ -174,7 +186,7 @@ def check_fit(frames: Sequence[int], masks: Sequence[int], where: str, remedy: s
         raise DataError(
             f"{where}: {masks[0]} masks of {size_text(masks[1:]) if masks[0] else 'no size'} do not match "
             f"{frames[0]} frames of {size_text(frames[1:])}; "
-            + (remedy or "give one mask a frame, of the frame's size")
+            + (remedy or "give one mask per frame, of the frame's size")
         )
 
 
@@ -186,5 +198,10 @@ def visibility(masks: npt.NDArray[np.uint8], instances: int) -> npt.NDArray[np.i
 
 def unlabelled_instances(masks: npt.NDArray[np.uint8]) -> tuple[Instance, ...]:
     """Instance table of masks (T, H, W) that come without one: objects 1..max, known by their pixels only."""
-    counts = visibility(masks, int(masks.max(initial=0)))
-    return tuple(Instance(visibility=tuple(row.tolist())) for row in counts)
+    return counted(masks, [Instance()] * int(masks.max(initial=0)))
+
+
+def counted(masks: npt.NDArray[np.uint8], instances: Sequence[Instance]) -> tuple[Instance, ...]:
+    """Instances 1, 2, ... with their pixels in each frame of masks (T, H, W)."""
+    counts = visibility(masks, len(instances))
+    return tuple(replace(each, visibility=tuple(row.tolist())) for each, row in zip(instances, counts, strict=True))

@@ -1,7 +1,8 @@
 """MOVi (Greff et al., "Kubric", CVPR 2022) in its TFDS layout of TFRecord files, read without TensorFlow.
 
-Only the frames, masks, instance labels, visibility and name are decoded; whatever else the records hold
-(depth, flow, normals, cameras, collisions) is passed over. Labels that a MOVi variant lacks are empty.
+Only the frames, masks, instance labels, visibility and name are decoded; the rest of a record
+(depth, flow, normals, cameras, collisions) is skipped. Labels that a MOVi variant lacks are empty: A and B have
+shapes, colours, materials (and A sizes), C to F categories.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from featcache.errors import DataError
 from featcache.sources.fingerprint import digest
 from featcache.sources.images import decode_image, stack
 from featcache.sources.masks import as_mask, check_fit, decode_mask, visibility, without_void
+from featcache.sources.place import Layout, Place
 from featcache.sources.reading import Reading
 from featcache.sources.splits import check_index, check_split
 from featcache.sources.tfrecord import TFRecordFile
@@ -28,17 +30,19 @@ from featcache.sources.video import Instance, Size, Source, Video
 SHARD = re.compile(r"(?P<stem>.+-(?P<split>[^-]+)\.tfrecord)-(?P<shard>\d{5})-of-(?P<shards>\d{5})")
 SEARCH_DEPTH = 3  # data/ -> movi_a -> 256x256 -> 1.0.0
 SPLIT_ORDER = ("train", "validation", "test")
-# Instance field -> the features that may hold it; MOVi-A has the first, MOVi-C and later name categories instead.
+PARTIAL = "partial"  # the option that takes the shards that are there
+# Instance field -> the feature that holds it.
 LABELS = {
-    "shape": ("shape_label", "category"),
-    "size": ("size_label",),
-    "color": ("color_label",),
-    "material": ("material_label",),
+    "shape": "shape_label",
+    "size": "size_label",
+    "color": "color_label",
+    "material": "material_label",
+    "category": "category",
 }
 
 
 def find_features(folder: Path) -> Path | None:
-    """The one folder with ``features.json`` in or below ``folder``; ``None`` if there is none."""
+    """The folder with ``features.json`` in or below ``folder``; None if there is none. ``DataError`` for several."""
     level = [folder]
     for _ in range(SEARCH_DEPTH + 1):
         found = [path for path in level if (path / "features.json").is_file()]
@@ -55,16 +59,17 @@ def find_features(folder: Path) -> Path | None:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Features:
     """What ``features.json`` and its label files say."""
 
-    frames: int | None  # frames of every video, if the same
-    size: Size | None  # of every frame, if the same
+    frames: int | None  # of every video; None if they differ
+    size: Size | None  # of every frame; None if they differ
     masks: bool
     labels: Mapping[str, tuple[str, tuple[str, ...]]]  # Instance field -> feature key, names
 
     @classmethod
-    def load(cls, directory: Path) -> Layout:
+    def load(cls, directory: Path) -> Features:
+        """What a data set's folder says. ``DataError`` if it is not a MOVi data set."""
         path = directory / "features.json"
         try:
             features = json.loads(path.read_text(encoding="utf-8"))["featuresDict"]["features"]
@@ -76,11 +81,9 @@ class Layout:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: no MOVi video in it ({error!r}); give the folder of a MOVi data set") from error
         labels = {}
-        for field, candidates in LABELS.items():
-            for name in candidates:
-                if "classLabel" in instances.get(name, {}):
-                    labels[field] = (f"instances/{name}", _label_names(directory / f"instances-{name}.labels.txt"))
-                    break
+        for field, name in LABELS.items():
+            if "classLabel" in instances.get(name, {}):
+                labels[field] = (f"instances/{name}", _label_names(directory / f"instances-{name}.labels.txt"))
         frames, height, width = (max(int(dimension), 0) for dimension in dimensions[:3])
         return cls(frames or None, (height, width) if height and width else None, "segmentations" in features, labels)
 
@@ -98,12 +101,12 @@ class MoviSource(Source):
     def __init__(
         self, directory: Path, location: str | None = None, partial: bool = False, reading: Reading | None = None
     ) -> None:
-        """``partial`` takes the shards that are there, and does not ask for the others."""
+        """``partial`` accepts missing shards."""
         self.reading = reading or Reading()
         self.directory = directory
         self.location = location or str(directory)
         self.partial = partial
-        self._layout = Layout.load(directory)
+        self._features = Features.load(directory)
         self._paths = _shards(directory, partial)
         self._files: dict[str, tuple[TFRecordFile, ...]] = {}
         self._lengths: dict[str, tuple[int, ...]] = {}
@@ -114,19 +117,30 @@ class MoviSource(Source):
     def lengths(self, split: str) -> Sequence[int]:
         if split not in self._lengths:
             records = sum(len(file) for file in self._open(split))
-            if self._layout.frames is None:
+            if self._features.frames is None:
                 self._lengths[split] = tuple(
                     len(_bytes(self._example(split, record)[0], "video")) for record in range(records)
                 )
             else:
-                self._lengths[split] = (self._layout.frames,) * records
+                self._lengths[split] = (self._features.frames,) * records
         return self._lengths[split]
+
+    def names(self, split: str) -> Sequence[str]:
+        return tuple(f"{file.path.name}:{record}" for file in self._open(split) for record in range(len(file)))
+
+    def fingerprints(self, split: str) -> Sequence[str]:
+        how = self.reading.of_masks()
+        return tuple(
+            digest((how, length.tobytes(), crc.tobytes()))
+            for file in self._open(split)
+            for length, crc in zip(file.lengths, file.crcs, strict=True)
+        )
 
     def fingerprint(self, split: str) -> str:
         return digest(self._fingerprint_parts(split))
 
     def _fingerprint_parts(self, split: str) -> Iterator[bytes | str]:
-        """The records' own checksums stand for their data: nothing is read but the index."""
+        """Uses the records' checksums in place of their data, so that only the index is read."""
         if how := self.reading.of_masks():
             yield how
         yield split
@@ -136,19 +150,19 @@ class MoviSource(Source):
             yield file.crcs.tobytes()
 
     def size(self, split: str, index: int) -> Size | None:
-        return self._layout.size
+        return self._features.size
 
     def read(self, split: str, index: int) -> Video:
         features, where = self._example(split, index)
         encoded = _bytes(features, "video")
-        if not encoded or (self._layout.frames is not None and len(encoded) != self._layout.frames):
+        if not encoded or (self._features.frames is not None and len(encoded) != self._features.frames):
             raise DataError(
-                f"{where}: {len(encoded)} frames where features.json says {self._layout.frames or 'at least 1'}; "
+                f"{where}: {len(encoded)} frames where features.json says {self._features.frames or 'at least 1'}; "
                 "the two files do not belong together"
             )
         frames = _decode_all(encoded, decode_image, where, "frame")
         masks = ignore = None
-        if self._layout.masks:
+        if self._features.masks:
             masks = _decode_all(_bytes(features, "segmentations"), _decode_mask, where, "mask")
             check_fit(frames.shape, masks.shape, where)
             masks, ignore = without_void(masks, self.reading.ignore_label)
@@ -165,7 +179,7 @@ class MoviSource(Source):
         self, features: Any, masks: npt.NDArray[np.uint8] | None, frames: int, where: str
     ) -> tuple[Instance, ...]:
         names: dict[str, list[str]] = {}
-        for field, (key, known) in self._layout.labels.items():
+        for field, (key, known) in self._features.labels.items():
             numbers = _ints(features, key)
             if numbers.size and not 0 <= numbers.min() <= numbers.max() < len(known):
                 raise DataError(
@@ -252,7 +266,7 @@ def _shards(directory: Path, partial: bool) -> dict[str, tuple[Path, ...]]:
     for split, shards in splits.items():
         stems = sorted({(match["stem"], match["shards"]) for _, match in shards})
         if len(stems) > 1:
-            raise DataError(f"{directory}: shards of two writings of split {split} ({stems}); remove one set")
+            raise DataError(f"{directory}: shards of two versions of split {split} ({stems}); remove one set")
         count = int(stems[0][1])
         missing = sorted(set(range(count)) - {int(match["shard"]) for _, match in shards})
         if missing and not partial:
@@ -266,7 +280,7 @@ def _shards(directory: Path, partial: bool) -> dict[str, tuple[Path, ...]]:
 
 
 def _expected_records(directory: Path, split: str) -> dict[str, int]:
-    """Shard name -> its records by ``dataset_info.json``: a file cut between two records shows only so."""
+    """Shard name -> its records by ``dataset_info.json``: the only sign of a file cut between two records."""
     path = directory / "dataset_info.json"
     if not path.is_file():
         return {}
@@ -276,7 +290,7 @@ def _expected_records(directory: Path, split: str) -> dict[str, int]:
         stem = f"{info['name']}-{split}.tfrecord"
         return {f"{stem}-{i:05d}-of-{len(lengths):05d}": int(length) for i, length in enumerate(lengths)}
     except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not as TFDS writes it ({error!r}); copy it again, or remove it") from error
+        raise DataError(f"{path}: not in TFDS's format ({error!r}); copy it again, or remove it") from error
 
 
 def _decode_mask(data: bytes, where: str) -> npt.NDArray[np.uint8]:
@@ -295,3 +309,19 @@ def _bytes(features: Any, key: str) -> Sequence[bytes]:
 
 def _ints(features: Any, key: str) -> npt.NDArray[np.int64]:
     return np.array(features[key].int64_list.value if key in features else (), np.int64)
+
+
+def fits(path: Path) -> bool:
+    if path.is_file() and ".tfrecord" in path.name:
+        raise DataError(f"{path}: one shard alone is not readable; give its folder, which holds features.json")
+    return path.is_dir() and find_features(path) is not None
+
+
+def open_movi(place: Place, reading: Reading) -> MoviSource:
+    """The data set in or below a folder."""
+    if (directory := find_features(place.path)) is None:
+        raise DataError(f"{place.path}: no features.json in or below it; give the folder of a MOVi data set")
+    return MoviSource(directory, place.location, PARTIAL in place.options, reading)
+
+
+LAYOUT = Layout("movi", "MOVi", fits, open_movi, (PARTIAL,))

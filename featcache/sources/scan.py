@@ -1,4 +1,4 @@
-"""What lies in a folder: which files make which video, which are its masks, and what is left out."""
+"""Scans a folder: which files make which video, which are its masks, and which are left out."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from featcache.sources.splits import SPLIT_NAMES, split_folders
 from featcache.words import FramesAs
 
 MASKS = "masks"
-SEQUENCE = 5  # images whose names count up by one step: fewer are no video by their look
+SEQUENCE = 5  # least number of images, numbered by one step, that may be the frames of a video
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One video: a clip, which is one file of all its frames, or images."""
+    """One video: a clip (one file with all frames), or images."""
 
     id: str  # path below the split's folder
     clip: Path | None
     images: tuple[Path, ...] = ()
-    # Of images: one a frame, or None. Of a clip: its mask folder's files, or one of as many pages. None without masks/.
+    # Images: one per frame, or None. A clip: the files of its mask folder, or one file of pages. None without masks/.
     masks: tuple[Path | None, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What was found in a split's folder."""
+    """The contents of a split's folder."""
 
     entries: tuple[Entry, ...]  # in natural order of their names
     left_out: Mapping[str, int]  # files of other kinds, by suffix
-    stray_masks: tuple[Path, ...] = ()  # images in masks/ that are no frame's
+    stray_masks: tuple[Path, ...] = ()  # images in masks/ that belong to no frame
     sequence: tuple[Path, ...] = ()  # images in the folder itself that look like frames of one video
 
 
 def split_roots(root: Path) -> dict[str, Path]:
-    """Split -> its folder, or the one file."""
+    """Split -> its folder, or the only file. ``DataError`` for videos beside split folders."""
     if root.is_file():
         return {"train": root}
     names = split_folders((p.name for p in sorted(root.iterdir()) if p.is_dir()), str(root))
@@ -106,8 +106,8 @@ def scan(base: Path, frames_as: FramesAs | None = None) -> Scan:
 
 
 def _folders(base: Path, without: Path | None = None) -> Iterator[tuple[Path, list[Path]]]:
-    """Folders below ``base`` and the files in each, hidden ones left out; each folder once, by the way with the fewest
-    links that leads to it."""
+    """``base`` and the folders below it, each with its files, without hidden ones. A folder that several links lead to
+    comes once, by the path with the fewest links."""
     entered: set[tuple[int, int]] = set()
     level = [base]
     while level:
@@ -126,14 +126,14 @@ def _folders(base: Path, without: Path | None = None) -> Iterator[tuple[Path, li
                         continue
                     if found.is_dir():
                         (links if found.is_symlink() else level).append(path)
-                    elif found.is_file() or found.is_symlink():  # a link to nothing is for its reader to refuse
+                    elif found.is_file() or found.is_symlink():  # a broken link is reported when it is read
                         files.append(path)
             yield here, files
         level = links
 
 
 def _counts_up(images: Sequence[Path]) -> bool:
-    """Whether images of one size are numbered by one step, as the frames of a video are."""
+    """Whether images have one size and are numbered by a constant step, like the frames of a video."""
     if len(images) < SEQUENCE:
         return False
     parts = [re.fullmatch(r"(.*?)(\d+)(\D*)", path.name) for path in images]

@@ -1,7 +1,7 @@
 """Any TFDS video data set in MOVi's features, read by TensorFlow (``pip install 'slotlab[tf]'``).
 
-``MoviSource`` reads the same files faster and without TensorFlow where they are on a local disk; this is for
-what only TensorFlow reaches, such as a bucket: ``tfds:movi_a/256x256?data_dir=gs://kubric-public/tfds``.
+``MoviSource`` reads the same files faster and without TensorFlow from a local disk; this source is for places that only
+TensorFlow reaches, such as a bucket: ``tfds:movi_a/256x256?data_dir=gs://kubric-public/tfds``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from featcache.errors import DataError, UsageError
 from featcache.sources.fingerprint import digest
 from featcache.sources.masks import as_mask, check_fit, without_void
 from featcache.sources.movi import LABELS, instance_table
+from featcache.sources.place import Layout
 from featcache.sources.reading import Reading
 from featcache.sources.splits import check_index, check_split
 from featcache.sources.video import Size, Source, Video
@@ -25,7 +26,7 @@ BUCKET = "gs://kubric-public/tfds"
 
 
 class TfdsSource(Source):
-    """Random access by TFDS's split slices, which skip within one shard: slow beside ``MoviSource``, but general."""
+    """Random access by TFDS's split slices, which skip within one shard: slower than ``MoviSource``, but general."""
 
     def __init__(self, location: str, reading: Reading | None = None) -> None:
         self.location = location
@@ -63,6 +64,15 @@ class TfdsSource(Source):
             )
         return self._lengths[split]
 
+    def fingerprints(self, split: str) -> Sequence[str]:
+        """A prepared data set never changes: its version stands for all of it."""
+        whole = self.fingerprint(split)
+        return tuple(digest((whole, str(index))) for index in range(self.videos(split)))
+
+    def videos(self, split: str) -> int:
+        check_split(self.location, split, self.splits())
+        return int(self._builder.info.splits[split].num_examples)
+
     def fingerprint(self, split: str) -> str:
         check_split(self.location, split, self.splits())
         info = self._builder.info.splits[split]
@@ -87,9 +97,9 @@ class TfdsSource(Source):
         instances = example.get("instances", {})
         features = _inside(self._builder.info.features, "instances")
         names = {
-            field: [features[keys[0]].int2str(int(number)) for number in instances[keys[0]]]
-            for field, keys in LABELS.items()
-            if keys[0] in instances
+            field: [features[key].int2str(int(number)) for number in instances[key]]
+            for field, key in LABELS.items()
+            if key in instances
         }
         pixels = np.asarray(instances.get("visibility", np.zeros((0, len(frames)))), np.int64)
         name = example.get("metadata", {}).get("video_name", f"{split}_{index:05d}".encode())
@@ -111,7 +121,7 @@ class TfdsSource(Source):
         return builder
 
     def _example(self, split: str, index: int) -> dict[str, Any]:
-        """One decoded example, of the features that are read."""
+        """One decoded example, with only the features in use."""
         import tensorflow_datasets as tfds
 
         features = self._builder.info.features
@@ -120,8 +130,7 @@ class TfdsSource(Source):
             wanted["segmentations"] = True
         if "video_name" in _inside(features, "metadata"):
             wanted["metadata"] = {"video_name": True}
-        keys = {key for labels in LABELS.values() for key in labels[:1]} | {"visibility"}
-        if present := keys & set(_inside(features, "instances")):
+        if present := {*LABELS.values(), "visibility"} & set(_inside(features, "instances")):
             wanted["instances"] = dict.fromkeys(present, True)
         try:
             dataset = self._builder.as_dataset(
@@ -139,7 +148,7 @@ class TfdsSource(Source):
 
 
 def _inside(features: Any, key: str) -> Any:
-    """Features of a nested dictionary, or of a sequence of dictionaries; none if there is no such."""
+    """The features of a nested dictionary, or of a sequence of dictionaries; empty if there is none."""
     if key not in features:
         return {}
     return getattr(features[key], "feature", features[key])
@@ -147,3 +156,13 @@ def _inside(features: Any, key: str) -> Any:
 
 def _line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+LAYOUT = Layout(
+    "tfds",
+    "TFDS",
+    lambda path: False,
+    lambda place, reading: TfdsSource(place.location, reading),
+    ("data_dir",),
+    local=False,
+)

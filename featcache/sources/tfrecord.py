@@ -25,7 +25,7 @@ OVERHEAD = HEADER.size + FOOTER.size
 
 
 def masked_crc(data: bytes) -> int:
-    """CRC32C, rotated and offset, because a CRC of data that holds CRCs is weak."""
+    """CRC32C, rotated and offset, because the CRC of data that contains CRCs is weak."""
     crc: int = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
@@ -99,7 +99,7 @@ def write_records(path: Path, records: Iterable[bytes]) -> None:
 
 
 def _read_exactly(file: RawIOBase, size: int) -> bytes:
-    """An unbuffered read may return less than was asked, for records beyond 2 GiB always."""
+    """Read ``size`` bytes, or all that are left: an unbuffered read may return fewer, and always does beyond 2 GiB."""
     parts: list[bytes] = []
     while size and (part := file.read(size)):
         parts.append(part)

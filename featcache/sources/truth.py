@@ -1,4 +1,4 @@
-"""The masks of one video of a folder, put to its frames."""
+"""Assigns the masks of a folder's video to its frames."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from featcache.sources.video import Size
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known of a video's frames."""
+    """The ground truth of a video."""
 
     masks: Masks  # (T, H, W), background in frames without a mask
     labelled: npt.NDArray[np.bool_] | None  # (T,) frames that have a mask; None if all have
 
 
-def read_truth(entry: Entry, frames: npt.NDArray[np.uint8], reading: Reading) -> Truth:
-    """Masks of the entry's frames (T, H, W, 3). ``DataError`` where they do not fit."""
+def read_truth(entry: Entry, shape: tuple[int, int, int], reading: Reading) -> Truth:
+    """Masks of the entry's frames (T, H, W). ``DataError`` if they do not fit."""
     files = [path for path in entry.masks or () if path]
-    shape = frames.shape[:3]
+    frames, *size = shape
     if not files:
-        return Truth(Masks(np.zeros(shape, np.uint8)), np.zeros(len(frames), bool))
+        return Truth(Masks(np.zeros(shape, np.uint8)), np.zeros(frames, bool))
     decoded = [decode_mask(clips.read_bytes(path), str(path), reading.mask_colours) for path in files]
     pages = [page for file in decoded for page in file]
-    places = _places(entry, pages, len(frames))
+    places = _places(entry, pages, frames)
     masks = settle(pages, reading)
     where = str(files[0].parent)
-    some = frames[places]
-    remedy = exif_remedy(entry) if masks.numbers.shape != some.shape[:3] else ""
-    check_fit(some.shape, masks.numbers.shape, where, remedy)
-    if len(places) == len(frames):
+    covered = (len(places), *size)
+    remedy = exif_remedy(entry) if masks.numbers.shape != covered else ""
+    check_fit(covered, masks.numbers.shape, where, remedy)
+    if len(places) == frames:
         return Truth(masks, None)
-    numbers, labelled = np.zeros(shape, np.uint8), np.zeros(len(frames), bool)
+    numbers, labelled = np.zeros(shape, np.uint8), np.zeros(frames, bool)
     numbers[places], labelled[places] = masks.numbers, True
     ignore = None
     if masks.ignore is not None:
@@ -53,7 +53,7 @@ def read_truth(entry: Entry, frames: npt.NDArray[np.uint8], reading: Reading) ->
 
 
 def check_sizes(entry: Entry) -> Size:
-    """Height and width of the entry's frames, by headers. ``DataError`` where frames or masks are of other sizes."""
+    """Height and width of the entry's frames, from headers. ``DataError`` if frames or masks differ in size."""
     files = [entry.clip] if entry.clip else list(entry.images)
     sizes = [clips.frame_size(file) for file in files]
     one_size(sizes, [str(file) for file in files])
@@ -62,14 +62,14 @@ def check_sizes(entry: Entry) -> Size:
         sizes_of_masks = [read_header(path).turned() for path in masks]
         one_size(sizes_of_masks, [str(path) for path in masks], "mask")
         if sizes_of_masks[0] != sizes[0]:
-            count = len(masks)  # a mask each, whatever the frames in between
+            count = len(masks)  # compare sizes only, as some frames may have no mask
             shapes = (count, *sizes[0]), (count, *sizes_of_masks[0])
             check_fit(*shapes, str(masks[0].parent), exif_remedy(entry))
     return sizes[0]
 
 
 def _places(entry: Entry, pages: Sequence[MaskPage], frames: int) -> list[int]:
-    """The frame of each mask."""
+    """The frame index of each mask. ``DataError`` if the names of the masks do not say."""
     assert entry.masks is not None
     if entry.clip is None:
         return [place for place, path in enumerate(entry.masks) if path]
@@ -80,7 +80,7 @@ def _places(entry: Entry, pages: Sequence[MaskPage], frames: int) -> list[int]:
     what = f"{first.parent}: {len(pages)} masks of {frames} frames of {entry.clip.name}"
     numbers = [int(match[0]) for path in entry.masks if path and (match := re.search(r"\d+(?=\D*$)", path.stem))]
     if len(numbers) < len(pages) or len(set(numbers)) < len(numbers):
-        raise DataError(f"{what}; give one mask a frame, or name each by the number of its frame, from 0")
+        raise DataError(f"{what}; give one mask per frame, or name each by the number of its frame, from 0")
     start = 0 if 0 in numbers else 1 if frames in numbers else None
     if start is None and max(numbers) < frames:
         raise DataError(
@@ -93,7 +93,7 @@ def _places(entry: Entry, pages: Sequence[MaskPage], frames: int) -> list[int]:
 
 
 def exif_remedy(entry: Entry) -> str:
-    """What to do about masks of the wrong size, if that comes from one being turned and the other not."""
+    """The remedy for masks of the wrong size, if only the mask or only the image is turned; else empty."""
     for image, mask in _pairs(entry):
         here, there = read_header(image).orientation, read_header(mask).orientation
         if (here in LYING) != (there in LYING):
@@ -105,7 +105,7 @@ def exif_remedy(entry: Entry) -> str:
 
 
 def unclear_turns(entries: Sequence[Entry]) -> str:
-    """What to look at where images and masks have different EXIF tags, and sizes do not tell whether that is meant."""
+    """A remark on images and masks whose EXIF tags differ, if their sizes do not show a mistake; else empty."""
     pairs = [pair for entry in entries for pair in _pairs(entry)]
     unclear = [(image, mask) for image, mask in pairs if _turn_is_unclear(read_header(image), read_header(mask))]
     if not unclear:
@@ -129,5 +129,5 @@ def _turn_is_unclear(image: Header, mask: Header) -> bool:
 
 
 def _pairs(entry: Entry) -> list[tuple[Path, Path]]:
-    """Images and their masks."""
+    """Images that have a mask, with that mask."""
     return [(image, mask) for image, mask in zip(entry.images, entry.masks or (), strict=False) if mask]

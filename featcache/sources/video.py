@@ -1,4 +1,4 @@
-"""The one record that every data source gives, and the interface that extraction reads."""
+"""The record that every data source returns, and the interface that extraction uses."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from featcache.sources.fingerprint import digest
+
 Size = tuple[int, int]  # height, width
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One object of a video. Labels are the data set's own words; an unknown one is the empty string."""
+    """One object of a video. Labels are the data set's words; an unknown label is the empty string."""
 
     shape: str = ""
     size: str = ""
     color: str = ""
     material: str = ""
     visibility: tuple[int, ...] = ()  # pixels of the object in each frame
+    category: str = ""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Video:
 
     ``segmentations`` holds 0 for the background and ``k`` for ``instances[k - 1]``; it is ``None`` where the
     source has no masks. ``ignore`` marks pixels whose truth is not known: 0 in ``segmentations``, and no background.
-    ``labelled`` marks the frames whose masks are known, where some are not.
+    ``labelled`` marks the frames whose masks are known, where some are not. ``ignored`` is both together.
     """
 
     id: str
@@ -50,6 +53,14 @@ class Video:
         if self.labelled is not None and self.labelled.shape != self.frames.shape[:1]:
             raise ValueError(f"{self.labelled.shape} labelled frames do not match frames {self.frames.shape}")
 
+    @property
+    def ignored(self) -> npt.NDArray[np.bool_]:
+        """Pixels whose truth is not known (T, H, W); in a frame that is not labelled, all of them."""
+        ignored = np.zeros(self.frames.shape[:3], bool) if self.ignore is None else self.ignore.copy()
+        if self.labelled is not None:
+            ignored[~self.labelled] = True
+        return ignored
+
 
 class Source(Protocol):
     """Videos with random access, so that extraction can resume, repair and spread over workers.
@@ -57,54 +68,70 @@ class Source(Protocol):
     Implementations are safe to call from several threads and cheap to open again in another process.
     """
 
-    location: str  # what ``open_source`` gives the same source for
+    location: str  # ``open_source(location)`` opens the same source again
 
     @abstractmethod
     def splits(self) -> tuple[str, ...]:
         """Names of the splits, for example ``("train", "validation")``."""
+
+    def usual_splits(self) -> tuple[str, ...]:
+        """Those that are read where none is named: others repeat their videos, as trainval those of train and val."""
+        return self.splits()
 
     @abstractmethod
     def lengths(self, split: str) -> Sequence[int]:
         """Number of frames of each video, in order, without decoding any."""
 
     @abstractmethod
-    def fingerprint(self, split: str) -> str:
-        """Short hash that changes when the split's files change."""
+    def fingerprints(self, split: str) -> Sequence[str]:
+        """Short hash of each video, in order, that changes when its files do, but not with their names and places."""
 
     @abstractmethod
     def read(self, split: str, index: int) -> Video:
         """Decode one video. Raises ``DataError`` naming file, record and remedy when it is damaged."""
+
+    def read_smaller(self, split: str, index: int, shrink: float) -> Video:
+        """:meth:`read`, but frames and masks may have sides up to ``shrink`` times smaller where that is cheaper."""
+        return self.read(split, index)
+
+    def names(self, split: str) -> Sequence[str]:
+        """What to call each video, in order: one name a video, by which it is known when its files have changed."""
+        return tuple(f"{split}_{index:05d}" for index in range(self.videos(split)))
+
+    def fingerprint(self, split: str) -> str:
+        """Short hash that changes when a split's videos do."""
+        return digest((*self.names(split), *self.fingerprints(split)))
 
     def videos(self, split: str) -> int:
         """Number of videos, known even where one is damaged."""
         return len(self.lengths(split))
 
     def size(self, split: str, index: int) -> Size | None:
-        """Height and width of a video's frames by headers alone; None where these do not tell.
+        """Height and width of a video's frames from headers alone; None if these do not say.
 
-        Raises ``DataError`` where its frames or masks cannot be of one size.
+        Raises ``DataError`` if its frames or masks cannot have one size.
         """
         return None
 
     def where(self, split: str, index: int) -> str:
-        """What to call a video in errors."""
+        """The name of a video in errors."""
         return f"{self.location}: {split} video {index}"
 
     def remarks(self, split: str) -> Sequence[str]:
-        """Lines to read before a split's videos are trusted, each about something that may not be as it was meant.
+        """Warnings about a split, one line each, on files that may not mean what they seem to.
 
         Found without decoding any frame.
         """
         return ()
 
     def left_out(self) -> Mapping[str, int]:
-        """Number of files that were not read, for their kind is not known, by suffix."""
+        """Number of files of unknown kinds, by suffix; they are not read."""
         return {}
 
     def question(self) -> str:
-        """What must be known before the source can be read for the first time, and how to say it; empty if nothing."""
+        """What the user must decide before the source is first read, and the option for it; empty if nothing."""
         return ""
 
-    def damaged(self, split: str) -> Sequence[str]:
-        """What is wrong with each of the videos that were left out for being damaged."""
-        return ()
+    def damaged(self, split: str) -> Mapping[str, str]:
+        """What is wrong with each of the videos that were left out for being damaged, by name."""
+        return {}

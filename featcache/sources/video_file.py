@@ -1,12 +1,13 @@
-"""One video file, through PyAV (FFmpeg): every frame, upright, or a refusal.
+"""Reads one video file through PyAV (FFmpeg): every frame, upright, or an error.
 
-FFmpeg plays on over damage: it fills lost areas from their neighbours, leaves out what it cannot decode, and ends
-where a file was cut off. So a file is refused when FFmpeg says anything at the level of an error, marks a packet or
-a frame as corrupt, or gives clearly fewer frames than the container promises.
+FFmpeg plays on after damage: it fills lost areas from their neighbours, skips what it cannot decode, and ends where a
+file was cut off. So a file is refused if FFmpeg logs an error, marks a packet or a frame as corrupt, or returns clearly
+fewer frames than the container promises.
 """
 
 from __future__ import annotations
 
+import io
 import struct
 import threading
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from featcache.errors import DataError
-from featcache.sources.images import stack
+from featcache.sources.images import errors_named, stack
 from featcache.sources.video import Size
 
 SUFFIXES = frozenset(
@@ -28,25 +30,27 @@ SUFFIXES = frozenset(
         *(".mpg", ".mpeg", ".mpe", ".vob", ".ts", ".mts", ".m2ts", ".ogv", ".mxf", ".y4m", ".gif"),
     )
 )
-# Codecs whose containers hold one packet a shown frame: counting these need not decode. VP8 and packed
-# MPEG-4 hide or join frames.
+# Codecs with one packet per shown frame, so that frames are counted without decoding. VP8 and packed MPEG-4 hide or
+# join frames.
 PACKET_IS_FRAME = frozenset(("h264", "hevc", "vp9", "av1", "mjpeg", "gif", "prores", "ffv1"))
-NO_PROMISE = frozenset(("mpegts", "mpeg"))  # streams without a header that says how long they are
+NO_PROMISE = frozenset(("mpegts", "mpeg"))  # streams whose header does not record their length
+ORDERED = frozenset(("mp4", "matroska"))  # containers that keep the time at which each frame is shown
 REMEDY = "copy it again, encode it anew (ffmpeg -i FILE new.mp4), or extract without it (--skip-damaged)"
-SKEW = 0.0175  # of a display matrix, about one degree: less is rounding, as it is to ffmpeg
-ERROR = 16  # FFmpeg's level of messages
+SKEW = 0.0175  # skew of a display matrix, about one degree, below which it is rounding, as in ffmpeg
+ERROR = 16  # FFmpeg's log level of errors
 MAX_BYTES = 4 << 30  # of decoded frames: a video is read whole, and extraction holds several
 
 
 def count_frames(path: Path) -> int:
-    """Frames that ``read_frames`` gives, decoding only where the container cannot tell.
+    """Number of frames that ``read_frames`` returns; decodes only if the container does not tell.
 
-    ``DataError`` where the container or its duration promises clearly more than there is.
+    ``DataError`` if the container or its duration promises clearly more than there is.
     """
     with _opened(path) as clip:
         counts = clip.codec in PACKET_IS_FRAME
         shown = held = 0
         begin, end, before, gap = float("inf"), float("-inf"), None, 0.0  # seconds; `gap` between two frames
+        seen, hides = 0.0, False  # seconds that are shown; whether an edit list hides others
         for packet in clip.container.demux():
             if packet.pts is not None:
                 start = float(packet.pts * packet.time_base)
@@ -56,6 +60,8 @@ def count_frames(path: Path) -> int:
             if packet.size:
                 held += 1
                 shown += not packet.is_discard if counts else 0
+                seen += 0.0 if packet.is_discard else float((packet.duration or 0) * packet.time_base)
+                hides = hides or packet.is_discard
                 if packet.dts is not None:
                     now = float(packet.dts * packet.time_base)
                     gap, before = max(gap, now - (now if before is None else before)), now
@@ -63,27 +69,30 @@ def count_frames(path: Path) -> int:
                 shown += sum(1 for _ in clip.decode(packet))
         promised, length = clip.stream.frames, (clip.container.duration or 0) / 1e6
         name = clip.container.format.name
+        meant = float((clip.stream.duration or 0) * clip.stream.time_base)  # by the edit list, where there is one
     if promised and held < promised - max(1, promised // 50):
         # An edit list that shows a part of a film may keep the rest from being read at all.
         held = max(held, _packets_behind_edit_lists(path)) if "mov" in name else held
         if held < promised - max(1, promised // 50):
             raise DataError(f"{path}: holds {held} of the {promised} frames that it promises; {REMEDY}")
+    if hides and seen < 0.98 * meant - 2 * gap:
+        raise DataError(f"{path}: shows {seen:.1f} of the {meant:.1f} seconds that it promises; {REMEDY}")
     if not promised and name not in NO_PROMISE and end - begin < 0.98 * length - 2 * gap:
         raise DataError(f"{path}: ends after {end - begin:.1f} of the {length:.1f} seconds that it promises; {REMEDY}")
     if name == "asf" and not length:  # FFmpeg drops a duration whose header gives another file size
-        raise DataError(f"{path}: has not the size that its header says, or was never finished; {REMEDY}")
+        raise DataError(f"{path}: its size is not the one in its header, or it was never finished; {REMEDY}")
     if not shown:
         raise DataError(f"{path}: holds no frame; record or copy it again")
     return shown
 
 
 def frame_size(path: Path) -> Size:
-    """Height and width of the first frame, upright: how it is turned lies beside it, not in the header."""
+    """Height and width of the first frame, upright; its rotation is stored with the frame, not in the header."""
     with _opened(path) as clip:
         for packet in clip.container.demux(clip.stream):
             for frame in clip.decode(packet):
                 shape = _upright(np.empty((frame.height, frame.width, 0), np.uint8), _display_matrix(frame), path).shape
-                clip.heard.clear()  # only all frames tell whether there is damage
+                clip.heard.clear()  # damage is judged when all frames are read
                 return shape[0], shape[1]
     raise DataError(f"{path}: holds no frame; record or copy it again")
 
@@ -93,8 +102,13 @@ def read_frames(path: Path) -> npt.NDArray[np.uint8]:
     expected = count_frames(path)
     frames: list[npt.NDArray[np.uint8]] = []
     with _opened(path) as clip:
+        ordered, last = not ORDERED.isdisjoint(clip.container.format.name.split(",")), None
         for packet in clip.container.demux(clip.stream):
             for frame in clip.decode(packet):
+                if ordered and last is not None and frame.pts is not None and frame.pts < last:
+                    second = float(frame.pts * clip.stream.time_base)
+                    raise DataError(f"{path}: its frames are out of order near second {second:.1f}; {REMEDY}")
+                last = frame.pts if frame.pts is not None else last
                 image = _upright(frame.to_ndarray(format="rgb24"), _display_matrix(frame), path)
                 if image.nbytes * expected > MAX_BYTES:
                     raise DataError(
@@ -109,7 +123,7 @@ def read_frames(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def _display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
-    """``a b c d`` of a frame's display matrix: pixel (x, y) is shown at (ax + cy, bx + dy), but for a shift."""
+    """``a b c d`` of a frame's display matrix: pixel (x, y) is shown at (ax + cy, bx + dy), up to a shift."""
     data = next((bytes(item) for item in frame.side_data if item.type.name == "DISPLAYMATRIX"), None)
     if data is None:
         return None
@@ -128,9 +142,7 @@ def _upright(
     across, down = (c, b) if lying else (a, d)  # what moves one pixel across and down in the picture shown
     others = (a, d) if lying else (b, c)
     if max(map(abs, others)) >= SKEW * min(abs(across), abs(down)):
-        raise DataError(
-            f"{path}: is to be shown at an angle that is no quarter turn; encode it upright (ffmpeg -i FILE new.mp4)"
-        )
+        raise DataError(f"{path}: its display matrix is not a quarter turn; encode it upright (ffmpeg -i FILE new.mp4)")
     image = image.swapaxes(0, 1) if lying else image
     return np.ascontiguousarray(image[:: 1 if down > 0 else -1, :: 1 if across > 0 else -1])
 
@@ -149,15 +161,18 @@ class _Clip:
 
     @property
     def codec(self) -> str:
-        """Name of the format: libdav1d, which decodes it, is no name of AV1."""
+        """Name of the format, such as av1, not of its decoder, such as libdav1d."""
         name: str = self.stream.codec_context.codec.canonical_name
         return name
 
     def decode(self, packet: Any) -> Iterator[Any]:
-        """The packet's frames. What FFmpeg says of a packet that an edit list hides is no damage."""
-        if not packet.size and packet.dts is not None:  # says to show the last frame again, as ffmpeg does by itself
+        """The packet's frames. Errors of a packet that an edit list hides are ignored."""
+        if not packet.size and packet.dts is not None:  # repeats the last frame, as ffmpeg does itself
             return
         before = len(self.heard)
+        if self.codec == "mjpeg" and packet.size and not packet.is_discard:
+            with errors_named(str(self.path)):  # FFmpeg shows something where a picture's head is broken
+                Image.open(io.BytesIO(packet)).close()
         frames = packet.decode()
         if packet.is_discard:
             del self.heard[before:]
@@ -181,16 +196,17 @@ class _Clip:
 
 @contextmanager
 def _opened(path: Path, **options: str) -> Iterator[_Clip]:
-    """A video file and its first video stream; whatever FFmpeg finds wrong with it becomes ``DataError``."""
+    """A video file and its first video stream. FFmpeg's errors, logged ones too, become ``DataError``."""
     import av
 
+    address = str(path.absolute())  # of "a:b.mp4", FFmpeg would take "a" for a protocol
     try:
-        with _listening() as heard, av.open(str(path), options=options, metadata_errors="replace") as container:
+        with _listening() as heard, av.open(address, options=options, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise DataError(f"{path}: no video stream in it; take it out of the folder")
             clip = _Clip(path, container, container.streams.video[0], heard)
             if clip.stream.codec_context is None:
-                raise DataError(f"{path}: its codec is not known here, or damaged; {REMEDY}")
+                raise DataError(f"{path}: its codec is unknown or damaged; {REMEDY}")
             clip.stream.codec_context.thread_count = 1  # callers decode several videos side by side
             yield clip
             complaint = clip.complaint()
@@ -207,14 +223,14 @@ def _packets_behind_edit_lists(path: Path) -> int:
 
 _lock = threading.Lock()
 _listeners = 0
-_before: tuple[Any, bool] = (None, True)  # level, and whether repetitions are left out, when nobody listened
+_before: tuple[Any, bool] = (None, True)  # log level and skipping of repeats, before the first listener
 
 
 @contextmanager
 def _listening() -> Iterator[list[tuple[int, str, str]]]:
-    """FFmpeg's messages of errors in this thread, without which much damage has no sign.
+    """FFmpeg's error messages in this thread; for much damage they are the only sign.
 
-    PyAV passes them on only at a level that holds for the process, and leaves out one that equals the last.
+    PyAV's log level holds for the whole process, and by default a message that repeats the last one is dropped.
     """
     from av import logging
 

@@ -1,7 +1,7 @@
-"""What a stored patch token is: one object a stored form, by the word that ``--dtype`` and a store's metadata use.
+"""The stored forms of a patch token, each under the word that ``--dtype`` and a store's metadata use.
 
-This module alone knows it. Layouts, writers, readers, the stream, copies and statistics ask the form for its arrays and
-let it encode and decode; a further form is one class here, and its word in `featcache.words`.
+This module alone knows how a token is stored. Layouts, writers, readers, the stream, copies and statistics ask the form
+for its arrays and let it encode and decode. A new form is one class here, and its word in `featcache.words`.
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from torch import Tensor
 from featcache.memory import kernels
 from featcache.words import Dtype
 
-FEATURES = "features"  # folder of the array of a token's values, which every form has and a stream reads most of
+FEATURES = "features"  # folder of the tokens' values: every form has it, and it is most of what a stream reads
 
-CACHED_TOKENS = 1024  # of 384 float32 features: 1.5 MB
+CACHED_TOKENS = 1024  # tokens decoded at a time; 1.5 MB of 384 float32 features stay in the cache
 
-NAN = float("nan")  # of a chunk that is missing: it cannot be mistaken for a feature
+NAN = float("nan")  # fill value of missing chunks: it cannot be mistaken for a feature
 
-Stored = Mapping[str, Tensor]  # the arrays of some frames' tokens, by their folders: (..., N, D), or (..., N) and so on
+Stored = Mapping[str, Tensor]  # the arrays of some frames' tokens by folder: (..., N, D), or (..., N) for scales
 
 
 @dataclass(frozen=True)
 class StoredArray:
-    """One of the arrays that a form keeps for each tap, row by row for the frames."""
+    """One of the arrays that a form keeps for each tap, with one row per frame."""
 
     folder: str
     dtype: str
-    dimensions: tuple[str, ...]  # of a frame: some of patch, feature
+    dimensions: tuple[str, ...]  # of a row: patch, feature, or both
     fill: float | int
 
     def path(self, tap: str) -> str:
-        """Where the array lies below its split."""
+        """Path of the array below its split."""
         return f"{self.folder}/{tap}"
 
     def shape(self, patches: int, dim: int) -> tuple[int, ...]:
-        """Of a frame with N patches of D features."""
+        """Shape of a row: a frame of N patches with D features."""
         sizes = {"patch": patches, "feature": dim}
         return tuple(sizes[name] for name in self.dimensions)
 
@@ -51,20 +51,20 @@ class Encoding(ABC):
 
     name: ClassVar[Dtype]
     arrays: ClassVar[tuple[StoredArray, ...]]  # `FEATURES` first
-    decoded: ClassVar[torch.dtype]  # of the tokens that a reader gets
-    error: ClassVar[float]  # ‖token - decoded‖ / ‖token‖, median over DINOv2 ViT-S/14's at block 12
+    decoded: ClassVar[torch.dtype]  # type of the tokens that a reader gets
+    error: ClassVar[float]  # median of ‖token - decoded‖ / ‖token‖ over tokens of DINOv2 ViT-S/14, block 12
     plain: ClassVar[bool] = False  # the stored array is what a reader gets
 
     @abstractmethod
     def encode(self, tokens: Tensor) -> dict[str, Tensor]:
-        """Tokens (..., N, D) of any float type as stored, where they are."""
+        """The stored arrays of tokens (..., N, D) of any float type, on the tokens' device."""
 
     @abstractmethod
     def decode_into(self, stored: Stored, out: Tensor) -> Tensor:
-        """Decode into ``out`` (..., N, D) of the type ``decoded``, which is returned."""
+        """Decode into ``out`` (..., N, D), of the type ``decoded``, and return it."""
 
     def decode(self, stored: Stored) -> Tensor:
-        """Tokens (..., N, D) of what :meth:`encode` gave, of the type ``decoded``."""
+        """Tokens (..., N, D), of the type ``decoded``, from the arrays of :meth:`encode`."""
         features = stored[FEATURES]
         return self.decode_into(stored, torch.empty(features.shape, dtype=self.decoded, device=features.device))
 
@@ -78,7 +78,7 @@ class Encoding(ABC):
 
 
 class Float16(Encoding):
-    """Half precision, as it is: what lies in the file is what a batch holds."""
+    """Half precision: a batch holds exactly what the file holds."""
 
     name = "float16"
     arrays = (StoredArray(FEATURES, "float16", ("patch", "feature"), NAN),)
@@ -141,9 +141,10 @@ ENCODINGS: Mapping[Dtype, Encoding] = {encoding.name: encoding for encoding in (
 
 
 def recognised(dtypes: Mapping[str, str]) -> Dtype:
-    """The form of another program's arrays, given their types by folder: by the folders, then by the types.
+    """The form of arrays that another program made, from their types by folder.
 
-    float16, which takes any floats, where no form has such folders.
+    The folders must match, and the types decide between forms with the same folders. Without a match: float16, which
+    takes any floats.
     """
     alike = [encoding for encoding in ENCODINGS.values() if {a.folder for a in encoding.arrays} == dtypes.keys()]
     same = [encoding for encoding in alike if {a.folder: a.dtype for a in encoding.arrays} == dtypes]

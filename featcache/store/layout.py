@@ -1,4 +1,4 @@
-"""What a split looks like on disk, as a function of its specifications: arrays, their metadata, their chunks.
+"""The layout of a split on disk, as a function of its specifications: arrays, their metadata, their chunks.
 
 Everything that describes a store can be computed from its specs and manifest alone. The writer writes what is
 computed here, ``verify`` compares with it, and ``repair`` puts it back. Metadata documents are made by
@@ -24,11 +24,11 @@ from featcache.store import manifest
 from featcache.store.encoding import ENCODINGS
 from featcache.store.spec import SplitSpec, StoreSpec
 
-COMPRESSED = ("video", "segmentations")  # features are raw, so that they can be mapped
+COMPRESSED = ("video", "segmentations", "ignored")  # features are raw, so that they can be mapped
 METADATA = "zarr.json"
 ZSTD_LEVEL = 3
-LABELS = ("shape", "size", "color", "material")
-UNKNOWN = 255
+LABELS = ("shape", "size", "color", "material", "category")
+LATER = ("category",)  # labels without a table where no object has one, as in stores by earlier versions
 
 Files = dict[str, bytes]  # by their paths below the split's folder
 
@@ -72,11 +72,19 @@ def array_layouts(store: StoreSpec, split: SplitSpec) -> list[ArrayLayout]:
     layouts = [ArrayLayout("video", (height, width, 3), ("y", "x", "rgb"), "uint8", 0)]
     if split.masks:
         layouts.append(ArrayLayout("segmentations", (height, width), ("y", "x"), "uint8", 0))
+    if split.ignored:
+        layouts.append(ArrayLayout("ignored", (height, width), ("y", "x"), "bool", False))
     for tap, spec in store.taps.items():
         for array in ENCODINGS[store.dtype].arrays:
             shape = array.shape(spec.patches, spec.dim)
             layouts.append(ArrayLayout(array.path(tap), shape, array.dimensions, array.dtype, array.fill))
     return layouts
+
+
+def array_bytes(layout: ArrayLayout, split: SplitSpec) -> int:
+    """Bytes of an array's chunk files, all videos finished; of a compressed one the most that they can be, nearly."""
+    frames = sum(split.lengths) if layout.name in COMPRESSED else split.rows  # raw chunks are written full
+    return frames * int(np.prod(layout.shape)) * np.dtype(layout.dtype).itemsize
 
 
 def chunk_numbers(split: SplitSpec, video: int) -> range:
@@ -126,7 +134,7 @@ def split_metadata(store: StoreSpec, split: SplitSpec) -> Files:
 
 @dataclass(frozen=True)
 class TableArray:
-    """One table: ``values`` of the whole split, its dimensions and what its codes stand for."""
+    """One table: its values for the whole split, its dimensions, and the names that its codes stand for."""
 
     values: npt.NDArray[Any]
     dimensions: tuple[str, ...]
@@ -154,11 +162,15 @@ def tables(split: SplitSpec, rows: Mapping[int, manifest.Row]) -> dict[str, Tabl
     found["instances/visibility"] = TableArray(visibility, ("frame", "instance"))
     for label in LABELS:
         names = sorted({getattr(i, label) for row in rows.values() for i in row.instances} - {""})
-        codes = np.full((len(split.lengths), slots), UNKNOWN, np.uint8)
+        if label in LATER and not names:
+            continue
+        places = {name: place for place, name in enumerate(names)}
+        dtype = np.uint8 if len(names) <= np.iinfo(np.uint8).max else np.uint16
+        unknown = np.iinfo(dtype).max
+        codes = np.full((len(split.lengths), slots), unknown, dtype)
         for video, row in rows.items():
             for k, instance in enumerate(row.instances):
-                value = getattr(instance, label)
-                codes[video, k] = names.index(value) if value else UNKNOWN
+                codes[video, k] = places.get(getattr(instance, label), unknown)
         found[f"instances/{label}"] = TableArray(codes, ("video_index", "instance"), tuple(names))
     return found
 
@@ -192,7 +204,7 @@ def _put(
         name,
         data=values,
         chunks=values.shape or "auto",
-        # The manifest has no checksums of these: their frames carry their own.
+        # The manifest has no checksums of these arrays, so zstd's frames carry them.
         compressors=[ZstdCodec(level=ZSTD_LEVEL, checksum=True)],
         dimension_names=dimensions,
         attributes=attributes,
@@ -201,7 +213,7 @@ def _put(
 
 
 def _files(build: Any) -> Files:
-    """What zarr-python writes for a group, by path, in the order of paths."""
+    """The files that zarr-python writes for a group, by path, in the order of paths."""
     held: dict[str, Any] = {}
     build(zarr.create_group(MemoryStore(held), zarr_format=3))
     return {path: held[path].to_bytes() for path in sorted(held)}

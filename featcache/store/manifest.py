@@ -8,15 +8,13 @@ the later one counts.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from featcache.errors import DataError
 from featcache.sources.video import Instance
-from featcache.store.durable import cannot_write, sync_directory, write_tree
+from featcache.store.durable import Lines, write_tree
 
 NAME = "manifest.jsonl"
 
@@ -25,11 +23,12 @@ NAME = "manifest.jsonl"
 class Row:
     """One finished video."""
 
-    video: int  # position in the source's split
+    video: int  # position in the split
     id: str
     frames: int
     crc32c: Mapping[str, tuple[int, ...]]  # array path -> checksum of the encoded bytes of each of its chunks
     instances: tuple[Instance, ...] = field(default=())
+    fingerprint: str = ""  # of the files that it was made from; "" in stores of version 0.1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"))
@@ -39,11 +38,11 @@ class Row:
         raw = json.loads(line)
         instances = tuple(Instance(**{**item, "visibility": tuple(item["visibility"])}) for item in raw["instances"])
         crc32c = {path: tuple(sums) for path, sums in raw["crc32c"].items()}
-        return cls(raw["video"], raw["id"], raw["frames"], crc32c, instances)
+        return cls(raw["video"], raw["id"], raw["frames"], crc32c, instances, raw.get("fingerprint", ""))
 
 
 def read(folder: Path) -> dict[int, Row]:
-    """Finished videos of a split, by position. A last line without its newline was never promised."""
+    """Finished videos of a split, by position, without a torn last line. ``DataError`` for any other broken line."""
     rows, broken = scan(folder)
     for number, why in broken.items():
         raise DataError(
@@ -54,7 +53,7 @@ def read(folder: Path) -> dict[int, Row]:
 
 
 def scan(folder: Path) -> tuple[dict[int, Row], dict[int, str]]:
-    """As `read`, but gives broken lines, by number and with the reason, instead of raising."""
+    """Like `read`, but returns the broken lines (number -> reason) instead of raising."""
     path = folder / NAME
     if not path.exists():
         return {}, {}
@@ -76,37 +75,12 @@ def replace_rows(folder: Path, rows: Mapping[int, Row]) -> None:
     write_tree(folder, {NAME: b"".join(row.to_json().encode() + b"\n" for row in rows.values())})
 
 
-class Appender:
+class Appender(Lines):
     """Appends rows durably. Opening it creates the manifest, or cuts off a torn last line."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / NAME
-        try:
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-            self._end = os.fstat(self._fd).st_size
-            whole = os.pread(self._fd, self._end, 0).rfind(b"\n") + 1
-            if whole != self._end:
-                os.ftruncate(self._fd, whole)
-                self._end = whole
-            os.fsync(self._fd)
-            sync_directory(folder)  # a new manifest must not vanish with the rows in it
-        except OSError as error:
-            raise cannot_write(self._path, error) from error
+        super().__init__(folder / NAME)
 
     def append(self, row: Row) -> None:
         """Add a row; it is durable on return. ``DataError`` when the disk is full, with no part of it left."""
-        data = row.to_json().encode() + b"\n"
-        at = self._end
-        try:
-            while data:
-                written = os.pwrite(self._fd, data, at)
-                data, at = data[written:], at + written
-            os.fsync(self._fd)
-        except OSError as error:
-            with suppress(OSError):  # else the next opening cuts it off
-                os.ftruncate(self._fd, self._end)
-            raise cannot_write(self._path, error) from error
-        self._end = at
-
-    def close(self) -> None:
-        os.close(self._fd)
+        self.add(row.to_json())

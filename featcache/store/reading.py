@@ -17,7 +17,7 @@ from featcache.moments import Moments
 from featcache.sources.video import Instance
 from featcache.store import manifest
 from featcache.store.encoding import ENCODINGS, Encoding
-from featcache.store.spec import SCHEMA, SplitSpec, StoreSpec
+from featcache.store.spec import READABLE, SplitSpec, StoreSpec
 
 
 class FeatureStore:
@@ -29,7 +29,7 @@ class FeatureStore:
 
     @classmethod
     def open(cls, path: str | Path) -> FeatureStore:
-        """Open for reading. Raises ``DataError`` where there is no store, ``IncompatibleError`` for another schema."""
+        """Open for reading. ``DataError`` without a store, ``IncompatibleError`` for another schema or stored form."""
         path = Path(path)
         if not path.exists():
             raise DataError(f"{path}: no such store; make it with: slotlab extract --out {path}")
@@ -39,9 +39,10 @@ class FeatureStore:
             raise DataError(
                 f"{path}: not a featcache store; name one made by slotlab extract (for example cache/dinov2.zarr)"
             ) from error
-        if raw.get("schema") != SCHEMA:
+        if raw.get("schema") not in READABLE:
+            known = " and ".join(map(str, READABLE))
             raise IncompatibleError(
-                f"{path}: store schema {raw.get('schema')}, this version reads {SCHEMA}; extract it again"
+                f"{path}: store schema {raw.get('schema')}, this version reads {known}; extract it again"
             )
         if raw.get("dtype", "float16") not in ENCODINGS:
             raise IncompatibleError(
@@ -52,12 +53,13 @@ class FeatureStore:
 
     @property
     def encoding(self) -> Encoding:
-        """The form that its tokens are stored in."""
+        """The stored form of its tokens."""
         return ENCODINGS[self.spec.dtype]
 
     @property
     def splits(self) -> tuple[str, ...]:
-        return tuple(sorted(p.parent.name for p in self.path.glob(f"*/{manifest.NAME}")))
+        """Names of the splits, sorted."""
+        return tuple(sorted(p.parent.name for p in self.path.glob(f"[!.]*/{manifest.NAME}")))
 
     def __getitem__(self, name: str) -> Split:
         if name not in self.splits:
@@ -66,11 +68,11 @@ class FeatureStore:
         return Split(self, name)
 
     def split(self, name: str | None) -> Split:
-        """The split of that name; None is ``train``, or the first in a store without one."""
+        """The split ``name``; None: ``train``, or the first one in a store without ``train``."""
         return self[name or ("train" if "train" in self.splits else next(iter(self.splits), "train"))]
 
     def tap(self, name: str | None) -> str:
-        """Canonical tap name; ``None`` is the only tap, or the first of several."""
+        """The name of a tap; None: the first one. ``IncompatibleError`` if the store lacks it."""
         if name is None:
             return next(iter(self.spec.taps))
         if name not in self.spec.taps:
@@ -107,12 +109,13 @@ class Split:
 
     @cached_property
     def names(self) -> dict[int, str]:
-        """What the source calls each finished video, with its position behind where it calls several so."""
+        """The source's name for each finished video, followed by the position if several have the same name."""
         counts = Counter(row.id for row in self.manifest.values())
         return {v: row.id if counts[row.id] == 1 else f"{row.id}#{v}" for v, row in self.manifest.items()}
 
     @property
     def complete(self) -> bool:
+        """Whether all videos are finished and the statistics cover them."""
         return len(self.manifest) == len(self.spec.lengths) == self.spec.statistics_videos
 
     def require_complete(self) -> Split:
@@ -140,6 +143,7 @@ class Split:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def array(self, path: str) -> zarr.Array[Any]:
+        """The array at ``path`` below the split. ``DataError`` if it is missing or damaged."""
         try:
             item = self.group[path]
         except Exception as error:
@@ -170,12 +174,28 @@ class Split:
         return np.asarray(self.array("video")[self.rows(video)])
 
     def segmentations(self, video: int) -> npt.NDArray[np.uint8]:
-        """Ground-truth masks (T, H, W): 0 background, k for instance k - 1. ``DataError`` if the source had none."""
+        """Ground-truth masks (T, H, W): 0 background, k for instance k - 1. ``DataError`` without masks."""
         if not self.spec.masks:
             raise DataError(f"{self.path}: its source had no masks, so there is nothing to score against")
         return np.asarray(self.array("segmentations")[self.rows(video)])
 
+    def ignored(self, video: int) -> npt.NDArray[np.bool_]:
+        """Pixels whose truth is not known (T, H, W); they are 0 in the masks, and no background."""
+        if not self.spec.ignored:
+            return np.zeros((self.spec.lengths[video], *self.spec.frame_size), bool)
+        return np.asarray(self.array("ignored")[self.rows(video)])
+
+    def labelled(self, video: int) -> npt.NDArray[np.bool_]:
+        """Frames (T,) with pixels whose truth is known."""
+        return np.asarray(~self.ignored(video).all((1, 2)))
+
+    @cached_property
+    def has_truth(self) -> bool:
+        """Whether the truth of any pixel is known."""
+        return self.spec.masks and any(self.labelled(video).any() for video in self.videos)
+
     def instances(self, video: int) -> tuple[Instance, ...]:
+        """The instance table of a video."""
         return self.manifest[video].instances
 
     def statistics(self, tap: str) -> Moments:

@@ -46,7 +46,7 @@ def read_index(shard: BinaryIO, count: int) -> npt.NDArray[np.uint64]:
     shard.seek(max(0, size - (count * 16 + 4)))
     tail = shard.read()
     if len(tail) != count * 16 + 4 or _checksum(tail[:-4]) != tail[-4:]:
-        raise ValueError("lies in a shard whose index is damaged")  # said of a chunk
+        raise ValueError("lies in a shard whose index is damaged")  # the subject is a chunk
     return np.frombuffer(tail[:-4], "<u8").reshape(count, 2)
 
 

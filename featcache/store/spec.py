@@ -1,4 +1,4 @@
-"""What a store says of itself: its features, its splits, and when two of them agree."""
+"""The specifications of a store and its splits, and the test of whether two of them agree."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import IncompatibleError, compare_settings
+from featcache.sources.fingerprint import digest
 from featcache.words import Dtype, Precision
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, SCHEMA)  # stores of schema 1 have no array of ignored pixels: all of their truth is known
 
 MAX_CHUNK_FRAMES = 64
 
@@ -26,7 +28,7 @@ warnings.filterwarnings("ignore", message=".*does not have a Zarr V3 specificati
 
 @dataclass(frozen=True)
 class TapSpec:
-    """Where in the backbone the tokens come from, and their shape."""
+    """Shape of the tokens of one tap."""
 
     grid: tuple[int, int]  # rows, columns of patches
     dim: int
@@ -38,7 +40,7 @@ class TapSpec:
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """What the features of a store are. Two runs may share a store only if ``identity`` agrees."""
+    """The features of a store. Two runs may share a store only if ``identity`` agrees."""
 
     backbone: str
     model: Mapping[str, Any]
@@ -53,7 +55,7 @@ class StoreSpec:
     versions: Mapping[str, str] = field(default_factory=dict)
     schema: int = SCHEMA
     exported_from: str = ""  # the store or file that the values were copied from; "" for an extraction
-    dtype_through: Dtype | Literal[""] = ""  # a coarser form that the values had before, which extraction cannot repeat
+    dtype_through: Dtype | Literal[""] = ""  # a coarser form that the values passed through before a copy
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,7 +68,7 @@ class StoreSpec:
     def identity(self) -> dict[str, Any]:
         """Flat mapping of everything that must agree before a run may add to this store."""
         raw = self.to_json()
-        for free in ("source", "batch_size", "versions", "exported_from"):
+        for free in ("source", "batch_size", "versions", "exported_from", "schema"):
             del raw[free]
         raw["model"] = {k: v for k, v in raw["model"].items() if k not in ("library_version", "weights_origin")}
         return flatten(raw)
@@ -81,8 +83,13 @@ class SplitSpec:
     chunk_frames: int
     frame_size: tuple[int, int]  # height, width of the stored frames and masks
     masks: bool
-    statistics_videos: int = 0  # how many videos the stored statistics cover
+    statistics_videos: int = 0  # number of videos that the stored statistics cover
     shard_chunks: int = 0  # chunks that share a file; 0 gives each its own
+    ignored: bool = False  # whether an array says which pixels of the masks are not known
+    # Of each video, in the store's order, when it was asked for; empty in stores of version 0.1:
+    names: tuple[str, ...] = ()
+    fingerprints: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()  # names of videos that were left out because they were damaged
 
     @cached_property
     def starts(self) -> npt.NDArray[np.int64]:
@@ -92,13 +99,30 @@ class SplitSpec:
 
     @property
     def rows(self) -> int:
+        """Number of rows of the split's arrays, padding included."""
         return int(self.starts[-1])
+
+    @property
+    def videos(self) -> tuple[tuple[str, str, int], ...]:
+        """Name, fingerprint and frames of each video; () where the fingerprints are not known."""
+        return tuple(zip(self.names, self.fingerprints, self.lengths, strict=True)) if self.fingerprints else ()
+
+    @property
+    def content(self) -> str:
+        """A short hash that two splits share if they hold the same videos in the same order."""
+        return digest((*self.fingerprints, str(self.lengths))) if self.fingerprints else self.source_fingerprint
+
+    def form(self) -> dict[str, Any]:
+        """What holds for every video of the split, whichever they are."""
+        return {key: value for key, value in asdict(self).items() if key not in _OF_VIDEOS}
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> SplitSpec:
-        return cls(
-            **{**raw, "lengths": tuple(raw["lengths"]), "frame_size": tuple(raw["frame_size"])},
-        )
+        values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in raw.items()}
+        return cls(**values)
+
+
+_OF_VIDEOS = ("source_fingerprint", "lengths", "statistics_videos", "names", "fingerprints", "skipped")
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

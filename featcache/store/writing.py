@@ -1,6 +1,6 @@
 """Writing a store so that nothing finished is lost and nothing unfinished is believed.
 
-The order is the whole of it: chunks are durable before their manifest row, tables and statistics before the
+Everything depends on the order: chunks are durable before their manifest row, tables and statistics before the
 split's attributes say that it is complete, a split's arrays before its manifest exists, the root before any
 split. Chunks are encoded here rather than through zarr-python because zarr-python does not sync, and because
 the bytes that are checked are then the bytes that are written.
@@ -28,6 +28,8 @@ from featcache.store.durable import (
     TEMPORARY,
     lock,
     make_directory,
+    replace_directory,
+    settle_directories,
     sync_directory,
     write_durably,
     write_tree,
@@ -44,6 +46,7 @@ from featcache.store.layout import (
     summary_files,
 )
 from featcache.store.reading import FeatureStore
+from featcache.store.rearrange import rearranged
 from featcache.store.spec import SplitSpec, StoreSpec, refuse_if_different
 
 SUMMARIES = ("instances", "statistics")  # folders that `SplitWriter.finish` makes
@@ -54,7 +57,7 @@ Arrays = Mapping[str, npt.NDArray[Any]]  # one video's rows as stored, by array
 class StoreWriter:
     """The one process that may write to a store. Use as a context manager; it holds the store's lock.
 
-    Raises ``DataError`` where another process writes, or where something else than a store lies, and
+    Raises ``DataError`` if another process is writing, or if the path holds something other than a store, and
     ``IncompatibleError`` for a store of other features.
     """
 
@@ -70,6 +73,7 @@ class StoreWriter:
             else:
                 self.spec = spec
                 write_tree(path, {METADATA: root_metadata(spec)})
+            settle_directories(path)
             # Left by a run that was killed; with the lock held, nobody else is writing them.
             for leftover in [*path.rglob(f"*{TEMPORARY}"), *path.rglob("*.partial")]:  # ours and zarr-python's
                 leftover.unlink(missing_ok=True)
@@ -88,26 +92,33 @@ class StoreWriter:
     def close(self) -> None:
         self._lock.close()
 
-    def split(self, name: str, spec: SplitSpec) -> SplitWriter:
-        """Create the split, or open it where an earlier run stopped; a longer one grows in place."""
-        return SplitWriter(self, name, spec)
+    def split(self, name: str, spec: SplitSpec, rearrange: bool = False) -> SplitWriter:
+        """Create the split, or open it where an earlier run stopped; a longer one grows in place.
+
+        Any other change of its videos is an ``IncompatibleError``. With ``rearrange`` it is carried out: finished
+        videos that ``spec`` still has, with the same fingerprint, stay; the others go.
+        """
+        return SplitWriter(self, name, spec, rearrange)
 
 
 class SplitWriter:
     """Appends videos to one split, in any order."""
 
-    def __init__(self, writer: StoreWriter, name: str, spec: SplitSpec) -> None:
+    def __init__(self, writer: StoreWriter, name: str, spec: SplitSpec, rearrange: bool = False) -> None:
         self.store_spec = writer.spec
-        self.path = writer.path / name
+        self.path = self._place = writer.path / name  # they differ until a rearranged split is finished
         self.name = name
         # The manifest is made after the arrays: a split without one was never finished being created.
-        self.spec = self._grow(spec) if (self.path / manifest.NAME).exists() else self._create(spec)
+        if not (self.path / manifest.NAME).exists():
+            self.spec = self._create(spec)
+        else:
+            self.spec = self._rearrange(spec) if rearrange and spec.fingerprints else self._grow(spec)
         self._appender = manifest.Appender(self.path)
         self.done = set(manifest.read(self.path))
         self._shard = _OpenShard(self.path, self.spec, array_layouts(self.store_spec, self.spec))
 
     def close(self) -> None:
-        """Let go of the split. Videos that wait for their shard to fill are forgotten, unlike after `finish`."""
+        """Close the split. Videos that wait for their shard to fill are lost, unless `finish` was called."""
         self._appender.close()
 
     # -- layout ----------------------------------------------------------------------------------------
@@ -132,24 +143,59 @@ class SplitWriter:
 
     def _grow(self, asked: SplitSpec) -> SplitSpec:
         present = read_split_spec(self.path)
-        longer, shorter = sorted((present.lengths, asked.lengths), key=len, reverse=True)
-        fixed = [asdict(replace(spec, lengths=(), statistics_videos=0)) for spec in (present, asked)]
-        refuse_if_different(self.path, *fixed)
-        if longer[: len(shorter)] != shorter:
-            raise IncompatibleError(
-                f"{self.path}: its videos have other lengths than the source's; extract to another --out"
-            )
-        if longer == present.lengths:
+        forms = [spec.form() for spec in (present, asked)]
+        videos: list[tuple[Any, ...]] = [present.videos, asked.videos]
+        if not all(videos):
+            videos = [present.lengths, asked.lengths]
+            forms = [
+                {**form, "source_fingerprint": spec.source_fingerprint}
+                for form, spec in zip(forms, (present, asked), strict=True)
+            ]
+        refuse_if_different(self.path, *forms)
+        here, there = videos
+        if here[: len(there)] == there:
             return present
+        if there[: len(here)] != here:
+            raise IncompatibleError(f"{self.path}: holds other videos than the source's; extract to another --out")
         grown = replace(asked, statistics_videos=0)
         # Arrays before attributes: one that is longer than the split says is still whole.
         write_tree(self.path, split_metadata(self.store_spec, grown))
         return grown
 
+    def _rearrange(self, asked: SplitSpec) -> SplitSpec:
+        present, rows = read_split_spec(self.path), manifest.read(self.path)
+        unfinished, asked = (replace(spec, statistics_videos=0) for spec in (present, asked))
+        if not rows and unfinished != asked:
+            (self.path / manifest.NAME).unlink()  # first: without it the split was never finished being created
+            sync_directory(self.path)
+            return self._create(asked)
+        refuse_if_different(self.path, present.form(), asked.form())
+        known = present.videos or asked.videos  # a split of version 0.1 is asked for with its own videos first
+        where = {video: place for place, video in enumerate(asked.videos)}
+        places = {where[known[video]]: row for video, row in rows.items() if known[video] in where}
+        if any(p != r.video or asked.starts[p] != present.starts[p] for p, r in places.items()) or (
+            asked.rows < present.rows
+        ):
+            folder = rearranged(self.path, self.store_spec, present, asked, places)
+            if len(places) == len(asked.lengths):
+                self.path = folder  # the old split stays in its place until this one has its statistics
+            else:
+                replace_directory(folder, self.path)
+            return asked
+        if unfinished == asked and len(places) == len(rows):
+            return present
+        if present != unfinished:
+            save_split_spec(self.path, unfinished)
+        if len(places) < len(rows):
+            manifest.replace_rows(self.path, places)
+        write_tree(self.path, split_metadata(self.store_spec, asked))
+        return asked
+
     # -- videos ----------------------------------------------------------------------------------------
 
     @property
     def complete(self) -> bool:
+        """Whether all videos are finished and the statistics cover them."""
         return len(self.done) == len(self.spec.lengths) == self.spec.statistics_videos
 
     def write(self, index: int, video: Video, tokens: Mapping[str, torch.Tensor]) -> None:
@@ -159,7 +205,7 @@ class SplitWriter:
         self.append(write_chunks(self.path, self.store_spec, self.spec, index, video, stored))
 
     def write_arrays(self, row: manifest.Row, arrays: Arrays) -> None:
-        """Store one video whose rows are encoded as they shall lie; ``row`` lacks only the checksums.
+        """Store one video whose rows are already encoded; ``row`` lacks only the checksums.
 
         In a sharded split the video is finished when its last shard is full, or by `finish`.
         """
@@ -170,7 +216,7 @@ class SplitWriter:
             self.append(finished)
 
     def append(self, row: manifest.Row) -> None:
-        """Declare a video finished, whose chunks some process has made durable."""
+        """Declare a video finished; its chunks must be durable, whichever process wrote them."""
         self._appender.append(row)
         self.done.add(row.video)
 
@@ -182,10 +228,13 @@ class SplitWriter:
             self.append(row)
         self.unfinish()
         rows = manifest.read(self.path)
-        for old in SUMMARIES:  # an older one may have had other arrays
+        for old in SUMMARIES:  # earlier ones may have had other arrays
             shutil.rmtree(self.path / old, ignore_errors=True)
         write_tree(self.path, summary_files(self.spec, rows, statistics))
         self._save(replace(self.spec, statistics_videos=len(rows)))
+        if self.path != self._place:
+            replace_directory(self.path, self._place)
+            self.path = self._place
 
     def unfinish(self) -> None:
         """Take back that the split is complete, before its tables or statistics change."""
@@ -205,19 +254,23 @@ def write_chunks(
     video: Video,
     tokens: Mapping[str, Stored],
 ) -> manifest.Row:
-    """Make one video's chunks durable in the split at ``path``; needs no lock, in whichever process it runs.
+    """Make one video's chunks durable in the split at ``path``, and return its manifest row.
 
-    ``tokens`` holds those of each tap in the store's form (`featcache.store.encoding`). Gives the row that the process
-    with the store's lock appends. Raises ``DataError`` when the disk is full; the videos finished before stay.
+    ``tokens`` maps each tap to its tokens in the store's form (`featcache.store.encoding`). Any process may call this;
+    only the one with the store's lock may append the row. Raises ``DataError`` when the disk is full; the videos
+    finished before stay.
     """
     assert not split.shard_chunks, "several videos share a shard: only `SplitWriter.write_arrays` fills them"
     arrays: dict[str, npt.NDArray[Any]] = {"video": video.frames}
     if split.masks:
         assert video.segmentations is not None
         arrays["segmentations"] = video.segmentations
+    if split.ignored:
+        arrays["ignored"] = video.ignored
     for array in ENCODINGS[store.dtype].arrays:
         arrays |= {array.path(tap): stored[array.folder].cpu().numpy() for tap, stored in tokens.items()}
-    row = manifest.Row(index, video.id, len(video.frames), {}, video.instances)
+    fingerprint = split.fingerprints[index] if split.fingerprints else ""
+    row = manifest.Row(index, video.id, len(video.frames), {}, video.instances, fingerprint)
     return _write_arrays(path, store, split, row, arrays)
 
 
@@ -251,7 +304,7 @@ class _OpenShard:
         self._waiting: list[manifest.Row] = []
 
     def put(self, row: manifest.Row, arrays: Arrays) -> list[manifest.Row]:
-        """Add a video; gives the rows that became durable on the way."""
+        """Add a video; return the rows that became durable on the way."""
         finished: list[manifest.Row] = []
         encoded = {
             layout.name: list(_chunks(layout, self._split, row.video, arrays[layout.name])) for layout in self._layouts
@@ -268,7 +321,7 @@ class _OpenShard:
         return finished
 
     def flush(self) -> list[manifest.Row]:
-        """Write the open shard; gives the rows that became durable."""
+        """Write the open shard; return the rows that became durable."""
         if self._number is None:
             return []
         for layout in self._layouts:
@@ -280,7 +333,7 @@ class _OpenShard:
         return finished
 
     def _open(self, number: int) -> None:
-        """Take up what an earlier run, or a video that began in this shard, left there."""
+        """Continue the shard with the chunks that an earlier run, or a video that began in it, left there."""
         self._number = number
         for layout in self._layouts:
             file = chunk_path(self._path / layout.name, number, layout.ndim)
@@ -306,7 +359,7 @@ def save_split_spec(path: Path, spec: SplitSpec) -> None:
 
 
 def refuse_foreign(path: Path) -> None:
-    """``DataError`` for a folder of other things: a writer sweeps what killed runs left, and must not sweep those."""
+    """``DataError`` for a folder that holds no store but other files, which a writer must not take for leftovers."""
     if not path.exists() or (path / METADATA).exists():
         return
     if not path.is_dir():
@@ -314,7 +367,7 @@ def refuse_foreign(path: Path) -> None:
     found = [p.name for p in path.iterdir() if not p.name.startswith((".", METADATA))]
     if any((path / name / manifest.NAME).exists() for name in found):
         raise DataError(
-            f"{path / METADATA}: missing, and with it what the features are; "
+            f"{path / METADATA}: missing, and with it the specification of the features; "
             "put back a copy of that file, or extract to another --out"
         )
     if found:

@@ -1,10 +1,10 @@
-"""Rows of one stored array into a given tensor: from raw chunk files, through zarr-python, or from memory.
+"""Reads rows of one stored array into a given tensor: from raw chunk files, through zarr-python, or from memory.
 
-A chunk without a codec but ``bytes`` is the chunk's values, in a separate file or at some place in a shard. So its
-rows are copied from a memory map of the file straight into the batch's buffer. What the page cache holds then moves
-at the rate of a copy in memory (``preadv`` reaches half of that where the cache is made of 4 KiB pages). What it
-does not hold would come in page by page; so, as soon as the thread is seen to wait for the disk, the rest of the
-batch is asked for all at once (``MADV_WILLNEED``), which keeps the disk's queue full without further threads.
+A chunk whose only codec is ``bytes`` is just its values, in a file or at some place in a shard. So rows are copied from
+a memory map of the file straight into the batch's buffer. Cached pages move at the rate of a copy in memory (``preadv``
+reaches half of that if the cache has 4 KiB pages). Other pages would arrive one by one; so, once the thread waits for
+the disk, the rest of the batch is requested at once (``MADV_WILLNEED``), which keeps the disk's queue full without
+further threads.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,12 +29,12 @@ from featcache.memory.copying import Copier, Piece
 from featcache.store import shards
 from featcache.store.reading import Split
 
-# What torch can hold of what an array may be of, by the array's name for it.
+# torch's types by the arrays' names for them; arrays of other types cannot be read.
 TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in ("uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
 }
-MAPS = 1 << 14  # files mapped at a time: a quarter of what Linux gives a process (vm.max_map_count)
-STAY_COLD = 16  # batches that are still asked for ahead after the last one that came from the disk
+MAPS = 1 << 14  # files mapped at a time: a quarter of what Linux allows a process (vm.max_map_count)
+STAY_COLD = 16  # batches that are requested ahead after the last one that came from the disk
 
 Int64 = npt.NDArray[np.int64]
 
@@ -42,7 +43,7 @@ class Rows(Protocol):
     """Random access to the rows of one array."""
 
     def gather(self, starts: Int64, out: Tensor) -> None:
-        """Fill ``out`` (B, T, ...) with T consecutive rows from each start (B,), which ascend."""
+        """Fill ``out`` (B, T, ...) with T consecutive rows from each of ``starts`` (B,), which ascend."""
 
 
 def open_rows(split: Split, path: str, threads: int = 1) -> Rows:
@@ -63,15 +64,15 @@ class FileRows:
         self._chunk_rows: int = array.chunks[0]
         self._row_bytes = int(np.prod(array.shape[1:])) * array.dtype.itemsize
         self._shard_chunks = array.shards[0] // array.chunks[0] if array.shards else 0
-        self._maps: OrderedDict[int, Tensor] = OrderedDict()  # by file, the one used last at the end
+        self._maps: OrderedDict[int, Tensor] = OrderedDict()  # by file, least recently used first
         # Where each chunk lies in memory; 0 until its file is mapped.
         self._addresses = np.zeros(-(-array.shape[0] // self._chunk_rows), np.int64)
-        self._cold = STAY_COLD  # batches yet to be asked for ahead
-        self._lock = threading.Lock()  # a map must not go while another thread reads from it
+        self._cold = STAY_COLD  # batches yet to be requested ahead
+        self._lock = threading.Lock()  # keeps a map open while a thread reads from it
 
     @staticmethod
     def allowed(array: zarr.Array[Any]) -> bool:
-        """Whether the metadata says that a chunk's bytes are its rows in C order, and where they are."""
+        """Whether a chunk's bytes, by the metadata, are its rows in C order at a known place."""
         metadata = array.metadata.to_dict()
         codecs: Any = metadata.get("codecs", ())
         if [codec["name"] for codec in codecs] == ["sharding_indexed"]:
@@ -111,14 +112,14 @@ class FileRows:
 
             self._copy(pieces, look)
             self._cold = STAY_COLD if pages.disk_reads() != before else max(0, self._cold - 1)
-            while len(self._maps) > MAPS:  # only now: pieces are bare addresses
+            while len(self._maps) > MAPS:  # only after the copies, which use bare addresses
                 file, _ = self._maps.popitem(last=False)
                 self._addresses[self._chunks_of(file)] = 0
 
     def _pieces(self, starts: Int64, length: int, target: int) -> list[Piece]:
-        """Target address, source address and bytes of each run of rows that lie together in memory."""
+        """Target address, source address and bytes of each run of rows that are contiguous in memory."""
         first, last = starts // self._chunk_rows, (starts + length - 1) // self._chunk_rows
-        counts = last - first + 1  # 1, but for clips that cross a chunk boundary
+        counts = last - first + 1  # 1, except for clips that cross a chunk boundary
         sample = np.repeat(np.arange(len(starts)), counts)
         chunk = np.arange(len(sample)) + np.repeat(first - np.cumsum(counts) + counts, counts)
         begin = np.maximum(starts[sample], chunk * self._chunk_rows)
@@ -135,7 +136,7 @@ class FileRows:
         return slice(file * count, (file + 1) * count)
 
     def _map(self, chunks: Int64) -> Int64:
-        """The addresses of all chunks, of which those asked for are valid."""
+        """The addresses of all chunks; those of ``chunks`` are valid. ``DataError`` if one is missing or damaged."""
         for file in np.unique(chunks // (self._shard_chunks or 1)).tolist():
             if file in self._maps:
                 self._maps.move_to_end(file)
@@ -150,9 +151,10 @@ class FileRows:
         """Map a file and note where its chunks are."""
         chunks = self._chunks_of(file)
         path, chunk_bytes = self.path(chunks.start), self._chunk_rows * self._row_bytes
-        try:  # a private map, for the stores that may only be read
+        try:  # a private map, which read-only files allow
             size = os.path.getsize(path) if self._shard_chunks else chunk_bytes
-            mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+            with _in_utf8(path) as name:
+                mapped = torch.from_file(name, shared=False, size=size, dtype=torch.uint8)
             offsets = self._offsets(path, chunk_bytes) if self._shard_chunks else np.zeros(1, np.int64)
         except (OSError, RuntimeError, ValueError) as error:
             missing, damaged = not path.exists(), isinstance(error, ValueError)
@@ -161,13 +163,13 @@ class FileRows:
         address = mapped.data_ptr()
         places = self._addresses[chunks]  # a view; shorter than a shard at the array's end
         places[:] = np.where(offsets >= 0, address + offsets, 0)[: len(places)]
-        # Of another user's file the kernel says that all of it is cached: populating would read it.
+        # The kernel reports another user's file as fully cached, and populating would then read it.
         if os.access(path, os.W_OK) and pages.cached_share(address, size) == 1:
             pages.populate(address, size)
         return mapped
 
     def _offsets(self, path: Path, chunk_bytes: int) -> Int64:
-        """Where the chunks of a shard begin; -1 for those it lacks. ``ValueError`` for a damaged shard."""
+        """The offset of each chunk in a shard; -1 for those it lacks. ``ValueError`` for a damaged index."""
         with path.open("rb") as file:
             index = shards.read_index(file, self._shard_chunks)
             end = file.seek(0, os.SEEK_END)
@@ -176,6 +178,18 @@ class FileRows:
         if (index[~absent, 1] != chunk_bytes).any() or (offsets[~absent] + chunk_bytes > end).any():
             raise ValueError("the index names other places than its chunks'")
         return np.where(absent, -1, offsets)
+
+
+@contextmanager
+def _in_utf8(path: Path) -> Iterator[str]:
+    """The name of a file, or of an open descriptor of it where its own is no UTF-8: torch takes no other."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield str(path)
 
 
 def _little(codecs: Any) -> bool:
@@ -207,7 +221,7 @@ class ResidentRows:
     def load(
         cls, source: Rows, array: zarr.Array[Any], spans: Iterable[slice], device: torch.device, threads: int = 1
     ) -> ResidentRows:
-        """Holds the rows of ``array`` that lie in ``spans`` on ``device``; the others are undefined."""
+        """Load the rows of ``array`` in ``spans`` to ``device``; the other rows are undefined."""
         dtype = TORCH_DTYPES[str(array.dtype)]
         on_host = device.type == "cpu"
         rows = pages.host_empty(array.shape, dtype) if on_host else torch.empty(array.shape, dtype=dtype, device=device)

@@ -1,11 +1,11 @@
 """Buffers between the reader and the trainer, and the copies that bring a batch to the device.
 
-On a CPU a batch is used where it was read. To a CUDA device it passes through a few pieces of page-locked memory,
-copied on a separate stream, so that the copy of the next batch runs under the computation on this one. Page-locked
-memory is scarce (WSL and containers give little), and its pieces are of one size whatever the batch. Two events for
-each batch keep the order without making the host wait: ``filled`` (the trainer's stream waits for it) and ``released``
-(the copying stream waits for it before it writes again). One for each piece, ``left``, keeps the host from writing to
-memory that is still being copied.
+On a CPU a batch is used where it was read. On its way to a CUDA device it passes through a few pieces of page-locked
+memory and is copied on a separate stream, so that the copy of the next batch overlaps the computation on this one.
+Page-locked memory is scarce (WSL and containers have little), so the pieces have one size, whatever the batch. Two
+events for each batch keep the order without making the host wait: ``filled`` (the trainer's stream waits for it) and
+``released`` (the copying stream waits for it before it writes again). One event for each piece, ``left``, keeps the
+host from writing to memory that is still being copied.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from featcache.memory.pages import host_empty
 from featcache.store.encoding import Encoding
 from featcache.stream.rows import Rows
 
-PIECE, PIECES = 32 << 20, 3  # bytes of a piece of page-locked memory, and how many there are: one is always being read
+PIECE, PIECES = 32 << 20, 3  # bytes of a piece of page-locked memory, and their number: one is always being read
 
 logger = logging.getLogger(__name__)
 
@@ -52,38 +52,38 @@ class Format:
 
 @dataclass(frozen=True)
 class Buffers:
-    """Memory of one batch, on the device."""
+    """The memory of one batch, on the device."""
 
     stored: Mapping[str, Tensor]  # rows of each stored array; (B, T, ...)
-    features: Tensor  # (B, T, N, D) on the device: what a trainer gets
+    features: Tensor  # (B, T, N, D), or frames (B, T, H, W, 3): what a trainer gets
     filled: torch.cuda.Event | None
     released: torch.cuda.Event | None
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Host memory that rows pass through."""
+    """A piece of host memory that rows pass through."""
 
     memory: Tensor  # (bytes,) uint8
-    left: torch.cuda.Event | None  # the copy from it has been done
+    left: torch.cuda.Event | None  # reached when the copy from it is done
 
 
 class Stalls:
-    """Seconds for which the trainer's device had nothing to do for want of a batch.
+    """Counts the seconds for which the trainer's device was idle because no batch was ready.
 
-    On a CPU that is the time that the trainer waits. The host of a GPU runs ahead of it, and mostly waits for buffers
-    that the GPU still reads: it wants none. There two events on the trainer's stream stand around each wait: the GPU
-    comes to the first when it has done all work queued before, and to the second when it has the batch.
+    On a CPU that is the time that the trainer waits. The host of a GPU runs ahead, and mostly waits for buffers that
+    the GPU still reads, which does not count. So two events on the trainer's stream enclose each wait: the GPU reaches
+    the first when it has done all work queued before, and the second when it has the batch.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._seconds = 0.0
-        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # that the GPU has not come to
+        self._events: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()  # pairs that the GPU has not reached
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """While the trainer waits for a batch."""
+        """Measures a wait: enter it when the trainer asks for a batch, leave it with the batch."""
         if self._device.type == "cuda":
             begun = self._reached()
             yield
@@ -101,7 +101,7 @@ class Stalls:
 
     @property
     def seconds(self) -> float:
-        """So far; of a GPU, so far as it has come: nothing waits for it."""
+        """The total so far; for a GPU, up to the last event that it has reached, as nothing waits for it."""
         self._sum_up()
         return self._seconds
 
@@ -114,7 +114,7 @@ class Stalls:
 class Staging:
     """Fills buffers in the reader's thread and hands them over in the trainer's.
 
-    ``encoding`` decodes what was read; None where a single array is used as it is.
+    ``encoding`` decodes the stored arrays; None: there is one array, used as it is.
     """
 
     def __init__(self, device: torch.device, *, on_device: bool, encoding: Encoding | None = None) -> None:
@@ -127,7 +127,7 @@ class Staging:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def buffers(self, arrays: Mapping[str, Format], batch: Format) -> Buffers:
-        """Memory for a batch of that format, read from arrays of those."""
+        """Memory for a batch of one format, read from arrays of their formats."""
         if not self._direct and not self._pieces:
             self._make_pieces(arrays.values())
         stored = {name: self._empty(array) for name, array in arrays.items()}
@@ -135,7 +135,7 @@ class Staging:
         if self._stream is None:
             return Buffers(stored, features, None, None)
         buffers = Buffers(stored, features, torch.cuda.Event(), torch.cuda.Event())  # type: ignore[no-untyped-call]
-        self.release(buffers)  # what used this memory before comes first
+        self.release(buffers)  # earlier work on this memory comes first
         return buffers
 
     def _empty(self, of: Format) -> Tensor:
@@ -153,13 +153,15 @@ class Staging:
             self._pieces.append(Piece(host_empty((size,), torch.uint8) if memory is None else memory, event))
 
     def fill(self, buffers: Buffers, readers: Mapping[str, Rows], rows: npt.NDArray[np.int64]) -> None:
-        """Gather the runs of rows that begin at ``rows``, one a sample or several, bring them to the device, decode
-        them. Returns before the device has finished."""
+        """Gather the runs of rows that begin at ``rows`` (one or several per sample), copy them to the device, decode.
+
+        Returns before the device has finished.
+        """
         for _ in self.parts(buffers, readers, rows):
             pass
 
     def parts(self, buffers: Buffers, readers: Mapping[str, Rows], rows: npt.NDArray[np.int64]) -> Iterator[str]:
-        """:meth:`fill`, with a stop behind each of its parts, which is a ``read`` or a ``copy``."""
+        """:meth:`fill` in parts: yields ``read`` or ``copy`` after each, by what it did."""
         with self._queue():
             if self._stream is not None and buffers.released is not None:
                 self._stream.wait_event(buffers.released)
@@ -178,8 +180,8 @@ class Staging:
             yield "copy"
 
     def _through_pieces(self, reader: Rows, rows: npt.NDArray[np.int64], target: Tensor) -> Iterator[str]:
-        """Gather ``rows`` (R,) into ``target`` (R, ...) on the device. A reader copies rows that are neighbours
-        together, so that the clips whose rows these are cost no more one by one."""
+        """Gather ``rows`` (R,) into ``target`` (R, ...) on the device. Readers copy neighbouring rows together, so that
+        clips cost no more when given row by row."""
         row = target[0].nbytes
         for first in range(0, len(rows), max(1, PIECE // row)):
             some = rows[first : first + max(1, PIECE // row)]
@@ -199,24 +201,24 @@ class Staging:
         return torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext()
 
     def receive(self, buffers: Buffers) -> Tensor:
-        """The batch, for work queued from now on by the calling thread."""
+        """The batch, for work that the calling thread queues from now on."""
         if buffers.filled is not None:
             torch.cuda.current_stream(self._device).wait_event(buffers.filled)
         return buffers.features
 
     def release(self, buffers: Buffers) -> None:
-        """Work queued by the calling thread until now was the last to read the batch."""
+        """Free the batch once the work that the calling thread has queued so far is done."""
         if buffers.released is not None:
             buffers.released.record(torch.cuda.current_stream(self._device))
 
     def close(self) -> None:
-        """Wait for copies under way, before the memory that they read and write is given back."""
+        """Wait for copies under way, before the memory that they use is freed."""
         if self._stream is not None:
             self._stream.synchronize()
 
 
 def page_locked(size: int) -> Tensor | None:
-    """Bytes of host memory that a device reads by itself; None, with a warning, where the system gives none (more)."""
+    """Page-locked host memory (size,) uint8, which a device reads directly; None, with a warning, if there is none."""
     try:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     except RuntimeError as error:

@@ -1,8 +1,8 @@
-"""FeatureStream: endless shuffled batches of cached tokens, or of the frames, in reused buffers, on a device.
+"""FeatureStream: endless shuffled batches of cached tokens, or of frames, in reused buffers on a device.
 
-One thread reads a batch ahead into a small ring of buffers; there are no worker processes, which only add
-copies to what is already a copy. The order is a pure function of the seed and the number of samples seen, so a
-stream continues exactly from that one number.
+One thread reads ahead into a small ring of buffers. There are no worker processes, as they would only add copies to
+what is already a copy. The order is a pure function of the seed and the number of samples seen, so that one number
+tells where a stream continues.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import queue
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,37 +23,35 @@ import zarr
 from torch import Tensor
 
 from featcache.errors import UsageError
-from featcache.machine import free_memory, start_limited
+from featcache.machine import readable, start_limited
 from featcache.store.encoding import Encoding
 from featcache.store.reading import Split
+from featcache.stream.residence import RING, Free, Home, choose_home, ring_bytes
 from featcache.stream.rows import TORCH_DTYPES, FileRows, ResidentRows, Rows, open_rows
 from featcache.stream.staging import Buffers, Format, Staging, Stalls
 from featcache.words import Residence
 
-RING = 3  # one with the trainer, one ready, one being filled
-
-VIDEO = "video"  # in place of a tap: the stored frames themselves
+VIDEO = "video"  # the tap that stands for the stored frames
 
 
 @dataclass(frozen=True)
 class Batch:
     """Tokens (B, N, D), or (B, T, N, D) for clips; ``rows`` (B,) are the first rows of the samples.
 
-    ``features`` is float16 (float32 from int8 stores), on the stream's device; of the tap ``video``, the frames
-    (B, H, W, 3) or (B, T, H, W, 3), uint8. It lives in a buffer that is reused: it is valid until the next batch is
-    asked for.
+    ``features`` is float16 (float32 from int8 stores), on the stream's device; for the tap ``video``, frames
+    (B, H, W, 3) or (B, T, H, W, 3), uint8. Its buffer is reused: it is valid until the next batch is requested.
     """
 
     features: Tensor
     rows: npt.NDArray[np.int64]
-    samples_seen: int  # of the whole stream, before this batch
+    samples_seen: int  # by all ranks, before this batch
 
 
 @dataclass(frozen=True)
 class BatchSeconds:
-    """Seconds to read a batch where it is read to, and to bring it from there to the device.
+    """Seconds to read a batch to host memory, and to copy it from there to the device.
 
-    Decoding counts where it is done: with the read on a CPU, where there is nothing to copy, else with the copy.
+    Decoding counts where it happens: on a CPU, which copies nothing, with the read; else with the copy.
     """
 
     read: float
@@ -65,19 +63,20 @@ class FeatureStream:
 
     Args:
         split: a finished split of a store.
-        tap: which features, or ``video`` for the stored frames, which are compressed: best on ``host`` or ``device``.
-        batch_size: samples a batch, for this rank.
-        clip: T consecutive frames of one video a sample; 1 gives single frames without a time axis.
-        frames: of each clip, those that a batch has, by the samples that were seen before it: indices below ``clip``,
-            always as many, T then. Only they are read. None: all.
-        residence: where the features live while training. ``auto`` is the device if they fit in half of its free
-            memory; else the disk, whose page cache is host memory without a copy; but the host for stores that
-            must be decoded (compressed) and fit in half of its free memory.
+        tap: name of the features, or ``video`` for the stored frames. These are compressed, so that they stream best
+            from ``host`` or ``device``.
+        batch_size: samples in a batch of this rank.
+        clip: consecutive frames T of one video in a sample; 1 gives single frames without a time axis.
+        frames: function from the number of samples seen to the frames that the next batch takes of each clip: indices
+            below ``clip``, always the same number, which is then T. Only these are read. None: all frames.
+        residence: place of the features while they stream. ``auto``: the device if they fit there beside the batches
+            and the trainer, else the disk or the host; see :func:`featcache.stream.residence.choose_home`.
+        reserve: bytes of the device that the trainer needs beside the batches.
         rank, world_size: each rank takes its part of every global batch; see :meth:`rows_at`.
-        threads: that copy. None: one beside a trainer on the CPU, which needs the cores itself; for a GPU a share of
-            the machine's, up to four.
+        threads: number of copying threads. None: one beside a trainer on the CPU, which needs the cores; for a GPU a
+            share of the machine's cores, up to four.
 
-    Raises ``UsageError`` when no video is as long as the clip. Damaged files raise ``DataError`` from the iterator.
+    Raises ``UsageError`` if no video is as long as the clip. Damaged files raise ``DataError`` from the iterator.
     """
 
     def __init__(
@@ -91,6 +90,7 @@ class FeatureStream:
         seed: int = 0,
         device: torch.device | str = "cpu",
         residence: Residence = "auto",
+        reserve: int = 0,
         rank: int = 0,
         world_size: int = 1,
         threads: int | None = None,
@@ -101,21 +101,15 @@ class FeatureStream:
         self.samples_seen = 0
         self._stalls = Stalls(self.device)
         self.starts = clip_starts(split, clip)  # (samples,)
-        arrays = feature_arrays(split, tap)
-        self.residence = choose_residence(self.device, arrays.values()) if residence == "auto" else residence
+        self._frames = frames
+        samples = (batch_size, clip if frames is None else len(frames(0)))
+        self._encoding = decoder(split, tap)
+        self._arrays, self._batch = batch_formats(split, tap, samples)
+        needs = reserve + ring_bytes(self._arrays.values(), self._batch if self._encoding else None)
+        self.home = _home(split, tap, residence, needs, self.device)
         homes = {"disk": None, "host": torch.device("cpu"), "device": self.device}
         self.threads = threads or reader_threads(self.device, world_size)
         self._readers = open_readers(split, tap, homes[self.residence], self.threads)
-        self._frames = frames
-        samples = (batch_size, clip if frames is None else len(frames(0)))
-        self._arrays = {
-            name: Format((*samples, *array.shape[1:]), TORCH_DTYPES[str(array.dtype)]) for name, array in arrays.items()
-        }
-        self._encoding = decoder(split, tap)
-        self._batch = next(iter(self._arrays.values()))
-        if self._encoding is not None:
-            spec = split.store.spec.taps[tap]
-            self._batch = Format((*samples, spec.patches, spec.dim), self._encoding.decoded)
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
 
     # -- the order -------------------------------------------------------------------------------------
@@ -123,9 +117,9 @@ class FeatureStream:
     def rows_at(self, samples_seen: int) -> npt.NDArray[np.int64]:
         """First rows of this rank's batch after ``samples_seen`` samples, in ascending order: (B,).
 
-        The global batch is drawn and sorted, and the ranks take consecutive parts of it: together they see, in the
-        same order, what one process with the batch size of them all would see. Epochs follow each other without a
-        gap, so a batch may take the end of one and the start of the next.
+        The global batch is drawn and sorted, and the ranks take consecutive parts of it: together they see the same
+        samples in the same order as one process with the whole batch. Epochs follow each other without a gap, so a
+        batch may hold the end of one and the start of the next.
         """
         seen = np.arange(samples_seen, samples_seen + self.world_size * self.batch_size)
         epochs, places = np.divmod(seen, len(self.starts))
@@ -134,7 +128,7 @@ class FeatureStream:
         return together[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
 
     def _rows_to_read(self, samples_seen: int) -> npt.NDArray[np.int64]:
-        """:meth:`rows_at`; or every row of the batch, sample by sample, where not all frames of a clip are read."""
+        """:meth:`rows_at`, or every row of the batch, sample by sample, if only some frames of a clip are read."""
         rows = self.rows_at(samples_seen)
         return rows if self._frames is None else (rows[:, None] + self._frames(samples_seen)).ravel()
 
@@ -146,24 +140,31 @@ class FeatureStream:
         return order[1]
 
     def state_dict(self) -> dict[str, int]:
+        """The position in the stream, for a checkpoint."""
         return {"samples_seen": self.samples_seen, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue at the position of :meth:`state_dict`."""
         self.samples_seen, self.seed = state["samples_seen"], state["seed"]
         self._order = None
 
     # -- the batches -----------------------------------------------------------------------------------
 
     @property
+    def residence(self) -> Residence:
+        """Where the features live: ``disk``, ``host`` or ``device``."""
+        return self.home.residence
+
+    @property
     def wait_seconds(self) -> float:
-        """Time for which the trainer, or its GPU, has had to wait for batches."""
+        """Seconds for which the trainer, or its GPU, has waited for batches."""
         return self._stalls.seconds
 
     def _staging(self) -> Staging:
         return Staging(self.device, on_device=self.residence == "device", encoding=self._encoding)
 
     def batch_seconds(self, batches: int) -> BatchSeconds:
-        """What the thread's two parts of a batch take, by their medians over the stream's next ``batches``."""
+        """Seconds to read and to copy a batch: medians over the stream's next ``batches``."""
         staging = self._staging()
         buffers = staging.buffers(self._arrays, self._batch)
         taken: list[dict[str, float]] = []
@@ -195,7 +196,7 @@ class FeatureStream:
                     staging.fill(buffers, self._readers, self._rows_to_read(samples))
                     ready.put((buffers, self.rows_at(samples), samples))
                     samples += step
-            except BaseException as error:  # handed to the trainer, which raises it
+            except BaseException as error:  # raised in the trainer
                 ready.put(error)
 
         thread = start_limited(fill, "featcache-stream", self.threads)
@@ -204,7 +205,7 @@ class FeatureStream:
             free.put(None)
             thread.join()
 
-        atexit.register(stop)  # an iterator that outlives main would be closed too late for its thread to answer
+        atexit.register(stop)  # an iterator that outlives main is closed too late for its thread to stop
         try:
             while True:
                 with self._stalls.waiting():
@@ -224,20 +225,20 @@ class FeatureStream:
 
 
 def feature_arrays(split: Split, tap: str) -> dict[str, zarr.Array[Any]]:
-    """The arrays that hold a tap's tokens, by their folders; or the frames (F, H, W, 3)."""
+    """The arrays that hold a tap's tokens, by folder; for the tap ``video``, the frames (F, H, W, 3)."""
     return {VIDEO: split.array(VIDEO)} if tap == VIDEO else split.token_arrays(tap)
 
 
 def decoder(split: Split, tap: str) -> Encoding | None:
-    """What makes a batch of what is read; None where that is the batch."""
+    """The encoding that decodes what is read; None if that needs no decoding."""
     return None if tap == VIDEO or split.store.encoding.plain else split.store.encoding
 
 
 def open_readers(split: Split, tap: str, home: torch.device | None, threads: int = 1) -> dict[str, Rows]:
-    """Readers of :func:`feature_arrays`, which are held on ``home`` unless it is None.
+    """Readers of :func:`feature_arrays`, from memory on ``home``, or from files if it is None.
 
-    All arrays but the first are held in memory in any case: int8's scales are half a kilobyte a frame, and copies
-    that small would cost as much time again as the frame's codes.
+    All arrays except the first are held in memory in any case: int8's scales are half a kilobyte per frame, and such
+    small copies from files would take as long as those of the codes.
     """
     spans = [split.rows(video) for video in split.videos]
     readers: dict[str, Rows] = {}
@@ -249,22 +250,32 @@ def open_readers(split: Split, tap: str, home: torch.device | None, threads: int
 
 
 def reader_threads(device: torch.device, world_size: int) -> int:
-    """How many threads are best left to copying; see :class:`FeatureStream`."""
+    """The default number of copying threads; see :class:`FeatureStream`."""
     return 1 if device.type == "cpu" else max(1, min(4, (os.cpu_count() or 1) // (2 * world_size)))
 
 
-def choose_residence(device: torch.device, arrays: Iterable[zarr.Array[Any]]) -> Residence:
-    """Where features of this size are best kept for this device; see :class:`FeatureStream`."""
-    arrays = list(arrays)
+def batch_formats(split: Split, tap: str, samples: tuple[int, int]) -> tuple[dict[str, Format], Format]:
+    """Of a batch of (samples, frames of each): the arrays that it is read from, by their folders; and the batch."""
+    stored = {
+        name: Format((*samples, *array.shape[1:]), TORCH_DTYPES[str(array.dtype)])
+        for name, array in feature_arrays(split, tap).items()
+    }
+    if (encoding := decoder(split, tap)) is None:
+        return stored, next(iter(stored.values()))
+    spec = split.store.spec.taps[tap]
+    return stored, Format((*samples, spec.patches, spec.dim), encoding.decoded)
+
+
+def _home(split: Split, tap: str, residence: Residence, needs: int, device: torch.device) -> Home:
+    arrays = feature_arrays(split, tap).values()
     size = sum(array.nbytes for array in arrays)
-    if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 2:
-        return "device"
-    raw = all(FileRows.allowed(array) for array in arrays)
-    return "disk" if raw or size > free_memory() // 2 else "host"
+    if residence != "auto":
+        return Home(residence, f"features ({readable(size)}) on the {residence}, as set")
+    return choose_home(size, needs, Free.now(device), mapped=all(FileRows.allowed(array) for array in arrays))
 
 
 def clip_starts(split: Split, clip: int) -> npt.NDArray[np.int64]:
-    """First row of every run of ``clip`` consecutive frames inside one finished video: (samples,)."""
+    """First row of every run of ``clip`` consecutive frames in a finished video: (samples,). ``UsageError`` if none."""
     parts = [
         np.arange(split.rows(video).start, split.rows(video).stop - clip + 1, dtype=np.int64) for video in split.videos
     ]

@@ -12,7 +12,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import h5py
 import numpy as np
@@ -29,9 +29,8 @@ from featcache.store.spec import SplitSpec, StoreSpec
 from featcache.store.writing import StoreWriter
 from featcache.upkeep.hdf5_copy import Hdf5Origin, Hdf5Writer
 from featcache.upkeep.verify import checked_chunk
-from featcache.words import Dtype
+from featcache.words import Dtype, StoreFormat
 
-Format = Literal["zarr", "hdf5"]
 Progress = Callable[[str, int, int], None]  # split, frames done, frames in all
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -122,7 +121,7 @@ def convert(
     path: Path,
     out: Path,
     options: ConvertOptions,
-    form: Format = "zarr",
+    form: StoreFormat = "zarr",
     progress: Progress = lambda *_: None,
 ) -> None:
     """Copy the store or HDF5 file at ``path`` to ``out``.

@@ -6,8 +6,10 @@ The layout has one group per split (a file without such groups is one split, cal
     scales/<tap>       (frame, patch) float16 beside int8 features
     video              (frame, y, x, rgb) uint8
     segmentations      (frame, y, x) uint8, where the source had masks
+    ignored            (frame, y, x) bool: pixels of the masks whose truth is not known
     video_offsets      (video + 1,) int64: the frames of video v are rows [offset v, offset v + 1)
     video_ids          (video,) text
+    video_names, video_fingerprints   (video,) text: what the source called each video, and a hash of its files
     instances          (video,) text: JSON, one object per instance
     checksums/<array>  (video,) uint32: CRC32C of each video's rows of that array
     statistics/<tap>/<name>   the moments, as in the zarr store
@@ -19,6 +21,7 @@ each other without padding; features are contiguous, so that they can be mapped.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -35,6 +38,7 @@ import numpy.typing as npt
 
 from featcache.errors import DataError, UsageError
 from featcache.moments import Moments
+from featcache.sources.hdf5 import opened
 from featcache.sources.masks import as_mask
 from featcache.sources.video import Instance
 from featcache.store.durable import TEMPORARY, cannot_write, make_directory, sync_directory
@@ -50,9 +54,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 class Hdf5Writer:
     """Writes a file under a temporary name, and renames it when it is complete. ``create`` makes one."""
 
-    def __init__(self, file: Any, spec: StoreSpec) -> None:
-        self._file = file
-        self._spec = spec
+    def __init__(self, file: Any, spec: StoreSpec, disk: _Disk) -> None:
+        self._file, self._spec, self._disk = file, spec, disk
         file.attrs[ATTRIBUTE] = json.dumps(spec.to_json())
 
     @classmethod
@@ -64,37 +67,66 @@ class Hdf5Writer:
         make_directory(path.absolute().parent)
         temporary = path.with_name(path.name + TEMPORARY)
         try:
-            with h5py.File(temporary, "w") as file:
-                yield cls(file, spec)
-            fd = os.open(temporary, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            with _Disk(temporary, "w+") as disk:
+                with h5py.File(disk, "w") as file:
+                    yield cls(file, spec, disk)
+                disk.check()
+                os.fsync(disk.fileno())
             os.replace(temporary, path)
             sync_directory(path.absolute().parent)
-        except (OSError, RuntimeError) as error:  # HDF5 reports a full disk as either
-            failure = error if isinstance(error, OSError) and error.strerror else OSError(0, str(error))
-            raise cannot_write(path, failure) from error
+        except OSError as error:
+            raise cannot_write(path, error) from error
         finally:
             temporary.unlink(missing_ok=True)
 
     def split(self, name: str, spec: SplitSpec) -> Hdf5SplitWriter:
-        return Hdf5SplitWriter(self._file.create_group(name), self._spec, spec)
+        return Hdf5SplitWriter(self._file.create_group(name), self._spec, spec, self._disk)
+
+
+class _Disk(io.FileIO):
+    """A file that HDF5 can always write to: a full disk would leave that library in disorder. ``check`` tells of it."""
+
+    _failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while left and self._failure is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self._failure = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self._failure = self._failure or error
+            return size or 0
+
+    def check(self) -> None:
+        """``OSError`` if anything could not be written."""
+        if self._failure is not None:
+            raise self._failure
 
 
 class Hdf5SplitWriter:
     """Writes one group of the file, video by video in order."""
 
-    def __init__(self, group: Any, store: StoreSpec, split: SplitSpec) -> None:
-        self._group = group
-        # The offsets hold the lengths, which would not fit an attribute for large data sets.
-        group.attrs[ATTRIBUTE] = json.dumps({**asdict(split), "lengths": (), "shard_chunks": 0, "statistics_videos": 0})
+    def __init__(self, group: Any, store: StoreSpec, split: SplitSpec, disk: _Disk) -> None:
+        self._group, self._disk = group, disk
+        # What there is of each video would not fit an attribute for large data sets.
+        without = {"lengths": (), "names": (), "fingerprints": (), "shard_chunks": 0, "statistics_videos": 0}
+        group.attrs[ATTRIBUTE] = json.dumps({**asdict(split), **without})
         self._offsets = np.concatenate([[0], np.cumsum(split.lengths)])
         group["video_offsets"] = self._offsets
         videos, text = len(split.lengths), h5py.string_dtype()
         for name in ("video_ids", "instances"):
             group.create_dataset(name, (videos,), text)
+        if split.fingerprints:
+            group.create_dataset("video_names", data=[os.fsencode(name) for name in split.names], dtype=text)
+            group.create_dataset("video_fingerprints", data=split.fingerprints, dtype=text)
         for layout in array_layouts(store, split):
             how = {"chunks": (1, *layout.shape), "compression": "gzip", "compression_opts": 1}
             group.create_dataset(
@@ -106,15 +138,17 @@ class Hdf5SplitWriter:
             group.create_dataset(f"checksums/{layout.name}", (videos,), "uint32")
 
     def write_arrays(self, row: Row, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Add one video's rows of every array, already encoded."""
+        """Add one video's rows of every array, already encoded. ``OSError`` when the disk is full."""
+        self._disk.check()
         rows = slice(int(self._offsets[row.video]), int(self._offsets[row.video + 1]))
         for name, values in arrays.items():
             self._group[name][rows] = values
             self._group[f"checksums/{name}"][row.video] = _checksum(values)
-        self._group["video_ids"][row.video] = row.id
+        self._group["video_ids"][row.video] = os.fsencode(row.id)  # a file's name, which need not be UTF-8
         self._group["instances"][row.video] = json.dumps([asdict(instance) for instance in row.instances])
 
     def finish(self, statistics: Mapping[str, Moments]) -> None:
+        """Write the statistics of each tap."""
         for tap, moments in statistics.items():
             for name, values in moments.to_arrays().items():
                 self._group[f"statistics/{tap}/{name}"] = values
@@ -137,11 +171,9 @@ class Hdf5Origin:
     @classmethod
     @contextmanager
     def open(cls, path: Path) -> Iterator[Hdf5Origin]:
-        try:
-            with h5py.File(path, "r") as file:
-                yield cls(file, path)
-        except (OSError, RuntimeError, KeyError) as error:
-            raise DataError(f"{path}: {str(error).strip(chr(34))}; copy or write this file again") from error
+        """Open a file. ``DataError`` if it is damaged or has another layout."""
+        with opened(path) as file:
+            yield cls(file, path)
 
     def _spec(self, first: _Hdf5Split) -> StoreSpec:
         if ATTRIBUTE in self._file.attrs:
@@ -179,8 +211,13 @@ class _Hdf5Split:
             "chunk_frames": int(min(lengths.max(), MAX_CHUNK_FRAMES)),
             "frame_size": group["video"].shape[1:3],
             "masks": "segmentations" in group,
+            "ignored": "segmentations" in group and "ignored" in group,
             **kept,
         }
+        if "video_fingerprints" in group:
+            videos = range(len(lengths))
+            known["names"] = [self._text("video_names", video) for video in videos]
+            known["fingerprints"] = [self._text("video_fingerprints", video) for video in videos]
         self.spec = SplitSpec.from_json({**known, "lengths": lengths.tolist()})
 
     def token_dtypes(self) -> dict[str, str]:
@@ -194,9 +231,10 @@ class _Hdf5Split:
         shape, dtype = self.group["video"].shape, self.group["video"].dtype
         if len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8:
             raise DataError(f"{self._where}: video is {dtype} {shape}; expected uint8 ({frames}, height, width, 3)")
-        if "segmentations" in self.group and self.group["segmentations"].shape != shape[:3]:
-            found = self.group["segmentations"].shape
-            raise DataError(f"{self._where}: segmentations are {found}; expected {shape[:3]}, like the video")
+        for name in {"segmentations", "ignored"} & self.group.keys():
+            if self.group[name].shape != shape[:3]:
+                found = self.group[name].shape
+                raise DataError(f"{self._where}: {name} are {found}; expected {shape[:3]}, like the video")
 
     def read(self, video: int, names: list[str]) -> tuple[Row, Arrays]:
         """One video's manifest row without checksums, and its rows of the named arrays. ``DataError`` if damaged."""
@@ -211,16 +249,19 @@ class _Hdf5Split:
                 raise DataError(f"{self._where}/{name}: video {video} has another checksum; copy the file again")
             if name == "segmentations":
                 arrays[name] = as_mask(arrays[name], f"{self._where}/{name}: video {video}")
+            if name == "ignored":
+                arrays[name] = arrays[name] != 0
         name = self._text("video_ids", video) or f"{self.group.name.strip('/') or 'train'}_{video:05d}"
         instances = json.loads(self._text("instances", video) or "[]")
         known = tuple(Instance(**{**item, "visibility": tuple(item["visibility"])}) for item in instances)
-        return Row(video, name, rows.stop - rows.start, {}, known), arrays
+        fingerprint = self.spec.fingerprints[video] if self.spec.fingerprints else ""
+        return Row(video, name, rows.stop - rows.start, {}, known, fingerprint), arrays
 
     def _text(self, name: str, video: int) -> str:
         if name not in self.group:
             return ""
         value = self.group[name][video]
-        return value.decode() if isinstance(value, bytes) else str(value)
+        return os.fsdecode(value) if isinstance(value, bytes) else str(value)
 
 
 def _checksum(values: npt.NDArray[Any]) -> int:

@@ -8,22 +8,23 @@ extraction, export or repair finishes.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import zarr
 
 from featcache.backbones.backbone import Backbone
 from featcache.errors import DataError, IncompatibleError, compare_settings
+from featcache.extraction.changes import Found, arranged, match
 from featcache.extraction.extract import Progress, extract
 from featcache.extraction.job import SplitJob, merge
 from featcache.extraction.plan import ExtractPlan, SplitPlan
 from featcache.extraction.store_backbone import refuse_other_backbone, store_backbone
 from featcache.moments import Moments
-from featcache.sources import open_source
+from featcache.sources import Reading, open_source
 from featcache.sources.video import Source
 from featcache.store import manifest
 from featcache.store.durable import write_tree
@@ -34,6 +35,8 @@ from featcache.store.writing import StoreWriter, read_split_spec, save_split_spe
 from featcache.upkeep.convert import ConvertOptions, convert, copied_spec, open_origin
 from featcache.upkeep.verify import Damage, extra_files, metadata_problem, open_root, verify, verify_split
 
+READ_ALIKE = ", and --ignore-label, --mask-colours and --frames-as as they were then"
+
 
 @dataclass(frozen=True)
 class Means:
@@ -43,12 +46,14 @@ class Means:
     weights: str | None = None
     backbone: Backbone | None = None
     device: str = "cpu"
+    reading: Reading | None = None  # of ``data``
 
     def source(self, store: FeatureStore) -> Source:
+        """The source of the store's videos. ``DataError`` if it is gone."""
         if self.data is not None and not isinstance(self.data, str):
             return self.data
         try:
-            return open_source(self.data or store.spec.source)
+            return open_source(self.data or store.spec.source, self.reading)
         except DataError as error:
             raise DataError(f"{error} (the store's own source; name where it is now with --data)") from error
 
@@ -71,7 +76,7 @@ def repair(path: Path, means: Means | None = None, progress: Progress = lambda *
     damage = {name: list(verify_split(store.spec, path / name)) for name in sorted({d.split for d in found})}
     found += [d for split in damage.values() for d in split if d not in found]
 
-    lost = [name for name, split in damage.items() if _must_be_made_again(path / name, split)]
+    lost = {n: _lost(path / n, split) for n, split in damage.items() if _must_be_made_again(path / n, split)}
     make_again = _prepare(store, lost, means, progress) if lost else None
     with StoreWriter(path, store.spec) as writer:
         for name, split in damage.items():
@@ -87,6 +92,12 @@ def _must_be_made_again(folder: Path, damage: list[Damage]) -> bool:
     """Whether a complete split has lost videos; an unfinished split is left to ``slotlab extract``."""
     complete = read_split_spec(folder).statistics_videos > 0
     return complete and any(d.kind in ("chunk", "manifest") for d in damage)
+
+
+def _lost(folder: Path, damage: list[Damage]) -> list[int]:
+    """The videos of a complete split that must be made again."""
+    rows, bad = manifest.scan(folder)[0], {d.video for d in damage}
+    return [video for video in range(len(read_split_spec(folder).lengths)) if video not in rows or video in bad]
 
 
 def _forget(store: StoreSpec, folder: Path, damage: list[Damage]) -> None:
@@ -121,16 +132,17 @@ def _finish(writer: StoreWriter, name: str) -> None:
 # -- making videos again -----------------------------------------------------------------------------------
 
 
-def _prepare(store: FeatureStore, names: list[str], means: Means, progress: Progress) -> Callable[[], object]:
-    """A function that makes the missing videos of these splits, after a check that it makes the same ones."""
+def _prepare(
+    store: FeatureStore, lost: Mapping[str, list[int]], means: Means, progress: Progress
+) -> Callable[[], object]:
+    """A function that makes the lost videos of some splits, after a check that it makes the same ones."""
     if store.spec.exported_from:
-        return _prepare_copy(store, names, means, progress)
+        return _prepare_copy(store, list(lost), means, progress)
     source, spec = means.source(store), store.spec
     splits = []
-    for name in names:
+    for name, videos in lost.items():
         split = read_split_spec(store.path / name)
-        _refuse_other_source(store.path / name, split, source, spec.frame_stride)
-        splits.append(SplitPlan(name, split, videos_done=0, frames_left=0, bytes_left=0))
+        splits.append(SplitPlan(name, split, _origins(store.path / name, split, videos, source, spec.frame_stride)))
     backbone = means.backbone or store_backbone(store, weights=means.weights, device=means.device)
     refuse_other_backbone(store, backbone)
     free = shutil.disk_usage(store.path).free
@@ -139,18 +151,29 @@ def _prepare(store: FeatureStore, names: list[str], means: Means, progress: Prog
     return lambda: extract(plan, source, backbone, progress)
 
 
-def _refuse_other_source(folder: Path, split: SplitSpec, source: Source, stride: int) -> None:
-    name = folder.name
-    found = source.fingerprint(name) if name in source.splits() else None
-    lengths = tuple(-(-n // stride) for n in source.lengths(name))[: len(split.lengths)] if found else ()
-    differences = compare_settings(
-        {"source_fingerprint": split.source_fingerprint, "lengths": split.lengths},
-        {"source_fingerprint": found, "lengths": lengths},
-    )
-    if differences:
+def _origins(folder: Path, split: SplitSpec, lost: list[int], source: Source, stride: int) -> tuple[int | None, ...]:
+    """Where a split's videos are in the source. ``IncompatibleError`` unless it has the lost ones as they were."""
+    found = Found(source, folder.name, stride)
+    origins: tuple[int | None, ...] = ()
+    present: dict[str, Any]
+    there: dict[str, Any]
+    if folder.name not in source.splits():
+        present, there = {"split": folder.name}, {"split": ", ".join(source.splits())}
+    elif split.fingerprints:
+        origins = match(split, found)
+        present = {split.names[video]: split.fingerprints[video] for video in lost}
+        there = {split.names[v]: None if (at := origins[v]) is None else found.fingerprints[at] for v in lost}
+    else:
+        origins = tuple(range(len(split.lengths)))
+        present = {"source_fingerprint": split.source_fingerprint, "lengths": split.lengths}
+        there = {"source_fingerprint": found.fingerprint, "lengths": found.lengths[: len(split.lengths)]}
+    if differences := compare_settings(present, there):
         raise IncompatibleError(
-            f"{folder}: {source.location} does not hold its videos", differences, "give the same videos with --data"
+            f"{folder}: {source.location} does not hold its videos",
+            differences,
+            f"give the same videos with --data{READ_ALIKE}",
         )
+    return origins
 
 
 def _prepare_copy(store: FeatureStore, names: list[str], means: Means, progress: Progress) -> Callable[[], object]:
@@ -203,29 +226,36 @@ def _rebuilt_spec(store: FeatureStore, folder: Path, means: Means) -> SplitSpec:
         raise DataError(
             f"{folder}: both its zarr.json and that of its video array are lost; delete {folder} and extract it again"
         ) from error
+    rows, frames = manifest.scan(folder)[0], video.chunks[0]
+    bare = SplitSpec(
+        source_fingerprint="",
+        lengths=(),
+        chunk_frames=frames,
+        frame_size=(video.shape[1], video.shape[2]),
+        masks=(folder / "segmentations").is_dir(),
+        ignored=(folder / "ignored").is_dir(),
+        shard_chunks=video.shards[0] // frames if video.shards else 0,
+    )
     if spec.exported_from:
         with open_origin(_origin_path(store, means)) as origin:
             if name not in origin.splits:
                 raise DataError(f"{origin.path}: has no split {name}; name the store's origin with --data")
-            fingerprint, lengths = origin.splits[name].spec.source_fingerprint, origin.splits[name].spec.lengths
+            made = replace(origin.splits[name].spec, **bare.form())
     else:
-        source = means.source(store)
-        fingerprint = source.fingerprint(name)
-        lengths = tuple(-(-length // spec.frame_stride) for length in source.lengths(name))
-    frames, rows = video.chunks[0], manifest.scan(folder)[0]
-    ends = np.cumsum([-(-length // frames) * frames for length in lengths]).tolist()
+        made = arranged(bare, rows, Found(means.source(store), name, spec.frame_stride))
+    ends = made.starts[1:].tolist()
     if video.shape[0] not in ends or any(
-        row not in range(len(lengths)) or rows[row].frames != lengths[row] for row in rows
+        row not in range(len(made.lengths)) or rows[row].frames != made.lengths[row] for row in rows
     ):
-        raise IncompatibleError(f"{folder}: the source does not hold its videos; give the same ones with --data")
-    lengths = lengths[: ends.index(video.shape[0]) + 1]
-    return SplitSpec(
-        source_fingerprint=fingerprint,
-        lengths=lengths,
-        chunk_frames=frames,
-        frame_size=(video.shape[1], video.shape[2]),
-        masks=(folder / "segmentations").is_dir(),
+        raise IncompatibleError(
+            f"{folder}: the source does not hold its videos; give the same ones with --data{READ_ALIKE}"
+        )
+    videos = ends.index(video.shape[0]) + 1
+    return replace(
+        made,
+        lengths=made.lengths[:videos],
+        names=made.names[:videos],
+        fingerprints=made.fingerprints[:videos],
         # Verification checks tables and statistics only of a split that is marked complete.
-        statistics_videos=len(lengths) if len(rows) == len(lengths) else 0,
-        shard_chunks=video.shards[0] // frames if video.shards else 0,
+        statistics_videos=videos if len(rows) == videos else 0,
     )

@@ -75,7 +75,7 @@ def open_root(path: Path) -> FeatureStore:
             refuse_foreign(path)  # raises for a missing root
         if any(path.glob(f"*/{manifest.NAME}")):
             raise DataError(
-                f"{path / METADATA}: damaged, and with it what the features are; "
+                f"{path / METADATA}: damaged, and with it the specification of the features; "
                 "put back a copy of that file, or extract to another --out"
             ) from error
         raise
@@ -83,7 +83,7 @@ def open_root(path: Path) -> FeatureStore:
 
 def split_names(path: Path) -> list[str]:
     """The names of folders that are, or were, splits."""
-    return sorted({file.parent.name for name in (manifest.NAME, METADATA) for file in path.glob(f"*/{name}")})
+    return sorted({file.parent.name for name in (manifest.NAME, METADATA) for file in path.glob(f"[!.]*/{name}")})
 
 
 def verify_split(store: StoreSpec, folder: Path) -> Iterator[Damage]:
@@ -169,6 +169,8 @@ def _non_finite(values: npt.NDArray[np.float16]) -> npt.NDArray[np.bool_]:
 def _contradiction(row: manifest.Row, spec: SplitSpec, layouts: list[ArrayLayout]) -> str | None:
     if not 0 <= row.video < len(spec.lengths):
         return f"is in the manifest of a split of {len(spec.lengths)}"
+    if row.fingerprint and spec.fingerprints and row.fingerprint != spec.fingerprints[row.video]:
+        return f"was made from files of fingerprint {row.fingerprint}, the split says {spec.fingerprints[row.video]}"
     if row.frames != spec.lengths[row.video]:
         return f"has {row.frames} frames in the manifest, {spec.lengths[row.video]} in the split"
     chunks = len(chunk_numbers(spec, row.video))
@@ -198,7 +200,7 @@ def _metadata(store: StoreSpec, spec: SplitSpec, folder: Path) -> Iterator[Damag
 
 
 def metadata_problem(file: Path, expected: bytes) -> str | None:
-    """The difference of a zarr.json from the one by the specifications; None if they mean the same."""
+    """The difference between a zarr.json and the expected one; None if they mean the same."""
     wanted = json.loads(expected)
     try:
         found = json.loads(file.read_bytes())

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slotlab.commands.options import Cache, Device, Json, Precision, Residence, parse_size, print_json
+from featcache.text import bytes_text
+from featcache.words import Residence
+from slotlab.commands.options import Cache, Device, Json, Precision, parse_size, print_json
 
 if TYPE_CHECKING:
     from slotlab.training.speed import TrainingRate
 
-bench = typer.Typer(help="Measured rates beside what this machine allows.", no_args_is_help=True)
+bench = typer.Typer(help="Measured rates beside the limits of this machine.", no_args_is_help=True)
 
 
 @bench.command("stream")
@@ -24,12 +26,12 @@ def bench_stream(
     residence: Annotated[Residence, typer.Option(help="Place of the features while they stream.")] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Number of rounds (medians are reported).")] = 7,
     cold: Annotated[
-        bool, typer.Option(help="Reads from the disk, too: the store is dropped from the page cache.")
+        bool, typer.Option(help="Cold reads as well, after dropping the store from the page cache.")
     ] = True,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Random clips and frames of a store: bare reads and whole stream, beside memory's and the disk's rate."""
+    """Random clips and frames of a store: bare reads and the whole stream, beside the rates of memory and disk."""
     from featcache.bench.stream import measure_stream
     from featcache.machine import pick_device
     from featcache.store.reading import FeatureStore
@@ -57,7 +59,7 @@ def bench_stream(
 def bench_extract(
     backbone: Annotated[str, typer.Option(help="Backbone: a short name, timm:NAME or open_clip:ARCH/TAG.")] = "dinov2",
     data: Annotated[
-        str | None, typer.Option(help="Source of videos: a folder, an HDF5 file or tfds:NAME; default: the sample.")
+        str | None, typer.Option(help="Source of videos: a folder, a file or LAYOUT:PATH; default: the sample.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split to read; default: the source's first.")] = None,
     videos: Annotated[int, typer.Option(min=1, help="Number of videos in a round.")] = 6,
@@ -156,8 +158,8 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
-def _gigabytes(value: int | None) -> str:
-    return "–" if value is None else f"{value / 1e9:.2f} GB"
+def _size(value: int | None) -> str:
+    return "–" if value is None else bytes_text(value)
 
 
 TRAINING_ROWS: tuple[tuple[str, Callable[[TrainingRate], str]], ...] = (
@@ -172,7 +174,7 @@ TRAINING_ROWS: tuple[tuple[str, Callable[[TrainingRate], str]], ...] = (
     ("FLOPs a step", lambda r: f"{r.flops_per_step / 1e9:.2f} G"),
     ("FLOPs a second", lambda r: f"{r.flops_per_s / 1e9:.1f} G"),
     ("  of the matrix product's", lambda r: f"{r.flop_utilisation:.1%} ({r.precision})"),
-    ("peak memory", lambda r: _gigabytes(r.peak_memory_bytes)),
+    ("peak memory", lambda r: _size(r.peak_memory_bytes)),
     ("GPU busy", lambda r: _share(r.gpu_utilisation)),
-    ("GPU memory in use", lambda r: _gigabytes(r.gpu_memory_bytes)),
+    ("GPU memory in use", lambda r: _size(r.gpu_memory_bytes)),
 )

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from featcache.errors import IncompatibleError, UsageError
-from slotlab.commands.options import Device, Floors, Json, Refine, print_json
+from slotlab.commands.options import Device, Json, print_json
+from slotlab.words import Floors, Refinement
 
 if TYPE_CHECKING:
     from slotlab.runs.loaded import LoadedRun
@@ -19,15 +20,16 @@ if TYPE_CHECKING:
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    cache: Annotated[Path | None, typer.Option(help="Another store of the same features.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Store of the same features, instead of the run's own.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to score; default: the configuration's, validation.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="PNG to draw: frames, ground truth and slots.")] = None,
-    boundaries: Annotated[bool, typer.Option("--boundaries", help="Boundary F and bleeding by area, too.")] = False,
+    boundaries: Annotated[bool, typer.Option("--boundaries", help="Boundary F and bleeding as well, by area.")] = False,
     refine: Annotated[
-        Refine | None, typer.Option(help="Method of refinement by the frames; the refined masks are scored, too.")
+        Refinement | None,
+        typer.Option(help="Method that refines masks along edges; refined and plain masks are scored."),
     ] = None,
     binarise: Annotated[
-        list[str] | None, typer.Option(help="Binarisation to score, too: argmax, threshold=T or gumbel=T; repeatable.")
+        list[str] | None, typer.Option(help="Binarisation to score as well: argmax, threshold=T, gumbel=T; repeatable.")
     ] = None,
     floors: Annotated[
         Floors, typer.Option(help="Floors to measure: usual, or all, which adds normalised cuts.")

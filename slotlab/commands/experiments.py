@@ -14,7 +14,9 @@ from slotlab.commands.options import CACHE_FOLDER, AsFrames, IgnoreLabel, Json, 
 Override = Annotated[list[str] | None, typer.Option("--set", help="Setting of all cells as key=value; repeatable.")]
 Steps = Annotated[int | None, typer.Option(help="Number of optimiser steps of every run.")]
 Devices = Annotated[str, typer.Option(help="Devices: auto, or a list such as cuda:0,cuda:1.")]
-Workers = Annotated[int | None, typer.Option(help="Number of processes; default: one a GPU, or one a core of the CPU.")]
+Workers = Annotated[
+    int | None, typer.Option(help="Number of processes; default: one per GPU, or one per core of the CPU.")
+]
 WIDTH = 120  # columns of a table outside a terminal
 
 
@@ -36,8 +38,8 @@ def compare(
     frames_as: AsFrames = None,
     split: Annotated[str | None, typer.Option(help="Split to score; default: validation.")] = None,
     weights: Annotated[list[str] | None, typer.Option(help="Weights as BACKBONE=FILE, or random; repeatable.")] = None,
-    grid: Annotated[int, typer.Option(min=1, help="Patches a side, the same for all backbones.")] = 16,
-    max_videos: Annotated[int | None, typer.Option(min=1, help="Number of videos of each split, at most.")] = None,
+    grid: Annotated[int, typer.Option(min=1, help="Patches per side, the same for all backbones.")] = 16,
+    max_videos: Annotated[int | None, typer.Option(min=1, help="Largest number of videos of each split.")] = None,
     cache_folder: Annotated[Path, typer.Option(help="Folder of stores, found or made.")] = CACHE_FOLDER,
     out: Annotated[Path | None, typer.Option(help="Folder of the experiment; default: compare/BACKBONES.")] = None,
     devices: Devices = "auto",
@@ -95,9 +97,9 @@ def compare(
 
 def ablate(
     file: Annotated[Path, typer.Argument(help="TOML file: preset, cache, seeds, and the tables set, grid and cells.")],
-    cache: Annotated[Path | None, typer.Option(help="Store; goes before the file's.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Store to train on, instead of the file's.")] = None,
     override: Override = None,
-    seeds: Annotated[int | None, typer.Option(help="Number of seeds: 0 to N - 1; goes before the file's.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds: 0 to N - 1, instead of the file's.")] = None,
     steps: Steps = None,
     split: Annotated[str | None, typer.Option(help="Split to score; default: validation.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the experiment; default: ablate/FILE.")] = None,
@@ -142,14 +144,12 @@ def _leave(table: dict[str, Any]) -> None:
 
 
 def _print(table: dict[str, Any], as_json: bool) -> None:
-    from rich.console import Console
-
     from slotlab.commands import terminal
     from slotlab.commands.tables import experiment_table
 
     if as_json:
         print_json(table)
     else:
-        console = terminal.out if terminal.out.is_terminal else Console(width=WIDTH)
+        console = terminal.out if terminal.out.is_terminal else terminal.Terminal(width=WIDTH)
         console.print(experiment_table(table))
         terminal.out.print(f"{table['out']}/: table.md, table.csv" + (", report.html" if "report" in table else ""))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from featcache.errors import UsageError
-from featcache.words import Fit
+from featcache.text import bytes_text
+from featcache.words import Dtype, Fit
 from slotlab.commands.options import (
     CACHE_FOLDER,
     AsFrames,
     Device,
-    Dtype,
     IgnoreLabel,
     Json,
     MaskColours,
@@ -22,14 +24,19 @@ from slotlab.commands.options import (
     print_json,
 )
 
+if TYPE_CHECKING:
+    from featcache.extraction.rounding import Rounding
+
 
 def extract(
     context: typer.Context,
     backbone: Annotated[str, typer.Option(help="Backbone: a short name, timm:NAME or open_clip:ARCH/TAG.")] = "dinov2",
     data: Annotated[
-        str | None, typer.Option(help="Source of videos: a folder, an HDF5 file or tfds:NAME; default: the sample.")
+        str | None, typer.Option(help="Source of videos: a folder, a file or LAYOUT:PATH; default: the sample.")
     ] = None,
-    split: Annotated[list[str] | None, typer.Option(help="Split to extract; repeatable; default: every split.")] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(help="Split to extract; repeatable; default: all that repeat no other.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Store to make or to resume; default: cache/BACKBONE.zarr.")] = None,
     tap: Annotated[
         list[str] | None, typer.Option(help="Tap: block12, block12.norm, block9.key ...; repeatable.")
@@ -42,9 +49,9 @@ def extract(
     ] = "squash",
     dtype: Annotated[Dtype, typer.Option(help="Form of the stored tokens; int8 keeps a scale for each.")] = "float16",
     frame_stride: Annotated[int, typer.Option(help="Stride N: every N-th frame is kept.")] = 1,
-    max_videos: Annotated[int | None, typer.Option(help="Number of videos of each split, at most.")] = None,
+    max_videos: Annotated[int | None, typer.Option(help="Largest number of videos of each split.")] = None,
     frame_size: Annotated[
-        str | None, typer.Option(help="Size of the stored frames: a side, or 128x224; default: as they are.")
+        str | None, typer.Option(help="Size of the stored frames: the shorter side, or 128x224; default: as they are.")
     ] = None,
     weights: Annotated[str | None, typer.Option(help="Weights of the backbone: a checkpoint file, or random.")] = None,
     batch_size: Annotated[
@@ -62,9 +69,15 @@ def extract(
     ignore_label: IgnoreLabel = None,
     frames_as: AsFrames = None,
     skip_damaged: Annotated[
-        bool, typer.Option("--skip-damaged", help="Extraction goes on without videos that cannot be read.")
+        bool, typer.Option("--skip-damaged", help="Damaged videos left out, and listed at the end.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan alone: what would be done.")] = False,
+    grow: Annotated[bool, typer.Option("--grow", help="Videos that are new in the source are added.")] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Videos that are no longer in the source are removed from the store.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Plan only: the frames, space and time that it would take.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a frozen backbone over the videos once and store its patch tokens. Resumes where it stopped."""
@@ -79,8 +92,9 @@ def extract(
     from featcache.extraction.extract import extract as run_extract
     from featcache.extraction.extract import measure_seconds
     from featcache.extraction.plan import ExtractOptions, plan
-    from featcache.machine import pick_device
-    from featcache.sources import PARTIAL, Reading, open_source
+    from featcache.extraction.rounding import measure_rounding
+    from featcache.machine import chosen, on_windows_drive, pick_device
+    from featcache.sources import Reading, absolute, open_source
     from featcache.sources.damaged import SoundVideos
     from slotlab.commands import terminal
     from slotlab.commands.tables import plain_table
@@ -94,6 +108,8 @@ def extract(
         fit=fit,
         batch_size=None if batch_size == "auto" else int(batch_size),
         precision=precision,
+        grow=grow,
+        prune=prune,
     )
     size = parse_size("--input-size", input_size)
     reading = Reading.of(mask_colours, ignore_label, frames_as)
@@ -102,18 +118,26 @@ def extract(
         from featcache.extraction.distributed import connect, extract_distributed
 
         client = context.with_resource(connect(scheduler, workers))
-        if data and Path(data.removesuffix(PARTIAL)).exists():
-            data = str(Path(data).absolute())  # workers may have another working directory
+        data = absolute(data) if data else None  # workers may have another working directory
     source = open_source(data, reading)
     source = SoundVideos(source) if skip_damaged else source
     model = load_backbone(backbone, weights, tuple(tap or ()), size, pick_device(device))
     todo = plan(path, source, model, options)
-    damaged = [line for split in todo.splits for line in source.damaged(split.name)]
-    said = {"damaged": damaged, "left_out": dict(source.left_out())}
+    rounding = measure_rounding(todo, source, model)
+    damaged = [line for split in todo.splits for line in source.damaged(split.name).values()]
+    said = {
+        "damaged": damaged,
+        "left_out": dict(source.left_out()),
+        "changes": {split.name: asdict(split.changes) for split in todo.splits},
+        "rounding": [asdict(of) for of in rounding],
+    }
     if dry_run:
-        summary = {
+        summary: dict[str, Any] = {
             "out": str(path),
-            "splits": {s.name: {"videos": len(s.spec.lengths), "frames_left": s.frames_left} for s in todo.splits},
+            "splits": {
+                s.name: {"videos": len(s.spec.lengths), "frames_left": s.frames_left, **s.changes.counts()}
+                for s in todo.splits
+            },
             "taps": list(model.taps),
             "batch_size": todo.spec.batch_size,
             "precision": todo.spec.precision,
@@ -125,9 +149,13 @@ def extract(
         if as_json:
             print_json(summary | said | {"remarks": list(todo.remarks)})
         else:
-            terminal.out.print(plain_table(("", "value"), [(k, str(v)) for k, v in summary.items()]))
-            _list_damaged(damaged)
+            rows = [(k, bytes_text(v) if k.startswith("bytes") else str(v)) for k, v in summary.items()]
+            terminal.out.print(plain_table(("", "value"), rows))
+            _tell(dtype, rounding, damaged)
         return
+    terminal.err.print(chosen(model.device), soft_wrap=True, markup=False, highlight=False)
+    if on_windows_drive(path):
+        terminal.warn([f"{path}: on a drive of Windows, several times slower; choose --out below {Path.home()}"])
     with terminal.ExtractProgress() as progress:
         if client:
             store = extract_distributed(todo, source, client, weights=weights, device=device, progress=progress)
@@ -137,13 +165,20 @@ def extract(
     if as_json:
         print_json(summary | said)
     else:
-        _list_damaged(damaged)
-        frames = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())  # type: ignore[attr-defined]
+        _tell(dtype, rounding, damaged)
+        frames = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())
         terminal.out.print(f"{path}: {frames} frames. Next: slotlab stats {path}")
 
 
-def _list_damaged(damaged: list[str]) -> None:
+def _tell(dtype: Dtype, rounding: Sequence[Rounding], damaged: Sequence[str]) -> None:
     from slotlab.commands import terminal
 
+    for of in rounding:
+        terminal.out.print(
+            f"{dtype} at {of.tap}: relative error of a token {of.median:.1%} (median), {of.p99:.1%} (99th percentile), "
+            f"measured on {of.frames} frames",
+            soft_wrap=True,
+            highlight=False,
+        )
     for line in damaged:
-        terminal.out.print(f"left out: {line}", soft_wrap=True, markup=False, highlight=False)
+        terminal.out.print(f"left out: {line}", soft_wrap=True, highlight=False)

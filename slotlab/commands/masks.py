@@ -8,27 +8,26 @@ from typing import Annotated, Literal
 import typer
 
 from featcache.errors import UsageError
-from slotlab.commands.options import Device, Json, Refine, parse_size, print_json
+from slotlab.commands.options import Device, Json, parse_size, print_json
+from slotlab.words import MaskFormat, Refinement
 
-Format = Literal["png", "rle", "overlay-png", "overlay-mp4", "overlay-gif"]
-RefineOrNot = Literal["none", "guided", "crf"]
-FRAMES_A_SECOND = 12.0  # the rate of MOVi's videos
+FRAMES_A_SECOND = 12.0  # the frame rate of MOVi
 
 Out = Annotated[Path, typer.Option(help="Folder to make or add to.")]
-Refined = Annotated[Refine | None, typer.Option(help="Method that brings masks to the frame's edges first.")]
-Fps = Annotated[float, typer.Option(min=1, help="Frames a second of mp4 and gif.")]
+Refined = Annotated[Refinement | None, typer.Option(help="Method that refines masks along the frames' edges.")]
+Fps = Annotated[float, typer.Option(min=1, help="Frames per second of mp4 and gif.")]
 
 
 def masks(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     out: Out,
-    cache: Annotated[Path | None, typer.Option(help="Another store of the same features.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Store of the same features, instead of the run's own.")] = None,
     split: Annotated[str | None, typer.Option(help="Split to write; default: the configuration's, validation.")] = None,
     videos: Annotated[
         int | None, typer.Option(min=1, help="Number of videos, spread over the split; default: all.")
     ] = None,
     form: Annotated[
-        Format, typer.Option("--format", help="Format of the files; png: label maps, rle: one COCO file.")
+        MaskFormat, typer.Option("--format", help="Format of the files; png: label maps, rle: one COCO file.")
     ] = "png",
     refine: Refined = None,
     fps: Fps = FRAMES_A_SECOND,
@@ -60,11 +59,15 @@ def segment(
     ],
     out: Out,
     form: Annotated[
-        Format, typer.Option("--format", help="Format of the files; png: label maps, rle: one COCO file.")
+        MaskFormat, typer.Option("--format", help="Format of the files; png: label maps, rle: one COCO file.")
     ] = "overlay-png",
     refine: Annotated[
-        RefineOrNot | None,
-        typer.Option(help="Method that brings masks to the frame's edges; default: none, without training guided."),
+        Literal["none", Refinement] | None,
+        typer.Option(help="Method that refines masks along the frames' edges; default: none, without training guided."),
+    ] = None,
+    frame_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Shorter side that larger pictures are scaled to; default: as they are."),
     ] = None,
     fps: Fps = FRAMES_A_SECOND,
     weights: Annotated[str | None, typer.Option(help="Checkpoint file of the backbone, if it has moved.")] = None,
@@ -107,7 +110,7 @@ def segment(
     method = "guided" if refine is None and no_training else None if refine == "none" else refine
     with MaskWriter(out, form, fps) as writer:
         for index, path in enumerate(files):
-            frames = read_path(path)
+            frames = read_path(path, frame_size)
             labels = segmenter.label(frames, refine=method)
             writer.add(Masked(f"{index:04d}-{path.stem}", frames, labels, segmenter.slots))
     _tell(out, writer.files, as_json, **told)

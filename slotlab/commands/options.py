@@ -8,24 +8,19 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from featcache import words
 from featcache.errors import UsageError
-from featcache.words import Dtype as Dtype
 from featcache.words import FramesAs
 
 CACHE_FOLDER = Path("cache")
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
-Device = Annotated[str, typer.Option(help="Device: auto, cpu, cuda, cuda:1, mps ...")]
-Precision = Literal["auto", "float32", "bfloat16", "float16"]
-Residence = Literal["auto", "disk", "host", "device"]
-Refine = Literal["guided", "crf"]
-Floors = Literal["usual", "all"]
+Device = Annotated[str, typer.Option(help="Device to run on: auto, cpu, cuda, cuda:1, mps ...")]
+Precision = Literal["auto", words.Precision]
 Cache = Annotated[Path, typer.Option("--cache", help="Store made by slotlab extract.", show_default=False)]
-
-
 MaskColours = Annotated[bool, typer.Option("--mask-colours", help="Masks by colour: each colour is one object.")]
-IgnoreLabel = Annotated[str | None, typer.Option(help="Number of void pixels in masks; a colour: #rrggbb.")]
-AsFrames = Annotated[FramesAs | None, typer.Option(help="Kind of numbered images in the folder itself.")]
+IgnoreLabel = Annotated[str | None, typer.Option(help="Number of void pixels in masks; a colour: #rrggbb; or none.")]
+AsFrames = Annotated[FramesAs | None, typer.Option(help="Meaning of numbered images in the folder itself.")]
 
 
 def parse_size(option: str, text: str | None) -> int | tuple[int, int] | None:
@@ -39,4 +34,5 @@ def parse_size(option: str, text: str | None) -> int | tuple[int, int] | None:
 
 
 def print_json(value: dict[str, Any]) -> None:
+    """Print one JSON object to stdout."""
     print(json.dumps(value))

@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
+from featcache.text import bytes_text
 from slotlab.commands.options import Device, Json, print_json
 
 Runs = Annotated[list[Path], typer.Argument(help="Run folders, the first to compare against.", show_default=False)]
 Split = Annotated[str | None, typer.Option(help="Split to report; default: the configuration's, validation.")]
-Store = Annotated[Path | None, typer.Option("--cache", help="Another store of the same features.")]
+Store = Annotated[Path | None, typer.Option("--cache", help="Store of the same features, instead of the run's own.")]
 Videos = Annotated[int, typer.Option(min=0, help="Number of videos in the gallery: half the worst, half the best.")]
-Rank = Annotated[str, typer.Option(help="Score that says which are worst and best, by its key in eval --json.")]
-Frames = Annotated[int, typer.Option(min=1, help="Number of frames of a video, at most; evenly spaced.")]
+Rank = Annotated[str, typer.Option(help="Score that ranks the videos: its key in eval --json.")]
+Frames = Annotated[int, typer.Option(min=1, help="Largest number of frames of a video, evenly spaced.")]
 Title = Annotated[str | None, typer.Option(help="Title of the page; default: the run's name.")]
 
 
@@ -51,7 +52,7 @@ def report(
     if as_json:
         print_json(found)
         return
-    terminal.out.print(f"{out}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {found['bytes'] / 1e6:.1f} MB")
+    terminal.out.print(f"{out}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {bytes_text(found['bytes'])}")
     for path in (found["markdown"], *found["figures"]):
         if path:
             terminal.out.print(path)

@@ -20,7 +20,7 @@ COLUMNS = {
 
 def robustness(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
-    cache: Annotated[Path | None, typer.Option(help="Another store of the same features.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="Store of the same features, instead of the run's own.")] = None,
     split: Annotated[
         str | None, typer.Option(help="Split to look at; default: the configuration's, validation.")
     ] = None,
@@ -34,8 +34,8 @@ def robustness(
 ) -> None:
     """Masks and slots when only the colours change: hue, brightness, contrast, saturation, grey, channels, jitter.
 
-    A subset of videos and frames by default, as every transformation runs the backbone anew. The result is kept in
-    the run folder as robustness-SPLIT.json.
+    Uses some videos and frames by default, as every transformation runs the backbone again. The result is kept in the
+    run folder as robustness-SPLIT.json.
     """
     from featcache.machine import pick_device
     from slotlab.commands import terminal

@@ -10,7 +10,9 @@ from slotlab.commands.options import Json, print_json
 
 
 def settings(
-    keys: Annotated[list[str] | None, typer.Argument(help="Keys, or what they begin with; default: all.")] = None,
+    keys: Annotated[
+        list[str] | None, typer.Argument(help="Keys or sections, such as model.decoder; default: all.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Every key of --set and --config: its values, default, meaning, and the presets that set it. Prints Markdown."""

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from featcache.errors import DataError, UsageError
-from slotlab.commands.options import CACHE_FOLDER, Device, Dtype, Json, print_json
+from featcache.words import Dtype, StoreFormat
+from slotlab.commands.options import (
+    CACHE_FOLDER,
+    AsFrames,
+    Device,
+    IgnoreLabel,
+    Json,
+    MaskColours,
+    print_json,
+)
 
 
 def stats(
     context: typer.Context,
     caches: Annotated[list[Path] | None, typer.Argument(help="Stores; default: all in cache/.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split to report; default: train, or the first there is.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="File for a figure.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split to report; default: train, or the first.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Figure to draw, such as stats.png.")] = None,
     recompute: Annotated[
-        bool, typer.Option(help="Statistics made anew from the stored features, block by block with dask.")
+        bool, typer.Option(help="Statistics computed again from the stored features, block by block with dask.")
     ] = False,
     workers: Annotated[int | None, typer.Option(help="Number of processes on this machine, with --recompute.")] = None,
     scheduler: Annotated[
@@ -25,7 +34,7 @@ def stats(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """The scale of the features: std, token norms, outliers, effective rank; stores side by side."""
+    """Report the scale of the features: std, token norms, outliers, effective rank; stores side by side."""
     elsewhere = scheduler is not None or workers is not None
     if elsewhere and not recompute:
         raise UsageError("--scheduler and --workers: only with --recompute, else the stored statistics are read")
@@ -56,12 +65,13 @@ def stats(
 
 def verify(
     cache: Annotated[Path, typer.Argument(help="Store to check.")],
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Repair: what is damaged is made again, and only that.")
-    ] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Repair of what is damaged, and of nothing else.")] = False,
     data: Annotated[str | None, typer.Option(help="Source of the store's videos, if they have moved.")] = None,
     weights: Annotated[str | None, typer.Option(help="Checkpoint file of the backbone, if it has moved.")] = None,
     device: Device = "auto",
+    mask_colours: MaskColours = False,
+    ignore_label: IgnoreLabel = None,
+    frames_as: AsFrames = None,
     as_json: Json = False,
 ) -> None:
     """Check all of a store against its manifest; names the damaged videos, exit code 3 if any are left."""
@@ -72,11 +82,14 @@ def verify(
 
     damage, repaired = run_verify(cache), []
     if damage and repair:
+        from featcache.sources import Reading
         from featcache.upkeep.repair import Means
         from featcache.upkeep.repair import repair as run_repair
 
         with terminal.ExtractProgress() as progress:
-            repaired = run_repair(cache, Means(data, weights, device=str(pick_device(device))), progress)
+            reading = Reading.of(mask_colours, ignore_label, frames_as)
+            means = Means(data, weights, device=str(pick_device(device)), reading=reading)
+            repaired = run_repair(cache, means, progress)
         damage = run_verify(cache)
     if as_json:
         lists = {"damaged": damage, "repaired": repaired}
@@ -92,7 +105,7 @@ def verify(
 def export(
     cache: Annotated[Path, typer.Argument(help="Store to copy.")],
     out: Annotated[Path, typer.Argument(help="Store or file to make.")],
-    form: Annotated[Literal["zarr", "hdf5"], typer.Option("--format", help="Format of the copy.")] = "zarr",
+    form: Annotated[StoreFormat, typer.Option("--format", help="Format of the copy.")] = "zarr",
     dtype: Annotated[Dtype | None, typer.Option(help="Form of the copied tokens; default: as they are.")] = None,
     tap: Annotated[list[str] | None, typer.Option(help="Tap to copy; repeatable; default: every tap.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Split to copy; repeatable; default: every split.")] = None,
@@ -123,10 +136,10 @@ def import_file(
 
 
 def weights(
-    fetch: Annotated[str | None, typer.Option(help="Backbone whose weights are downloaded now; prints JSON.")] = None,
+    fetch: Annotated[str | None, typer.Option(help="Backbone to download the weights of; prints JSON.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Which backbones there are, and where each one's weights come from."""
+    """List the backbones, and where the weights of each come from."""
     from featcache.backbones.registry import ALIASES, get_spec, list_backbones
     from slotlab.commands import terminal
     from slotlab.commands.tables import plain_table

@@ -78,7 +78,7 @@ class DecoderConfig(Section):
     kind: Literal["mlp", "mix", "slot_mixer", "transformer"] = Field(
         "mix", description="Decoder, from slots to tokens and masks"
     )
-    hidden: int = Field(256, ge=1, description="Width of its hidden layers, of its tokens in a transformer")
+    hidden: int = Field(256, ge=1, description="Width of its hidden layers, or of its tokens in a transformer")
     layers: int = Field(2, ge=1, description="Hidden layers of its MLP")
     blocks: int = Field(2, ge=1, description="Blocks of attention")
     heads: int = Field(4, ge=1, description="Heads of each attention")
@@ -89,9 +89,9 @@ class DecoderConfig(Section):
         "soft", description="Masks of training: soft, or hard with the gradient of soft ones"
     )
     permuted: bool = Field(False, description="Training on several orders of the patches (SPOT)")
-    patches: int | None = Field(None, ge=1, description="Random patches decoded a step; unset: all")
+    patches: int | None = Field(None, ge=1, description="Number of random patches decoded in a step; unset: all")
     recompute: bool = Field(
-        False, description="No activations kept for the backward pass: far less memory, a third more time"
+        False, description="Activations computed again in the backward pass: far less memory, a third more time"
     )
 
     read_by: ClassVar[ReadBy] = {
@@ -116,12 +116,12 @@ class PredictorConfig(Section):
 
     kind: Literal["identity", "mlp", "transformer"] = Field(
         "transformer",
-        description="From one frame's slots to where the next one's start: the same; each by itself; together",
+        description="Map from a frame's slots to the next one's: identity; each slot alone; all together",
     )
     hidden: int = Field(512, ge=1, description="Width of its MLP")
     heads: int = Field(4, ge=1, description="Heads of its attention")
-    output_norm: bool = Field(False, description="LayerNorm behind it")
-    stop_gradient: bool = Field(False, description="No gradient from one frame to the one before")
+    output_norm: bool = Field(False, description="LayerNorm after the predictor")
+    stop_gradient: bool = Field(False, description="Stop-gradient between frames")
     refresh: int = Field(0, ge=0, description="Frames after which slots start afresh; 0: never")
     first_iterations: int = Field(3, ge=1, description="Rounds of slot attention where slots start")
 
@@ -136,20 +136,20 @@ class RecurrentConfig(Section):
     """Slot attention and its recurrence over frames (slotlab.models.recurrence), on patch tokens and on pixels."""
 
     kind: str
-    slots: int = Field(11, ge=2, le=MOST_SLOTS, description="Slots of a frame")
+    slots: int = Field(11, ge=2, le=MOST_SLOTS, description="Number of slots in a frame")
     fewest_slots: int | None = Field(
-        None, ge=1, description="Fewest slots of a training sample, whose number is random; unset: all"
+        None, ge=1, description="Smallest number of slots in a training sample, drawn at random; unset: all slots"
     )
     slot_dim: int = Field(128, ge=1, description="Width of a slot")
-    initializer: Initializer = Field("gaussian", description="Where slots start")
+    initializer: Initializer = Field("gaussian", description="Source of the initial slots")
     iterations: int = Field(3, ge=1, description="Rounds of slot attention")
     gradient: Gradient = Field(
-        "full", description="Rounds that the gradient passes: all; the last; the last, then straight to the first slots"
+        "full", description="Rounds with a gradient: all; the last; the last, then straight to the initial slots"
     )
     temperature: float = Field(
         1.0, gt=0, description="Divisor of the attention's logits; below 1 sharpens the competition"
     )
-    slot_mlp_hidden: int = Field(512, ge=0, description="Width of the residual MLP behind the GRU; 0: none")
+    slot_mlp_hidden: int = Field(512, ge=0, description="Width of the residual MLP after the GRU; 0: none")
     predictor: PredictorConfig | None = Field(
         None, description="Recurrence over the frames of a clip; unset: frames apart"
     )
@@ -250,7 +250,7 @@ class PixelConfig(RecurrentConfig):
     resolution: int = Field(64, ge=16, description="Pixels a side that the model sees")
     slot_dim: int = Field(64, ge=1)
     initializer: Literal["gaussian", "gaussian_per_slot", "learnt"] = "gaussian"
-    slot_mlp_hidden: int = Field(128, ge=0)  # 0: none behind the GRU
+    slot_mlp_hidden: int = Field(128, ge=0)
     encoder_channels: int = Field(64, ge=1, description="Channels of the encoder")
     decoder_channels: int = Field(64, ge=1, description="Channels of the decoder")
     broadcast: int = Field(8, ge=1, description="Side of the grid that a slot is broadcast to")
@@ -266,15 +266,15 @@ class PixelConfig(RecurrentConfig):
 class Logistic(Section):
     """``sigmoid((norm / (threshold * otsu) - 1) / width)`` of a token's norm, otsu being Otsu's threshold."""
 
-    threshold: float = Field(gt=0, description="Norm where it is one half, over Otsu's threshold")
-    width: float = Field(gt=0, description="Softness, as a share of that norm")
+    threshold: float = Field(gt=0, description="Norm at which it is one half, divided by Otsu's threshold")
+    width: float = Field(gt=0, description="Width of the transition, as a share of that norm")
 
 
 class ClusteringConfig(Section):
     """Soft clusters of learnt keys, trained across time (slotlab.models.clustering.model)."""
 
     kind: Literal["clustering"] = "clustering"
-    slots: int = Field(13, ge=2, le=MOST_SLOTS, description="Most slots of a frame, the background's among them")
+    slots: int = Field(13, ge=2, le=MOST_SLOTS, description="Largest number of slots in a frame, background included")
     slot_dim: int = Field(64, ge=1, description="Channels of a key: the first ones of a token")
     hidden: int = Field(256, ge=1, description="Width of the learnt corrections and of the decoder")
     iterations: int = Field(5, ge=1, description="Rounds that refine the slots")
@@ -283,12 +283,12 @@ class ClusteringConfig(Section):
     )
     position_weight: float = Field(1.0, ge=0, description="Weight of a patch's position beside its key")
     new_slot_distance: float = Field(
-        0.6, gt=0, description="Squared distance from every slot at which a token starts another"
+        0.6, gt=0, description="Squared distance from all slots beyond which a token starts a new one"
     )
     tracking: bool = Field(True, description="Slots carried from frame to frame of a video; false: frames apart")
-    merge_distance: float = Field(0.15, ge=0, description="Squared distance of two carried slots that have become one")
-    flow_frames: int = Field(5, ge=1, description="Past frames that attention flows from")
-    prior_weight: float = Field(2.0, ge=0, description="Power of what flows from the past; 0: no prior")
+    merge_distance: float = Field(0.15, ge=0, description="Squared distance below which two carried slots are merged")
+    flow_frames: int = Field(5, ge=1, description="Number of past frames that attention flows from")
+    prior_weight: float = Field(2.0, ge=0, description="Exponent of the prior that flows from the past; 0: no prior")
     objectness: Logistic = Field(
         Logistic(threshold=1.0, width=0.25), description="Objectness that the model starts from"
     )
@@ -309,7 +309,7 @@ class ClusteringConfig(Section):
         "prior_floor": Gone.fixed(0.05),
         # Earlier versions gave short-lived slots to the background, in use but not in training.
         "lasting_frames": Gone((8,), "is gone"),
-        "lasting_threshold": Gone((0.8, 0), "is gone: a slot stays an object however soon it passes"),
+        "lasting_threshold": Gone((0.8, 0), "is gone: short-lived slots stay objects"),
     }
     remedies: ClassVar[Remedies] = {
         "one_slot": (Remedy("model.objectness.threshold", 0.8),),

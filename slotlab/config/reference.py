@@ -19,8 +19,7 @@ HEAD = """# Settings
 
 All keys of a run's configuration. Set them with `--set KEY=VALUE` on the command line, or in the tables of a TOML file
 (`--config`), where words take quotes; leave out keys that are unset. *Presets* lists the presets that set another value
-than the default.
-[models.md](models.md) explains the parts.
+than the default. [models.md](models.md) explains the parts.
 
 This page is the output of `slotlab settings`.
 """
@@ -136,7 +135,7 @@ def _values(of: FieldInfo) -> str:
 
 
 def _only_value(of: FieldInfo) -> str:
-    """The only word that a field accepts; empty where there is a choice."""
+    """The only word that a field accepts; empty if there is a choice."""
     words = get_args(of.annotation) if get_origin(of.annotation) is Literal else ()
     return words[0] if len(words) == 1 else ""
 

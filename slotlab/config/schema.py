@@ -49,7 +49,7 @@ def parse_normalisation(kind: str) -> tuple[str, float]:
 class DataConfig(Section):
     """The data to read, and its normalisation."""
 
-    tap: str | None = Field(None, description="Tap that is read; video: the stored frames; unset: the store's first")
+    tap: str | None = Field(None, description="Tap to read; video: the stored frames; unset: the store's first")
     train_split: str = Field("train", description="Split to train on")
     eval_split: str = Field("validation", description="Split to score and to look at")
     normalize: str = Field(
@@ -58,11 +58,11 @@ class DataConfig(Section):
         description="Normalisation by the store's statistics; K is a number of channels",
     )
     center: Center = Field(
-        "channel", description="Mean to subtract: of each channel, or of each at each patch position"
+        "channel", description="Mean to subtract: of each channel, or of each channel at each patch position"
     )
     shrinkage: float = Field(0.1, ge=0, le=1, description="Shrinkage of the covariance towards equal variances")
-    residence: Residence = Field("auto", description="Place of the features while they stream; auto: by what fits")
-    clip: int = Field(1, ge=1, description="Consecutive frames a sample; more than 1 needs a model of video")
+    residence: Residence = Field("auto", description="Place of the features while they stream; auto: where they fit")
+    clip: int = Field(1, ge=1, description="Consecutive frames in a sample; more than 1 needs a video model")
 
     read_by: ClassVar[ReadBy] = {
         setting: ("normalize", tuple(form for form, read in NORMALISATIONS.items() if setting in read))
@@ -88,7 +88,7 @@ def _weight(default: float, title: str, of: str) -> Any:
 
 
 class LossConfig(Section):
-    """Weights of the losses (slotlab.training.losses). A loss of weight 0 is not computed; each is logged."""
+    """Weights of the losses (slotlab.training.losses). Losses of weight 0 are not computed; the others are logged."""
 
     feature_mse: float = _weight(
         1.0, "Feature MSE", "the squared error; of standardised features, 1 is the mean predictor"
@@ -99,8 +99,8 @@ class LossConfig(Section):
     assignment: float = _weight(0.0, "Assignment", "the cross-entropy of the slot that a patch belongs to")
     diversity: float = _weight(0.0, "Diversity", "the mean cosine between masks")
     sharpness: float = _weight(0.0, "Sharpness", "the masks' entropy")
-    similarity_shift: int = Field(1, ge=1, description="Frames ahead that the temporal similarity looks")
-    similarity_temperature: float = Field(0.075, gt=0, description="Divisor of its cosines")
+    similarity_shift: int = Field(1, ge=1, description="Frames that the temporal similarity looks ahead")
+    similarity_temperature: float = Field(0.075, gt=0, description="Divisor of the temporal similarity's cosines")
     contrast_temperature: float = Field(0.1, gt=0, description="Divisor of the slot contrast's cosines")
 
     @property
@@ -124,17 +124,17 @@ LOSS_NAMES: dict[str, tuple[str, str]] = {
 class OptimConfig(Section):
     """Adam, linear warm-up, decay, clipping."""
 
-    steps: int = Field(800, ge=1, description="Optimiser steps")
-    batch_size: int = Field(32, ge=1, description="Samples a step, of all ranks together")
-    accumulate: int = Field(1, ge=1, description="Parts of a rank's batch that pass the model one after the other")
+    steps: int = Field(800, ge=1, description="Number of optimiser steps")
+    batch_size: int = Field(32, ge=1, description="Samples in a step, over all ranks")
+    accumulate: int = Field(1, ge=1, description="Parts in which a rank's batch passes through the model")
     learning_rate: float = Field(1e-3, gt=0, description="Learning rate after the warm-up")
     reference_batch: int | None = Field(
-        None, ge=1, description="Batch size that the rate is for; unset: the batch size"
+        None, ge=1, description="Batch size that the learning rate is for; unset: the batch size in use"
     )
-    scaling: Literal["linear", "sqrt"] = Field("sqrt", description="Growth of the rate with the batch")
+    scaling: Literal["linear", "sqrt"] = Field("sqrt", description="Growth of the learning rate with the batch size")
     warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up, at most a fifth of the steps")
     warmup_samples: int | None = Field(
-        None, ge=0, description="Warm-up in samples instead: the same for every batch size"
+        None, ge=0, description="Samples of warm-up, instead of steps: the same for every batch size"
     )
     decay: Literal["cosine", "exponential", "constant"] = Field(
         "cosine", description="Decay of the rate after the warm-up"
@@ -144,14 +144,14 @@ class OptimConfig(Section):
     weight_decay: float = Field(0.0, ge=0, description="Weight decay")
     clip_norm: float = Field(1.0, gt=0, description="Gradient norm to clip to")
     ema: float = Field(
-        0.0, ge=0, lt=1, description="Decay of averaged weights, which are then the ones evaluated; 0: none"
+        0.0, ge=0, lt=1, description="Decay of the averaged weights, which are then evaluated; 0: no average"
     )
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
         "float32",
-        description="Precision of the step; tf32: float32, its products by an NVIDIA GPU's TensorFloat-32",
+        description="Precision of the step; tf32: float32 with TensorFloat-32 matrix products on NVIDIA GPUs",
     )
-    compile: bool = Field(False, description="torch.compile of the step")
-    cuda_graphs: bool = Field(False, description="CUDA graphs of what is compiled: few launches for many small kernels")
+    compile: bool = Field(False, description="Compilation of the step by torch.compile")
+    cuda_graphs: bool = Field(False, description="CUDA graphs of the compiled step: few launches for small kernels")
 
     read_by: ClassVar[ReadBy] = {
         "half_life": ("decay", ("exponential",)),
@@ -177,19 +177,19 @@ class Config(Section):
     model: ModelConfig = Field(SlotAttentionConfig(), discriminator="kind")
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
-    published_masks: Masks = Field("decoder", description="Masks that are scored first, drawn, and written to files")
+    published_masks: Masks = Field("decoder", description="Kind of masks to score first, draw, and write to files")
     log_every: int = Field(10, ge=1, description="Steps between logged rows")
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints")
     evaluate_every: int = Field(
         0, ge=0, description="Steps between looks at the masks of the evaluation split; 0: none"
     )
-    evaluate_videos: int = Field(8, ge=1, description="Videos of a look")
+    evaluate_videos: int = Field(8, ge=1, description="Number of videos in a look")
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         recurrent = self.model.recurrent
         if self.data.clip > 1 and not recurrent and self.model.frames_a_step is None:
-            raise ValueError("data.clip above 1 needs a model of video: set model.predictor.kind")
+            raise ValueError("data.clip above 1 needs a video model: set model.predictor.kind")
         if recurrent and self.data.clip == 1:
             raise ValueError("model.predictor needs clips: set data.clip to 2 or more")
         if self.loss.temporal_similarity and self.model.kind != "slot_attention":

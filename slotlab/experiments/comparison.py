@@ -114,8 +114,11 @@ class StoreRequest:
     def _holds(self, store: FeatureStore, name: str, source: Source) -> bool:
         split = store[name]
         videos = len(source.lengths(name)[: self.max_videos])
-        fingerprint = source.fingerprint(name)
-        return split.complete and split.spec.source_fingerprint == fingerprint and len(split.videos) == videos
+        if not split.complete or len(split.videos) != videos:
+            return False
+        if split.spec.fingerprints:  # in whichever order they came
+            return sorted(split.spec.fingerprints) == sorted(source.fingerprints(name)[:videos])
+        return split.spec.source_fingerprint == source.fingerprint(name)
 
     def _has_weights(self, store: FeatureStore) -> bool:
         if self.weights in (None, "wheel", "hub"):
@@ -146,7 +149,13 @@ class Comparison:
             def show(split: str, done: int, total: int, name: str = name) -> None:
                 progress(f"{name} {split}", done, total)
 
-            extract(plan(request.path, self.source, backbone, options), self.source, backbone, show)
+            todo = plan(request.path, self.source, backbone, options)
+            if any(split.changes.new or split.changes.vanished for split in todo.splits):
+                raise IncompatibleError(
+                    f"{request.path}: holds other videos than {self.source.location} does now; delete it and run the "
+                    "same command again, which extracts them"
+                )
+            extract(todo, self.source, backbone, show)
 
 
 def plan_comparison(settings: Settings, out: Path, cache_folder: Path) -> Comparison:

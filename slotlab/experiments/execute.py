@@ -56,7 +56,7 @@ def check_stores(plan: Plan) -> None:
             data = cell.config.data
             ModelInput.of(cell.config, store)
             store[data.train_split].require_complete()
-            if not store[data.eval_split].require_complete().spec.masks:
+            if not store[data.eval_split].require_complete().has_truth:
                 raise DataError(f"{cell.cache}: {data.eval_split} has no masks, so there is nothing to score against")
         except FeatcacheError as error:
             raise type(error)(f"cell {cell.name}: {error}") from error

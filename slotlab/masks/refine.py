@@ -13,8 +13,8 @@ so that they hold for other grids and frame sizes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -22,9 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from featcache.errors import UsageError
-
-Method = Literal["guided", "crf"]
-METHODS: tuple[Method, ...] = get_args(Method)
+from slotlab.words import Refinement
 
 # Mask values held at once, as in slotlab.masks.labels: what a cache or a share of a GPU's memory holds.
 _VALUES_A_CHUNK = {"cpu": 2**22, "cuda": 2**27}
@@ -54,7 +52,10 @@ class Crf:
     iterations: int = 5
 
 
-def refine(masks: Tensor, frames: Tensor, method: Method, parameters: Guided | Crf | None = None) -> Tensor:
+Parameters = Guided | Crf
+
+
+def refine(masks: Tensor, frames: Tensor, method: Refinement, parameters: Parameters | None = None) -> Tensor:
     """Refined masks (B, K, H, W) float32 at the frames' resolution; they sum to one over the slots at every pixel.
 
     masks (B, K, h, w), not negative, of any float type; frames (B, H, W, 3) uint8. The result is on the
@@ -67,18 +68,18 @@ def refine(masks: Tensor, frames: Tensor, method: Method, parameters: Guided | C
         raise ValueError(f"{len(masks)} masks need as many uint8 frames, not {len(frames)} {frames.dtype}")
     if not bool(torch.isfinite(masks).all()):
         raise ValueError("masks hold NaN or infinity; did the model diverge?")
-    if method == "crf":
-        crf = parameters if isinstance(parameters, Crf) else Crf()
-        refined = [_crf(mask, frame, crf) for mask, frame in zip(masks.cpu(), frames.cpu(), strict=True)]
-        return torch.stack(refined).to(masks.device)
+    return METHODS[method](masks, frames, parameters)
+
+
+# -- guided filter -----------------------------------------------------------------------------------------
+
+
+def _by_guided_filter(masks: Tensor, frames: Tensor, parameters: Parameters | None) -> Tensor:
     guided = parameters if isinstance(parameters, Guided) else Guided()
     height, width = frames.shape[1:3]
     step = max(1, _VALUES_A_CHUNK.get(masks.device.type, 2**24) // (4 * masks.shape[1] * height * width))
     chunks = zip(torch.split(masks, step), torch.split(frames, step), strict=True)
     return torch.cat([_guided(mask.float(), frame.to(masks.device), guided) for mask, frame in chunks])
-
-
-# -- guided filter -----------------------------------------------------------------------------------------
 
 
 def _guided(masks: Tensor, frames: Tensor, parameters: Guided) -> Tensor:
@@ -147,6 +148,12 @@ def _normalised(masks: Tensor) -> Tensor:
 # -- dense CRF ---------------------------------------------------------------------------------------------
 
 
+def _by_crf(masks: Tensor, frames: Tensor, parameters: Parameters | None) -> Tensor:
+    crf = parameters if isinstance(parameters, Crf) else Crf()
+    refined = [_crf(mask, frame, crf) for mask, frame in zip(masks.cpu(), frames.cpu(), strict=True)]
+    return torch.stack(refined).to(masks.device)
+
+
 def _crf(masks: Tensor, frame: Tensor, parameters: Crf) -> Tensor:
     """Masks (K, h, w) and a frame (H, W, 3) to masks (K, H, W): the marginals of the mean field."""
     try:
@@ -171,3 +178,9 @@ def _crf(masks: Tensor, frame: Tensor, parameters: Crf) -> Tensor:
     )
     marginals = np.array(field.inference(parameters.iterations), np.float32)  # (K, H * W)
     return torch.from_numpy(marginals.reshape(-1, height, width))
+
+
+METHODS: Mapping[Refinement, Callable[[Tensor, Tensor, Parameters | None], Tensor]] = {
+    "guided": _by_guided_filter,
+    "crf": _by_crf,
+}

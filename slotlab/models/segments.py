@@ -118,7 +118,7 @@ def _parts(tokens: Tensor, grid: tuple[int, int]) -> Iterator[Tensor]:
             "or its store with slotlab verify"
         )
     if len(tokens):
-        yield from tokens.split(max(1, _VALUES_A_CHUNK // tokens.shape[1] ** 2))
+        yield from torch.split(tokens, max(1, _VALUES_A_CHUNK // tokens.shape[1] ** 2))
 
 
 def likeness(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -131,7 +131,7 @@ def likeness(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def smoothed(z: Float[Tensor, "T N D"], grid: tuple[int, int]) -> Float[Tensor, "T N D"]:
     """Unit means of the 3 x 3 neighbours of unit vectors, each weighted by ``max(cosine, 0)``."""
-    return _unit(_neighbourhood(z.unflatten(1, grid)).flatten(1, 2))
+    return _unit(_neighbourhood(z.reshape(len(z), *grid, -1)).flatten(1, 2))
 
 
 def side(grid: tuple[int, int]) -> float:

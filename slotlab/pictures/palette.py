@@ -19,6 +19,9 @@ OBJECTS = (
 OTHERS = (
     "#3b3f46", "#5a606b", "#7a828f", "#9aa2ae", "#b4bac4", "#c9ced6", "#2a2e35", "#6b5f57", "#8a7d73",
 )  # fmt: skip
+# Stripes where the truth of pixels is not known.
+IGNORED = ("#ffffff", "#9aa2ae")
+STRIPE = 4  # pixels, along a row
 # Lines on white and on near-black: the same hues, each with a contrast of at least 3:1.
 LINES = ("#0072B2", "#C65200", "#008660", "#B0578D", "#2F7FB0", "#946600", "#5B5B5B")
 LINES_ON_DARK = ("#56B4E9", "#F0883E", "#2FC79A", "#E0A0C4", "#8FCBF0", "#E6B450", "#B5B5B5")
@@ -60,3 +63,15 @@ def slot_colours(slots: int, matched: Mapping[int, int] | None = None) -> npt.ND
         muted = cycle(OTHERS)
         colours = [OBJECTS[matched[s] % len(OBJECTS)] if s in matched else next(muted) for s in range(slots)]
     return np.array([rgb(colour) for colour in colours], np.uint8).reshape(-1, 3)
+
+
+def truth_colours(numbers: npt.NDArray[np.uint8], ignored: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
+    """Colours of ground truth (H, W, 3): the objects', a muted one of the background, stripes in ignored pixels.
+
+    numbers (H, W): 0 background, k for object k - 1; ignored (H, W).
+    """
+    labels = int(numbers.max()) + 1
+    colours = slot_colours(labels, {k: k - 1 for k in range(1, labels)})[numbers]
+    y, x = np.indices(numbers.shape)
+    stripes = np.array([rgb(colour) for colour in IGNORED], np.uint8)[(x + y) // STRIPE % len(IGNORED)]
+    return np.where(ignored[..., None], stripes, colours)

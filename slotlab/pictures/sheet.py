@@ -13,9 +13,12 @@ import torch.nn.functional as F
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from featcache.store.durable import write_output
 from featcache.store.reading import Split
+from featcache.text import printable
 from slotlab.masks.labels import masks_to_labels
-from slotlab.pictures.palette import slot_colours
+from slotlab.pictures.painted import painted
+from slotlab.pictures.palette import slot_colours, truth_colours
 from slotlab.pictures.still import Still
 
 HEADER = 0.67  # inches above the first row, for the titles
@@ -23,7 +26,8 @@ SINGLE_SLOTS = 6
 
 
 def draw_sheet(split: Split, stills: Sequence[Still], path: Path) -> Path:
-    """Write the sheet as PNG and return its path. Objects and their matched slots share a colour."""
+    """Write the sheet, as PNG or what else the suffix names, and return its path. Objects and their matched slots share
+    a colour."""
     columns = 3 + SINGLE_SLOTS
     height = HEADER + 1.75 * len(stills)
     figure, axes = plt.subplots(len(stills), columns, figsize=(1.72 * columns, height), squeeze=False)
@@ -31,9 +35,8 @@ def draw_sheet(split: Split, stills: Sequence[Still], path: Path) -> Path:
         frame, truth = split.video(still.video)[still.frame], split.segmentations(still.video)[still.frame]
         colours = slot_colours(still.masks.shape[1], still.objects) / 255
         assigned = masks_to_labels(still.masks, truth.shape)[0].numpy()  # (H, W)
-        labels = int(truth.max()) + 1
-        truth_colours = slot_colours(labels, {k: k - 1 for k in range(1, labels)}) / 255  # 0 is the background
-        pictures = [frame, over(frame, truth_colours[truth]), over(frame, colours[assigned])]
+        known = truth_colours(truth, split.ignored(still.video)[still.frame]) / 255
+        pictures = [frame, over(frame, known), over(frame, colours[assigned])]
         shown = sorted(still.objects, key=still.objects.__getitem__)[:SINGLE_SLOTS]
         fine = F.interpolate(still.masks.float(), size=truth.shape, mode="bilinear")[0].numpy()  # (K, H, W)
         pictures += [(frame / 255.0) * fine[s][..., None] + 0.93 * (1 - fine[s][..., None]) for s in shown]
@@ -43,15 +46,15 @@ def draw_sheet(split: Split, stills: Sequence[Still], path: Path) -> Path:
                 cell.imshow(picture, interpolation="lanczos")
         kinds = {i.material for i in split.instances(still.video)} - {""}
         name = "all " + kinds.pop() if len(kinds) == 1 else "mixed" if kinds else ""
-        row[0].set_title(f"{name}  {split.names[still.video]}".strip(), fontsize=7, loc="left")
+        title = printable(f"{name}  {split.names[still.video]}".strip())
+        row[0].set_title(title, fontsize=7, loc="left", parse_math=False)
         scores = "  ".join(f"{title} {value:.2f}" for title, value in still.scores.items())
         row[2].set_title(scores, fontsize=7, loc="left")
     for cell, title in zip(axes[0], ("frame", "ground truth", "slots"), strict=False):
         cell.text(0.5, 1.22, title, transform=cell.transAxes, ha="center", fontsize=9, weight="bold")
     axes[0][3].text(0.0, 1.22, "single slots, soft masks", transform=axes[0][3].transAxes, fontsize=9, weight="bold")
     figure.subplots_adjust(left=0.01, right=0.99, top=1 - HEADER / height, bottom=0.01, wspace=0.03, hspace=0.14)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, facecolor="white")
+    write_output(path, painted(figure, path.suffix[1:], dpi=130, facecolor="white"))
     plt.close(figure)
     return path
 

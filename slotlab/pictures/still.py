@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from torch import Tensor
 
@@ -13,15 +14,18 @@ from slotlab.scoring.metrics import scores_in
 
 
 def pick_videos(split: Split, materials: Sequence[str] = ("metal",), each: int = 3) -> list[int]:
-    """Up to ``each`` videos whose objects all have one of the materials, then up to ``each`` mixed ones."""
-    pure = [v for v in split.videos if {i.material for i in split.instances(v)} in [{m} for m in materials]]
-    mixed = [v for v in split.videos if v not in pure]
-    return pure[:each] + mixed[:each]
+    """Up to ``each`` labelled videos whose objects all have one of the materials, then up to ``each`` mixed ones."""
+    pure = {v: {i.material for i in split.instances(v)} in [{m} for m in materials] for v in split.videos}
+
+    def some(alike: bool) -> list[int]:
+        return list(islice((v for v in split.videos if pure[v] == alike and split.labelled(v).any()), each))
+
+    return some(True) + some(False)
 
 
 @dataclass(frozen=True)
 class Still:
-    """The middle frame of a video with a run's masks: a row of the sheet."""
+    """The middle frame of a video, or the labelled one nearest to it, with a run's masks: a row of the sheet."""
 
     video: int
     frame: int
@@ -31,7 +35,7 @@ class Still:
 
     @classmethod
     def of(cls, followed: Followed) -> Still:
-        t = len(followed) // 2
+        t = followed.middle
         objects = {slot: item for slot, item in enumerate(followed.objects[t].tolist()) if item >= 0}
         scores = {}
         if followed.truth is not None:

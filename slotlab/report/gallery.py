@@ -62,14 +62,22 @@ def pack_video(footage: Footage, choice: Choice, runs: Sequence[RunData], most_f
         "total": split.spec.lengths[video],
         "frames": [webp(frame, (height, width)) for frame in frames],
         "truth": None,
+        "ignored": None,  # pixels whose truth is not known, if there are any
         "runs": [seen_by(runs[position], position, video) for position in footage.runs],
     }
-    if split.spec.masks:
-        truth = torch.from_numpy(split.segmentations(video)[kept])
-        if truth.shape[1:] != (height, width):
-            truth = F.interpolate(truth[:, None], size=(height, width), mode="nearest")[:, 0]
-        card["truth"] = packed(truth.numpy())
+    if split.has_truth:
+        truth, ignored = split.segmentations(video)[kept], split.ignored(video)[kept]
+        card["truth"] = packed(shrunk(truth, (height, width)))
+        if ignored.any():
+            card["ignored"] = packed(shrunk(ignored.astype(np.uint8), (height, width)))
     return card
+
+
+def shrunk(numbers: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """Numbers (T, H, W) at another size, each pixel one of theirs."""
+    if numbers.shape[1:] == size:
+        return numbers
+    return F.interpolate(torch.from_numpy(numbers)[:, None], size=size, mode="nearest")[:, 0].numpy()
 
 
 def webp(frame: npt.NDArray[np.uint8], size: tuple[int, int]) -> str:

@@ -125,7 +125,7 @@ class _Gatherer:
         if split.name != (wanted := self.split or config.data.eval_split):
             self.say(f"{name}: {loaded.store.path} has no split {wanted!r}; it shows {split.name!r}")
         step = checkpoint.state(path)["step"]
-        found = current_evaluation(loaded, split, step) if split.spec.masks else None
+        found = current_evaluation(loaded, split, step) if split.has_truth else None
         kept = found is not None
         views = Views(split, self.options, self.chosen.get(footage_key(split)))
         if found is not None:
@@ -133,7 +133,7 @@ class _Gatherer:
             views.rank(found)
         traces: list[Trace] = []
         takers = [lambda followed: traces.append(trace(followed)), views.add]
-        todo = "scoring" if split.spec.masks and found is None else "following"
+        todo = "scoring" if split.has_truth and found is None else "following"
         self.say(f"{name}: {todo} {len(split.videos)} videos of {split.name}")
         if todo == "scoring":
             found = evaluate(loaded, split.name, self.known, takers)
@@ -160,7 +160,8 @@ def choose_split(config: Config, store: FeatureStore, name: str | None) -> Split
 
 
 def current_evaluation(loaded: LoadedRun, split: Split, step: int) -> Evaluation | None:
-    """The scores in a run's folder, or None if they are of another checkpoint, store or version of the code."""
+    """The scores in a run's folder, or None if they are of other videos, another checkpoint, store or version of the
+    code."""
     try:
         raw = read_result(loaded.path, split.name)
         if raw is None:
@@ -171,6 +172,7 @@ def current_evaluation(loaded: LoadedRun, split: Split, step: int) -> Evaluation
         return None
     same = (
         found.step == step
+        and found.content in ("", split.spec.content)  # the store may have grown
         and found.code == scoring_code()
         and found.published_masks == loaded.config.published_masks
         and Path(found.cache).resolve() == loaded.store.path.resolve()

@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from featcache.text import printable
 from slotlab.pictures import palette
 from slotlab.pictures.chart import page_svg
 from slotlab.report import charts, gallery, tables
@@ -105,13 +106,13 @@ def render(gathered: Gathered, options: PageOptions) -> str:
         "dark": palette.DARK,
         **sections(gathered),
     }
-    return environment_of_templates().get_template("page.html.j2").render(context)
+    return printable(environment_of_templates().get_template("page.html.j2").render(context), lines=True)
 
 
 def render_training(runs: Sequence[Logged]) -> str:
     """HTML of the part of the page that changes with every logged row."""
     template = environment_of_templates().get_template("training.html.j2")
-    return template.render(runs=runs, training=charts.training_charts(runs))
+    return printable(template.render(runs=runs, training=charts.training_charts(runs)), lines=True)
 
 
 def sections(gathered: Gathered) -> Mapping[str, Any]:
@@ -135,11 +136,13 @@ def sections(gathered: Gathered) -> Mapping[str, Any]:
     }
 
 
-def colours() -> dict[str, list[palette.Rgb]]:
-    """The colours that the page's canvases draw with."""
+def colours() -> dict[str, Any]:
+    """The colours that the page's canvases draw with, and the width of stripes."""
     return {
         "objects": [palette.rgb(c) for c in palette.OBJECTS],
         "others": [palette.rgb(c) for c in palette.OTHERS],
+        "ignored": [palette.rgb(c) for c in palette.IGNORED],
+        "stripe": palette.STRIPE,
         "confidence": [palette.rgb(c) for c in palette.CONFIDENCE],
     }
 

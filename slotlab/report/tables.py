@@ -106,6 +106,8 @@ def summary(runs: Sequence[RunData]) -> Table:
         if any(run.evaluation for run in runs)
         else "There are no ground-truth masks, so there are no scores; diagnostics need none."
     )
+    left_out = {run.evaluation.left_out for run in runs if run.evaluation} - {""}
+    note += "".join(f" {words}." for words in sorted(left_out))
     statistics = {run.evaluation.references.statistics or "" for run in runs if run.evaluation} - {""}
     if statistics:
         note += f" The whitened floors use the statistics of {', '.join(sorted(statistics))}."

@@ -117,7 +117,7 @@ class Views:
 
 def footage_key(split: Split) -> str:
     """A key that is equal for splits with the same videos and frame size: their runs share the gallery's frames."""
-    return f"{split.name}/{split.spec.source_fingerprint}/{split.spec.frame_size}/{split.spec.lengths}"
+    return f"{split.name}/{split.spec.content}/{split.spec.frame_size}/{split.spec.lengths}"
 
 
 def frame_indices(frames: int, most: int) -> npt.NDArray[np.int64]:

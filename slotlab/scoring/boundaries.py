@@ -1,4 +1,4 @@
-"""How well masks follow the outlines of objects: the boundary F measure, and bleeding.
+"""Scores of how well masks follow the outlines of objects: the boundary F measure, and bleeding.
 
 Both use hard masks (argmax) at the frame's resolution, and each object's own slot
 (:func:`slotlab.scoring.metrics.matched_slots`):
@@ -8,6 +8,9 @@ Both use hard masks (argmax) at the frame's resolution, and each object's own sl
   lies within it of the slot's. The tolerance is 0.8 % of the frame's diagonal, rounded up: 3 px at 256x256. An object
   without a slot scores 0.
 - **bleeding**: the share of the slot's mask that lies outside its object; not defined for an object without a slot.
+
+Where the truth of pixels is not known, an outline runs between neighbours of known truth alone, in the object's mask as
+in the slot's. The boundary F of an object whose outline is not known anywhere is not defined.
 
 Small objects bleed most, because they are as small as a patch. Both scores are therefore also given for three classes
 of area, thirds of the split's visible objects, whose bounds do not depend on the run.
@@ -26,7 +29,7 @@ from torch import Tensor
 
 from slotlab.scoring.metrics import matched_slots
 from slotlab.scoring.scores import mean
-from slotlab.scoring.tables import contingency
+from slotlab.scoring.tables import UNKNOWN, contingency
 
 TOLERANCE = 0.008  # of the frame's diagonal
 CLASSES = ("small", "medium", "large")
@@ -55,35 +58,43 @@ def bleeding(table: Tensor, slots: Tensor) -> Tensor:
 def boundary_f(labels: Tensor, segmentations: Tensor, slots: Tensor, tolerance: int) -> Tensor:
     """F measure of the outlines of each object and its slot, (B, objects) float64 in [0, 1].
 
-    labels (B, H, W) slot of each pixel, segmentations (B, H, W) object of each pixel (0 background), slots
-    (B, objects); tolerance in pixels. NaN for absent objects, 0 for objects without a slot.
+    labels (B, H, W) slot of each pixel, segmentations (B, H, W) object of each pixel (0 background, or ``UNKNOWN``),
+    slots (B, objects); tolerance in pixels. NaN for objects that are absent or whose outline is not known, 0 for
+    objects without a slot.
     """
     scores = torch.where(slots >= 0, 0.0, torch.nan).double()
     for frame in range(len(labels)):
         truth, found, own = segmentations[frame], labels[frame], slots[frame].tolist()
-        for number, pixels in enumerate(truth.flatten().bincount().tolist()):
+        known = truth != UNKNOWN
+        for number, pixels in enumerate(truth[known].bincount().tolist()):
             if number and pixels:
                 slot = own[number - 1]
-                scores[frame, number - 1] = _outline_f(found == slot, truth == number, tolerance) if slot >= 0 else 0.0
+                scores[frame, number - 1] = _outline_f(found == slot, truth == number, known, tolerance)
     return scores
 
 
-def _outline_f(found: Tensor, true: Tensor, tolerance: int) -> float:
-    """Boundary F of two masks (H, W) bool that are not empty."""
-    one, other = (outline(mask).nonzero().cpu().numpy() for mask in (found, true))  # (pixels, 2) each
+def _outline_f(found: Tensor, true: Tensor, known: Tensor, tolerance: int) -> float:
+    """Boundary F of a mask and an object's (H, W) bool, by outlines between known pixels (H, W) bool."""
+    one, other = (outline(mask, known).nonzero().cpu().numpy() for mask in (found, true))  # (pixels, 2) each
+    if not len(other) and outline(true).any():
+        return math.nan
+    if not found.any():
+        return 0.0
     precision, recall = _share_near(one, other, tolerance), _share_near(other, one, tolerance)
     return 2 * precision * recall / (precision + recall) if precision + recall > 0 else 0.0
 
 
-def outline(masks: Tensor) -> Tensor:
+def outline(masks: Tensor, known: Tensor | None = None) -> Tensor:
     """Boundary pixels (..., H, W) bool of masks: those that differ from their right, lower or diagonal neighbour.
 
-    The border of the frame is not a boundary.
+    Both must be ``known`` (..., H, W) bool, by default all are. The border of the frame is not a boundary.
     """
+    known = torch.ones_like(masks) if known is None else known
     edge = torch.zeros_like(masks)
-    edge[..., :, :-1] |= masks[..., :, :-1] ^ masks[..., :, 1:]
-    edge[..., :-1, :] |= masks[..., :-1, :] ^ masks[..., 1:, :]
-    edge[..., :-1, :-1] |= masks[..., :-1, :-1] ^ masks[..., 1:, 1:]
+    for down, right in ((0, 1), (1, 0), (1, 1)):
+        height, width = masks.shape[-2] - down, masks.shape[-1] - right
+        here, there = (..., slice(height), slice(width)), (..., slice(down, None), slice(right, None))
+        edge[here] |= (masks[here] ^ masks[there]) & known[here] & known[there]
     return edge
 
 
@@ -104,7 +115,7 @@ class BoundaryScores:
     def add(self, labels: Tensor, segmentations: Tensor, slots: int, n_true: int) -> Tensor:
         """Add frames: the slot (below ``slots``) and the object (below ``n_true``) of each pixel, both (B, H, W).
 
-        Returns their contingency tables (B, n_true, slots) int64.
+        The object may be ``UNKNOWN``. Returns their contingency tables (B, n_true, slots) int64.
         """
         table = contingency(labels.flatten(1), segmentations.flatten(1), slots, n_true)
         own = matched_slots(table)

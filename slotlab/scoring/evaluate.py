@@ -14,9 +14,10 @@ from slotlab.scoring.digest import scoring_code
 from slotlab.scoring.evaluation import Evaluation
 from slotlab.scoring.follow import Followed, follow
 from slotlab.scoring.groups import subgroup_scores
-from slotlab.scoring.references import Asked, KnownReferences, references
+from slotlab.scoring.references import KnownReferences, references
 from slotlab.scoring.scores import Scores
 from slotlab.scoring.tables import require_truth
+from slotlab.words import Floors
 
 
 class Evaluator:
@@ -33,21 +34,25 @@ class Evaluator:
             scores.add_video(followed.tables(kind), followed.video)
         self._diagnostics.add(followed.shown)
 
-    def result(self, known: KnownReferences | None = None, floors: Asked = "usual") -> Evaluation:
+    def result(self, known: KnownReferences | None = None, floors: Floors = "usual") -> Evaluation:
         """The evaluation of the added videos, beside the ceiling and floors of
         :func:`~slotlab.scoring.references.references`."""
         loaded, split, step = self._loaded, self._split, checkpoint.state(self._loaded.path)["step"]
         published, means = self._scores[loaded.config.published_masks], self._diagnostics.means()
+        tables, _ = published.frame_tables()
+        height, width = split.spec.frame_size
         return Evaluation(
             run=str(loaded.path),
             cache=str(loaded.store.path),
             split=split.name,
+            content=split.spec.content,
             tap=loaded.tap,
             step=step,
             code=scoring_code(),
             resolution=split.spec.frame_size,
             published_masks=loaded.config.published_masks,
             summary=published.summary(),
+            ignored_pixels=1 - int(tables.sum()) / (len(tables) * height * width),
             masks={kind: scores.summary() for kind, scores in self._scores.items()},
             references=references(split, loaded, known, floors),
             diagnostics=means,
@@ -63,7 +68,7 @@ def evaluate(
     split_name: str | None = None,
     known: KnownReferences | None = None,
     also: Sequence[Callable[[Followed], object]] = (),
-    floors: Asked = "usual",
+    floors: Floors = "usual",
 ) -> Evaluation:
     """The evaluation of a run on a split (default: the configuration's), from one pass over its videos.
 

@@ -30,6 +30,7 @@ class Evaluation:
     resolution: tuple[int, int]  # (H, W) in pixels, of frames and ground truth
     published_masks: Masks
     summary: Summary
+    ignored_pixels: float | None  # share of the labelled frames' pixels without known truth; None: an earlier version
     masks: Mapping[Masks, Summary]  # scores of both kinds of masks
     references: References
     diagnostics: Mapping[str, float]  # means over the videos, and kept_slots
@@ -38,6 +39,7 @@ class Evaluation:
     warnings: Sequence[str]
     groups: Groups
     fine: Mapping[str, Any] = field(default_factory=dict)  # results of slotlab.scoring.fine, if asked for
+    content: str = ""  # hash of the split's videos; "" in evaluations of earlier versions
 
     @property
     def values(self) -> Values:
@@ -54,6 +56,15 @@ class Evaluation:
         """Whether a video has several frames; otherwise scores of whole videos equal those of frames."""
         return self.summary.frames > self.summary.videos
 
+    @property
+    def left_out(self) -> str:
+        """What no score counts, in words; empty if every pixel's truth is known."""
+        frames, labelled = self.summary.frames, self.summary.labelled_frames
+        parts = [] if labelled in (frames, None) else [f"{labelled} of {frames} frames are labelled"]
+        if self.ignored_pixels:
+            parts.append(f"{self.ignored_pixels:.1%} of {'their' if parts else 'the'} pixels are ignored")
+        return ", ".join(parts)
+
     def as_dict(self) -> dict[str, Any]:
         """The evaluation as JSON-able values. The keys are a contract."""
         groups = {
@@ -63,12 +74,14 @@ class Evaluation:
             "run": self.run,
             "cache": self.cache,
             "split": self.split,
+            "content": self.content,
             "tap": self.tap,
             "step": self.step,
             "code": self.code,
             "resolution": list(self.resolution),
             "published_masks": self.published_masks,
             **self.summary.as_dict(),
+            **({} if self.ignored_pixels is None else {"ignored_pixels": self.ignored_pixels}),
             **{name: of.as_dict() for name, of in self.masks.items()},
             **self.references.as_dict(),
             **self.diagnostics,
@@ -104,6 +117,7 @@ class Evaluation:
                 resolution=(raw["resolution"][0], raw["resolution"][1]),
                 published_masks=raw.get("published_masks", "decoder"),
                 summary=Summary.from_dict(raw),
+                ignored_pixels=raw.get("ignored_pixels"),
                 masks={kind: Summary.from_dict(raw[kind]) for kind in MASKS if kind in raw},
                 references=References.from_dict(raw),
                 diagnostics={name: raw[name] for name in _DIAGNOSTICS if name in raw},
@@ -112,6 +126,7 @@ class Evaluation:
                 warnings=raw.get("warnings", ()),
                 groups=Groups(groups, by_video, Confidence.from_dict(raw.get("confidence", {}))),
                 fine={key: raw[key] for key in _FINE if key in raw},
+                content=raw.get("content", ""),
             )
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             what = f"{type(error).__name__}: {error}"

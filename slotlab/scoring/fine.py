@@ -12,7 +12,7 @@ from torch import Tensor
 from featcache.store.reading import Split
 from slotlab.masks.binarise import parse_binarisation
 from slotlab.masks.labels import masks_to_labels
-from slotlab.masks.refine import Method, refine
+from slotlab.masks.refine import refine
 from slotlab.models.randomness import Draws
 from slotlab.runs.loaded import StoreModel
 from slotlab.scoring.boundaries import BoundaryScores
@@ -20,7 +20,8 @@ from slotlab.scoring.follow import Followed, follow
 from slotlab.scoring.metrics import adjusted_rand_index, object_iou, shown
 from slotlab.scoring.references import grid_masks
 from slotlab.scoring.scores import Scores, mean
-from slotlab.scoring.tables import contingency, require_truth
+from slotlab.scoring.tables import contingency, labelled_frames, require_truth
+from slotlab.words import Refinement
 
 
 class BinarisedScores:
@@ -60,7 +61,7 @@ class OutlineScorer:
     """
 
     def __init__(
-        self, model: StoreModel, split: Split, method: Method | None = None, binarisations: Sequence[str] = ()
+        self, model: StoreModel, split: Split, method: Refinement | None = None, binarisations: Sequence[str] = ()
     ) -> None:
         """``UsageError`` for an unknown binarisation."""
         self._split, self._method, self._seed, self._slots = split, method, model.config.seed, model.model.slots
@@ -70,18 +71,22 @@ class OutlineScorer:
         self._seconds, self._frames = 0.0, 0
 
     def add(self, followed: Followed) -> None:
-        """Add all frames of one video with ground truth. ``UsageError`` if the method's package is not installed."""
+        """Add the labelled frames of one video. ``UsageError`` if the method's package is not installed."""
         assert followed.truth is not None
-        truth, labels, video, size = followed.truth, followed.labels, followed.video, self._split.spec.frame_size
-        masks, slots = followed.masks, self._slots
+        labelled = labelled_frames(followed.truth)
+        if not labelled.any():
+            return
+        truth, masks, slots = followed.truth[labelled], followed.masks[labelled], self._slots
+        labels, video, size = followed.labels, followed.video, self._split.spec.frame_size
         plain = self._plain.add(masks_to_labels(masks, size), truth, slots, labels)
         self._plain_scores.add_video(plain, video)
         ideal = grid_masks(truth, followed.output.grid, labels)
         self._reference.add(masks_to_labels(ideal, size), truth, labels, labels)
         if self._method:
-            pictures = torch.from_numpy(self._split.video(video))
+            pictures = torch.from_numpy(self._split.video(video))[labelled]
             began = time.perf_counter()
-            fine = refine(followed.shown.masks_on_grid, pictures, self._method).cpu()  # waits for the device
+            coarse = followed.shown.masks_on_grid[labelled.to(followed.shown.masks.device)]
+            fine = refine(coarse, pictures, self._method).cpu()  # waits for the device
             self._seconds += time.perf_counter() - began
             refined = self._refined.add(masks_to_labels(fine, size), truth, slots, labels)
             self._refined_scores.add_video(refined, video)
@@ -112,7 +117,7 @@ class OutlineScorer:
 def outline_scores(
     model: StoreModel,
     split_name: str | None = None,
-    method: Method | None = None,
+    method: Refinement | None = None,
     binarisations: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The result of :class:`OutlineScorer` on a split, JSON-able. ``DataError`` if it has no masks."""

@@ -14,7 +14,7 @@ from slotlab.config.model import Masks
 from slotlab.models.base import Output
 from slotlab.runs.loaded import StoreModel
 from slotlab.scoring.metrics import MATCHED_IOU, Score, matched_slots
-from slotlab.scoring.tables import count_labels, mask_tables
+from slotlab.scoring.tables import count_labels, ground_truth, labelled_frames, mask_tables
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Followed:
     video: int  # position in the split
     output: Output  # with the decoder's masks
     published: Masks  # the kind that the run publishes
-    truth: Tensor | None = None  # (T, H, W) integer labels, 0 background; None where the split has no masks
+    truth: Tensor | None = None  # `ground_truth` (T, H, W); None where the split has none
     labels: int = 0  # of the split's ground truth, background included
     _tables: dict[Masks, Tensor] = field(default_factory=dict, init=False)
     _scores: dict[str, Tensor] = field(default_factory=dict, init=False)
@@ -32,6 +32,13 @@ class Followed:
     def __len__(self) -> int:
         """Number of frames."""
         return len(self.output.masks)
+
+    @property
+    def middle(self) -> int:
+        """The middle frame; if its truth is not known, the labelled one nearest to it."""
+        middle = len(self) // 2
+        labelled = [] if self.truth is None else labelled_frames(self.truth).nonzero().flatten().tolist()
+        return min(labelled, key=lambda t: abs(t - middle), default=middle)
 
     @cached_property
     def shown(self) -> Output:
@@ -90,10 +97,10 @@ def follow(model: StoreModel, split: Split, videos: Iterable[int] | None = None)
 
     ``DataError`` if the model's masks are not finite.
     """
-    labels = count_labels(split) if split.spec.masks else 0
+    labels = count_labels(split) if split.has_truth else 0
 
     def one(video: int) -> Followed:
-        truth = torch.from_numpy(split.segmentations(video)) if split.spec.masks else None
+        truth = ground_truth(split, video) if split.has_truth else None
         output = model.output(model.inputs.read(split, video), video)
         return Followed(video, output, model.config.published_masks, truth, labels)
 

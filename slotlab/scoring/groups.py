@@ -1,4 +1,4 @@
-"""Scores of parts of a split (materials, sizes, numbers of objects), and their confidence intervals.
+"""Scores of parts of a split (materials, sizes, categories, numbers of objects), and their confidence intervals.
 
 Frames of one video resemble each other, so videos are the sample: intervals come from a bootstrap that draws whole
 videos with replacement (a cluster bootstrap; Davison & Hinkley 1997, ch. 3.8, percentile intervals).
@@ -21,7 +21,7 @@ from slotlab.scoring.scores import Scores, Summary, Values, in_order, mean
 Intervals = Mapping[str, Interval | None]  # by a score's key, with _video behind it for whole videos
 
 METHOD = "percentile bootstrap over videos"
-ATTRIBUTES = ("material", "size")  # of an instance; scores are grouped by them
+ATTRIBUTES = ("material", "size", "category")  # of an instance; scores are grouped by them
 
 
 def objects_by(split: Split, labels: int, attribute: str) -> dict[str, Tensor]:
@@ -70,14 +70,18 @@ class Groups:
 
 
 def subgroup_scores(scores: Scores, split: Split, bootstrap: Bootstrap | None = None) -> Groups:
-    """Scores of objects by material and size, of frames by their number of objects, and of each video."""
+    """Scores of objects by their attributes, of frames by their number of objects, and of each video."""
     bootstrap = bootstrap or Bootstrap()
     (tables, frame_videos), (_, ids) = scores.frame_tables(), scores.video_tables()
 
-    def sure(objects: Tensor | None = None) -> Intervals:
-        of_videos = {f"{name}_video": values for name, values in scores.video_values(objects).items()}
-        of_frames = bootstrap.intervals(scores.frame_values(objects), frame_videos)
-        return of_frames | bootstrap.intervals(of_videos, ids)
+    def sure(parts: Mapping[str, Tensor | None]) -> dict[str, Intervals]:
+        """Intervals of each of some parts of the objects, from the same draws, which cost more than the scores."""
+        of_frames = {(name, key): of for name, part in parts.items() for key, of in scores.frame_values(part).items()}
+        of_videos = {
+            (name, f"{key}_video"): of for name, part in parts.items() for key, of in scores.video_values(part).items()
+        }
+        found = bootstrap.intervals(of_frames, frame_videos) | bootstrap.intervals(of_videos, ids)
+        return {name: {key: found[part, key] for part, key in found if part == name} for name in parts}
 
     summaries: dict[str, dict[str, Summary]] = {}
     intervals: dict[str, dict[str, Intervals]] = {}
@@ -86,7 +90,7 @@ def subgroup_scores(scores: Scores, split: Split, bootstrap: Bootstrap | None = 
     for attribute in ATTRIBUTES:
         groups = objects_by(split, tables.shape[1], attribute)
         summaries[f"by_{attribute}"] = {name: scores.of_objects(objects) for name, objects in groups.items()}
-        intervals[f"by_{attribute}"] = {name: sure(objects) for name, objects in groups.items()}
+        intervals[f"by_{attribute}"] = sure(groups)
         for name, objects in groups.items():
             named |= {f"{score}_{name}": values for score, values in scores.frame_values(objects).items()}
     summaries["by_objects"], intervals["by_objects"] = {}, {}
@@ -100,14 +104,23 @@ def subgroup_scores(scores: Scores, split: Split, bootstrap: Bootstrap | None = 
         intervals["by_objects"][str(count)] = bootstrap.intervals(values, frame_videos[here])
     by_video = dict(_by_video(split, named, frame_videos, scores.video_values(), ids))
     how = (bootstrap.level, METHOD, bootstrap.resamples, bootstrap.seed)
-    return Groups(summaries, by_video, Confidence(*how, sure(), intervals))
+    return Groups(summaries, by_video, Confidence(*how, sure({"": None})[""], intervals))
 
 
 def _by_video(
     split: Split, of_frames: Mapping[str, Tensor], frames: Tensor, of_videos: Mapping[str, Tensor], ids: Tensor
 ) -> Iterator[tuple[str, Values]]:
     """Each video's name, with its means over frames and its scores as a whole."""
+    position = torch.searchsorted(ids, frames)  # (F,): each frame's row in ids
+    means = {name: _means_of(values, position, len(ids)) for name, values in of_frames.items()}
     for row, video in enumerate(ids.tolist()):
-        means = {name: mean(values[frames == video]) for name, values in of_frames.items()}
         whole = {f"{name}_video": mean(values[row]) for name, values in of_videos.items()}
-        yield split.names[video], means | whole
+        yield split.names[video], {name: of[row] for name, of in means.items()} | whole
+
+
+def _means_of(values: Tensor, position: Tensor, videos: int) -> list[float | None]:
+    """Mean of each video's values (F,) that are not NaN; None where all are."""
+    known = ~values.isnan()
+    sums = values.new_zeros(videos).index_add_(0, position, values.nan_to_num(0.0))
+    counts = values.new_zeros(videos).index_add_(0, position, known.to(values.dtype))
+    return [total / count if count else None for total, count in zip(sums.tolist(), counts.tolist(), strict=True)]

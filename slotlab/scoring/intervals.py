@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ Float = npt.NDArray[np.float64]
 
 Interval = list[float]  # low, high
 
+Name = TypeVar("Name", bound=Hashable)
+
 
 @dataclass(frozen=True)
 class Bootstrap:
@@ -31,7 +34,7 @@ class Bootstrap:
     resamples: int = RESAMPLES
     seed: int = SEED
 
-    def intervals(self, values: Mapping[str, Tensor], videos: Tensor) -> dict[str, Interval | None]:
+    def intervals(self, values: Mapping[Name, Tensor], videos: Tensor) -> dict[Name, Interval | None]:
         """Percentile interval of the mean of each of ``values`` (F,), without NaN; videos (F,) are the frames' ids.
 
         None where fewer than two videos have a value: the spread between videos is then unknown.
@@ -45,7 +48,7 @@ class Bootstrap:
         sums = zeros.index_add(0, position, columns.nan_to_num(0.0)).numpy()  # (V, scores)
         counts = zeros.index_add(0, position, defined.double()).numpy()
         means = self._means(sums, counts)  # (resamples, scores)
-        found: dict[str, Interval | None] = {}
+        found: dict[Name, Interval | None] = {}
         for index, name in enumerate(values):
             enough = int((counts[:, index] > 0).sum()) > 1
             found[name] = self._interval(means[:, index]) if enough else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,8 @@ from slotlab.runs.loaded import LoadedRun
 from slotlab.scoring.collapse import effective_slots, kept_slots
 from slotlab.scoring.metrics import SCORES
 from slotlab.scoring.scores import Scores, Values, in_order
-from slotlab.scoring.tables import count_labels, mask_tables, stacked
-
-Asked = Literal["usual", "all"]  # floors to measure
+from slotlab.scoring.tables import UNKNOWN, count_labels, ground_truth, labelled_frames, mask_tables, stacked
+from slotlab.words import Floors
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def floor_title(name: str) -> str:
     return FLOORS[name].title if name in FLOORS else f"floor: {name.replace('_', ' ')}"
 
 
-def floors_asked(asked: Asked, grid: tuple[int, int]) -> list[str]:
+def floors_asked(asked: Floors, grid: tuple[int, int]) -> list[str]:
     """The names of the floors to measure on a grid."""
     patches = grid[0] * grid[1]
     fitting = {name: of for name, of in FLOORS.items() if of.most_patches is None or patches <= of.most_patches}
@@ -115,7 +114,7 @@ def references_key(split: Split, loaded: LoadedRun) -> tuple[Hashable, ...]:
 
 
 def references(
-    split: Split, loaded: LoadedRun, known: KnownReferences | None = None, asked: Asked = "usual"
+    split: Split, loaded: LoadedRun, known: KnownReferences | None = None, asked: Floors = "usual"
 ) -> References:
     """The grid's ceiling, and the floors asked for; k-means takes as many clusters as the model has slots.
 
@@ -137,8 +136,11 @@ def _measured(split: Split, loaded: LoadedRun, floors: list[str]) -> References:
     ceiling, found = Scores(), {name: Scores() for name in floors}
     effective: list[Tensor] = []
     for video in split.videos:
-        truth = torch.from_numpy(split.segmentations(video))
-        raw = loaded.inputs.tokens(split, video)
+        truth = ground_truth(split, video)
+        labelled = labelled_frames(truth)
+        if not labelled.any():
+            continue
+        truth, raw = truth[labelled], loaded.inputs.tokens(split, video)[labelled]
         whitened = whiten(raw)
         ceiling.add_video(grid_reference(truth, grid, labels), video)
         effective.append(effective_slots(grid_masks(truth, grid, labels)))
@@ -159,8 +161,8 @@ _FRAMES_A_CHUNK = 8  # one-hot ground truth is (frames, n_true, H, W) floats: 23
 def grid_reference(segmentations: Tensor, grid: tuple[int, int], n_true: int) -> Tensor:
     """Tables (F, n_true, n_true) int64 of the ground truth, averaged to the patch grid and upsampled again.
 
-    segmentations (F, H, W) integer labels below n_true, grid (rows, columns). Each object's mask is averaged
-    over the area of each patch (exact also where patches and pixels do not line up), then upsampled and
+    segmentations (F, H, W) integer labels below n_true or ``UNKNOWN``, grid (rows, columns). Each object's mask is
+    averaged over the known area of each patch (exact also where patches and pixels do not line up), then upsampled and
     turned into labels like a model's masks. A perfect model with that grid and no finer decoder would score this.
     """
     tables = []
@@ -171,13 +173,19 @@ def grid_reference(segmentations: Tensor, grid: tuple[int, int], n_true: int) ->
 
 
 def grid_masks(segmentations: Tensor, grid: tuple[int, int], n_true: int) -> Tensor:
-    """Each label's share of each patch, (F, n_true, rows, columns), from integer labels (F, H, W) below n_true."""
+    """Each label's share of each patch's known pixels, (F, n_true, rows, columns); 0 where a patch has none.
+
+    segmentations (F, H, W) integer labels below n_true, or ``UNKNOWN``.
+    """
     height, width = segmentations.shape[1:]
     rows = area_weights(height, grid[0], segmentations.device)  # (h, H)
     columns = area_weights(width, grid[1], segmentations.device)  # (w, W)
     ids = torch.arange(n_true, device=segmentations.device).view(1, -1, 1, 1)
     onehot = segmentations.unsqueeze(1) == ids  # (F, n_true, H, W)
-    return rows @ (onehot.float() @ columns.T)
+    shares = rows @ (onehot.float() @ columns.T)
+    partly = (segmentations == UNKNOWN).flatten(1).any(1)  # in other frames the shares of a patch sum to one
+    shares[partly] = (shares[partly] / shares[partly].sum(1, keepdim=True)).nan_to_num_(0.0)
+    return shares
 
 
 _FRAMES_CLUSTERED = 64  # frames at once
@@ -202,8 +210,8 @@ def floor_tables(
     tables = []
     for start in range(0, len(tokens), _FRAMES_CLUSTERED):
         frames = slice(start, start + _FRAMES_CLUSTERED)
-        masks = FLOORS[name].masks(tokens[frames], grid, clusters, draws).unflatten(-1, grid)  # (f, K, h, w)
-        tables.append(mask_tables(masks, segmentations[frames], n_true))
+        masks = FLOORS[name].masks(tokens[frames], grid, clusters, draws)  # (f, K, N)
+        tables.append(mask_tables(masks.reshape(*masks.shape[:2], *grid), segmentations[frames], n_true))
     return stacked(tables)
 
 

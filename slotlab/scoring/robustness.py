@@ -38,7 +38,7 @@ from slotlab.scoring.collapse import live_slots, slot_similarity
 from slotlab.scoring.colour_changes import IDENTITY, transformations
 from slotlab.scoring.intervals import LEVEL, Bootstrap
 from slotlab.scoring.metrics import scores_in
-from slotlab.scoring.tables import contingency, count_labels
+from slotlab.scoring.tables import contingency, count_labels, ground_truth
 
 MAX_VIDEOS = 8
 FRAMES = 6
@@ -67,14 +67,14 @@ def robustness(
     split = loaded.split(split_name)
     read = loaded.inputs.from_frames(loaded.store, weights, next(loaded.model.parameters()).device)
     videos, changes = split.spread(max_videos), transformations()
-    labels = count_labels(split) if split.spec.masks else 0
+    labels = count_labels(split) if split.has_truth else 0
     values: dict[str, list[dict[str, float]]] = defaultdict(list)  # transformation -> one row per video
     states, errors = [], []
     total = sum(min(frames, split.spec.lengths[video]) for video in videos) * len(changes)
     done = 0
     for video in videos:
         pixels = torch.from_numpy(split.video(video)[:frames])  # (T, H, W, 3)
-        truth = torch.from_numpy(split.segmentations(video)[:frames]) if labels else None
+        truth = ground_truth(split, video)[:frames] if labels else None
         stored = loaded.inputs.read(split, video)[:frames]
         before = View.of(loaded.segment_input(stored, video), split.spec.frame_size)
         states.append(before.state(truth, labels))

@@ -23,7 +23,8 @@ class Summary:
     frames: int
     videos: int
     values: Values
-    skipped_frames: int | None = None  # of a split: frames without a visible object, which only ARI scores
+    labelled_frames: int | None = None  # of a split: frames with pixels of known truth, which are scored
+    skipped_frames: int | None = None  # of a split: labelled frames without a visible object, which only ARI scores
     frames_ari: int | None = None  # of some objects: frames that show at least two of them, which FG-ARI scores
 
     def as_dict(self) -> dict[str, Any]:
@@ -37,7 +38,7 @@ class Summary:
         return cls(values=in_order(raw), **counts)  # type: ignore[arg-type]  # frames and videos are always present
 
 
-_COUNTS = ("frames", "frames_ari", "videos", "skipped_frames")
+_COUNTS = ("frames", "frames_ari", "videos", "labelled_frames", "skipped_frames")
 
 
 T = TypeVar("T")
@@ -55,24 +56,29 @@ class Scores:
 
     Per frame: the score of each frame, averaged over the frames that define it. Per video: the score of the
     sum of a video's tables, averaged over videos; it falls if a slot does not keep its object through the video.
+    Frames without a pixel of known truth are counted, and otherwise left out.
     """
 
-    _tables: list[Tensor] = field(default_factory=list)  # (B, n_true, n_pred) each
+    _tables: list[Tensor] = field(default_factory=list)  # (B, n_true, n_pred) each, of labelled frames
     _videos: list[Tensor] = field(default_factory=list)  # (B,) each
+    _added: list[Tensor] = field(default_factory=list)  # the videos of all frames
 
     def add(self, tables: Tensor, videos: Tensor) -> None:
         """Add tables of frames (B, n_true, n_pred), of the same n_true in each call, and their video ids (B,)."""
         if len(tables) != len(videos):
-            raise ValueError(f"{len(tables)} tables but {len(videos)} video ids; give one each a frame")
-        self._tables.append(tables.detach().cpu())
-        self._videos.append(videos.detach().cpu().long())
+            raise ValueError(f"{len(tables)} tables but {len(videos)} video ids; give one per frame")
+        tables, videos = tables.detach().cpu(), videos.detach().cpu().long()
+        labelled = tables.sum((1, 2)) > 0
+        self._tables.append(tables[labelled])
+        self._videos.append(videos[labelled])
+        self._added.append(videos)
 
     def add_video(self, tables: Tensor, video: int) -> None:
         """Add tables (T, n_true, n_pred) of one video's frames."""
         self.add(tables, torch.full((len(tables),), video))
 
     def frame_tables(self) -> tuple[Tensor, Tensor]:
-        """The tables of all frames (F, n_true, n_pred) and their video ids (F,), in the order they were added.
+        """The tables of labelled frames (F, n_true, n_pred) and their video ids (F,), in the order they were added.
 
         ``ValueError`` if there are none.
         """
@@ -81,7 +87,7 @@ class Scores:
         return stacked(self._tables), torch.cat(self._videos)
 
     def video_tables(self) -> tuple[Tensor, Tensor]:
-        """The sums of each video's tables (V, n_true, n_pred), and the videos' ids (V,) in rising order."""
+        """The sums of each labelled video's tables (V, n_true, n_pred), and the videos' ids (V,) in rising order."""
         tables, videos = self.frame_tables()
         ids, position = torch.unique(videos, return_inverse=True)
         return tables.new_zeros((len(ids), *tables.shape[1:])).index_add_(0, position, tables), ids
@@ -100,9 +106,12 @@ class Scores:
 
     def summary(self) -> Summary:
         """Means over the split; None for a score that no frame defines."""
-        (tables, _), (_, ids) = self.frame_tables(), self.video_tables()
+        tables, _ = self.frame_tables()
+        added = torch.cat(self._added)
         skipped = int((visible(tables) == 0).sum())
-        return Summary(len(tables), len(ids), self._means(None), skipped_frames=skipped)
+        return Summary(
+            len(added), len(set(added.tolist())), self._means(None), labelled_frames=len(tables), skipped_frames=skipped
+        )
 
     def of_objects(self, objects: Tensor) -> Summary:
         """Means over some objects only, for example the metal ones; None where nothing was scored.

@@ -1,4 +1,4 @@
-"""A look at the masks while a run is training."""
+"""Looks at the masks while a run trains."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slotlab.scoring.scores import Scores
 def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
     """Scores and collapse diagnostics on a few videos of the evaluation split, as ``eval_*`` values of a logged row.
 
-    Scores are left out where the split has no masks. ``DataError`` where the model's masks are not finite.
+    Scores are left out if the split has no masks. ``DataError`` if the model's masks are not finite.
     """
     split = look_split(config, store)
     training = model.training
@@ -34,7 +34,7 @@ def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
     row: dict[str, Any] = {f"eval_{key}": value for key, value in means.items()}
     row["eval_diagnostics_by_frame"] = found.at_each_frame()
     row["eval_largest_activation_by_slot"] = found.largest_by_slot()
-    if split.spec.masks:
+    if split.has_truth:
         values = scores.summary().values
         row |= {f"eval_{key}": values[key] for key in (*shown("headline"), *shown_of_videos("headline"))}
     row["warnings"] = warnings(means, config)
@@ -42,6 +42,9 @@ def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
 
 
 def look_split(config: Config, store: FeatureStore) -> Split:
-    """The split to look at. ``UsageError`` where one was named that the store lacks; an unnamed one may be missing."""
+    """The split to look at: the evaluation split, or the training split if the store lacks the default one.
+
+    ``UsageError`` if the store lacks a split that the configuration names.
+    """
     name, unnamed = config.data.eval_split, DataConfig().eval_split
     return store[config.data.train_split if name == unnamed and name not in store.splits else name]

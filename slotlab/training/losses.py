@@ -1,4 +1,4 @@
-"""Losses, by component: the total never hides one. Each is a scalar in float32, without its weight."""
+"""The losses. Each is a float32 scalar without its weight, and is logged beside their weighted sum."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from slotlab.training.processes import gathered, rank
 def feature_mse(output: Output, config: LossConfig) -> Tensor:
     """Mean squared error of the reconstruction.
 
-    Normalised targets have a mean square of 1 over the data set (but for ``none`` and ``fixed``), so that always
+    Normalised targets have a mean square of 1 over the data set (except with ``none`` and ``fixed``), so that always
     predicting the mean scores about 1.
     """
     return F.mse_loss(output.reconstruction.float(), output.decoded_target)
@@ -31,11 +31,11 @@ def cosine(output: Output, config: LossConfig) -> Tensor:
 
 
 def temporal_similarity(output: Output, config: LossConfig) -> Tensor:
-    """Where each patch is found ``similarity_shift`` frames later (VideoSAUR, arXiv:2306.04829, equations 4-6).
+    """Cross-entropy of the predicted place of each patch ``similarity_shift`` frames later, mean over patches.
 
-    The target is a softmax, over the patches of the later frame, of the cosines of features divided by the
-    temperature; patches of negative cosine get no share (all alike, where there are no others). The loss is its cross-
-    entropy with what the decoder predicts, mean over patches.
+    The target is a softmax, over the patches of the later frame, of the cosines of features divided by the temperature;
+    patches of negative cosine get no share (equal shares if all are negative). (VideoSAUR, arXiv:2306.04829, equations
+    4-6.) ``UsageError`` if the model does not predict it.
     """
     if output.similarity is None or output.slots.ndim != 4:
         raise UsageError("loss.temporal_similarity: needs model.kind = slot_attention with a predictor, on clips")
@@ -53,10 +53,10 @@ def temporal_similarity(output: Output, config: LossConfig) -> Tensor:
 
 
 def slot_contrast(output: Output, config: LossConfig) -> Tensor:
-    """Each slot recognises itself among all slots of the frame before (SlotContrast, arXiv:2412.14295).
+    """InfoNCE that lets each slot find itself among the slots of the frame before (SlotContrast, arXiv:2412.14295).
 
-    InfoNCE over cosines: the positive is the same slot one frame earlier, the negatives are all other slots of the
-    earlier frame, in the whole batch (of all ranks).
+    Over cosines: the positive is the same slot one frame earlier, the negatives are all other slots of the earlier
+    frame in the whole batch, of all ranks. ``UsageError`` for frames without time.
     """
     if output.slots.ndim != 4:
         raise UsageError("loss.slot_contrast: needs slots carried over clips; set model.predictor.kind")
@@ -80,9 +80,9 @@ def assignment(output: Output, config: LossConfig) -> Tensor:
 
 
 def diversity(output: Output, config: LossConfig) -> Tensor:
-    """Mean cosine between the masks of two slots of a frame, in [0, 1]: it can only fall to zero.
+    """Mean cosine between the masks of two slots of a frame, in [0, 1].
 
-    Slots that hold nothing, as those that pad a sample, are left out.
+    Slots that hold nothing, such as padding, are left out.
     """
     masks = _frames(output.masks)
     unit = F.normalize(masks, dim=-1)
@@ -116,12 +116,12 @@ LOSSES: dict[str, Callable[[Output, LossConfig], Tensor]] = {
 
 
 def losses(output: Output, config: LossConfig) -> dict[str, Tensor]:
-    """Every component that is on, without its weight; the training loss is :func:`total` of them."""
+    """Every loss in use, by name, without its weight; :func:`total` of them is the training loss."""
     return {name: LOSSES[name](output, config) for name in config.weights()}
 
 
 def total(components: dict[str, Tensor], config: LossConfig) -> Tensor:
-    """The weighted sum, scalar."""
+    """The weighted sum of the losses, a scalar."""
     weights = config.weights()
     first, *rest = (weights[name] * value for name, value in components.items())
     return sum(rest, first)

@@ -1,4 +1,4 @@
-"""One process, or one of several that torchrun has started."""
+"""The processes that train together: this one alone, or those that torchrun has started."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from featcache.machine import pick_device
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all that train together; ``rank`` 0 alone writes the run folder and speaks."""
+    """This process among all that train together. Only ``rank`` 0 writes the run folder and prints."""
 
     device: torch.device
     rank: int = 0
@@ -36,13 +36,13 @@ class Ranks:
         return value
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Wait until every rank has come here."""
         if self.count > 1:
             dist.barrier()
 
 
 def rank() -> int:
-    """Of this process, 0 if it is alone; also before :func:`join`."""
+    """The rank of this process; 0 if it is alone. Also valid before :func:`join`."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -51,7 +51,7 @@ def is_leader() -> bool:
 
 
 def gathered(value: Tensor) -> Tensor:
-    """What every rank has, (R, ...) in their order, with the gradient of all ranks' use of it; alone, (1, ...)."""
+    """The values of all ranks, (R, ...) in their order, or (1, ...) alone. Gradients of all ranks add up."""
     if not dist.is_initialized():
         return value.unsqueeze(0)
     found: Tensor = _Gather.apply(value)
@@ -74,14 +74,14 @@ class _Gather(torch.autograd.Function):
 
 @contextmanager
 def join(device: torch.device | str) -> Iterator[Ranks]:
-    """Enter the process group that torchrun describes (NCCL on CUDA, gloo elsewhere); without it, be the only rank."""
+    """Join the process group that torchrun describes (NCCL on CUDA, gloo elsewhere); without it, be the only rank."""
     device = torch.device(device)
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Ranks(device)
         return
     if device.type == "cuda":
-        device = pick_device("cuda")  # this rank's
+        device = pick_device("cuda")  # the GPU of this rank
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
     else:

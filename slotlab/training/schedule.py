@@ -1,4 +1,4 @@
-"""What changes with the step: the learning rate (warm-up, then a decay) and the average of the weights."""
+"""The learning rate by step (warm-up, then decay), and the running average of the weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from slotlab.config.schema import OptimConfig
 
 
 def learning_rate(optim: OptimConfig) -> float:
-    """The highest rate, for this batch size.
+    """The highest learning rate, for this batch size.
 
     The configured rate belongs to ``reference_batch``; for another batch it grows linearly (Goyal et al. 2017,
-    arXiv:1706.02677) or, as suits Adam, with the square root (Malladi et al. 2022, arXiv:2205.10287).
+    arXiv:1706.02677) or, for Adam, with the square root (Malladi et al. 2022, arXiv:2205.10287).
     """
     if optim.reference_batch is None:
         return optim.learning_rate
@@ -34,10 +34,10 @@ def learning_rate(optim: OptimConfig) -> float:
 
 
 def update_average(average: nn.Module, model: nn.Module, optim: OptimConfig, step: int) -> None:
-    """Bring the averaged weights nearer to the model's after its ``step``-th step.
+    """Move the averaged weights towards the model's, after its ``step``-th step.
 
-    The decay is ``optim.ema``, but at first (1 + step) / (10 + step), as in TensorFlow: else a run that is short beside
-    1 / (1 - ema) steps would be evaluated with the weights that it was begun with.
+    The decay is ``optim.ema``, but at first (1 + step) / (10 + step), as in TensorFlow: otherwise a run that is shorter
+    than 1 / (1 - ema) steps would be evaluated with nearly its initial weights.
     """
     decay = min(optim.ema, (1 + step) / (10 + step))
     approach = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
@@ -45,7 +45,7 @@ def update_average(average: nn.Module, model: nn.Module, optim: OptimConfig, ste
 
 
 def warmup_steps(optim: OptimConfig) -> int:
-    """Of the warm-up: at most a fifth of the run, so that a preset's is not all of a run that is made shorter."""
+    """Number of warm-up steps, at most a fifth of the run, so that a preset with a long warm-up can run shortened."""
     steps = optim.warmup_steps
     if optim.warmup_samples is not None:
         steps = math.ceil(optim.warmup_samples / optim.batch_size)
@@ -53,7 +53,7 @@ def warmup_steps(optim: OptimConfig) -> int:
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> LRScheduler:
-    """Linear warm-up, then the decay; stepped once an optimiser step."""
+    """The schedule: linear warm-up, then the decay; call its ``step`` after each optimiser step."""
     warmup = warmup_steps(optim)
     decay: LRScheduler
     if optim.decay == "cosine":
@@ -69,7 +69,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> LRSch
 
 
 def plain_state(schedule: LRScheduler) -> dict[str, Any]:
-    """State of the schedule as JSON can hold it."""
+    """The state of the schedule as JSON-able values."""
     state = dict(schedule.state_dict())
     if "_schedulers" in state:
         state["_schedulers"] = [dict(inner) for inner in state["_schedulers"]]

@@ -1,4 +1,4 @@
-"""How fast a model trains from a store on this machine, and what bounds it: data, copy or compute."""
+"""Measures how fast a model trains from a store on this machine, and what bounds it: data, copy or compute."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import itertools
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,31 +17,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from featcache.errors import UsageError, out_of_memory
 from featcache.machine import alternate, paired_ratio, timed
 from featcache.store.reading import FeatureStore
-from featcache.stream.stream import RING
+from featcache.stream.residence import RING
 from slotlab.config.schema import Config
+from slotlab.training.cost import CORRECTED
 from slotlab.training.processes import Ranks
 from slotlab.training.step import TrainStep, matrix_products
 from slotlab.training.train import training_stream
 
-Shape = Sequence[int]
-
 RESIDENT = "the same steps on a batch that is on the device already"
-WARM_UP = 3  # steps: compilation, allocation, the first touch of the files
-SAMPLE_SECONDS = 0.05  # between two looks at the GPU
+WARM_UP = 3  # steps before measuring: they compile, allocate, and touch the files first
+SAMPLE_SECONDS = 0.05  # between two samples of the GPU
 MATMUL = {"cuda": (8192, 8), "cpu": (1024, 2)}  # side of the matrices, products a measurement
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Medians of what a step needs. They overlap while training, so that the largest bounds the step."""
+    """Median seconds of the parts of a step. The parts overlap in training, so that the largest bounds the step."""
 
     compute: float  # the whole step on resident data
-    data: float  # reading a batch to where it is read to
+    data: float  # reading a batch to host memory
     copy: float  # from there to the device
 
     @property
@@ -63,9 +62,9 @@ class TrainingRate:
     samples_per_s: float
     frames_per_s: float
     limit_frames_per_s: float
-    ratio: float  # of the two, median of the rounds' own
+    ratio: float  # of the two rates: median of the ratios within a round
     limit: str
-    wait_share: float  # of the time, in which the device wanted a batch
+    wait_share: float  # share of the time that the device waited for a batch
     seconds: Seconds
     bound: str  # compute, data or copy
     flops_per_step: int
@@ -73,9 +72,9 @@ class TrainingRate:
     matmul_flops_per_s: float  # of one large product in the same precision, in the same rounds
     flop_utilisation: float
     precision: str
-    peak_memory_bytes: int | None  # CUDA: allocated by torch; else resident, mapped files included
-    gpu_utilisation: float | None  # NVML's share of time with a kernel running, mean
-    gpu_memory_bytes: int | None  # NVML's, of all processes, largest
+    peak_memory_bytes: int | None  # CUDA: allocated by torch; else resident memory with mapped files
+    gpu_utilisation: float | None  # mean share of time with a kernel running, by NVML
+    gpu_memory_bytes: int | None  # largest use by all processes, by NVML
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -104,23 +103,12 @@ def pattern_name(batch_size: int, clip: int) -> str:
 
 
 def flops_of(step: TrainStep, features: Tensor) -> int:
-    """FLOPs of one step on a batch (B, ...), which it takes, by the products that torch calls in it."""
-    corrected = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    """FLOPs of one step on a batch (B, ...), from the operators that torch calls. The step is taken."""
     as_written = copy(step)
-    as_written.forward = step.model  # what is compiled counts nothing
-    with FlopCounterMode(display=False, custom_mapping=corrected) as counter:
+    as_written.forward = step.model  # compiled code is not counted
+    with FlopCounterMode(display=False, custom_mapping=CORRECTED) as counter:
         as_written(features)
     return int(counter.get_total_flops())
-
-
-def convolution_backward_flops(
-    gradient: Shape, features: Shape, weight: Shape, *rest: Any, out_shape: Sequence[Shape | None]
-) -> int:
-    """One forward pass for each gradient that is asked for. torch's own formula leaves out the groups, and so
-    counts a depthwise convolution of C channels C times."""
-    transposed = rest[4]
-    wanted = sum(shape is not None for shape in out_shape[:2])  # the features' and the weight's
-    return wanted * int(conv_flop_count(list(features), list(weight), list(gradient), transposed))
 
 
 def measure_training(
@@ -131,9 +119,9 @@ def measure_training(
     steps: int = 10,
     rounds: int = 3,
 ) -> TrainingRate:
-    """Train for a few steps from the store, on resident data and, for scale, multiply large matrices, in turns.
+    """Rate of training from the store, beside training on resident data and large matrix products, in turns.
 
-    The batch size is the configuration's. Raises :class:`DoesNotFit` where the device's memory does not hold it.
+    The batch size is the configuration's. Raises :class:`DoesNotFit` if the device's memory does not hold it.
     """
     device = torch.device(device)
     try:
@@ -141,7 +129,7 @@ def measure_training(
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-    # Only here, where the error is gone and with it what it held: the model, and what its step had allocated.
+    # Here the error is gone, and with it its references to the model and to all that its step had allocated.
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -169,12 +157,12 @@ def _measure(config: Config, store: FeatureStore, device: torch.device, steps: i
         return (batch.features for batch in itertools.islice(batches, count))
 
     def streamed() -> float:
-        timed(lambda: train(from_store(RING)), device)  # what was read ahead while other jobs ran
+        timed(lambda: train(from_store(RING)), device)  # skip batches that were read ahead during other jobs
         waited, began = stream.wait_seconds, time.perf_counter()
         with gpu:
             achieved = timed(lambda: train(from_store(steps)), device)
         waits.append((stream.wait_seconds - waited) / (time.perf_counter() - began))
-        time.sleep(2 * RING * (part.read + part.copy))  # the thread reads ahead again, then leaves the others alone
+        time.sleep(2 * RING * (part.read + part.copy))  # the thread reads ahead now, and not during the next job
         return achieved
 
     def on_resident() -> float:
@@ -215,7 +203,7 @@ def _measure(config: Config, store: FeatureStore, device: torch.device, steps: i
 
 
 def matmul_rate(device: torch.device, precision: str) -> Callable[[], float]:
-    """A job: FLOPs a second of large square matrix products in that precision."""
+    """A job whose rate is the FLOPs per second of large square matrix products in that precision."""
     side, count = MATMUL.get(device.type, MATMUL["cuda"])
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
@@ -235,6 +223,7 @@ def matmul_rate(device: torch.device, precision: str) -> Callable[[], float]:
 
 
 def reset_peak_memory(device: torch.device) -> None:
+    """Let :func:`peak_memory` count from now on."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -243,7 +232,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes since the reset: torch's on CUDA, else the process's resident memory; None where nothing tells."""
+    """Peak bytes since the reset: allocated by torch on CUDA, else resident; None if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError):
@@ -253,7 +242,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 class GpuMonitor:
-    """Samples a CUDA device by NVML while it is entered; nothing elsewhere, or without ``slotlab[bench]``."""
+    """Samples a CUDA device by NVML in a ``with`` statement; does nothing elsewhere, or without ``slotlab[bench]``."""
 
     def __init__(self, device: torch.device) -> None:
         self._busy: list[int] = []  # percent
@@ -278,7 +267,7 @@ class GpuMonitor:
 
     def _watch(self) -> None:
         while not self._over.wait(SAMPLE_SECONDS):
-            with contextlib.suppress(self._nvml.NVMLError):  # a driver (WSL's, a MIG slice's) may tell one of the two
+            with contextlib.suppress(self._nvml.NVMLError):  # some drivers (WSL, MIG slices) report only one of the two
                 self._used.append(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
                 self._busy.append(self._nvml.nvmlDeviceGetUtilizationRates(self._handle).gpu)
 
@@ -292,7 +281,7 @@ class GpuMonitor:
 
 
 def _nvml(device: torch.device) -> tuple[Any, Any]:
-    """NVML and the device's handle; by its UUID, for CUDA numbers only the devices that it is shown."""
+    """NVML and the device's handle, by UUID, as CUDA numbers only visible devices; None, None without NVML."""
     try:
         nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()

@@ -1,4 +1,4 @@
-"""One step of training. The loop, the benchmarks and the tests call this one."""
+"""One step of training, for the loop, the benchmarks and the tests."""
 
 from __future__ import annotations
 
@@ -29,22 +29,23 @@ NEVER = torch.iinfo(torch.int64).max
 
 @dataclass(frozen=True)
 class Taken:
-    """What one step leaves to be read; tensors are scalars on the device, of this rank's share of the batch."""
+    """The values of one step: scalars on the device, for this rank's share of the batch."""
 
     components: dict[str, Tensor]  # the losses, without their weights
-    norm: Tensor  # of the gradient, before it was clipped
+    norm: Tensor  # of the gradient, before clipping
     learning_rate: float
 
 
 class TrainStep:
     """The step, and all that it changes: weights, their average, optimiser, schedule, the number of steps taken.
 
-    Nothing in it waits for the device: whether losses and gradients were finite is noted there, and is read by
-    :meth:`first_bad`. Random draws belong to the step's number, so that a resumed run makes those of an unbroken one.
+    Nothing in it waits for the device: it notes there whether losses and gradients were finite, and :meth:`first_bad`
+    reads that. Random draws depend on the step's number, so that a resumed run draws the same as an unbroken one.
 
     Args:
-        model: on the device of ``ranks``; trained in place.
-        ranks: each takes the step on its share of the batch, and all have the gradient of the whole.
+        config: configuration of the run.
+        model: the model to train in place, on the device of ``ranks``.
+        ranks: the processes. Each takes the step on its share of the batch, and gets the gradient of the whole batch.
     """
 
     def __init__(self, config: Config, model: Model, ranks: Ranks) -> None:
@@ -56,26 +57,27 @@ class TrainStep:
             model.parameters(), lr=learning_rate(optim), weight_decay=optim.weight_decay, fused=True
         )
         self.schedule = make_schedule(self.optimizer, optim)
+        self.source: type[Draws] = Draws  # of what a step draws
         self.forward: Any = model
-        if ranks.count > 1:  # what is measured on the store is the same on all ranks, and is not sent
+        if ranks.count > 1:  # buffers are measured on the store: all ranks have the same
             self.forward = DistributedDataParallel(model, broadcast_buffers=False)
         if optim.compile:
             self.forward = torch.compile(self.forward, mode="reduce-overhead" if optim.cuda_graphs else "default")
-        self._requests: list[Request] | None = None  # draws of a forward pass, where they are known
+        self._requests: list[Request] | None = None  # draws of a forward pass, once they are known
         self._bad_since = torch.full((), NEVER, device=ranks.device)
 
     @classmethod
     def fresh(cls, config: Config, store: FeatureStore, ranks: Ranks, init_from: Path | None = None) -> TrainStep:
-        """Of a new model of this seed, or with the parameters of the run ``init_from``.
+        """The step of a new model, drawn by the seed, or with the parameters of the run ``init_from``.
 
-        ``IncompatibleError`` when that run has another model.
+        ``IncompatibleError`` if that run has another model.
         """
         torch.manual_seed(config.seed)
         model = build_model(config, store).to(ranks.device)
         if init_from is not None:
             checkpoint.load_parameters(init_from, model)
         if not config.loss.reconstructs:
-            freeze_unreached(model, config, store)
+            freeze_unreached(model, config, _sample(config, store).to(ranks.device), Draws(0))
         return cls(config, model, ranks)
 
     @property
@@ -84,7 +86,7 @@ class TrainStep:
         return self.model if self.average is None else self.average
 
     def __call__(self, features: Tensor) -> Taken:
-        """Train on this rank's share of a batch, (B, ...) as stored. Returns before the device has finished."""
+        """Train on this rank's share of a batch, stored features (B, ...). Returns before the device has finished."""
         components = self.gradients(features)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
         taken = Taken(components, norm, float(self.schedule.get_last_lr()[0]))
@@ -98,9 +100,9 @@ class TrainStep:
         return taken
 
     def gradients(self, features: Tensor) -> dict[str, Tensor]:
-        """Losses of a batch, part by part; the gradient of their weighted sum is left at the parameters."""
+        """The losses of a batch, computed in parts. Sets the parameters' gradients to that of the weighted sum."""
         optim, loss = self.config.optim, self.config.loss
-        if len(features) % optim.accumulate:  # whose parts would count as equal, and would not be
+        if len(features) % optim.accumulate:  # parts of different sizes would count equally
             raise ValueError(f"a batch of {len(features)} has no {optim.accumulate} equal parts")
         self.optimizer.zero_grad(set_to_none=True)
         if optim.cuda_graphs:
@@ -109,7 +111,7 @@ class TrainStep:
         if optim.compile and self.forward is not self.model and self._requests is None:
             self._requests = self._rehearse(features)
         for part, some in enumerate(features.chunk(optim.accumulate)):
-            last = part == optim.accumulate - 1  # the ranks' gradients meet once
+            last = part == optim.accumulate - 1  # ranks exchange gradients once, with the last part
             apart = nullcontext() if last or self.ranks.count == 1 else self.forward.no_sync()
             with apart, matrix_products(optim.precision):
                 with self._autocast():
@@ -121,14 +123,14 @@ class TrainStep:
 
     @torch.no_grad()
     def loss(self, features: Tensor) -> Tensor:
-        """The weighted sum of the losses, scalar, of the first part of a batch by the weights as they are now."""
+        """The weighted sum of the losses, a scalar, for the first part of a batch with the present weights."""
         some = features.chunk(self.config.optim.accumulate)[0]
         with matrix_products(self.config.optim.precision), self._autocast():
             return total(losses(self.model(some, self._draws(0)), self.config.loss), self.config.loss)
 
     @torch.no_grad()
     def _rehearse(self, features: Tensor) -> list[Request]:
-        """What a pass draws, by one that is not compiled: it depends on shapes alone."""
+        """The draws of a pass, found by one that is not compiled; they depend only on shapes."""
         draws = Draws(0)
         with self._autocast():
             self.model(features.chunk(self.config.optim.accumulate)[0], draws)
@@ -146,18 +148,18 @@ class TrainStep:
     def _draws(self, part: int) -> Draws:
         parts = self.config.optim.accumulate
         share = Share(self.ranks.rank * parts + part, self.ranks.count * parts)
-        draws = Draws.of_step(self.config.seed, self.count, share)
+        draws = self.source.of_step(self.config.seed, self.count, share)
         return draws if self._requests is None else DrawnAhead(draws, self._requests)
 
     # -- checkpoints -----------------------------------------------------------------------------------
 
     def save(self, run: Path, stream: dict[str, int]) -> None:
-        """Leave a checkpoint of all that a step changes, and of the stream's state, in the run folder."""
+        """Write a checkpoint of all that a step changes, and of the stream's state, to the run folder."""
         state = {"step": self.count, "schedule": plain_state(self.schedule), "stream": stream}
         checkpoint.save(run, self.model, self.average, self.optimizer, state)
 
     def load(self, run: Path) -> dict[str, int]:
-        """Take over the run's checkpoint; the stream's state."""
+        """Load the run's checkpoint, and return the state of its stream."""
         checkpoint.load_model(run, self.model, checkpoint.MODEL)
         if self.average is not None:
             checkpoint.load_model(run, self.average, checkpoint.AVERAGE)
@@ -173,10 +175,10 @@ class TrainStep:
 
 @contextmanager
 def matrix_products(precision: str) -> Iterator[None]:
-    """float32 products as ``optim.precision`` wants them while this is entered, backward passes included.
+    """Computes float32 products as ``optim.precision`` says, backward passes included; a context manager.
 
     ``tf32`` is TensorFloat-32: NVIDIA GPUs since Ampere multiply it several times faster, with ten bits of mantissa.
-    Other processors, and all that runs outside, keep to float32.
+    Other processors, and code outside the context, use float32.
     """
     if precision != "tf32":
         yield
@@ -189,13 +191,20 @@ def matrix_products(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def freeze_unreached(model: Model, config: Config, store: FeatureStore) -> None:
-    """Take the parameters that no loss reaches out of training, such as a decoder's last layers: DDP waits for all."""
-    split = store[config.data.train_split]
-    clip = next(video for video in split.videos if split.spec.lengths[video] >= config.data.clip)
-    frames = ModelInput.of(config, store).read(split, clip)[: config.data.clip]
-    sample = (frames if config.data.clip > 1 else frames[0]).unsqueeze(0).to(next(model.parameters()).device)
-    total(losses(model(sample, Draws(0)), config.loss), config.loss).backward()  # type: ignore[no-untyped-call]
+def freeze_unreached(model: Model, config: Config, features: Tensor, draws: Draws) -> None:
+    """Freeze parameters that no loss reaches, such as a decoder's last layers: DDP waits for every gradient.
+
+    features (B, ...): any batch.
+    """
+    total(losses(model(features, draws), config.loss), config.loss).backward()  # type: ignore[no-untyped-call]
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
+
+
+def _sample(config: Config, store: FeatureStore) -> Tensor:
+    """A batch of one sample, (1, ...) as stored."""
+    split = store[config.data.train_split]
+    clip = next(video for video in split.videos if split.spec.lengths[video] >= config.data.clip)
+    frames = ModelInput.of(config, store).read(split, clip)[: config.data.clip]
+    return (frames if config.data.clip > 1 else frames[0]).unsqueeze(0)

@@ -1,4 +1,4 @@
-"""Logged rows as TensorBoard events (the extra ``tensorboard``)."""
+"""Writes logged rows as TensorBoard events (the extra ``tensorboard``)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from featcache.errors import UsageError
 
 @contextmanager
 def events(run: Path, resume: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A callable that takes each logged row and writes its numbers to ``RUN/tensorboard``."""
+    """A function that writes the numbers of a logged row to ``RUN/tensorboard``. ``UsageError`` without the extra."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise UsageError("--tensorboard: not installed; pip install 'slotlab[tensorboard]'") from error
     from slotlab.runs import checkpoint
 
-    # What was logged after the checkpoint happens again.
+    # Steps after the checkpoint are trained again, so drop their events.
     purge = checkpoint.state(run)["step"] + 1 if resume and checkpoint.exists(run) else None
     with ExitStack() as stack:
-        writer: SummaryWriter | None = None  # opened by the first row: a run that is refused leaves no folder behind
+        writer: SummaryWriter | None = None  # opened by the first row, so that a run that is refused leaves no folder
 
         def write(row: dict[str, Any]) -> None:
             nonlocal writer

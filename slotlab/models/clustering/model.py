@@ -95,7 +95,7 @@ class ClusteringModel(Model):
         tensors.pop("lasting.bias", None)
         if weight is None or not bool(weight.any()):
             return []
-        return ["made by a version that gave slots of what soon passes to the background; they stay slots in this one"]
+        return ["made by a version that gave short-lived slots to the background; in this version they stay slots"]
 
     def forward(self, features: Float[Tensor, "B N D"] | Float[Tensor, "B T N D"], draws: Draws) -> Output:
         """The training pass on stored features of frames or clips: slots of the first frame reconstruct the last.

@@ -78,6 +78,7 @@ def positions_parameter(sizes: Sizes, width: int) -> nn.Parameter:
 
 
 def select(positions: Float[Tensor, "N W"], chosen: Int[Tensor, M] | None) -> Float[Tensor, "M W"]:
+    """The chosen rows of the positions; all of them if ``chosen`` is None."""
     return positions if chosen is None else positions[chosen]
 
 

@@ -105,6 +105,7 @@ class Card {
     const [height, width] = this.packed.size;
     this.runs = await Promise.all(this.packed.runs.map(async (r) => new RunView(r, await inflate(r.masks), [height, width])));
     this.truth = this.packed.truth ? await inflate(this.packed.truth) : null;
+    this.ignored = this.packed.ignored ? await inflate(this.packed.ignored) : null;
     this.chosen = this.runs.map((run) => this.firstSlot(run));
     this.bind();
     await this.show(Number(this.slider?.value ?? 0));
@@ -184,10 +185,15 @@ class Card {
   picture(mode, place) {
     const { data: frame } = this.frames[this.t], picture = new ImageData(this.width, this.height), out = picture.data;
     const run = place === null ? null : this.runs[place];
-    const truth = this.truth?.subarray(this.t * this.width * this.height, (this.t + 1) * this.width * this.height);
+    const ofFrame = (pixels) => pixels?.subarray(this.t * this.width * this.height, (this.t + 1) * this.width * this.height);
+    const truth = ofFrame(this.truth), ignored = ofFrame(this.ignored);
     const { labels, best } = run ? run.decide(this.t) : {};
     let colour;
-    if (mode === "truth") colour = (p) => over(frame, p, truth[p] ? DATA.palette.objects[(truth[p] - 1) % DATA.palette.objects.length] : DATA.palette.others[0]);
+    if (mode === "truth") {
+      const { objects, others, ignored: stripes, stripe } = DATA.palette;
+      const striped = (p) => stripes[Math.floor(((p % this.width) + Math.floor(p / this.width)) / stripe) % stripes.length];
+      colour = (p) => over(frame, p, ignored?.[p] ? striped(p) : truth[p] ? objects[(truth[p] - 1) % objects.length] : others[0]);
+    }
     else if (mode === "slots") {
       const colours = Array.from({ length: run.slots }, (_, slot) => run.colourOf(this.t, slot));
       colour = (p) => over(frame, p, colours[labels[p]]);

@@ -1,0 +1,102 @@
+"""CLEVRTex and its variants (Karazija et al., NeurIPS 2021 Datasets and Benchmarks).
+
+::
+
+    clevrtex_full/0/CLEVRTEX_full_000000.png         the image
+                    CLEVRTEX_full_000000_flat.png    object numbers, 0 for the background
+                    CLEVRTEX_full_000000.json        shape, size and material of each object
+                  1/ ... 49/
+
+By number, the first tenth is the split ``test``, the next one ``val``, the rest ``train``; all of ``clevrtex_outd`` is
+``test``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from featcache.errors import DataError
+from featcache.sources.fingerprint import file_digest
+from featcache.sources.listed import PARTIAL, Item, ListedSource, Truth, laid, read_masks
+from featcache.sources.place import Layout, Place
+from featcache.sources.reading import Reading
+from featcache.sources.regions import read_json
+from featcache.sources.video import Instance
+
+NAME = re.compile(r"CLEVRTEX_(?P<variant>[a-z]+)_(?P<number>\d{6})\.png")
+UNSPLIT = "outd"
+TENTHS = {"test": (0, 0.1), "val": (0.1, 0.2), "train": (0.2, 1)}
+LABELS = ("shape", "size", "material", "color")
+
+
+def fits(path: Path) -> bool:
+    first = (image for folder in (path, path / "0") for image in folder.glob("CLEVRTEX_*_000000.png"))
+    return any(NAME.fullmatch(image.name) for image in first)
+
+
+@dataclass(frozen=True)
+class ClevrTexItem(Item):
+    """One image."""
+
+    scene: Path = Path()  # the file that describes its objects
+
+
+class ClevrTexSource(ListedSource[ClevrTexItem]):
+    """The images of one variant, each a video of one frame."""
+
+    def __init__(self, place: Place, reading: Reading) -> None:
+        found = {}
+        for image in sorted(place.path.rglob("CLEVRTEX_*.png")):
+            if match := NAME.fullmatch(image.name):
+                found[match["variant"], int(match["number"])] = image
+        variants = sorted({variant for variant, _ in found})
+        if len(variants) != 1:
+            what = f"has {' and '.join(variants)}; give one of them" if variants else "has no CLEVRTEX_*_000000.png"
+            raise DataError(f"{place.path}: {what}")
+        self._images = [image for _, image in sorted(found.items())]
+        numbers = {number for _, number in found}
+        gaps = sorted(set(range(max(numbers))) - numbers)
+        if gaps and PARTIAL not in place.options:
+            raise DataError(
+                f"{place.path}: image {gaps[0]:06d} is missing, as {len(gaps)} of {max(numbers) + 1}, and splits go by "
+                f"number; copy it, or write {place.location}?{PARTIAL} to split those that are there"
+            )
+        self._whole = variants[0] == UNSPLIT
+        super().__init__(place, reading, ("test",) if self._whole else tuple(TENTHS))
+
+    def find(self, split: str) -> Sequence[ClevrTexItem]:
+        start, end = (0, 1) if self._whole else (int(part * len(self._images)) for part in TENTHS[split])
+        return [_item(image) for image in self._images[start : len(self._images) if self._whole else end]]
+
+    def written(self, item: ClevrTexItem) -> Iterator[bytes | str]:
+        if item.scene.is_file():
+            yield file_digest(item.scene)
+
+    def truth(self, split: str, item: ClevrTexItem, shape: tuple[int, int, int]) -> Truth:
+        try:
+            objects = [_instance(each) for each in read_json(item.scene)["objects"]]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{item.scene}: no objects of CLEVRTex in it ({error!r}); download it again") from error
+        numbers = laid(read_masks(item.masks, shape), shape)
+        if numbers.max(initial=0) > len(objects):
+            raise DataError(
+                f"{item.masks[0]}: has object {numbers.max()}, of {len(objects)} in {item.scene.name}; download both "
+                "again"
+            )
+        return Truth(numbers, objects)
+
+
+def _item(image: Path) -> ClevrTexItem:
+    mask, scene = image.with_name(f"{image.stem}_flat.png"), image.with_suffix(".json")
+    return ClevrTexItem(image.stem, (image,), (mask,), (), None, scene)
+
+
+def _instance(described: dict[str, Any]) -> Instance:
+    return replace(Instance(), **{name: described[name] for name in LABELS if isinstance(described.get(name), str)})
+
+
+LAYOUT = Layout("clevrtex", "CLEVRTex", fits, ClevrTexSource, (PARTIAL,))
