@@ -81,8 +81,8 @@ class AgglomerativeModel(Model):
         pairs = clips[:, :: max(1, clips.shape[1] - 1)]  # (B, 2, N, D); of images (B, 1, N, D)
         tokens = self.normaliser(pairs)
         keys = self.keys(tokens.flatten(0, 1))
-        held = self.segments(keys, self.config.train_cut).unflatten(0, pairs.shape[:2])  # (B, 2, N, K)
-        keys = keys.unflatten(0, pairs.shape[:2])
+        held = self.segments(keys, self.config.train_cut)
+        keys, held = (x.reshape(*pairs.shape[:3], -1) for x in (keys, held))  # (B, 2, N, S) and (B, 2, N, K)
         slots = slot_means(held[:, -1], keys[:, -1])
         logits = likeness(slots, keys[:, 0], held[:, -1]) / self.config.train_temperature
         partners = matched(slot_means(held[:, 0], keys[:, 0]), slots)
@@ -108,7 +108,7 @@ class AgglomerativeModel(Model):
         return F.normalize((self.line(unit) + self.bend(unit)).float(), dim=-1)
 
     @torch.no_grad()
-    @torch.compiler.disable  # of what happens on the host
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of what happens on the host
     def segments(self, keys: Float[Tensor, "B N S"], cut: float) -> Float[Tensor, "B N K"]:
         """The segment of each patch, one-hot. ``DataError`` for keys that are not finite."""
         if not bool(keys.isfinite().all()):
@@ -127,7 +127,8 @@ class AgglomerativeModel(Model):
         close = (-distances(self.grid)).exp().to(keys.device)  # (N, N)
         far = -(held.mT @ close).clamp_min(LEAST).log() / side(self.grid)  # (B, K, N)
         share = held.mean(1).clamp_min(LEAST).log().unsqueeze(-1)  # (B, K, 1)
-        return (alike - POSITION * far) / config.temperature + config.share_weight * share
+        logits: Tensor = (alike - POSITION * far) / config.temperature + config.share_weight * share
+        return logits
 
     def output(
         self,
