@@ -19,7 +19,7 @@ from featcache.machine import limited
 from slotlab.models.flow import Seen, flow
 
 FLOW_FRAMES = 5  # past frames that attention flows from
-LEAST_OVERLAP = 0.02  # of a slot and what flows to it (Dice): less is another object; chosen on training videos
+LEAST_OVERLAP = 0.1  # of a slot and what flows to it (Dice): less is another object; chosen on training videos
 SAME_OBJECT = 0.8  # cosine of keys from which a new slot is an object that has been away
 
 
