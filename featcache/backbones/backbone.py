@@ -22,6 +22,9 @@ from featcache.errors import IncompatibleError, UsageError
 __all__ = ["Backbone", "BackboneSpec", "get_spec", "list_backbones", "load_backbone"]
 
 
+PIXELS_AT_ONCE = 1 << 25  # of frames that are resized: what that takes must follow from the input, not from the source
+
+
 class Backbone:
     """A frozen model, its taps and its preprocessing. Made by `load_backbone`."""
 
@@ -91,6 +94,10 @@ class Backbone:
         """
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
             raise UsageError(f"frames must be uint8 (B, H, W, 3), not {frames.dtype} {tuple(frames.shape)}")
+        few = max(1, PIXELS_AT_ONCE // (frames.shape[1] * frames.shape[2]))
+        return torch.cat([self._prepared(part) for part in torch.split(frames, few)])
+
+    def _prepared(self, frames: Tensor) -> Tensor:
         images: Tensor = frames.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # (B, 3, H, W)
         mode = InterpolationMode(self.spec.interpolation)
         images = resize(images, list(self.input_size), interpolation=mode, antialias=True)

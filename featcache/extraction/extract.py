@@ -21,7 +21,7 @@ import torch
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.inference import forward
 from featcache.extraction.job import Shown, SplitJob, TapMoments, Tokens, merge
-from featcache.extraction.plan import ExtractPlan, require_space
+from featcache.extraction.plan import ExtractPlan, read_shown, require_space
 from featcache.machine import limited_executor
 from featcache.moments import Moments
 from featcache.sources.video import Source
@@ -29,6 +29,7 @@ from featcache.store.reading import FeatureStore
 from featcache.store.writing import SplitWriter, StoreWriter
 
 READ_AHEAD = 2  # groups decoded ahead of the backbone, and written behind it
+AHEAD_BYTES = 2 << 30  # of frames that these hold, at most
 
 WRITERS = 4  # videos of a group that are written at a time; they mostly wait for the disk
 
@@ -75,7 +76,7 @@ def _extract_split(writer: SplitWriter, job: SplitJob, source: Source, backbone:
     if writer.complete:
         progress(job.name, total, total)
         return
-    done = frozenset(writer.done)
+    done, most = frozenset(writer.done), _ahead(job)
     statistics: dict[str, Moments] = {}
     frames_done = 0
 
@@ -96,7 +97,7 @@ def _extract_split(writer: SplitWriter, job: SplitJob, source: Source, backbone:
             # second thread of arithmetic would slow the backbone by more than it saves.
             moments = job.measure(group, done, tokens)
             pending.append(writing.submit(record, group, videos, tokens, moments))
-            while len(pending) > READ_AHEAD:
+            while len(pending) > most:
                 pending.pop(0).result()
         for future in pending:
             future.result()
@@ -112,14 +113,15 @@ def decoders(device: torch.device) -> int:
 def _decoded_groups(
     source: Source, job: SplitJob, done: frozenset[int], threads: int
 ) -> Iterator[tuple[range, list[Shown]]]:
-    """The job's groups, decoded ahead by some threads; a group that is finished comes without its videos."""
+    """The job's groups with their videos, decoded ahead by some threads; a finished group comes without videos."""
+    most = _ahead(job)
     with ThreadPoolExecutor(threads, "decode") as decoding:
         ahead: list[tuple[range, list[Future[Shown]]]] = []
         try:
             for group in job.groups():
                 wanted = [] if done.issuperset(group) else list(group)
                 ahead.append((group, [decoding.submit(job.read, source, index, done) for index in wanted]))
-                if len(ahead) > READ_AHEAD:
+                if len(ahead) > most:
                     first, futures = ahead.pop(0)
                     yield first, [future.result() for future in futures]
             for first, futures in ahead:
@@ -128,12 +130,18 @@ def _decoded_groups(
             decoding.shutdown(wait=True, cancel_futures=True)
 
 
+def _ahead(job: SplitJob) -> int:
+    """Groups that may be decoded ahead, and as many that may wait to be written."""
+    return min(READ_AHEAD, AHEAD_BYTES // (len(job.groups()[0]) * job.chunk_bytes))
+
+
 def measure_seconds(plan: ExtractPlan, source: Source, backbone: Backbone) -> float:
     """Estimated seconds for the remaining frames, from one batch of real frames after a warm-up."""
-    name, count = plan.splits[0].name, plan.spec.batch_size
-    frames = source.read(name, 0).frames
-    batch = frames[np.arange(count) % len(frames)]
-    forward(backbone, [batch], count, plan.spec.precision)
+    split, count = plan.splits[0], plan.spec.batch_size
+    stored = split.spec.frame_size if plan.resize_frames else None
+    frames = read_shown(source, split.name, 0, 1, plan.spec.preprocessing, stored).frames
+    batch = [frames[i : i + 1] for i in np.arange(count) % len(frames)]
+    forward(backbone, batch, count, plan.spec.precision)
     start = time.perf_counter()
-    forward(backbone, [batch], count, plan.spec.precision)[0][backbone.taps[0]].sum().item()
+    forward(backbone, batch, count, plan.spec.precision)[-1][backbone.taps[0]].sum().item()
     return (time.perf_counter() - start) / count * plan.frames_left

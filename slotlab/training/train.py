@@ -14,13 +14,14 @@ import numpy.typing as npt
 import torch
 
 from featcache.errors import DataError, UsageError
+from featcache.store.durable import Lines
 from featcache.store.reading import FeatureStore
 from featcache.stream.stream import FeatureStream, batch_formats
 from slotlab.config.schema import Config
 from slotlab.models.inputs import ModelInput
 from slotlab.models.randomness import Draws
 from slotlab.runs import checkpoint
-from slotlab.runs.folder import begun_from, check_run, create_run, keep_rows, write_summary
+from slotlab.runs.folder import LOG, begun_from, check_run, create_run, keep_rows, write_summary
 from slotlab.training.cost import count_step
 from slotlab.training.look import look, look_split
 from slotlab.training.losses import total
@@ -87,10 +88,10 @@ def _train(
     ranks.wait()
     if continues:
         stream.load_state_dict(step.load(run))
-    spent = keep_rows(run / "metrics.jsonl", step.count) if ranks.leads else 0.0  # seconds
+    spent = keep_rows(run / LOG, step.count) if ranks.leads else 0.0  # seconds
     pace = Pace(config, step, stream, spent)
 
-    with (run / "metrics.jsonl").open("a") if ranks.leads else nullcontext() as log:
+    with Lines(run / LOG, synced=False) if ranks.leads else nullcontext() as log:
         for batch in stream:
             if step.count >= optim.steps:
                 break
@@ -111,8 +112,7 @@ def _train(
             if log is not None:
                 if looks:
                     row |= look(step.best, config, store)
-                log.write(json.dumps(row) + "\n")
-                log.flush()
+                log.add(json.dumps(row))
                 report(row)
             pace.restart()  # do not count the time of a look
 
