@@ -89,7 +89,7 @@ class Backbone:
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
             raise UsageError(f"frames must be uint8 (B, H, W, 3), not {frames.dtype} {tuple(frames.shape)}")
         few = max(1, PIXELS_AT_ONCE // (frames.shape[1] * frames.shape[2]))
-        return torch.cat([self._prepared(part) for part in frames.split(few)])
+        return torch.cat([self._prepared(part) for part in torch.split(frames, few)])
 
     def _prepared(self, frames: Tensor) -> Tensor:
         images: Tensor = frames.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # (B, 3, H, W)

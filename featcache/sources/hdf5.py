@@ -62,7 +62,7 @@ class Hdf5Source(Source):
         """Of some lines of pixels of each row, so that a row keeps its fingerprint when others come and go."""
         check_split(self.location, split, self._groups)
         how = self.reading.of_masks()
-        with self._file() as file:
+        with opened(self.path) as file:
             arrays = [file[name] for name in self._groups[split] if name]
             return tuple(digest((how, *(_sample(a, index) for a in arrays))) for index in range(self.videos(split)))
 

@@ -156,7 +156,7 @@ def open_pages(data: bytes, where: str, shrink: float = 1.0) -> Iterator[Page]:
             image.seek(page)
             wide = image.width
             if shrink > 1:
-                image.draft(None, _shrunk(image.size, shrink))  # type: ignore[arg-type]
+                image.draft(None, _shrunk(image.size, shrink))
             args = image.tile[0].args if image.tile else None
             packing, *more = (args,) if isinstance(args, str) else args or ("",)
             image.load()
