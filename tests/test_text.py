@@ -132,6 +132,7 @@ def test_a_folder_of_such_names(tmp_path: Path) -> None:
         assert len(read_path(folder / name)) == 2
 
 
+@pytest.mark.slow
 def test_through_the_commands(slotlab: Slotlab, tmp_path: Path) -> None:
     home = tmp_path / HOME
     home.mkdir(parents=True)
