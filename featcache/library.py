@@ -70,7 +70,8 @@ class Cache(FeatureStore):
 
 def open(path: str | Path) -> Cache:
     """Open a store. Raises ``DataError`` where there is none, ``IncompatibleError`` for one of another version."""
-    return Cache.open(path)
+    store = FeatureStore.open(path)
+    return Cache(store.path, store.spec)
 
 
 def extract(

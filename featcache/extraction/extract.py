@@ -8,6 +8,7 @@ decides which frames share a batch, not where an earlier run stopped, nor which 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,6 +16,7 @@ from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.inference import forward
@@ -89,7 +91,7 @@ def _extract_split(writer: SplitWriter, job: SplitJob, source: Source, backbone:
 
     with limited_executor("chunks", WRITERS) as chunks, limited_executor("write") as writing:
         pending: list[Future[None]] = []
-        for group, videos in _decoded_groups(source, job, done):
+        for group, videos in _decoded_groups(source, job, done, decoders(backbone.device)):
             tokens = job.forward(backbone, videos) if videos else []
             # Computed here and not in the writing thread: on a GPU the tokens are still on the device, and on a CPU a
             # second thread of arithmetic would slow the backbone by more than it saves.
@@ -102,10 +104,18 @@ def _extract_split(writer: SplitWriter, job: SplitJob, source: Source, backbone:
     writer.finish(statistics)
 
 
-def _decoded_groups(source: Source, job: SplitJob, done: frozenset[int]) -> Iterator[tuple[range, list[Shown]]]:
-    """The job's groups with their videos, decoded ahead; a finished group comes without videos."""
+def decoders(device: torch.device) -> int:
+    """Threads that decode videos: two beside a backbone on the CPU, which needs the cores; for a GPU half of the cores,
+    up to eight: it takes frames faster than two give them."""
+    return 2 if device.type == "cpu" else max(2, min(8, (os.cpu_count() or 1) // 2))
+
+
+def _decoded_groups(
+    source: Source, job: SplitJob, done: frozenset[int], threads: int
+) -> Iterator[tuple[range, list[Shown]]]:
+    """The job's groups with their videos, decoded ahead by some threads; a finished group comes without videos."""
     most = _ahead(job)
-    with ThreadPoolExecutor(2, "decode") as decoding:
+    with ThreadPoolExecutor(threads, "decode") as decoding:
         ahead: list[tuple[range, list[Future[Shown]]]] = []
         try:
             for group in job.groups():

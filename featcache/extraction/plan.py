@@ -23,7 +23,7 @@ from featcache.sources.clips import listed
 from featcache.sources.images import MOST_PIXELS, decoded_smaller, size_text
 from featcache.sources.video import Size, Source, Video
 from featcache.store.encoding import ENCODINGS
-from featcache.store.layout import COMPRESSED, array_layouts
+from featcache.store.layout import array_bytes, array_layouts
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import MAX_CHUNK_FRAMES, SCHEMA, SplitSpec, StoreSpec, TapSpec, refuse_if_different
 from featcache.text import bytes_text
@@ -150,20 +150,15 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
         )
         there = store[name] if store and name in store.splits else None
         settled = settle(fresh, found, there, options.max_videos, options.grow, options.prune)
-        split_spec, chunk_frames = settled.spec, settled.spec.chunk_frames
+        split_spec = settled.spec
         lines = settled.changes.lines(str(path / name), source.location)
         for line in lines:
             logger.warning("%s", line)
         remarks += tuple(lines)
-        left = [length for i, length in enumerate(split_spec.lengths) if i not in settled.finished]
-        padded = sum(-(-length // chunk_frames) * chunk_frames for length in left)  # raw chunks are written full
-        bytes_left = sum(
-            (sum(left) if layout.name in COMPRESSED else padded)
-            * int(np.prod(layout.shape))
-            * np.dtype(layout.dtype).itemsize
-            for layout in array_layouts(spec, split_spec)
-        )
-        splits.append(SplitPlan(name, split_spec, settled.origins, settled.changes, sum(left), bytes_left))
+        lengths = tuple(n for i, n in enumerate(split_spec.lengths) if i not in settled.finished)
+        left = replace(split_spec, lengths=lengths)
+        bytes_left = sum(array_bytes(layout, left) for layout in array_layouts(spec, split_spec))
+        splits.append(SplitPlan(name, split_spec, settled.origins, settled.changes, sum(lengths), bytes_left))
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     return ExtractPlan(path, spec, tuple(splits), free, options.frame_size is not None, remarks)

@@ -99,10 +99,10 @@ class FolderSource(Source):
         yield self.reading.of_masks()
         for path in entry.images or filter(None, (entry.clip,)):
             yield self._digest(path)
-        for path in entry.masks or ():
+        for mask in entry.masks or ():
             # Masks of a clip may be named by the numbers of their frames.
-            yield path.name.removeprefix(entry.clip.stem) if path and entry.clip else ""
-            yield self._digest(path) if path else ""
+            yield mask.name.removeprefix(entry.clip.stem) if mask and entry.clip else ""
+            yield self._digest(mask) if mask else ""
 
     def fingerprint(self, split: str) -> str:
         check_split(self.location, split, self._entries)

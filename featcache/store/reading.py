@@ -187,7 +187,7 @@ class Split:
 
     def labelled(self, video: int) -> npt.NDArray[np.bool_]:
         """Frames (T,) with pixels whose truth is known."""
-        return ~self.ignored(video).all((1, 2)) if self.spec.ignored else np.ones(self.spec.lengths[video], bool)
+        return np.asarray(~self.ignored(video).all((1, 2)))
 
     @cached_property
     def has_truth(self) -> bool:

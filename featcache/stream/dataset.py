@@ -100,14 +100,14 @@ class Clips(Dataset[Item]):
         starts = self.starts[np.asarray(indices, np.int64)]
         order = np.argsort(starts, kind="stable")  # readers take rows in ascending order
         back = np.argsort(order)
-        found: dict[str, Sequence[Any]] = {}
+        found: dict[str, Any] = {}  # (B, ...) each
         for tap in self.taps:
             tokens = readers.tokens[tap](starts[order], self._span)[back][:, :: self.stride]  # (B, T, N, D)
             found[self._feature_key(tap)] = tokens if self.dtype is None else tokens.to(self.dtype)
         for key in self._truth:
             found[key] = readers.truth[key](starts[order], self._span)[back][:, :: self.stride]
         if self.clip is None:
-            found = {key: values[:, 0] for key, values in found.items()}  # type: ignore[call-overload]
+            found = {key: values[:, 0] for key, values in found.items()}
         videos = np.searchsorted(readers.split.spec.starts, starts, side="right") - 1
         found["video"] = videos.tolist()
         found["frame"] = (starts - readers.split.spec.starts[videos]).tolist()

@@ -23,6 +23,7 @@ from slotlab.commands import (
     experiments,
     extract,
     masks,
+    plan,
     report,
     robustness,
     settings,
@@ -51,6 +52,7 @@ def common(
 app.command()(extract.extract)
 app.command()(stores.stats)
 app.command()(train.train)
+app.command()(plan.plan)
 app.command()(settings.settings)
 app.command("eval")(evaluate.evaluate)
 app.command()(demo.demo)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -93,7 +93,7 @@ def extract(
     from featcache.extraction.extract import measure_seconds
     from featcache.extraction.plan import ExtractOptions, plan
     from featcache.extraction.rounding import measure_rounding
-    from featcache.machine import pick_device
+    from featcache.machine import chosen, on_windows_drive, pick_device
     from featcache.sources import Reading, absolute, open_source
     from featcache.sources.damaged import SoundVideos
     from slotlab.commands import terminal
@@ -132,7 +132,7 @@ def extract(
         "rounding": [asdict(of) for of in rounding],
     }
     if dry_run:
-        summary = {
+        summary: dict[str, Any] = {
             "out": str(path),
             "splits": {
                 s.name: {"videos": len(s.spec.lengths), "frames_left": s.frames_left, **s.changes.counts()}
@@ -153,6 +153,9 @@ def extract(
             terminal.out.print(plain_table(("", "value"), rows))
             _tell(dtype, rounding, damaged)
         return
+    terminal.err.print(chosen(model.device), soft_wrap=True, markup=False, highlight=False)
+    if on_windows_drive(path):
+        terminal.warn([f"{path}: on a drive of Windows, several times slower; choose --out below {Path.home()}"])
     with terminal.ExtractProgress() as progress:
         if client:
             store = extract_distributed(todo, source, client, weights=weights, device=device, progress=progress)
@@ -163,7 +166,7 @@ def extract(
         print_json(summary | said)
     else:
         _tell(dtype, rounding, damaged)
-        frames = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())  # type: ignore[attr-defined]
+        frames = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())
         terminal.out.print(f"{path}: {frames} frames. Next: slotlab stats {path}")
 
 

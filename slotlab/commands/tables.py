@@ -15,7 +15,7 @@ from featcache.text import printable
 from slotlab.scoring.evaluation import Evaluation
 from slotlab.scoring.fine import GAINS
 from slotlab.scoring.metrics import shown, title_of
-from slotlab.scoring.references import FLOORS
+from slotlab.scoring.references import floor_title
 from slotlab.scoring.scores import Values
 
 # More columns are hard to read in a terminal; further stores go to a second table.
@@ -102,7 +102,7 @@ def scores_table(found: Evaluation) -> Table:
     if found.films:
         add("  per video", found.references.ceiling, "dim", "_video")
     for name, values in found.references.floors.items():
-        add(FLOORS.get(name, f"floor: {name}"), values, "dim")
+        add(floor_title(name), values, "dim")
     counts = found.summary
     seen = f"{counts.frames} frames of {counts.videos} videos" if found.films else f"{counts.frames} images"
     table.caption = (
@@ -113,7 +113,7 @@ def scores_table(found: Evaluation) -> Table:
     if found.left_out:
         table.caption += f"\n{found.left_out}"
     if found.references.statistics:
-        table.caption += f"\nthe whitened floor uses the statistics of {printable(found.references.statistics)}"
+        table.caption += f"\nthe whitened floors use the statistics of {printable(found.references.statistics)}"
     return table
 
 

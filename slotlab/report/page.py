@@ -18,7 +18,7 @@ from slotlab.report.gather import Gathered, Logged, RunData
 from slotlab.report.options import PageOptions
 from slotlab.report.provenance import environment, provenance
 from slotlab.scoring.metrics import Score, scores_in, shown, title_of
-from slotlab.scoring.references import FLOORS
+from slotlab.scoring.references import floor_title
 
 NAMED_RUNS = 3  # most runs that a default title names
 
@@ -55,7 +55,7 @@ def ladder(runs: Sequence[RunData], score: Score) -> list[Rung]:
     for n, run in enumerate(runs):
         if run.evaluation and (found := run.evaluation.values.get(score.key)) is not None:
             references = run.evaluation.references
-            floors = [(FLOORS.get(name, name), values.get(score.key)) for name, values in references.floors.items()]
+            floors = [(floor_title(name), values.get(score.key)) for name, values in references.floors.items()]
             known = tuple((name, value) for name, value in floors if value is not None)
             rungs.append(Rung(run.name, n, found, references.ceiling.get(score.key), known, score))
     return rungs
