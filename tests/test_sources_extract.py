@@ -150,6 +150,7 @@ def test_what_is_left_out_is_said(slotlab: Run) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_published_data_set(slotlab: Run) -> None:
     lists = {"train": ["a", "b"], "val": ["c"]}
     voc(Path("VOCdevkit"), lists)
