@@ -11,13 +11,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from featcache.text import printable
+
 _CELL = 40  # characters of a value that a table shows
 
 
 class FeatcacheError(Exception):
-    """Base of all errors that the user can fix."""
+    """Base of all errors that the user can fix. The message stays on one line, whatever names it holds."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
     def render(self) -> str:
         """The text that the command line shows: the message, and details below it."""
@@ -43,6 +48,11 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
 
 
+def is_full(error: OSError) -> bool:
+    """Whether a write failed for want of room: on the disk, in a quota, or below the largest size of a file."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 @dataclass(frozen=True)
 class Difference:
     """One setting that differs; None where one side lacks it."""
@@ -63,9 +73,9 @@ class IncompatibleError(FeatcacheError):
     def __init__(self, what: str, differences: Sequence[Difference] = (), remedy: str = "") -> None:
         listed = "; ".join(f"{d.setting}: store {d.present!r}, asked {d.asked!r}" for d in differences)
         super().__init__(what + (f" ({listed})" if listed else "") + (f"; {remedy}" if remedy else ""))
-        self.what = what
+        self.what = printable(what)
         self.differences = tuple(differences)
-        self.remedy = remedy
+        self.remedy = printable(remedy)
 
     def render(self) -> str:
         """The message without the differences, and a table of them below it."""
@@ -88,5 +98,5 @@ def compare_settings(present: Mapping[str, Any], asked: Mapping[str, Any]) -> li
 
 
 def _short(value: Any) -> str:
-    text = "-" if value is None else str(value)
+    text = "-" if value is None else printable(str(value))
     return text if len(text) <= _CELL else f"{text[: _CELL - 3]}..."

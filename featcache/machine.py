@@ -9,6 +9,8 @@ import contextlib
 import functools
 import os
 import platform
+import re
+import shutil
 import statistics
 import threading
 import time
@@ -21,6 +23,7 @@ import torch
 from featcache.errors import UsageError
 
 CPUINFO = Path("/proc/cpuinfo")
+NVIDIA_SMI = ("nvidia-smi", "/usr/lib/wsl/lib/nvidia-smi")  # comes with the driver
 BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # Linux's names of the instructions on x86 and arm64
 
 
@@ -45,6 +48,19 @@ def free_memory() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")), 0)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in os.sysconf_names else 0
+
+
+def free_device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory that torch can still have, those included that it holds without use; None for others."""
+    if device.type != "cuda":
+        return None
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0] + idle)
+
+
+def readable(size: float) -> str:
+    """A number of bytes for people: ``22.9 GB``, of 10^9 bytes each, or ``3.1 MB``."""
+    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
 
 
 @functools.cache
@@ -108,15 +124,45 @@ def limited_executor(name: str, workers: int = 1) -> ThreadPoolExecutor:
     return executor
 
 
-def machine() -> str:
-    """One line that describes this machine, for measured figures."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+def machine(device: torch.device | None = None) -> str:
+    """One line that describes a device of this machine, for measured figures; None: the one that ``auto`` picks."""
+    if torch.cuda.is_available() if device is None else device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     model = platform.processor() or platform.machine()
     if CPUINFO.exists():
         lines = CPUINFO.read_text().splitlines()
         model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     return f"{os.cpu_count()} cores of {model}, {torch.get_num_threads()} torch threads, torch {torch.__version__}"
+
+
+def chosen(device: torch.device) -> str:
+    """One line: the device that a command runs on, and why a GPU that seems to be there is left alone."""
+    why = unused_gpu() if device.type == "cpu" else ""
+    return f"device: {device}, {machine(device)}" + (f"; {why}" if why else "")
+
+
+def unused_gpu() -> str:
+    """Why torch does not use the NVIDIA GPU whose driver is installed, and what to do; empty if it does, or none is."""
+    if torch.cuda.is_available() or not any(map(shutil.which, NVIDIA_SMI)):
+        return ""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1"):
+        return "the NVIDIA GPU is hidden by CUDA_VISIBLE_DEVICES"
+    if torch.version.cuda is None:
+        return "an NVIDIA driver is installed, but this torch has no CUDA; install another: https://pytorch.org"
+    return (
+        f"an NVIDIA driver is installed, but it does not serve CUDA {torch.version.cuda}, which this torch needs; "
+        "update the driver, or install a torch of an older CUDA: https://pytorch.org"
+    )
+
+
+def under_wsl() -> bool:
+    """Whether this is Linux under Windows (WSL)."""
+    return "microsoft" in platform.release().lower()
+
+
+def on_windows_drive(path: Path) -> bool:
+    """Whether a path leads to a drive of Windows from WSL, where files are read and written several times slower."""
+    return under_wsl() and re.match(r"/mnt/[a-z](/|$)", str(path.resolve())) is not None
 
 
 def alternate(jobs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

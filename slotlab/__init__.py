@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from featcache import __version__
 
 if TYPE_CHECKING:  # imported when called for: `import slotlab` and `slotlab --help` stay fast
     import torch
 
-    from slotlab.segment import Segmenter
+    from slotlab.segment import RunSegmenter, TrainingFreeSegmenter
 
-__all__ = ["__version__", "load"]
+__all__ = ["__version__", "load", "training_free"]
 
 
-def load(run: str | Path, *, device: str | torch.device = "auto", weights: str | None = None) -> Segmenter:
+def load(run: str | Path, *, device: str | torch.device = "auto", weights: str | None = None) -> RunSegmenter:
     """A segmenter of your own pictures from a run folder; see :func:`slotlab.segment.load`."""
     from slotlab.segment import load as open_run
 
     return open_run(run, device=device, weights=weights)
+
+
+def training_free(own: Sequence[Any] = (), **options: Any) -> TrainingFreeSegmenter:
+    """A segmenter of your own pictures without any training; see :func:`slotlab.segment.training_free`."""
+    from slotlab.segment import training_free as without_run
+
+    return without_run(own, **options)

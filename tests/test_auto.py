@@ -21,7 +21,7 @@ from featcache import machine
 from featcache.backbones import inference
 from featcache.backbones.backbone import Backbone, load_backbone
 from featcache.backbones.inference import choose_batch_size, choose_precision, relative_error
-from featcache.extraction.extract import extract
+from featcache.extraction.extract import decoders, extract
 from featcache.extraction.plan import ExtractOptions, plan
 from featcache.words import Precision
 from tests.synthetic import DiscSource
@@ -169,3 +169,10 @@ def test_a_format_that_overflows_is_not_chosen(backbone: Backbone, monkeypatch: 
     overflowing.__class__ = Overflowing
     monkeypatch.setattr(inference, "native_bfloat16", lambda: True)
     assert choose_precision(overflowing, [DiscSource().read("train", 0).frames]) == "float32"
+
+
+def test_a_gpu_gets_several_decoding_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    for cores, threads in ((2, 2), (8, 4), (64, 8)):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert (decoders(cuda), decoders(cpu)) == (threads, 2)

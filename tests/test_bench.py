@@ -24,15 +24,9 @@ from featcache.stream.stream import FeatureStream
 from featcache.upkeep.convert import ConvertOptions, convert
 from slotlab.config.load import load_config
 from slotlab.config.schema import Config
+from slotlab.training.cost import CORRECTED
 from slotlab.training.processes import Ranks
-from slotlab.training.speed import (
-    DoesNotFit,
-    GpuMonitor,
-    Seconds,
-    convolution_backward_flops,
-    flops_of,
-    measure_training,
-)
+from slotlab.training.speed import DoesNotFit, GpuMonitor, Seconds, flops_of, measure_training
 from slotlab.training.step import Taken, TrainStep
 from tests.synthetic import DiscSource, make_store
 
@@ -171,15 +165,14 @@ def test_convolutions_cost_their_forward_once_for_each_gradient(groups: int, tra
     features = torch.randn(2, 8, 5, 5, requires_grad=True)
     weight = torch.randn(8, 8 // groups, 3, 3, requires_grad=True)
     convolve = F.conv_transpose2d if transposed else F.conv2d
-    corrected = {torch.ops.aten.convolution_backward: convolution_backward_flops}
     with FlopCounterMode(display=False) as forward:
         convolve(features, weight, groups=groups)
     sides = 5 if transposed else 3  # of what the products are summed over
     assert forward.get_total_flops() == 2 * 2 * 8 * (8 // groups) * 9 * sides**2
-    with FlopCounterMode(display=False, custom_mapping=corrected) as both:
+    with FlopCounterMode(display=False, custom_mapping=CORRECTED) as both:
         convolve(features, weight, groups=groups).sum().backward()
     assert both.get_total_flops() == 3 * forward.get_total_flops()
-    with FlopCounterMode(display=False, custom_mapping=corrected) as one:
+    with FlopCounterMode(display=False, custom_mapping=CORRECTED) as one:
         convolve(features.detach(), weight, groups=groups).sum().backward()
     assert one.get_total_flops() == 2 * forward.get_total_flops()
 

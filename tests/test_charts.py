@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from featcache.errors import UsageError
+from featcache.errors import DataError, UsageError
 from featcache.moments import Moments
 from featcache.scale.quantities import scale_report
 from featcache.scale.report import StoreReport
@@ -94,8 +94,10 @@ def test_files_by_suffix_and_a_bad_name_is_refused(tmp_path: Path) -> None:
     save(charts, *(tmp_path / f"c.{suffix}" for suffix in ("png", "svg", "pdf")))
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "c.pdf").read_bytes().startswith(b"%PDF")
-    for wrong in ("c.xyz", "absent/c.png", "absent/c.svg"):
-        with pytest.raises(UsageError, match="cannot draw there"):
+    with pytest.raises(UsageError, match="cannot draw there"):
+        save(charts, tmp_path / "c.xyz")
+    for wrong in ("c.png/c.png", "c.png/c.svg"):
+        with pytest.raises(DataError, match="cannot write"):
             save(charts, tmp_path / wrong)
 
 

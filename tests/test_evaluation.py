@@ -23,7 +23,9 @@ from slotlab.runs.loaded import load_run
 from slotlab.scoring.evaluate import evaluate
 from slotlab.scoring.evaluation import Evaluation
 from slotlab.scoring.metrics import SCORES, score_of, title_of
+from slotlab.scoring.references import FLOORS, KnownReferences
 from slotlab.training.train import train
+from tests.commands import Slotlab
 from tests.synthetic import DiscSource, fitted, make_store
 from tests.training import rows_of, small
 
@@ -145,11 +147,32 @@ def test_evaluation_has_the_promised_keys(shared_run: Path) -> None:
         "run", "cache", "split", "frames", "videos", "fg_ari", "ari", "mbo", "miou", "fg_ari_video", "mbo_video",
         "skipped_frames", "reference", "floor", "by_material", "mask_similarity", "slot_similarity",
     } <= result.keys()  # fmt: skip
-    assert set(result["floor"]) == {"kmeans_raw", "kmeans_whitened"}
+    assert list(result["floor"]) == ["kmeans_raw", "kmeans_whitened", "tfs"]
+    assert 0 < result["floor"]["tfs"]["mbo"] < 1
     assert set(result["by_material"]) == {"metal", "rubber"}
     assert {"fg_ari", "mbo"} <= result["reference"].keys()
     assert result["reference"]["mbo"] > 0.3  # a 4x4 grid
     json.dumps(result)
+
+
+def test_all_floors_are_measured_where_asked_for(run: Path, slotlab: Slotlab) -> None:
+    usual = json.loads(json.dumps(evaluate(load_run(run)).as_dict()))
+    done = slotlab("eval", run, "--floors", "all", "--json", "--device", "cpu")
+    found = done.json
+    assert list(found["floor"]) == ["kmeans_raw", "kmeans_whitened", "tfs", "ncut"]
+    assert {name: found["floor"][name] for name in usual["floor"]} == usual["floor"]
+    assert found["floor"]["ncut"]["mbo"] > 0 and found | {"floor": 0} == usual | {"floor": 0}
+    table = slotlab("eval", run, "--floors", "all", "--device", "cpu").out
+    assert table.index("k-means, whitened") < table.index("training-free segments") < table.index("normalised cuts")
+
+
+def test_floors_that_are_known_are_measured_again_where_more_are_asked_for(shared_run: Path) -> None:
+    known: KnownReferences = {}
+    loaded = load_run(shared_run)
+    usual = evaluate(loaded, known=known).references
+    assert evaluate(loaded, known=known).references is usual
+    every = evaluate(loaded, known=known, floors="all").references
+    assert list(every.floors) == [*FLOORS] and evaluate(loaded, known=known).references is every
 
 
 def test_evaluation_repeats_itself(shared_run: Path) -> None:

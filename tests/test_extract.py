@@ -218,7 +218,7 @@ def test_too_small_a_disk_is_refused_before_starting(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
-    with pytest.raises(DataError, match=r"needs up to .* GB and 0.0 GB are free; .* use --dtype int8, --frame-stride"):
+    with pytest.raises(DataError, match="needs up to .* MB and 0.001 MB are free; .* use --dtype int8, --frame-st"):
         run(tmp_path / "s.zarr", backbone)
     with pytest.raises(DataError, match=r"are free; free space, or use --frame-stride or --max-videos"):
         run(tmp_path / "s.zarr", backbone, replace(FIXED, dtype="int8"))

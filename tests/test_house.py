@@ -21,12 +21,12 @@ ROOT = Path(__file__).parent.parent
 # The rooms of each package, bottom to top: a room imports from those before it.
 ROOMS = {
     "featcache": (
-        "errors", "words", "machine", "moments", "memory", "sources", "store", "backbones", "stream", "scale",
+        "text", "errors", "words", "machine", "moments", "memory", "sources", "store", "backbones", "stream", "scale",
         "extraction", "upkeep", "bench", "library",
     ),
     "slotlab": (
-        "words", "config", "models", "masks", "runs", "scoring", "training", "pictures", "segment", "report",
-        "experiments", "commands",
+        "words", "config", "models", "masks", "runs", "scoring", "training", "planning", "pictures", "segment",
+        "report", "experiments", "commands",
     ),
 }  # fmt: skip
 FOREIGN = {"featcache": {"slotlab", "cli"}, "slotlab": {"cli"}}
@@ -39,9 +39,6 @@ RUN_FILES = re.compile(
 
 # Contract -> module -> why it may.
 ALLOWED: dict[str, dict[str, str]] = {
-    "runs_alone_name_their_files": {
-        "slotlab.training.train": "opens the log by name; to go",
-    },
     "models_open_no_store": {
         "slotlab.models.inputs": "reads splits for all models",
         "slotlab.models.build": "measures a fresh model on the store it will be trained on",
@@ -52,6 +49,13 @@ ALLOWED: dict[str, dict[str, str]] = {
         "featcache.scale.recompute": "reduces any zarr array with dask",
         "featcache.upkeep.verify": "compares documents on the disk by zarr's reading of them",
         "featcache.upkeep.repair": "reads a video array whose group has lost its document",
+    },
+    "durable_alone_writes": {
+        "featcache.sources.tfrecord": "makes data sets to read, for tests and samples",
+        "featcache.extraction.distributed": "leaves an empty file for as long as a run lasts",
+        "slotlab.experiments.worker": "sends what a run prints to a file as it comes",
+        "slotlab.training.speed": "asks Linux to measure memory anew",
+        "slotlab.pictures.painted": "draws into memory",
     },
 }
 
@@ -187,7 +191,7 @@ def modules_form_no_circle(modules: Modules) -> Iterator[tuple[Module, int, str]
 
 def config_is_the_ground_floor(modules: Modules) -> Iterator[tuple[Module, int, str]]:
     """A configuration is read without torch: config knows no room of slotlab, and of featcache its words and errors."""
-    light = ("slotlab.config", "slotlab.words", "featcache.errors", "featcache.words")
+    light = ("slotlab.config", "slotlab.words", "featcache.text", "featcache.errors", "featcache.words")
     heavy = ("torch", "torchvision", "numpy", "scipy", "zarr", "timm", "open_clip", "matplotlib", *TERMINAL)
     for module in modules.values():
         if within(module.name, *light):
@@ -245,6 +249,24 @@ def the_store_alone_knows_bytes(modules: Modules) -> Iterator[tuple[Module, int,
                     yield module, line, f"imports {name}"
 
 
+def durable_alone_writes(modules: Modules) -> Iterator[tuple[Module, int, str]]:
+    """A file is written whole or not at all: by the functions of featcache/store/durable.py."""
+    ready = ("write_text", "write_bytes", "savefig", "save_file", "savez", "savez_compressed", "tofile", "touch")
+    for module in modules.values():
+        if module.name == "featcache.store.durable":
+            continue
+        for node in ast.walk(module.tree):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if name == "open" and (whole := ast.unparse(node)).partition("(")[0] != "av.open":  # which writes to memory
+                flags = re.search(r"O_CREAT|O_WRONLY|O_RDWR", whole)
+                if flags or re.search(r"""[(, =]['"][rbt]*[wax+][rwaxbt+]*['"]""", whole):
+                    yield module, node.lineno, "opens a file to write"
+            elif isinstance(node.func, ast.Attribute) and name in ready:
+                yield module, node.lineno, f"calls {name}"
+
+
 Contract = Callable[[Modules], Iterator[tuple[Module, int, str]]]
 CONTRACTS: tuple[Contract, ...] = (
     packages_point_one_way,
@@ -256,6 +278,7 @@ CONTRACTS: tuple[Contract, ...] = (
     commands_alone_speak,
     runs_alone_name_their_files,
     the_store_alone_knows_bytes,
+    durable_alone_writes,
 )
 
 
@@ -313,6 +336,10 @@ def test_every_room_is_there() -> None:
         (commands_alone_speak, "slotlab/scoring/evaluate.py", "from slotlab.commands.terminal import warn"),
         (commands_alone_speak, "featcache/scale/report.py", "def f():\n    from rich import print"),
         (commands_alone_speak, "slotlab/training/look.py", "import typer"),
+        (durable_alone_writes, "slotlab/pictures/sheet.py", "path.write_text('x')"),
+        (durable_alone_writes, "slotlab/runs/folder.py", "with path.open('a') as log:\n    log.write('x')"),
+        (durable_alone_writes, "featcache/upkeep/verify.py", "open(path, mode='wb')"),
+        (durable_alone_writes, "featcache/upkeep/verify.py", "os.open(path, os.O_WRONLY | os.O_CREAT)"),
         (runs_alone_name_their_files, "slotlab/pictures/sheet.py", "x = run / 'config.toml'"),
         (runs_alone_name_their_files, "slotlab/pictures/sheet.py", "x = run / f'eval-{split}.json'"),
         (runs_alone_name_their_files, "slotlab/segment.py", "x = run / 'checkpoint/model.safetensors'"),

@@ -66,7 +66,7 @@ def test_every_command_takes_the_only_split_and_says_so(
 def test_the_table_names_the_statistics_of_the_floor(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     app(["eval", str(home / "features"), "--cache", str(home / "other.zarr"), "--device", "cpu"], standalone_mode=False)
     text = "".join(capsys.readouterr().out.split())
-    assert f"thewhitenedfloorusesthestatisticsof{home}/own.zarr/train" in text
+    assert f"thewhitenedfloorsusethestatisticsof{home}/own.zarr/train" in text
 
 
 def test_without_its_own_store_the_floor_takes_the_statistics_of_the_split_itself(home: Path, tmp_path: Path) -> None:

@@ -5,7 +5,16 @@ import torch
 from torch import Tensor
 
 from slotlab.scoring.metrics import adjusted_rand_index, mean_best_overlap
-from slotlab.scoring.references import area_weights, grid_reference, kmeans_floor
+from slotlab.scoring.references import (
+    FLOORS,
+    area_weights,
+    floor_tables,
+    floor_title,
+    floors_asked,
+    grid_reference,
+)
+from slotlab.scoring.scores import Scores
+from slotlab.scoring.tables import stacked
 
 
 def _scene(size: int = 32) -> Tensor:
@@ -50,7 +59,8 @@ def test_rows_and_columns_of_the_grid_keep_their_places() -> None:
     assert float(mean_best_overlap(grid_reference(segmentations, (8, 1), 2))) == 0.25  # all background
 
 
-def test_the_floor_finds_objects_whose_tokens_differ() -> None:
+@pytest.mark.parametrize("name", FLOORS)
+def test_the_floor_finds_objects_whose_tokens_differ(name: str) -> None:
     # Patch tokens that are the object's own vector plus a little noise, on a grid of 4 x 8 patches.
     generator = torch.Generator().manual_seed(0)
     patches = torch.zeros(70, 4, 8, dtype=torch.uint8)  # more frames than are clustered at once
@@ -59,7 +69,30 @@ def test_the_floor_finds_objects_whose_tokens_differ() -> None:
     vectors = torch.randn(3, 16, generator=generator)
     tokens = vectors[patches.flatten(1).long()] + 0.01 * torch.randn(70, 32, 16, generator=generator)
     segmentations = patches.repeat_interleave(2, 1).repeat_interleave(2, 2)
-    tables = kmeans_floor(tokens, (4, 8), 3, segmentations, 3)
-    assert tables.shape == (70, 3, 3)
+    tables = floor_tables(name, tokens, (4, 8), 3, segmentations, 3)
+    assert tables.shape[:2] == (70, 3) and (tables.shape[2] == 3 or not name.startswith("kmeans"))
+    assert tables.sum((1, 2)).tolist() == [8 * 16] * 70
     assert adjusted_rand_index(tables, foreground=False).min() > 0.9
-    assert torch.equal(tables, kmeans_floor(tokens, (4, 8), 3, segmentations, 3))
+    assert torch.equal(tables, floor_tables(name, tokens, (4, 8), 3, segmentations, 3))
+
+
+def test_floors_are_measured_where_they_are_asked_for_and_the_grid_is_not_too_fine() -> None:
+    assert floors_asked("usual", (16, 16)) == ["kmeans_raw", "kmeans_whitened", "tfs"]
+    assert floors_asked("all", (16, 16)) == [*FLOORS]
+    assert floors_asked("all", (200, 200)) == ["kmeans_raw", "kmeans_whitened"]
+    assert floor_title("tfs") == "floor: training-free segments"
+    assert floor_title("of_another_version") == "floor: of another version"
+
+
+def test_tables_with_fewer_slots_get_empty_ones() -> None:
+    few, more = torch.ones(2, 3, 1, dtype=torch.int64), torch.ones(1, 3, 4, dtype=torch.int64)
+    tables = stacked([few, more])
+    assert tables.shape == (3, 3, 4) and tables.sum((1, 2)).tolist() == [3, 3, 12]
+    scores = Scores()
+    scores.add_video(few, 0)
+    scores.add_video(more, 1)
+    assert torch.equal(scores.frame_tables()[0], tables)
+    alone = Scores()
+    alone.add_video(few, 0)
+    values = torch.stack([torch.stack(list(of.frame_values().values()))[:, :2] for of in (scores, alone)])
+    torch.testing.assert_close(values[0], values[1], equal_nan=True)

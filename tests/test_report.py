@@ -341,7 +341,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path, home: Path) -> None:
     with pytest.raises(UsageError, match="nothing to report"):
         write_report([], tmp_path / "r.html")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot be written"):
+    with pytest.raises(DataError, match="cannot write"):
         write_report([home / "features"], tmp_path / "file" / "r.html")
 
 

@@ -1,4 +1,5 @@
-"""``slotlab.load(RUN).segment(frames)``: pictures give what their stored features gave, in every form they may come."""
+"""``slotlab.load(RUN).segment(frames)``: pictures give what their stored features gave, in every form they may come;
+``slotlab.training_free().segment(frames)``: they need no run."""
 
 from __future__ import annotations
 
@@ -21,9 +22,13 @@ from featcache.extraction.extract import extract
 from featcache.extraction.plan import ExtractOptions, plan
 from slotlab.config.load import load_config
 from slotlab.masks.labels import masks_to_labels
+from slotlab.models.normalise import Normaliser
+from slotlab.models.segments import segments, soft_segments
+from slotlab.models.whitening import Natural
 from slotlab.runs.loaded import load_run
-from slotlab.segment import Segmenter
+from slotlab.segment import ENOUGH, RunSegmenter
 from slotlab.training.train import train
+from tests.commands import Slotlab
 from tests.synthetic import DiscSource
 
 SMALL = ("model.slot_dim=8", "model.decoder.hidden=16", "model.slot_mlp_hidden=16", "model.slots=4")
@@ -50,12 +55,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray,
 
 
 @pytest.fixture(scope="module")
-def segmenter(trained: tuple[Path, np.ndarray, torch.Tensor]) -> Segmenter:
+def segmenter(trained: tuple[Path, np.ndarray, torch.Tensor]) -> RunSegmenter:
     return slotlab.load(trained[0], device="cpu")
 
 
 def test_frames_give_what_their_stored_features_gave(
-    trained: tuple[Path, np.ndarray, torch.Tensor], segmenter: Segmenter
+    trained: tuple[Path, np.ndarray, torch.Tensor], segmenter: RunSegmenter
 ) -> None:
     _, frames, labels = trained
     found = segmenter.segment(frames)
@@ -67,7 +72,7 @@ def test_frames_give_what_their_stored_features_gave(
 
 
 def test_every_form_of_the_same_picture(
-    trained: tuple[Path, np.ndarray, torch.Tensor], segmenter: Segmenter, tmp_path: Path
+    trained: tuple[Path, np.ndarray, torch.Tensor], segmenter: RunSegmenter, tmp_path: Path
 ) -> None:
     picture = trained[1][0]
     Image.fromarray(picture).save(tmp_path / "one.png")
@@ -82,7 +87,7 @@ def test_every_form_of_the_same_picture(
         assert torch.equal(segmenter.segment(form).masks, expected)
 
 
-def test_pictures_of_any_proportions_get_masks_of_their_size(segmenter: Segmenter) -> None:
+def test_pictures_of_any_proportions_get_masks_of_their_size(segmenter: RunSegmenter) -> None:
     picture = np.random.default_rng(0).integers(0, 255, (45, 131, 3), dtype=np.uint8)
     for refine in (None, "guided"):
         found = segmenter.segment(picture, refine=refine)  # type: ignore[arg-type]
@@ -100,12 +105,12 @@ def test_pictures_of_any_proportions_get_masks_of_their_size(segmenter: Segmente
         ([], "frames are list"),
     ],
 )
-def test_wrong_frames_are_told(segmenter: Segmenter, frames: object, message: str) -> None:
+def test_wrong_frames_are_told(segmenter: RunSegmenter, frames: object, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         segmenter.segment(frames)
 
 
-def test_missing_files_and_sizes_that_differ_are_told(segmenter: Segmenter, tmp_path: Path) -> None:
+def test_missing_files_and_sizes_that_differ_are_told(segmenter: RunSegmenter, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         segmenter.segment(tmp_path / "none.png")
     with pytest.raises(DataError, match="no picture in it"):
@@ -157,12 +162,113 @@ def test_a_pixel_model_needs_no_backbone(tmp_path: Path) -> None:
     assert found.masks.shape == (4, 3, 32, 32)
 
 
-def test_a_real_photograph(segmenter: Segmenter) -> None:
+def test_a_real_photograph(segmenter: RunSegmenter) -> None:
     load_sample_image = pytest.importorskip("sklearn.datasets").load_sample_image
     photograph = load_sample_image("china.jpg")  # 427 x 640
     found = segmenter.segment(photograph, refine="guided")
     assert found.labels.shape == (1, 427, 640)
     torch.testing.assert_close(found.masks.sum(1), torch.ones(1, 427, 640))
+
+
+# -- without training --------------------------------------------------------------------------------------
+
+
+def pictures(count: int) -> list[np.ndarray]:
+    """Single frames of different videos, (1, 32, 32, 3) each."""
+    source = DiscSource({"train": (1,) * count})
+    return [source.read("train", index).frames for index in range(count)]
+
+
+def training_free(own: object, **options: object) -> slotlab.segment.TrainingFreeSegmenter:
+    return slotlab.training_free(own, backbone=BACKBONE, input_size=INPUT, device="cpu", weights="random", **options)
+
+
+def test_without_training_pictures_get_the_segments_of_their_whitened_tokens() -> None:
+    own = pictures(ENOUGH)
+    segmenter = training_free(own)
+    assert segmenter.measured == f"the {ENOUGH} given"
+    found = segmenter.segment(own[3])
+    backbone = load_backbone(BACKBONE, "random", input_size=INPUT)
+    read = [backbone(backbone.preprocess(torch.from_numpy(one)))[backbone.taps[0]] for one in own]  # (1, 16, 256)
+    x = torch.cat(read).flatten(0, 1).double()
+    covariance = (x - x.mean(0)).T @ (x - x.mean(0)) / len(x)
+    shrunk = 0.9 * covariance + 0.1 * covariance.diagonal().mean() * torch.eye(256)
+    values, vectors = torch.linalg.eigh(shrunk)
+    white = ((read[3][0].double() - x.mean(0)) @ vectors / values.sqrt())[None]  # turned, but no less white
+    labels = segments(white, backbone.grid)[0]
+    assert len(labels.unique()) > 1
+    masks = soft_segments(white, backbone.grid)
+    assert found.masks.shape == (1, masks.shape[1], 32, 32) and found.labels.shape == (1, 32, 32)
+    expected = masks_to_labels(masks.unflatten(-1, backbone.grid), (32, 32))
+    assert torch.equal(found.labels, expected)
+    assert np.array_equal(segmenter.label(own[3]), expected.numpy())
+    assert found.slots.shape == (1, masks.shape[1], 256)
+    torch.testing.assert_close(found.masks.sum(1), torch.ones(1, 32, 32))
+    assert segmenter.segment(own[3], refine="guided").masks.shape == found.masks.shape
+
+
+def test_a_higher_cut_gives_fewer_segments() -> None:
+    own = pictures(ENOUGH)
+    counts = [training_free(own, cut=cut).segment(own[0]).masks.shape[1] for cut in (0.2, 0.6, 1.5)]
+    assert counts[0] > counts[1] >= counts[2] == 1
+
+
+def test_few_pictures_of_a_backbone_that_nothing_is_shipped_for_are_said_to_be_few() -> None:
+    assert f"the 2 given; they are few: {ENOUGH} or more" in training_free(pictures(2)).measured
+    with pytest.raises(UsageError, match=f"{BACKBONE}: no statistics of natural pictures are shipped for layer3"):
+        training_free([])
+
+
+def test_shipped_statistics_whiten_where_own_pictures_are_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Natural(torch.linspace(0, 1, 256).double(), torch.eye(256).double() * 4, 99)
+    monkeypatch.setattr("slotlab.segment.natural", lambda backbone, tap: made)
+    weights = load_backbone(BACKBONE, "random", input_size=INPUT)  # as if they were the published ones
+    monkeypatch.setattr("featcache.backbones.backbone.load_backbone", lambda *_: weights)
+    one, *others = pictures(ENOUGH)
+    few, none = (slotlab.training_free(own, backbone=BACKBONE, device="cpu") for own in ([one], []))
+    assert few.measured == none.measured == "99 natural pictures"
+    tokens = weights(weights.preprocess(torch.from_numpy(one)))[weights.taps[0]]
+    expected = soft_segments(Normaliser.from_statistics("whiten", made.mean, made.covariance)(tokens), weights.grid)
+    torch.testing.assert_close(few.segment(one).slots.shape[1], expected.shape[1])
+    assert torch.equal(few.segment(one).labels, masks_to_labels(expected.unflatten(-1, weights.grid), (32, 32)))
+    assert slotlab.training_free([one, *others], backbone=BACKBONE, device="cpu").measured == f"the {ENOUGH} given"
+
+
+def test_segment_needs_no_run(tmp_path: Path, slotlab: Slotlab) -> None:
+    for index, picture in enumerate(pictures(3)):
+        Image.fromarray(picture[0]).save(tmp_path / f"{index}.png")
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    for index, frame in enumerate(DiscSource().read("train", 0).frames):
+        Image.fromarray(frame).save(clip / f"{index}.png")
+    files = ["0.png", "1.png", "clip"]
+    options = ("--no-training", "--backbone", BACKBONE, "--weights", "random", "--device", "cpu", "--format", "png")
+    done = slotlab("segment", *files, *options, "--input-size", INPUT, "--out", "a", "--json")
+    assert done.code == 0 and done.json["files"] == 6 and done.json["whitened_by"].startswith("the 3 given")
+    assert "features whitened by the 3 given; they are few" in done.said
+    assert len(list((tmp_path / "a" / "0002-clip").glob("*.png"))) == 4
+    plain = slotlab("segment", *files, *options, "--input-size", INPUT, "--out", "b", "--refine", "none")
+    assert plain.code == 0 and "b: 6 files written" in plain.out
+    one, other = (np.asarray(Image.open(tmp_path / out / "0000-0" / "00000.png")) for out in "ab")
+    assert one.shape == other.shape == (32, 32) and (one != other).any(), "edges are guided unless told otherwise"
+    wide = slotlab("segment", *files, *options, "--input-size", "64x96", "--cut", "9", "--out", "c", "--json")
+    assert wide.code == 0
+    assert not np.asarray(Image.open(tmp_path / "c" / "0000-0" / "00000.png")).any(), "one segment"
+
+
+def test_segment_says_how_to_name_run_and_pictures(tmp_path: Path, slotlab: Slotlab) -> None:
+    Image.fromarray(pictures(1)[0][0]).save(tmp_path / "a.png")
+    (tmp_path / "run").mkdir()
+    for words, told in (
+        (["a.png", "a.png"], "a.png: is no run folder; name the run first, or segment without one by --no-training"),
+        (["run"], "run: no pictures to segment"),
+        (["run", "a.png", "--backbone", "dino"], "--backbone: a run has its own"),
+        (["run", "a.png", "--cut", "0.7"], "--cut: a run has its own"),
+        (["b.png", "--no-training"], "b.png: no such file"),
+        (["a.png", "--no-training", "--backbone", "dinov22"], "unknown backbone 'dinov22'"),
+    ):
+        done = slotlab("segment", *words, "--out", "out")
+        assert done.code == 2 and told in done.said, done.said
 
 
 def test_importing_slotlab_is_light() -> None:

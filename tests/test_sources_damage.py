@@ -125,7 +125,8 @@ def test_sound_videos_alone(tmp_path: Path) -> None:
     source = SoundVideos(open_source(tmp_path))
     assert list(source.lengths("train")) == [LENGTH, 1]
     assert [source.read("train", i).id for i in range(2)] == ["b.mp4", "e.png"]
-    assert [Path(line.split(": ")[0]).name for line in source.damaged("train")] == ["a.mp4", "1.png", "d.mp4"]
+    assert list(source.damaged("train")) == ["a.mp4", "c", "d.mp4"]
+    assert [Path(why.split(": ")[0]).name for why in source.damaged("train").values()] == ["a.mp4", "1.png", "d.mp4"]
     for path in (good, tmp_path / "e.png"):
         path.unlink()
     with pytest.raises(DataError, match=r"every video of train is damaged; the first: .*a.mp4"):

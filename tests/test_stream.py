@@ -26,7 +26,7 @@ from featcache.store import shards
 from featcache.store.encoding import ENCODINGS
 from featcache.store.reading import FeatureStore
 from featcache.stream.rows import TORCH_DTYPES, FileRows, ZarrRows, open_rows
-from featcache.stream.stream import VIDEO, FeatureStream, choose_residence, clip_starts, reader_threads
+from featcache.stream.stream import VIDEO, FeatureStream, clip_starts, reader_threads
 from featcache.upkeep.convert import ConvertOptions, convert
 from featcache.words import Residence
 from tests.synthetic import DiscSource, make_store
@@ -338,16 +338,6 @@ def test_frames_stream_as_tokens_do(stores: dict[str, FeatureStore], clip: int, 
         for sample, row in zip(batch, rows, strict=True):
             expected = np.stack([frames[row + t] for t in range(clip)])
             assert np.array_equal(sample.numpy(), expected[0] if clip == 1 else expected)
-
-
-def test_features_live_on_the_device_if_they_fit(
-    stores: dict[str, FeatureStore], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    arrays = [stores["float16"]["train"].array("features/block1")]
-    for free, expected in ((2 * arrays[0].nbytes, "device"), (2 * arrays[0].nbytes - 2, "disk")):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, free))
-        assert choose_residence(torch.device("cuda"), arrays) == expected
-    assert choose_residence(torch.device("cpu"), arrays) == "disk"
 
 
 @pytest.mark.parametrize("shape", [(5, 1000, 3), (3, 2, 700, 8), (0, 4, 4), (2, 5000, 2)])

@@ -98,10 +98,10 @@ def test_conversion_happens_once_and_says_where_it_is_from(cache: Path, monkeypa
 
 
 def test_a_conversion_that_cannot_be_kept_is_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> Any:
+    def refuse(fd: int, data: Any) -> Any:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(weights, "_replacing", refuse)
+    monkeypatch.setattr(os, "write", refuse)
     assert weights.resolve_weights(SPEC).sha256 == weights.ONNX_SHA256
     assert not (cache / weights.CONVERTED_NAME).exists()
 

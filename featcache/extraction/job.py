@@ -15,8 +15,8 @@ from PIL import Image
 from featcache.backbones.backbone import Backbone
 from featcache.backbones.inference import forward
 from featcache.errors import DataError
-from featcache.extraction.fit import fitted, recounted
-from featcache.extraction.plan import ExtractPlan, SplitPlan, strided
+from featcache.extraction.fit import recounted
+from featcache.extraction.plan import ExtractPlan, SplitPlan, read_shown
 from featcache.moments import Moments, NonFiniteTokensError
 from featcache.sources.video import Source, Video
 from featcache.store.encoding import ENCODINGS, FEATURES, Stored
@@ -28,6 +28,8 @@ from featcache.store.writing import SplitWriter, write_chunks
 Tokens = Mapping[str, Stored]  # tap -> tokens of one video, in the store's form
 
 TapMoments = Mapping[str, Moments]
+
+GROUP_BYTES = 2 << 30  # of frames that are held for one pass, unless a single video has more
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,15 @@ class SplitJob:
         return cls(path, writer.name, plan.spec, spec, source.location, plan.resize_frames, split.origins)
 
     def groups(self) -> list[range]:
-        """Videos that share batches; only their position and the batch size decide."""
-        size = max(1, self.store.batch_size // self.spec.chunk_frames)
+        """Videos that share batches; only their position, the batch size and the size of the frames decide."""
+        size = max(1, min(self.store.batch_size // self.spec.chunk_frames, GROUP_BYTES // self.chunk_bytes))
         videos = len(self.spec.lengths)
         return [range(i, min(i + size, videos)) for i in range(0, videos, size)]
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of the frames of a full chunk: most videos have one."""
+        return 3 * self.spec.chunk_frames * self.spec.frame_size[0] * self.spec.frame_size[1]
 
     def read(self, source: Source, index: int, done: Container[int]) -> Shown:
         """One video of the split; ``DataError`` if it is damaged or does not fit.
@@ -73,8 +80,8 @@ class SplitJob:
             return Shown(frames, Video("", frames))
         origin = self.origins[index]
         assert origin is not None, "a video that its source has lost was asked for"
-        video = strided(source.read(self.name, origin), self.store.frame_stride)
-        video = fitted(video, self.store.preprocessing)
+        stored = self.spec.frame_size if self.resize_frames else None
+        video = read_shown(source, self.name, origin, self.store.frame_stride, self.store.preprocessing, stored)
         return Shown(video.frames, _resized(video, self.spec, self.resize_frames, source.where(self.name, origin)))
 
     def forward(self, backbone: Backbone, videos: Sequence[Shown]) -> list[Tokens]:

@@ -14,17 +14,19 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from featcache.backbones.backbone import Backbone
+from featcache.backbones.backbone import Backbone, input_size
 from featcache.backbones.inference import choose_batch_size, choose_precision
 from featcache.errors import DataError, UsageError
 from featcache.extraction.changes import Changes, Found, settle
-from featcache.extraction.fit import Window, fitted, fitting
+from featcache.extraction.fit import Window, fitted, fitting, shown
 from featcache.sources.clips import listed
+from featcache.sources.images import MOST_PIXELS, decoded_smaller, size_text
 from featcache.sources.video import Size, Source, Video
 from featcache.store.encoding import ENCODINGS
-from featcache.store.layout import COMPRESSED, array_layouts
+from featcache.store.layout import array_bytes, array_layouts
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import MAX_CHUNK_FRAMES, SCHEMA, SplitSpec, StoreSpec, TapSpec, refuse_if_different
+from featcache.text import bytes_text
 from featcache.words import Dtype, Fit, Precision
 
 logger = logging.getLogger(__name__)
@@ -111,10 +113,11 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
         logger.warning("%s", line)
     preprocessing = {**backbone.preprocessing, **fitting(options.fit, backbone.spec.mean)}
     stored = {name: _stored_size(source, name, backbone, options) for name in names}
-    probes = {name: fitted(strided(source.read(name, 0), options.frame_stride), preprocessing) for name in names}
+    chosen = {name: None if options.frame_size is None else stored[name] for name in names}
+    probes = {name: read_shown(source, name, 0, options.frame_stride, preprocessing, chosen[name]) for name in names}
     precision, batch_size = options.precision, options.batch_size
     if precision == "auto":
-        frames = [] if store else _some_frames(source, names[0], options, preprocessing)
+        frames = [] if store else some_frames(source, names[0], options.max_videos, preprocessing, chosen[names[0]])
         precision = store.spec.precision if store else choose_precision(backbone, frames)
     if batch_size is None:
         batch_size = store.spec.batch_size if store else choose_batch_size(backbone, precision)
@@ -147,20 +150,15 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
         )
         there = store[name] if store and name in store.splits else None
         settled = settle(fresh, found, there, options.max_videos, options.grow, options.prune)
-        split_spec, chunk_frames = settled.spec, settled.spec.chunk_frames
+        split_spec = settled.spec
         lines = settled.changes.lines(str(path / name), source.location)
         for line in lines:
             logger.warning("%s", line)
         remarks += tuple(lines)
-        left = [length for i, length in enumerate(split_spec.lengths) if i not in settled.finished]
-        padded = sum(-(-length // chunk_frames) * chunk_frames for length in left)  # raw chunks are written full
-        bytes_left = sum(
-            (sum(left) if layout.name in COMPRESSED else padded)
-            * int(np.prod(layout.shape))
-            * np.dtype(layout.dtype).itemsize
-            for layout in array_layouts(spec, split_spec)
-        )
-        splits.append(SplitPlan(name, split_spec, settled.origins, settled.changes, sum(left), bytes_left))
+        lengths = tuple(n for i, n in enumerate(split_spec.lengths) if i not in settled.finished)
+        left = replace(split_spec, lengths=lengths)
+        bytes_left = sum(array_bytes(layout, left) for layout in array_layouts(spec, split_spec))
+        splits.append(SplitPlan(name, split_spec, settled.origins, settled.changes, sum(lengths), bytes_left))
     existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     free = shutil.disk_usage(existing).free
     return ExtractPlan(path, spec, tuple(splits), free, options.frame_size is not None, remarks)
@@ -173,14 +171,14 @@ def _remarks(source: Source, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _some_frames(
-    source: Source, split: str, options: ExtractOptions, preprocessing: Mapping[str, Any]
+def some_frames(
+    source: Source, split: str, max_videos: int | None, preprocessing: Mapping[str, Any], stored: Size | None
 ) -> list[npt.NDArray[np.uint8]]:
-    """A few frames of a few videos, both evenly spaced: (T, H, W, 3) each."""
-    videos = len(source.lengths(split)[: options.max_videos])
+    """A few frames of a few videos, both evenly spaced: (T, H, W, 3) each; `read_shown`."""
+    videos = len(source.lengths(split)[:max_videos])
     chosen = range(0, videos, -(-videos // PROBED_VIDEOS))
     frames = PROBED_FRAMES // len(chosen)
-    shown = [fitted(source.read(split, index), preprocessing).frames for index in chosen]
+    shown = (read_shown(source, split, index, 1, preprocessing, stored).frames for index in chosen)
     return [video[:: -(-len(video) // frames)] for video in shown]
 
 
@@ -195,6 +193,11 @@ def _stored_size(source: Source, split: str, backbone: Backbone, options: Extrac
     for index in videos:  # even if all are resized: this finds masks that do not fit before anything is computed
         if size := source.size(split, index):
             sizes.setdefault(Window.of(options.fit, size, backbone.input_size).size, []).append(index)
+            if wished is None and size[0] * size[1] > MOST_PIXELS:
+                raise DataError(
+                    f"{source.where(split, index)}: {size_text(size)} are over {MOST_PIXELS / 1e6:.0f} million "
+                    "pixels, too many to store as they are; have them scaled down with --frame-size 512"
+                )
     if isinstance(wished, int):  # the shorter side
         short = min(rows, columns)
         return round(wished * rows / short), round(wished * columns / short)
@@ -225,9 +228,25 @@ def require_space(plan: ExtractPlan) -> None:
         smallest = min(ENCODINGS.values(), key=lambda encoding: encoding.token_bytes(dim)).name
         smaller = "" if smallest == plan.spec.dtype else f"--dtype {smallest}, "
         raise DataError(
-            f"{plan.path}: needs up to {plan.bytes_left / 1e9:.1f} GB and {plan.bytes_free / 1e9:.1f} GB are free; "
+            f"{plan.path}: needs up to {bytes_text(plan.bytes_left)} and {bytes_text(plan.bytes_free)} are free; "
             f"free space, or use {smaller}--frame-stride or --max-videos"
         )
+
+
+def read_shown(
+    source: Source, split: str, index: int, stride: int, preprocessing: Mapping[str, Any], stored: Size | None
+) -> Video:
+    """A video as its store's backbone is shown it, every ``stride``-th frame.
+
+    ``stored`` is the size of the stored frames where that was chosen: large pictures are then decoded no larger than
+    what is stored and what the backbone takes need.
+    """
+    shrink = 1.0
+    if stored and (size := source.size(split, index)):
+        window, wanted = shown(preprocessing, size), input_size(preprocessing)
+        sides = zip(window.size, stored, wanted, strict=True)
+        shrink = decoded_smaller(size, min(side / max(kept, taken) for side, kept, taken in sides))
+    return fitted(strided(source.read_smaller(split, index, shrink), stride), preprocessing)
 
 
 def strided(video: Video, stride: int) -> Video:

@@ -61,23 +61,28 @@ def frame_size(path: Path) -> Size:
     return video_file.frame_size(path) if is_video(path) else images.read_header(path).turned()
 
 
-def read_frames(path: Path) -> npt.NDArray[np.uint8]:
-    """All frames of a file, upright -> (T, H, W, 3). ``DataError`` if it is damaged or too large."""
+def read_frames(path: Path, shrink: float = 1.0) -> npt.NDArray[np.uint8]:
+    """All frames of a file, upright -> (T, H, W, 3). ``DataError`` if it is damaged or too large.
+
+    The sides of images, but not of videos, may be up to ``shrink`` times smaller than the file's.
+    """
     if is_video(path):
         return video_file.read_frames(path)
     header = images.read_header(path)
-    if 3 * header.pages * header.size[0] * header.size[1] > video_file.MAX_BYTES:
+    if 3 * header.pages * header.size[0] * header.size[1] / shrink**2 > video_file.MAX_BYTES:
         raise DataError(
             f"{path}: {header.pages} pages of {header.size[1]}x{header.size[0]} are over {video_file.MAX_BYTES >> 30} "
             "GiB; save them as a folder of images"
         )
-    frames = images.decode_pages(read_bytes(path), str(path))
+    frames = images.decode_pages(read_bytes(path), str(path), shrink)
     return images.stack(frames, [f"{path}: page {i}" for i in range(len(frames))])
 
 
-def read_images(paths: Sequence[Path]) -> npt.NDArray[np.uint8]:
-    """One frame of each image file, upright -> (T, H, W, 3)."""
-    return images.stack([images.decode_image(read_bytes(p), str(p)) for p in paths], [str(p) for p in paths])
+def read_images(paths: Sequence[Path], shrink: float = 1.0) -> npt.NDArray[np.uint8]:
+    """One frame of each image file, upright -> (T, H, W, 3); the sides may be up to ``shrink`` times smaller."""
+    return images.stack(
+        [images.decode_image(read_bytes(p), str(p), shrink=shrink) for p in paths], [str(p) for p in paths]
+    )
 
 
 def read_bytes(path: Path) -> bytes:

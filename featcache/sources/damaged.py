@@ -62,9 +62,12 @@ class SoundVideos(Source):
         return self._damaged[split]
 
     def read(self, split: str, index: int) -> Video:
+        return self.read_smaller(split, index, 1.0)
+
+    def read_smaller(self, split: str, index: int, shrink: float) -> Video:
         sound = tuple(self._look(split))
         check_index(self.location, split, index, len(sound))
-        return self._source.read(split, sound[index])
+        return self._source.read_smaller(split, sound[index], shrink)
 
     def _of_sound(self, split: str, values: Sequence[str]) -> tuple[str, ...]:
         return tuple(values[index] for index in self._look(split))

@@ -123,14 +123,18 @@ class FolderSource(Source):
         return self._hashed[path]
 
     def read(self, split: str, index: int) -> Video:
+        return self.read_smaller(split, index, 1.0)
+
+    def read_smaller(self, split: str, index: int, shrink: float) -> Video:
         check_split(self.location, split, self._entries)
         check_index(self.location, split, index, len(self._entries[split]))
         entry = self._entries[split][index]
-        frames = clips.read_frames(entry.clip) if entry.clip else clips.read_images(entry.images)
+        frames = clips.read_frames(entry.clip, shrink) if entry.clip else clips.read_images(entry.images, shrink)
         if entry.masks is None:
             return Video(entry.id, frames)
-        truth = read_truth(entry, frames, self.reading)
-        masks = truth.masks
+        size = (frames.shape[1], frames.shape[2])
+        truth = read_truth(entry, (len(frames), *(size if shrink == 1 else check_sizes(entry))), self.reading)
+        masks = truth.masks.resized(size)
         if masks.remark and self._is_new(masks.remark):
             logger.warning("%s", masks.remark)
         return Video(entry.id, frames, masks.numbers, unlabelled_instances(masks.numbers), masks.ignore, truth.labelled)

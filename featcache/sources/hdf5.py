@@ -7,6 +7,7 @@ object-centric data sets keep them.
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ SUFFIXES = (".h5", ".hdf5", ".hdf")
 FRAMES = ("video", "videos", "image", "images")
 LINES = 8  # frames of a row, and lines of a frame, that its fingerprint reads
 MASKS = ("mask", "masks", "segmentations")
+_IS_HELD = f"errno = {errno.EAGAIN}"  # as HDF5 puts it
 
 
 class Hdf5Source(Source):
@@ -44,7 +46,7 @@ class Hdf5Source(Source):
         self._lengths: dict[str, tuple[int, ...]] = {}
         self._sizes: dict[str, Size] = {}
         self._remarked = False
-        with self._file() as file:
+        with opened(self.path) as file:
             named = split_folders((k for k in file if isinstance(file[k], h5py.Group)), self.location)
             for split, group in named.items() or (("train", "/"),):
                 self._add(split, file[group])
@@ -60,7 +62,7 @@ class Hdf5Source(Source):
         """Of some lines of pixels of each row, so that a row keeps its fingerprint when others come and go."""
         check_split(self.location, split, self._groups)
         how = self.reading.of_masks()
-        with self._file() as file:
+        with opened(self.path) as file:
             arrays = [file[name] for name in self._groups[split] if name]
             return tuple(digest((how, *(_sample(a, index) for a in arrays))) for index in range(self.videos(split)))
 
@@ -76,7 +78,7 @@ class Hdf5Source(Source):
         check_split(self.location, split, self._groups)
         check_index(self.location, split, index, len(self._lengths[split]))
         frames_path, masks_path = self._groups[split]
-        with self._file() as file:
+        with opened(self.path) as file:
             frames = file[frames_path][index]
             masks = file[masks_path][index] if masks_path else None
         frames = frames.reshape(-1, *frames.shape[-3:])
@@ -112,13 +114,27 @@ class Hdf5Source(Source):
         self._sizes[split] = frames.shape[-3:-1]
         self._lengths[split] = (1 if frames.ndim == 4 else frames.shape[1],) * len(frames)
 
-    @contextmanager
-    def _file(self) -> Iterator[Any]:
-        try:
-            with h5py.File(self.path, "r") as file:
-                yield file
-        except (OSError, RuntimeError) as error:
-            raise DataError(f"{self.path}: {error}; copy or write this file again") from error
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """An HDF5 file for reading. ``DataError`` in one line where it is damaged, or another program writes to it."""
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except (OSError, RuntimeError, KeyError) as error:
+        said = str(error).strip("\"'")
+        if "unable to lock file" in said:
+            what = "another program has it open for writing" if _IS_HELD in said else "its file system has no locks"
+            raise DataError(
+                f"{path}: {what}; close it there, or where none has it open (NFS, often), set "
+                "HDF5_USE_FILE_LOCKING=FALSE in the environment"
+            ) from error
+        if "already open for write" in said:
+            raise DataError(
+                f"{path}: a program writes to it, or did until it was killed; close it there, or clear the mark "
+                "(h5clear -s FILE)"
+            ) from error
+        raise DataError(f"{path}: {said}; copy or write this file again") from error
 
 
 def _sample(array: Any, index: int) -> bytes:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +28,11 @@ HEIF = frozenset((".heic", ".heif", ".hif"))
 PERHAPS = HEIF | {".avif", ".avifs", ".jp2", ".j2k"}
 PAGED = frozenset(("TIFF", "PNG", "WEBP", "AVIF"))  # formats whose further images are frames, not previews
 LYING = frozenset((5, 6, 7, 8))  # EXIF orientations that swap height and width
+# Pillow's limit for a picture, of which it warns: a quarter of a GiB decoded. It refuses twice that.
+MOST_PIXELS: int = Image.MAX_IMAGE_PIXELS or 1 << 26
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # who stores a picture looks at its size
+LARGE = 1 << 24  # pixels of a picture from which it is worth while to decode it smaller: 50 MB
+GAP = 2.0  # between a picture that is decoded smaller and what is made of it; as Pillow's own for thumbnails
 # Where EXIF may hide in PNG files besides its own chunk: keywords of text chunks.
 PNG_TEXTS_OF_EXIF = (b"Raw profile type exif", b"Raw profile type APP1", b"XML:com.adobe.xmp")
 
@@ -106,6 +113,11 @@ def _png_has_exif(file: BinaryIO) -> bool:
     return False
 
 
+def decoded_smaller(size: Size, factor: float) -> float:
+    """The ``shrink`` with which to decode pictures whose sides will be ``factor`` times smaller in the end."""
+    return max(1.0, factor / GAP) if size[0] * size[1] > LARGE else 1.0
+
+
 @dataclass(frozen=True)
 class Page:
     """One image of a file, decoded but not turned."""
@@ -114,23 +126,26 @@ class Page:
     name: str  # for errors
     packing: str  # Pillow's name for the pixel format in the file: "L;4" is grey of four bits
     levels: int  # largest grey value of that format; Pillow stretches it to 255 or 65535
+    shrunk: float = 1.0  # each side, by the decoder
 
 
-def decode_image(data: bytes, where: str, turn: bool = True) -> npt.NDArray[np.uint8]:
+def decode_image(data: bytes, where: str, turn: bool = True, shrink: float = 1.0) -> npt.NDArray[np.uint8]:
     """The first page of an image file that Pillow reads -> (H, W, 3), upright by its EXIF orientation.
 
-    ``turn=False`` leaves it as the file stores it.
+    ``turn=False`` leaves it as the file stores it. With ``shrink`` its sides may be up to that many times smaller than
+    the file's: a JPEG is then decoded so, others are averaged right after.
     """
-    page = next(open_pages(data, where))
-    return as_rgb(page.image, where, turn)
+    page = next(open_pages(data, where, shrink))
+    return as_rgb(page.image, where, turn, shrink / page.shrunk)
 
 
-def decode_pages(data: bytes, where: str) -> list[npt.NDArray[np.uint8]]:
+def decode_pages(data: bytes, where: str, shrink: float = 1.0) -> list[npt.NDArray[np.uint8]]:
     """Every image of a TIFF, APNG or animated WebP, or the only one of other files -> (H, W, 3) each, upright."""
-    return [as_rgb(page.image, page.name) for page in open_pages(data, where)]
+    pages = open_pages(data, where, shrink)
+    return [as_rgb(page.image, page.name, shrink=shrink / page.shrunk) for page in pages]
 
 
-def open_pages(data: bytes, where: str) -> Iterator[Page]:
+def open_pages(data: bytes, where: str, shrink: float = 1.0) -> Iterator[Page]:
     """Each image of a file; it is valid until the next one is read. ``DataError`` if the file is damaged."""
     with errors_named(where):
         image = Image.open(io.BytesIO(data))
@@ -139,10 +154,17 @@ def open_pages(data: bytes, where: str) -> Iterator[Page]:
         name = f"{where}: page {page}" if pages[1:] else where
         with errors_named(name):
             image.seek(page)
+            wide = image.width
+            if shrink > 1:
+                image.draft(None, _shrunk(image.size, shrink))
             args = image.tile[0].args if image.tile else None
             packing, *more = (args,) if isinstance(args, str) else args or ("",)
             image.load()
-        yield Page(image, name, packing, _levels(image, packing, more))
+        yield Page(image, name, packing, _levels(image, packing, more), wide / image.width)
+
+
+def _shrunk(size: tuple[int, int], shrink: float) -> tuple[int, int]:
+    return math.ceil(size[0] / shrink), math.ceil(size[1] / shrink)
 
 
 def _levels(image: Image.Image, packing: str, more: Sequence[object]) -> int:
@@ -152,8 +174,9 @@ def _levels(image: Image.Image, packing: str, more: Sequence[object]) -> int:
     return (1 << int(bits[1])) - 1 if bits and image.mode == "L" else 65535 if image.mode.startswith("I") else 255
 
 
-def as_rgb(image: Image.Image, where: str, turn: bool = True) -> npt.NDArray[np.uint8]:
-    """An image of any mode as RGB (H, W, 3), upright by its EXIF orientation.
+def as_rgb(image: Image.Image, where: str, turn: bool = True, shrink: float = 1.0) -> npt.NDArray[np.uint8]:
+    """An image of any mode as RGB (H, W, 3), upright by its EXIF orientation; its sides are averaged to a ``shrink``-th
+    where that is 2 or more.
 
     16-bit grey is scaled to 8; ``DataError`` for values of unknown range.
     """
@@ -162,10 +185,14 @@ def as_rgb(image: Image.Image, where: str, turn: bool = True) -> npt.NDArray[np.
         raise DataError(f"{where}: holds {kind} values, whose range is unknown; save it with 8 or 16 bits")
     with errors_named(where):
         image.load()
-        upright = ImageOps.exif_transpose(image) if turn else image
+        turned = turn and image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        upright = ImageOps.exif_transpose(image) if turned else image  # which would copy it
         if image.mode.startswith("I"):  # 16 bits, which Pillow would cut off at 255
-            return np.repeat((np.asarray(upright) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
-        return np.asarray(upright.convert("RGB"))
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        if shrink >= 2:
+            upright = upright if upright.mode in ("L", "RGB") else upright.convert("RGB")
+            upright = upright.resize(_shrunk(upright.size, shrink), Image.Resampling.BOX)
+        return np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
 
 
 @contextmanager
@@ -175,6 +202,11 @@ def errors_named(where: str) -> Iterator[None]:
         yield
     except (DataError, MemoryError):
         raise
+    except Image.DecompressionBombError as error:
+        raise DataError(
+            f"{where}: over {2 * MOST_PIXELS / 1e6:.0f} million pixels, which Pillow takes for a bomb; scale it down "
+            "first (ffmpeg -i FILE -vf scale=4096:-1 new.png)"
+        ) from error
     except Exception as error:
         if isinstance(error, OSError) and error.strerror:  # from the file system
             raise DataError(

@@ -12,7 +12,7 @@ from PIL import ImageOps
 from featcache.errors import DataError
 from featcache.sources.images import Page, errors_named, one_size, open_pages, size_text
 from featcache.sources.reading import Reading
-from featcache.sources.video import Instance
+from featcache.sources.video import Instance, Size
 
 LOSSY = frozenset(("JPEG", "MPO", "JPEG2000", "AVIF", "HEIF"))  # formats that blur numbers, or may
 VOID = 255  # number of pixels without known truth in Pascal VOC and similar data sets
@@ -38,6 +38,17 @@ class Masks:
     numbers: Numbers  # (T, H, W), 0 for the background
     ignore: npt.NDArray[np.bool_] | None = None  # (T, H, W) pixels whose truth is not known
     remark: str = ""  # the assumption made about ambiguous numbers
+
+    def resized(self, size: Size) -> Masks:
+        """The same of frames of another height and width, by the nearest pixel."""
+        if self.numbers.shape[1:] == size:
+            return self
+        rows, columns = (
+            ((np.arange(new) + 0.5) * old / new).astype(int)
+            for new, old in zip(size, self.numbers.shape[1:], strict=True)
+        )
+        place = (slice(None), rows[:, None], columns)
+        return Masks(self.numbers[place], None if self.ignore is None else self.ignore[place], self.remark)
 
 
 def decode_mask(data: bytes, where: str, colours: bool = False, turn: bool = True) -> list[MaskPage]:

@@ -27,23 +27,23 @@ class Truth:
     labelled: npt.NDArray[np.bool_] | None  # (T,) frames that have a mask; None if all have
 
 
-def read_truth(entry: Entry, frames: npt.NDArray[np.uint8], reading: Reading) -> Truth:
-    """Masks of the entry's frames (T, H, W, 3). ``DataError`` if they do not fit."""
+def read_truth(entry: Entry, shape: tuple[int, int, int], reading: Reading) -> Truth:
+    """Masks of the entry's frames (T, H, W). ``DataError`` if they do not fit."""
     files = [path for path in entry.masks or () if path]
-    shape = frames.shape[:3]
+    frames, *size = shape
     if not files:
-        return Truth(Masks(np.zeros(shape, np.uint8)), np.zeros(len(frames), bool))
+        return Truth(Masks(np.zeros(shape, np.uint8)), np.zeros(frames, bool))
     decoded = [decode_mask(clips.read_bytes(path), str(path), reading.mask_colours) for path in files]
     pages = [page for file in decoded for page in file]
-    places = _places(entry, pages, len(frames))
+    places = _places(entry, pages, frames)
     masks = settle(pages, reading)
     where = str(files[0].parent)
-    some = frames[places]
-    remedy = exif_remedy(entry) if masks.numbers.shape != some.shape[:3] else ""
-    check_fit(some.shape, masks.numbers.shape, where, remedy)
-    if len(places) == len(frames):
+    covered = (len(places), *size)
+    remedy = exif_remedy(entry) if masks.numbers.shape != covered else ""
+    check_fit(covered, masks.numbers.shape, where, remedy)
+    if len(places) == frames:
         return Truth(masks, None)
-    numbers, labelled = np.zeros(shape, np.uint8), np.zeros(len(frames), bool)
+    numbers, labelled = np.zeros(shape, np.uint8), np.zeros(frames, bool)
     numbers[places], labelled[places] = masks.numbers, True
     ignore = None
     if masks.ignore is not None:

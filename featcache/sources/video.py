@@ -90,6 +90,10 @@ class Source(Protocol):
     def read(self, split: str, index: int) -> Video:
         """Decode one video. Raises ``DataError`` naming file, record and remedy when it is damaged."""
 
+    def read_smaller(self, split: str, index: int, shrink: float) -> Video:
+        """:meth:`read`, but frames and masks may have sides up to ``shrink`` times smaller where that is cheaper."""
+        return self.read(split, index)
+
     def names(self, split: str) -> Sequence[str]:
         """What to call each video, in order: one name a video, by which it is known when its files have changed."""
         return tuple(f"{split}_{index:05d}" for index in range(self.videos(split)))

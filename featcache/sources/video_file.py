@@ -7,6 +7,7 @@ fewer frames than the container promises.
 
 from __future__ import annotations
 
+import io
 import struct
 import threading
 from collections.abc import Iterator
@@ -17,9 +18,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from featcache.errors import DataError
-from featcache.sources.images import stack
+from featcache.sources.images import errors_named, stack
 from featcache.sources.video import Size
 
 SUFFIXES = frozenset(
@@ -32,6 +34,7 @@ SUFFIXES = frozenset(
 # join frames.
 PACKET_IS_FRAME = frozenset(("h264", "hevc", "vp9", "av1", "mjpeg", "gif", "prores", "ffv1"))
 NO_PROMISE = frozenset(("mpegts", "mpeg"))  # streams whose header does not record their length
+ORDERED = frozenset(("mp4", "matroska"))  # containers that keep the time at which each frame is shown
 REMEDY = "copy it again, encode it anew (ffmpeg -i FILE new.mp4), or extract without it (--skip-damaged)"
 SKEW = 0.0175  # skew of a display matrix, about one degree, below which it is rounding, as in ffmpeg
 ERROR = 16  # FFmpeg's log level of errors
@@ -47,6 +50,7 @@ def count_frames(path: Path) -> int:
         counts = clip.codec in PACKET_IS_FRAME
         shown = held = 0
         begin, end, before, gap = float("inf"), float("-inf"), None, 0.0  # seconds; `gap` between two frames
+        seen, hides = 0.0, False  # seconds that are shown; whether an edit list hides others
         for packet in clip.container.demux():
             if packet.pts is not None:
                 start = float(packet.pts * packet.time_base)
@@ -56,6 +60,8 @@ def count_frames(path: Path) -> int:
             if packet.size:
                 held += 1
                 shown += not packet.is_discard if counts else 0
+                seen += 0.0 if packet.is_discard else float((packet.duration or 0) * packet.time_base)
+                hides = hides or packet.is_discard
                 if packet.dts is not None:
                     now = float(packet.dts * packet.time_base)
                     gap, before = max(gap, now - (now if before is None else before)), now
@@ -63,11 +69,14 @@ def count_frames(path: Path) -> int:
                 shown += sum(1 for _ in clip.decode(packet))
         promised, length = clip.stream.frames, (clip.container.duration or 0) / 1e6
         name = clip.container.format.name
+        meant = float((clip.stream.duration or 0) * clip.stream.time_base)  # by the edit list, where there is one
     if promised and held < promised - max(1, promised // 50):
         # An edit list that shows a part of a film may keep the rest from being read at all.
         held = max(held, _packets_behind_edit_lists(path)) if "mov" in name else held
         if held < promised - max(1, promised // 50):
             raise DataError(f"{path}: holds {held} of the {promised} frames that it promises; {REMEDY}")
+    if hides and seen < 0.98 * meant - 2 * gap:
+        raise DataError(f"{path}: shows {seen:.1f} of the {meant:.1f} seconds that it promises; {REMEDY}")
     if not promised and name not in NO_PROMISE and end - begin < 0.98 * length - 2 * gap:
         raise DataError(f"{path}: ends after {end - begin:.1f} of the {length:.1f} seconds that it promises; {REMEDY}")
     if name == "asf" and not length:  # FFmpeg drops a duration whose header gives another file size
@@ -93,8 +102,13 @@ def read_frames(path: Path) -> npt.NDArray[np.uint8]:
     expected = count_frames(path)
     frames: list[npt.NDArray[np.uint8]] = []
     with _opened(path) as clip:
+        ordered, last = not ORDERED.isdisjoint(clip.container.format.name.split(",")), None
         for packet in clip.container.demux(clip.stream):
             for frame in clip.decode(packet):
+                if ordered and last is not None and frame.pts is not None and frame.pts < last:
+                    second = float(frame.pts * clip.stream.time_base)
+                    raise DataError(f"{path}: its frames are out of order near second {second:.1f}; {REMEDY}")
+                last = frame.pts if frame.pts is not None else last
                 image = _upright(frame.to_ndarray(format="rgb24"), _display_matrix(frame), path)
                 if image.nbytes * expected > MAX_BYTES:
                     raise DataError(
@@ -156,6 +170,9 @@ class _Clip:
         if not packet.size and packet.dts is not None:  # repeats the last frame, as ffmpeg does itself
             return
         before = len(self.heard)
+        if self.codec == "mjpeg" and packet.size and not packet.is_discard:
+            with errors_named(str(self.path)):  # FFmpeg shows something where a picture's head is broken
+                Image.open(io.BytesIO(packet)).close()
         frames = packet.decode()
         if packet.is_discard:
             del self.heard[before:]
@@ -182,8 +199,9 @@ def _opened(path: Path, **options: str) -> Iterator[_Clip]:
     """A video file and its first video stream. FFmpeg's errors, logged ones too, become ``DataError``."""
     import av
 
+    address = str(path.absolute())  # of "a:b.mp4", FFmpeg would take "a" for a protocol
     try:
-        with _listening() as heard, av.open(str(path), options=options, metadata_errors="replace") as container:
+        with _listening() as heard, av.open(address, options=options, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise DataError(f"{path}: no video stream in it; take it out of the folder")
             clip = _Clip(path, container, container.streams.video[0], heard)

@@ -7,47 +7,61 @@ is. A reader sees the old file or the new one, never a part of either.
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import os
 import shutil
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from types import TracebackType
+from typing import BinaryIO, Self
 
-from featcache.errors import DataError
+from featcache.errors import DataError, is_full
 
 TEMPORARY = ".tmp"
+LONGEST = 40  # characters of a file's name that its temporary name keeps: a name may have 255 bytes
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write to a temporary name, sync, rename. ``DataError`` names the file when the disk is full.
+def write_durably(path: Path, data: bytes, synced: bool = True) -> None:
+    """Write to a temporary name, sync, rename. ``DataError`` names the file when the disk is full, and leaves what was
+    there.
 
-    The name itself lasts once `sync_directory` has run on the folder.
+    The name itself lasts once `sync_directory` has run on the folder. What can soon be made again need not be
+    ``synced``.
     """
     # A unique name: a worker that was given up for dead may still be writing the same chunk.
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    temporary = path.with_name(f"{path.name[:LONGEST]}.{uuid.uuid4().hex}{TEMPORARY}")
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
             view = memoryview(data)
             while view:
                 view = view[os.write(fd, view) :]
-            os.fsync(fd)
+            if synced:
+                os.fsync(fd)
         finally:
             os.close(fd)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
+
+
+def write_output(path: Path, data: bytes | str) -> None:
+    """Write a picture, a page or a table, and the folder that it lies in: all of it, or ``DataError`` and nothing."""
+    make_directory(path.absolute().parent)
+    write_durably(path, data.encode() if isinstance(data, str) else data, synced=False)
 
 
 def cannot_write(path: Path, error: OSError) -> DataError:
     """The error for a file that cannot be written, with the remedy for a full disk or for a read-only folder."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    remedy = "free space" if full else "make the folder writable, or choose another --out,"
-    return DataError(f"{path}: cannot write ({error.strerror}); {remedy} and run the same command again, it resumes")
+    remedy = "free space" if is_full(error) else "make the folder writable, or choose another --out,"
+    return DataError(
+        f"{path}: cannot write ({error.strerror}); {remedy} and run the same command again, it resumes "
+        "(train: with --resume)"
+    )
 
 
 def sync_directory(path: Path) -> None:
@@ -81,6 +95,55 @@ def write_tree(root: Path, files: Mapping[str, bytes]) -> None:
         folders[path.parent] = None
     for folder in folders:
         sync_directory(folder)
+
+
+class Lines:
+    """Appends lines to a file, each wholly or not at all. Opening it creates the file, or cuts off a torn last line.
+
+    Use as a context manager, or close it. ``DataError`` where the file cannot be written.
+    """
+
+    def __init__(self, path: Path, synced: bool = True) -> None:
+        self._path, self._synced = path, synced
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._end = os.fstat(self._fd).st_size
+            whole = os.pread(self._fd, self._end, 0).rfind(b"\n") + 1
+            if whole != self._end:
+                os.ftruncate(self._fd, whole)
+                self._end = whole
+            if synced:
+                os.fsync(self._fd)
+                sync_directory(path.parent)  # a new file must not vanish with the lines in it
+        except OSError as error:
+            raise cannot_write(path, error) from error
+
+    def add(self, line: str) -> None:
+        """Append a line; where lines are synced it is durable on return. No part of one that failed is left."""
+        data = line.encode() + b"\n"
+        at = self._end
+        try:
+            while data:
+                written = os.pwrite(self._fd, data, at)
+                data, at = data[written:], at + written
+            if self._synced:
+                os.fsync(self._fd)
+        except OSError as error:
+            with suppress(OSError):  # else the next opening cuts it off
+                os.ftruncate(self._fd, self._end)
+            raise cannot_write(self._path, error) from error
+        self._end = at
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 NEXT, BEFORE = ".next", ".before"  # folders beside one that is being replaced: what takes its place, what it was

@@ -81,6 +81,12 @@ def array_layouts(store: StoreSpec, split: SplitSpec) -> list[ArrayLayout]:
     return layouts
 
 
+def array_bytes(layout: ArrayLayout, split: SplitSpec) -> int:
+    """Bytes of an array's chunk files, all videos finished; of a compressed one the most that they can be, nearly."""
+    frames = sum(split.lengths) if layout.name in COMPRESSED else split.rows  # raw chunks are written full
+    return frames * int(np.prod(layout.shape)) * np.dtype(layout.dtype).itemsize
+
+
 def chunk_numbers(split: SplitSpec, video: int) -> range:
     """Chunks along the first axis that hold one video."""
     return range(int(split.starts[video]) // split.chunk_frames, int(split.starts[video + 1]) // split.chunk_frames)

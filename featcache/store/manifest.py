@@ -8,15 +8,13 @@ the later one counts.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from featcache.errors import DataError
 from featcache.sources.video import Instance
-from featcache.store.durable import cannot_write, sync_directory, write_tree
+from featcache.store.durable import Lines, write_tree
 
 NAME = "manifest.jsonl"
 
@@ -77,37 +75,12 @@ def replace_rows(folder: Path, rows: Mapping[int, Row]) -> None:
     write_tree(folder, {NAME: b"".join(row.to_json().encode() + b"\n" for row in rows.values())})
 
 
-class Appender:
+class Appender(Lines):
     """Appends rows durably. Opening it creates the manifest, or cuts off a torn last line."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / NAME
-        try:
-            self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-            self._end = os.fstat(self._fd).st_size
-            whole = os.pread(self._fd, self._end, 0).rfind(b"\n") + 1
-            if whole != self._end:
-                os.ftruncate(self._fd, whole)
-                self._end = whole
-            os.fsync(self._fd)
-            sync_directory(folder)  # a new manifest must not vanish with the rows in it
-        except OSError as error:
-            raise cannot_write(self._path, error) from error
+        super().__init__(folder / NAME)
 
     def append(self, row: Row) -> None:
         """Add a row; it is durable on return. ``DataError`` when the disk is full, with no part of it left."""
-        data = row.to_json().encode() + b"\n"
-        at = self._end
-        try:
-            while data:
-                written = os.pwrite(self._fd, data, at)
-                data, at = data[written:], at + written
-            os.fsync(self._fd)
-        except OSError as error:
-            with suppress(OSError):  # if this fails, the next opening cuts it off
-                os.ftruncate(self._fd, self._end)
-            raise cannot_write(self._path, error) from error
-        self._end = at
-
-    def close(self) -> None:
-        os.close(self._fd)
+        self.add(row.to_json())

@@ -12,7 +12,7 @@ import os
 import queue
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +23,13 @@ import zarr
 from torch import Tensor
 
 from featcache.errors import UsageError
-from featcache.machine import free_memory, start_limited
+from featcache.machine import readable, start_limited
 from featcache.store.encoding import Encoding
 from featcache.store.reading import Split
+from featcache.stream.residence import RING, Free, Home, choose_home, ring_bytes
 from featcache.stream.rows import TORCH_DTYPES, FileRows, ResidentRows, Rows, open_rows
 from featcache.stream.staging import Buffers, Format, Staging, Stalls
 from featcache.words import Residence
-
-RING = 3  # buffers: one with the trainer, one ready, one being filled
 
 VIDEO = "video"  # the tap that stands for the stored frames
 
@@ -70,9 +69,9 @@ class FeatureStream:
         clip: consecutive frames T of one video in a sample; 1 gives single frames without a time axis.
         frames: function from the number of samples seen to the frames that the next batch takes of each clip: indices
             below ``clip``, always the same number, which is then T. Only these are read. None: all frames.
-        residence: place of the features while they stream. ``auto``: the device if they fit in half of its free
-            memory; else the disk, whose page cache is host memory without a copy; but the host for stores that must be
-            decompressed and fit in half of its free memory.
+        residence: place of the features while they stream. ``auto``: the device if they fit there beside the batches
+            and the trainer, else the disk or the host; see :func:`featcache.stream.residence.choose_home`.
+        reserve: bytes of the device that the trainer needs beside the batches.
         rank, world_size: each rank takes its part of every global batch; see :meth:`rows_at`.
         threads: number of copying threads. None: one beside a trainer on the CPU, which needs the cores; for a GPU a
             share of the machine's cores, up to four.
@@ -91,6 +90,7 @@ class FeatureStream:
         seed: int = 0,
         device: torch.device | str = "cpu",
         residence: Residence = "auto",
+        reserve: int = 0,
         rank: int = 0,
         world_size: int = 1,
         threads: int | None = None,
@@ -101,21 +101,15 @@ class FeatureStream:
         self.samples_seen = 0
         self._stalls = Stalls(self.device)
         self.starts = clip_starts(split, clip)  # (samples,)
-        arrays = feature_arrays(split, tap)
-        self.residence = choose_residence(self.device, arrays.values()) if residence == "auto" else residence
+        self._frames = frames
+        samples = (batch_size, clip if frames is None else len(frames(0)))
+        self._encoding = decoder(split, tap)
+        self._arrays, self._batch = batch_formats(split, tap, samples)
+        needs = reserve + ring_bytes(self._arrays.values(), self._batch if self._encoding else None)
+        self.home = _home(split, tap, residence, needs, self.device)
         homes = {"disk": None, "host": torch.device("cpu"), "device": self.device}
         self.threads = threads or reader_threads(self.device, world_size)
         self._readers = open_readers(split, tap, homes[self.residence], self.threads)
-        self._frames = frames
-        samples = (batch_size, clip if frames is None else len(frames(0)))
-        self._arrays = {
-            name: Format((*samples, *array.shape[1:]), TORCH_DTYPES[str(array.dtype)]) for name, array in arrays.items()
-        }
-        self._encoding = decoder(split, tap)
-        self._batch = next(iter(self._arrays.values()))
-        if self._encoding is not None:
-            spec = split.store.spec.taps[tap]
-            self._batch = Format((*samples, spec.patches, spec.dim), self._encoding.decoded)
         self._order: tuple[int, npt.NDArray[np.int64]] | None = None
 
     # -- the order -------------------------------------------------------------------------------------
@@ -155,6 +149,11 @@ class FeatureStream:
         self._order = None
 
     # -- the batches -----------------------------------------------------------------------------------
+
+    @property
+    def residence(self) -> Residence:
+        """Where the features live: ``disk``, ``host`` or ``device``."""
+        return self.home.residence
 
     @property
     def wait_seconds(self) -> float:
@@ -255,14 +254,24 @@ def reader_threads(device: torch.device, world_size: int) -> int:
     return 1 if device.type == "cpu" else max(1, min(4, (os.cpu_count() or 1) // (2 * world_size)))
 
 
-def choose_residence(device: torch.device, arrays: Iterable[zarr.Array[Any]]) -> Residence:
-    """The residence that ``auto`` stands for; see :class:`FeatureStream`."""
-    arrays = list(arrays)
+def batch_formats(split: Split, tap: str, samples: tuple[int, int]) -> tuple[dict[str, Format], Format]:
+    """Of a batch of (samples, frames of each): the arrays that it is read from, by their folders; and the batch."""
+    stored = {
+        name: Format((*samples, *array.shape[1:]), TORCH_DTYPES[str(array.dtype)])
+        for name, array in feature_arrays(split, tap).items()
+    }
+    if (encoding := decoder(split, tap)) is None:
+        return stored, next(iter(stored.values()))
+    spec = split.store.spec.taps[tap]
+    return stored, Format((*samples, spec.patches, spec.dim), encoding.decoded)
+
+
+def _home(split: Split, tap: str, residence: Residence, needs: int, device: torch.device) -> Home:
+    arrays = feature_arrays(split, tap).values()
     size = sum(array.nbytes for array in arrays)
-    if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] // 2:
-        return "device"
-    raw = all(FileRows.allowed(array) for array in arrays)
-    return "disk" if raw or size > free_memory() // 2 else "host"
+    if residence != "auto":
+        return Home(residence, f"features ({readable(size)}) on the {residence}, as set")
+    return choose_home(size, needs, Free.now(device), mapped=all(FileRows.allowed(array) for array in arrays))
 
 
 def clip_starts(split: Split, clip: int) -> npt.NDArray[np.int64]:

@@ -21,6 +21,7 @@ each other without padding; features are contiguous, so that they can be mapped.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -37,6 +38,7 @@ import numpy.typing as npt
 
 from featcache.errors import DataError, UsageError
 from featcache.moments import Moments
+from featcache.sources.hdf5 import opened
 from featcache.sources.masks import as_mask
 from featcache.sources.video import Instance
 from featcache.store.durable import TEMPORARY, cannot_write, make_directory, sync_directory
@@ -52,9 +54,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 class Hdf5Writer:
     """Writes a file under a temporary name, and renames it when it is complete. ``create`` makes one."""
 
-    def __init__(self, file: Any, spec: StoreSpec) -> None:
-        self._file = file
-        self._spec = spec
+    def __init__(self, file: Any, spec: StoreSpec, disk: _Disk) -> None:
+        self._file, self._spec, self._disk = file, spec, disk
         file.attrs[ATTRIBUTE] = json.dumps(spec.to_json())
 
     @classmethod
@@ -66,30 +67,55 @@ class Hdf5Writer:
         make_directory(path.absolute().parent)
         temporary = path.with_name(path.name + TEMPORARY)
         try:
-            with h5py.File(temporary, "w") as file:
-                yield cls(file, spec)
-            fd = os.open(temporary, os.O_RDONLY)
-            try:
-                os.fsync(fd)
-            finally:
-                os.close(fd)
+            with _Disk(temporary, "w+") as disk:
+                with h5py.File(disk, "w") as file:
+                    yield cls(file, spec, disk)
+                disk.check()
+                os.fsync(disk.fileno())
             os.replace(temporary, path)
             sync_directory(path.absolute().parent)
-        except (OSError, RuntimeError) as error:  # HDF5 reports a full disk as either
-            failure = error if isinstance(error, OSError) and error.strerror else OSError(0, str(error))
-            raise cannot_write(path, failure) from error
+        except OSError as error:
+            raise cannot_write(path, error) from error
         finally:
             temporary.unlink(missing_ok=True)
 
     def split(self, name: str, spec: SplitSpec) -> Hdf5SplitWriter:
-        return Hdf5SplitWriter(self._file.create_group(name), self._spec, spec)
+        return Hdf5SplitWriter(self._file.create_group(name), self._spec, spec, self._disk)
+
+
+class _Disk(io.FileIO):
+    """A file that HDF5 can always write to: a full disk would leave that library in disorder. ``check`` tells of it."""
+
+    _failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        try:
+            while left and self._failure is None:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self._failure = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self._failure = self._failure or error
+            return size or 0
+
+    def check(self) -> None:
+        """``OSError`` if anything could not be written."""
+        if self._failure is not None:
+            raise self._failure
 
 
 class Hdf5SplitWriter:
     """Writes one group of the file, video by video in order."""
 
-    def __init__(self, group: Any, store: StoreSpec, split: SplitSpec) -> None:
-        self._group = group
+    def __init__(self, group: Any, store: StoreSpec, split: SplitSpec, disk: _Disk) -> None:
+        self._group, self._disk = group, disk
         # What there is of each video would not fit an attribute for large data sets.
         without = {"lengths": (), "names": (), "fingerprints": (), "shard_chunks": 0, "statistics_videos": 0}
         group.attrs[ATTRIBUTE] = json.dumps({**asdict(split), **without})
@@ -112,12 +138,13 @@ class Hdf5SplitWriter:
             group.create_dataset(f"checksums/{layout.name}", (videos,), "uint32")
 
     def write_arrays(self, row: Row, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Add one video's rows of every array, already encoded."""
+        """Add one video's rows of every array, already encoded. ``OSError`` when the disk is full."""
+        self._disk.check()
         rows = slice(int(self._offsets[row.video]), int(self._offsets[row.video + 1]))
         for name, values in arrays.items():
             self._group[name][rows] = values
             self._group[f"checksums/{name}"][row.video] = _checksum(values)
-        self._group["video_ids"][row.video] = row.id
+        self._group["video_ids"][row.video] = os.fsencode(row.id)  # a file's name, which need not be UTF-8
         self._group["instances"][row.video] = json.dumps([asdict(instance) for instance in row.instances])
 
     def finish(self, statistics: Mapping[str, Moments]) -> None:
@@ -145,11 +172,8 @@ class Hdf5Origin:
     @contextmanager
     def open(cls, path: Path) -> Iterator[Hdf5Origin]:
         """Open a file. ``DataError`` if it is damaged or has another layout."""
-        try:
-            with h5py.File(path, "r") as file:
-                yield cls(file, path)
-        except (OSError, RuntimeError, KeyError) as error:
-            raise DataError(f"{path}: {str(error).strip(chr(34))}; copy or write this file again") from error
+        with opened(path) as file:
+            yield cls(file, path)
 
     def _spec(self, first: _Hdf5Split) -> StoreSpec:
         if ATTRIBUTE in self._file.attrs:

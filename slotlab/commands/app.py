@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import Annotated, NoReturn
 
 import typer
 
-from featcache.errors import DataError, FeatcacheError, out_of_memory
+from featcache.errors import DataError, FeatcacheError, is_full, out_of_memory
+from featcache.text import printable
 from slotlab.commands import (
     bench,
     demo,
@@ -19,6 +23,7 @@ from slotlab.commands import (
     experiments,
     extract,
     masks,
+    plan,
     report,
     robustness,
     settings,
@@ -47,6 +52,7 @@ def common(
 app.command()(extract.extract)
 app.command()(stores.stats)
 app.command()(train.train)
+app.command()(plan.plan)
 app.command()(settings.settings)
 app.command("eval")(evaluate.evaluate)
 app.command()(demo.demo)
@@ -70,6 +76,13 @@ def _terminated(_signal: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
+class _OneLine(logging.Formatter):
+    """Warnings name files, whose names may break a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), lines=record.exc_info is not None)
+
+
 def _of_the_machine(error: Exception) -> str | None:
     """The message for lack of memory, or for a file that cannot be read or written; None for other errors."""
     if out_of_memory(error):
@@ -79,15 +92,21 @@ def _of_the_machine(error: Exception) -> str | None:
         return f"out of memory{which}; {remedy}"
     if isinstance(error, OSError):
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return f"{what}; check the path and its permissions, or name another"
+        remedy = "free space" if is_full(error) else "check the path and its permissions, or name another"
+        return printable(f"{what}; {remedy}")
     return None
 
 
 def main() -> None:
     """Entry point: user errors become one line on stderr and an exit code."""
     signal.signal(signal.SIGTERM, _terminated)
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_OneLine())
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
     try:
         code = app(standalone_mode=False)  # None, or the code of an exit; 130 for Ctrl-C in newer typers
+        sys.stdout.flush()  # while a full disk behind it can still be told
         if code == INTERRUPTED:
             raise KeyboardInterrupt
         sys.exit(code)
@@ -103,6 +122,11 @@ def main() -> None:
     except Exception as error:
         if (told := _of_the_machine(error)) and not os.environ.get("SLOTLAB_DEBUG"):
             print(f"slotlab: {told}", file=sys.stderr)
+            try:
+                sys.stdout.flush()
+            except OSError:  # Python would try once more at its end, and say so
+                with suppress(OSError):
+                    sys.stdout.close()
             sys.exit(DataError.exit_code)
         if not (hasattr(error, "show") and hasattr(error, "exit_code")):  # an error of click, wherever typer keeps it
             raise

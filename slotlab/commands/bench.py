@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from featcache.text import bytes_text
 from featcache.words import Residence
 from slotlab.commands.options import Cache, Device, Json, Precision, parse_size, print_json
 
@@ -157,8 +158,8 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.1%}"
 
 
-def _gigabytes(value: int | None) -> str:
-    return "–" if value is None else f"{value / 1e9:.2f} GB"
+def _size(value: int | None) -> str:
+    return "–" if value is None else bytes_text(value)
 
 
 TRAINING_ROWS: tuple[tuple[str, Callable[[TrainingRate], str]], ...] = (
@@ -173,7 +174,7 @@ TRAINING_ROWS: tuple[tuple[str, Callable[[TrainingRate], str]], ...] = (
     ("FLOPs a step", lambda r: f"{r.flops_per_step / 1e9:.2f} G"),
     ("FLOPs a second", lambda r: f"{r.flops_per_s / 1e9:.1f} G"),
     ("  of the matrix product's", lambda r: f"{r.flop_utilisation:.1%} ({r.precision})"),
-    ("peak memory", lambda r: _gigabytes(r.peak_memory_bytes)),
+    ("peak memory", lambda r: _size(r.peak_memory_bytes)),
     ("GPU busy", lambda r: _share(r.gpu_utilisation)),
-    ("GPU memory in use", lambda r: _gigabytes(r.gpu_memory_bytes)),
+    ("GPU memory in use", lambda r: _size(r.gpu_memory_bytes)),
 )

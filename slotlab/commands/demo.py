@@ -29,19 +29,19 @@ def demo(
     settings = load_config("default", optim__steps=steps, seed=seed)
     chosen = pick_device(device)
     say = terminal.err.print
-    say("[bold]1/4[/] extracting DINOv2 ViT-S/14 features of the embedded MOVi-A sample")
+    say("1/4 extracting DINOv2 ViT-S/14 features of the embedded MOVi-A sample", style="bold")
     with terminal.ExtractProgress() as progress:
         store = demo_job.extract_sample(cache, chosen, progress)
-    say("[bold]2/4[/] the scale of the features")
+    say("2/4 the scale of the features", style="bold")
     if not as_json:
         from featcache.scale.report import store_reports
         from slotlab.commands.tables import render
 
         terminal.out.print(render(store_reports(cache)))
-    say(f"[bold]3/4[/] training {settings.optim.steps} steps of {settings.optim.batch_size} frames")
+    say(f"3/4 training {settings.optim.steps} steps of {settings.optim.batch_size} frames", style="bold")
     with terminal.training_display(settings.optim.steps) as show:
         result = demo_job.train_and_score(settings, store, out, chosen, show)
-    say("[bold]4/4[/] scores on videos that training never saw")
+    say("4/4 scores on videos that training never saw", style="bold")
     if as_json:
         print_json(result.scores.as_dict())
     else:
@@ -50,7 +50,8 @@ def demo(
         terminal.out.print(f"picture of the masks  {result.sheet}")
         terminal.out.print(f"run folder            {result.run}")
         terminal.out.print(f"feature store         {cache}")
-        terminal.out.print("\nOn your own data:")
+        terminal.out.print()
+        terminal.out.print("On your own data:")
         terminal.out.print("  slotlab extract --backbone dinov2 --data VIDEOS --out cache/mine.zarr")
         terminal.out.print("  slotlab train --cache cache/mine.zarr --out runs/mine")
         terminal.out.print("  slotlab eval runs/mine --sheet masks.png")

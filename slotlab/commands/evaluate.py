@@ -11,7 +11,7 @@ import typer
 
 from featcache.errors import IncompatibleError, UsageError
 from slotlab.commands.options import Device, Json, print_json
-from slotlab.words import Refinement
+from slotlab.words import Floors, Refinement
 
 if TYPE_CHECKING:
     from slotlab.runs.loaded import LoadedRun
@@ -31,11 +31,14 @@ def evaluate(
     binarise: Annotated[
         list[str] | None, typer.Option(help="Binarisation to score as well: argmax, threshold=T, gumbel=T; repeatable.")
     ] = None,
+    floors: Annotated[
+        Floors, typer.Option(help="Floors to measure: usual, or all, which adds normalised cuts.")
+    ] = "usual",
     against: Annotated[Path | None, typer.Option(help="Run to test this one against, video by video.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Score a run: FG-ARI, ARI, mBO, mIoU by frame, video and material, beside a ceiling and a floor."""
+    """Score a run: FG-ARI, ARI, mBO, mIoU by frame, video and material, beside a ceiling and floors."""
     from featcache.machine import pick_device
     from slotlab.commands import terminal
     from slotlab.commands.splits import chosen_split
@@ -61,7 +64,7 @@ def evaluate(
 
         stills = Stills(pick_videos(chosen))
         also.append(stills.add)
-    found = run_evaluate(loaded, chosen.name, also=also)
+    found = run_evaluate(loaded, chosen.name, also=also, floors=floors)
     if fine:
         found = replace(found, fine=outlines.result())
     result = found.as_dict()

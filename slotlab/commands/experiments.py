@@ -144,14 +144,12 @@ def _leave(table: dict[str, Any]) -> None:
 
 
 def _print(table: dict[str, Any], as_json: bool) -> None:
-    from rich.console import Console
-
     from slotlab.commands import terminal
     from slotlab.commands.tables import experiment_table
 
     if as_json:
         print_json(table)
     else:
-        console = terminal.out if terminal.out.is_terminal else Console(width=WIDTH)
+        console = terminal.out if terminal.out.is_terminal else terminal.Terminal(width=WIDTH)
         console.print(experiment_table(table))
         terminal.out.print(f"{table['out']}/: table.md, table.csv" + (", report.html" if "report" in table else ""))

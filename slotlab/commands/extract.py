@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from featcache.errors import UsageError
+from featcache.text import bytes_text
 from featcache.words import Dtype, Fit
 from slotlab.commands.options import (
     CACHE_FOLDER,
@@ -21,6 +23,9 @@ from slotlab.commands.options import (
     parse_size,
     print_json,
 )
+
+if TYPE_CHECKING:
+    from featcache.extraction.rounding import Rounding
 
 
 def extract(
@@ -87,7 +92,8 @@ def extract(
     from featcache.extraction.extract import extract as run_extract
     from featcache.extraction.extract import measure_seconds
     from featcache.extraction.plan import ExtractOptions, plan
-    from featcache.machine import pick_device
+    from featcache.extraction.rounding import measure_rounding
+    from featcache.machine import chosen, on_windows_drive, pick_device
     from featcache.sources import Reading, absolute, open_source
     from featcache.sources.damaged import SoundVideos
     from slotlab.commands import terminal
@@ -117,14 +123,16 @@ def extract(
     source = SoundVideos(source) if skip_damaged else source
     model = load_backbone(backbone, weights, tuple(tap or ()), size, pick_device(device))
     todo = plan(path, source, model, options)
+    rounding = measure_rounding(todo, source, model)
     damaged = [line for split in todo.splits for line in source.damaged(split.name).values()]
     said = {
         "damaged": damaged,
         "left_out": dict(source.left_out()),
         "changes": {split.name: asdict(split.changes) for split in todo.splits},
+        "rounding": [asdict(of) for of in rounding],
     }
     if dry_run:
-        summary = {
+        summary: dict[str, Any] = {
             "out": str(path),
             "splits": {
                 s.name: {"videos": len(s.spec.lengths), "frames_left": s.frames_left, **s.changes.counts()}
@@ -141,9 +149,13 @@ def extract(
         if as_json:
             print_json(summary | said | {"remarks": list(todo.remarks)})
         else:
-            terminal.out.print(plain_table(("", "value"), [(k, str(v)) for k, v in summary.items()]))
-            _list_damaged(damaged)
+            rows = [(k, bytes_text(v) if k.startswith("bytes") else str(v)) for k, v in summary.items()]
+            terminal.out.print(plain_table(("", "value"), rows))
+            _tell(dtype, rounding, damaged)
         return
+    terminal.err.print(chosen(model.device), soft_wrap=True, markup=False, highlight=False)
+    if on_windows_drive(path):
+        terminal.warn([f"{path}: on a drive of Windows, several times slower; choose --out below {Path.home()}"])
     with terminal.ExtractProgress() as progress:
         if client:
             store = extract_distributed(todo, source, client, weights=weights, device=device, progress=progress)
@@ -153,13 +165,20 @@ def extract(
     if as_json:
         print_json(summary | said)
     else:
-        _list_damaged(damaged)
-        frames = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())  # type: ignore[attr-defined]
+        _tell(dtype, rounding, damaged)
+        frames = ", ".join(f"{name} {count}" for name, count in summary["splits"].items())
         terminal.out.print(f"{path}: {frames} frames. Next: slotlab stats {path}")
 
 
-def _list_damaged(damaged: list[str]) -> None:
+def _tell(dtype: Dtype, rounding: Sequence[Rounding], damaged: Sequence[str]) -> None:
     from slotlab.commands import terminal
 
+    for of in rounding:
+        terminal.out.print(
+            f"{dtype} at {of.tap}: relative error of a token {of.median:.1%} (median), {of.p99:.1%} (99th percentile), "
+            f"measured on {of.frames} frames",
+            soft_wrap=True,
+            highlight=False,
+        )
     for line in damaged:
-        terminal.out.print(f"left out: {line}", soft_wrap=True, markup=False, highlight=False)
+        terminal.out.print(f"left out: {line}", soft_wrap=True, highlight=False)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from featcache.errors import UsageError
-from slotlab.commands.options import Device, Json, print_json
+from slotlab.commands.options import Device, Json, parse_size, print_json
 from slotlab.words import MaskFormat, Refinement
 
 FRAMES_A_SECOND = 12.0  # the frame rate of MOVi
@@ -50,38 +50,87 @@ def masks(
 
 
 def segment(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
-    files: Annotated[list[Path], typer.Argument(help="Pictures, videos, and folders of pictures (each a video).")],
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="[RUN] FILES...",
+            help="Run folder (none with --no-training); then pictures, videos, and folders of pictures (each a video).",
+        ),
+    ],
     out: Out,
     form: Annotated[
         MaskFormat, typer.Option("--format", help="Format of the files; png: label maps, rle: one COCO file.")
     ] = "overlay-png",
-    refine: Refined = None,
+    refine: Annotated[
+        Literal["none", Refinement] | None,
+        typer.Option(help="Method that refines masks along the frames' edges; default: none, without training guided."),
+    ] = None,
+    frame_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Shorter side that larger pictures are scaled to; default: as they are."),
+    ] = None,
     fps: Fps = FRAMES_A_SECOND,
     weights: Annotated[str | None, typer.Option(help="Checkpoint file of the backbone, if it has moved.")] = None,
+    no_training: Annotated[
+        bool, typer.Option("--no-training", help="Training-free segments: a backbone's features, and no run.")
+    ] = False,
+    backbone: Annotated[str | None, typer.Option(help="Backbone without a run; default: dinov2.")] = None,
+    input_size: Annotated[
+        str | None, typer.Option(help="Size of its input in pixels, without a run: a side, or 224x392; more is finer.")
+    ] = None,
+    cut: Annotated[
+        float | None, typer.Option(min=0, help="Cut of segments, without a run; higher: fewer, larger ones.")
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Segment pictures and videos of your own with a trained run."""
+    """Segment pictures and videos of your own, with a trained run or without any training."""
+    if no_training:
+        files, size = paths, parse_size("--input-size", input_size)
+    else:
+        files = _after_run(paths, {"--backbone": backbone, "--input-size": input_size, "--cut": cut})
     if missing := [path for path in files if not path.exists()]:
         raise UsageError(f"{missing[0]}: no such file; name pictures, videos, or folders of pictures")
+    from slotlab.commands import terminal
     from slotlab.pictures.files import Masked, MaskWriter
     from slotlab.pictures.frames import read_path
-    from slotlab.segment import load
+    from slotlab.segment import Segmenter, load, training_free
 
-    segmenter = load(run, device=device, weights=weights)
+    segmenter: Segmenter
+    told = {}
+    if no_training:
+        options = {} if cut is None else {"cut": cut}
+        segmenter = training_free(
+            files, backbone=backbone or "dinov2", input_size=size, device=device, weights=weights, **options
+        )
+        told["whitened_by"] = segmenter.measured
+        terminal.err.print(f"features whitened by {segmenter.measured}", soft_wrap=True)
+    else:
+        segmenter = load(paths[0], device=device, weights=weights)
+    method = "guided" if refine is None and no_training else None if refine == "none" else refine
     with MaskWriter(out, form, fps) as writer:
         for index, path in enumerate(files):
-            frames = read_path(path)
-            labels = segmenter.label(frames, refine=refine)
-            writer.add(Masked(f"{index:04d}-{path.stem}", frames, labels, segmenter.model.slots))
-    _tell(out, writer.files, as_json)
+            frames = read_path(path, frame_size)
+            labels = segmenter.label(frames, refine=method)
+            writer.add(Masked(f"{index:04d}-{path.stem}", frames, labels, segmenter.slots))
+    _tell(out, writer.files, as_json, **told)
 
 
-def _tell(out: Path, files: int, as_json: bool) -> None:
+def _after_run(paths: list[Path], without_run: dict[str, object]) -> list[Path]:
+    """The files that follow the run."""
+    if given := [option for option, value in without_run.items() if value is not None]:
+        raise UsageError(f"{given[0]}: a run has its own; leave it out, or segment without a run by --no-training")
+    if paths[0].is_file():
+        raise UsageError(f"{paths[0]}: is no run folder; name the run first, or segment without one by --no-training")
+    if len(paths) == 1:
+        raise UsageError(f"{paths[0]}: no pictures to segment; name them after the run")
+    return paths[1:]
+
+
+def _tell(out: Path, files: int, as_json: bool, **also: object) -> None:
     from slotlab.commands import terminal
 
     if as_json:
-        print_json({"out": str(out), "files": files})
+        print_json({"out": str(out), "files": files, **also})
     else:
         terminal.out.print(f"{out}: {files} files written")

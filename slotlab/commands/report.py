@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from featcache.text import bytes_text
 from slotlab.commands.options import Device, Json, print_json
 
 Runs = Annotated[list[Path], typer.Argument(help="Run folders, the first to compare against.", show_default=False)]
@@ -51,7 +52,7 @@ def report(
     if as_json:
         print_json(found)
         return
-    terminal.out.print(f"{out}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {found['bytes'] / 1e6:.1f} MB")
+    terminal.out.print(f"{out}: {len(runs)} run{'s' if len(runs) > 1 else ''}, {bytes_text(found['bytes'])}")
     for path in (found["markdown"], *found["figures"]):
         if path:
             terminal.out.print(path)

@@ -11,10 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from featcache.scale.report import ROWS, StoreReport
+from featcache.text import printable
 from slotlab.scoring.evaluation import Evaluation
 from slotlab.scoring.fine import GAINS
 from slotlab.scoring.metrics import shown, title_of
-from slotlab.scoring.references import FLOORS
+from slotlab.scoring.references import floor_title
 from slotlab.scoring.scores import Values
 
 # More columns are hard to read in a terminal; further stores go to a second table.
@@ -55,8 +56,9 @@ def _table(reports: Sequence[StoreReport]) -> Table:
     table = Table(title="Feature scale", title_style="bold", header_style="bold")
     table.add_column("", no_wrap=True)
     for report in reports:
-        label = Text(Path(report.path).name, style="bold cyan")
-        label.append(f"\n{report.split} / {report.tap}\n{report.backbone}", style="not bold dim")
+        label = Text(printable(Path(report.path).name), style="bold cyan")
+        what = (f"{report.split} / {report.tap}", report.backbone)
+        label.append("".join(f"\n{printable(line)}" for line in what), style="not bold dim")
         table.add_column(label, justify="right", overflow="fold")
     for row in ROWS:
         table.add_row(row.name, *(row.show(report.scale) for report in reports))
@@ -64,7 +66,7 @@ def _table(reports: Sequence[StoreReport]) -> Table:
 
 
 def number(value: Any) -> str:
-    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else printable(str(value))
 
 
 def interval(bounds: Sequence[float] | None) -> str:
@@ -74,7 +76,7 @@ def interval(bounds: Sequence[float] | None) -> str:
 def scores_table(found: Evaluation) -> Table:
     """The table of one run's scores, with rows for its ceiling and floors."""
     columns = shown("summary")
-    table = Table(title=f"{found.run} on {found.split}", title_justify="left")
+    table = Table(title=printable(f"{found.run} on {found.split}"), title_justify="left")
     table.add_column("masks")
     for title in columns.values():
         table.add_column(title, justify="right")
@@ -100,7 +102,7 @@ def scores_table(found: Evaluation) -> Table:
     if found.films:
         add("  per video", found.references.ceiling, "dim", "_video")
     for name, values in found.references.floors.items():
-        add(FLOORS.get(name, f"floor: {name}"), values, "dim")
+        add(floor_title(name), values, "dim")
     counts = found.summary
     seen = f"{counts.frames} frames of {counts.videos} videos" if found.films else f"{counts.frames} images"
     table.caption = (
@@ -111,13 +113,14 @@ def scores_table(found: Evaluation) -> Table:
     if found.left_out:
         table.caption += f"\n{found.left_out}"
     if found.references.statistics:
-        table.caption += f"\nthe whitened floor uses the statistics of {found.references.statistics}"
+        table.caption += f"\nthe whitened floors use the statistics of {printable(found.references.statistics)}"
     return table
 
 
 def paired_table(compared: Mapping[str, Any]) -> Table:
     """The table of the differences between two runs, score by score."""
-    table = Table(title=f"{compared['run']} against {compared['against']} on {compared['split']}", title_justify="left")
+    title = printable(f"{compared['run']} against {compared['against']} on {compared['split']}")
+    table = Table(title=title, title_justify="left")
     for title in ("score", "this run", "the other", "difference", "interval", "p", "ahead"):
         table.add_column(title, justify="left" if title == "score" else "right")
     for name, of in compared["scores"].items():
@@ -130,9 +133,9 @@ def paired_table(compared: Mapping[str, Any]) -> Table:
 
 
 def plain_table(columns: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> Table:
-    table = Table(title=title or None, title_justify="left")
+    table = Table(title=printable(title) or None, title_justify="left")
     for column in columns:
-        table.add_column(column)
+        table.add_column(printable(column))
     for row in rows:
         table.add_row(*(number(cell) for cell in row))
     return table
@@ -173,7 +176,7 @@ def experiment_table(table: Mapping[str, Any]) -> Table:
     """The table of :func:`slotlab.experiments.table.build_table`: a row for each cell, the spread below the mean."""
     from slotlab.experiments.table import COLUMNS, SPREAD, row_of
 
-    shown = Table(title=f"{table['out']} on {table['split']}", title_justify="left")
+    shown = Table(title=printable(f"{table['out']} on {table['split']}"), title_justify="left")
     shown.add_column("cell", overflow="fold", min_width=12)
     for title in ("runs", *COLUMNS.values()):
         shown.add_column(title, justify="right")

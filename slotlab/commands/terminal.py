@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,9 +15,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-out = Console()
+from featcache.text import printable
 
-err = Console(stderr=True)
+
+class Terminal(Console):
+    """Shows each text as it is, on lines of its own making alone: names may hold markup, line breaks, or anything."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, **settings)
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        super().print(*(printable(str(o)) if isinstance(o, str | Path) else o for o in objects), **how)
+
+
+out = Terminal()
+
+err = Terminal(stderr=True)
 
 LOOKED_AT = ("effective_slots", "mask_similarity", "kept_slots")  # keys that a look shows beside the scores
 
@@ -33,8 +47,8 @@ class ExtractProgress:
 
     def __init__(self) -> None:
         self._bars = Progress(
-            TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(), FrameRate(), TimeRemainingColumn(),
-            console=err, disable=not err.is_terminal,
+            TextColumn("{task.description:<12}", markup=False), BarColumn(), MofNCompleteColumn(), FrameRate(),
+            TimeRemainingColumn(), console=err, disable=not err.is_terminal,
         )  # fmt: skip
         self._tasks: dict[str, Any] = {}
         self._said = self._began = self._last = time.monotonic()
@@ -48,7 +62,7 @@ class ExtractProgress:
 
     def __call__(self, split: str, done: int, total: int) -> None:
         if split not in self._tasks:
-            self._tasks[split] = self._bars.add_task(split, total=total)
+            self._tasks[split] = self._bars.add_task(printable(split), total=total)
             self._began = self._last  # a split begins when the last one ended
         self._bars.update(self._tasks[split], completed=done)
         now = self._last = time.monotonic()

@@ -31,6 +31,7 @@ def train(
         bool, typer.Option("--tensorboard", help="Events for TensorBoard, written to RUN/tensorboard.")
     ] = False,
     device: Device = "auto",
+    plan: Annotated[bool, typer.Option("--plan", help="Plan alone: memory and time that it would take.")] = False,
 ) -> None:
     """Train a slot model on cached features. Runs on several GPUs under: torchrun --nproc-per-node N -m cli train."""
     from slotlab.config.load import load_config
@@ -44,7 +45,7 @@ def train(
         optim__batch_size=batch_size,
         seed=seed,
     )
-    from featcache.machine import pick_device
+    from featcache.machine import chosen, pick_device
     from featcache.store.reading import FeatureStore
     from slotlab.commands import terminal
     from slotlab.training.processes import is_leader
@@ -60,6 +61,15 @@ def train(
         if (speed := bfloat16_speed()) < 1:
             warning = f"warning: optim.precision=bfloat16 has {bfloat16_verdict(speed)}"
             terminal.err.print(warning, style="yellow", soft_wrap=True)
+    if plan:
+        from slotlab.commands.plan import show
+        from slotlab.planning.data import DataSet
+        from slotlab.planning.devices import measured
+        from slotlab.planning.plan import make_plan
+
+        here = measured(place, settings.optim.precision)
+        show(make_plan(settings, DataSet.of_store(store), here, [store.spec.dtype]), preset)
+        return
     shown = [context.with_resource(terminal.training_display(settings.optim.steps))]
     if tensorboard:
         from slotlab.training.tensorboard import events
@@ -70,6 +80,9 @@ def train(
         for each in shown:
             each(row)
 
-    run_train(settings, store, run, resume=resume, init_from=init_from, device=place, report=tell)
+    def remark(line: str) -> None:
+        terminal.err.print(f"{chosen(place)}\n{line}", soft_wrap=True, markup=False, highlight=False)
+
+    run_train(settings, store, run, resume=resume, init_from=init_from, device=place, report=tell, remark=remark)
     if is_leader():
         terminal.out.print(f"{run}: trained. Next: slotlab eval {run}")

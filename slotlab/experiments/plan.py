@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +12,7 @@ from typing import Any, Literal
 from featcache.errors import DataError, IncompatibleError, UsageError
 from featcache.store.durable import LOCK, lock, make_directory, write_durably
 from featcache.store.spec import flatten
+from featcache.text import file_name
 from slotlab.config.load import validate
 from slotlab.config.schema import Config
 from slotlab.runs.folder import read_result, result_path
@@ -22,7 +21,6 @@ Kind = Literal["compare", "ablate"]
 
 SCHEMA = 1
 PLAN, ERROR = "plan.json", "error.json"
-_LONGEST_NAME = 120  # characters; a folder's name may have 255 bytes
 _SHOWN_DIFFERENCES = 6
 
 
@@ -200,7 +198,4 @@ def differing(then: Plan, now: Plan) -> list[str]:
 
 def cell_name(parts: Iterable[str]) -> str:
     """A name that any file system accepts, the same for the same parts."""
-    name = re.sub(r"[^\w.,=+-]+", "_", ",".join(parts)).strip("._") or "base"
-    if len(name) > _LONGEST_NAME:
-        name = f"{name[:_LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return name
+    return file_name(",".join(parts)).strip("._") or "base"

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from featcache.store.durable import write_durably
+from featcache.store.durable import write_output
+from featcache.text import printable
 from slotlab.experiments.plan import Cell, Run, read_plan
 from slotlab.runs.folder import LOG, read_result, read_rows
 from slotlab.scoring.evaluation import Evaluation
@@ -131,8 +132,8 @@ def _tested(videos: Mapping[str, Values], first: Mapping[str, Values] | None) ->
 
 def write_table(table: Mapping[str, Any], out: Path) -> None:
     """Write ``table.md`` and ``table.csv`` to ``out``."""
-    write_durably(out / "table.md", to_markdown(table).encode())
-    write_durably(out / "table.csv", to_csv(table).encode())
+    write_output(out / "table.md", printable(to_markdown(table), lines=True))
+    write_output(out / "table.csv", printable(to_csv(table), lines=True))
 
 
 def to_markdown(table: Mapping[str, Any]) -> str:
@@ -151,7 +152,7 @@ def to_markdown(table: Mapping[str, Any]) -> str:
             ((cell["name"], *(_difference(cell["against_first"].get(name)) for name in TESTED)) for cell in tested),
         )
     if failed := failures(table):
-        lines += ["", *(f"- {run['path']}: {run['error']}" for run in failed)]
+        lines += ["", *(printable(f"- {run['path']}: {run['error']}") for run in failed)]
     return "\n".join(lines) + "\n"
 
 
@@ -203,6 +204,6 @@ def _difference(of: Mapping[str, Any] | None) -> str:
 
 
 def _pipe(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    cells = [[text.replace("|", "\\|") for text in row] for row in (titles, *rows)]
+    cells = [[printable(text).replace("|", "\\|") for text in row] for row in (titles, *rows)]
     lines = [f"| {' | '.join(row)} |" for row in cells]
     return [lines[0], "|" + "---|" * len(titles), *lines[1:]]

@@ -22,7 +22,7 @@ def fine_labels(
     """Slot of each pixel (T, H, W) from masks (T, K, h, w), refined along the pictures' edges if there is a method."""
     size = (pictures.shape[1], pictures.shape[2])
     if method is None:
-        return masks_to_labels(masks, size).to(torch.uint8).cpu().numpy()
+        return torch.cat([labels for _, labels in label_chunks(masks, size)]).cpu().numpy()
     frames = torch.from_numpy(pictures)
     parts = [refine_masks(masks[t : t + 1], frames[t : t + 1], method).argmax(1) for t in range(len(frames))]
     return torch.cat(parts).to(torch.uint8).cpu().numpy()
@@ -30,6 +30,8 @@ def fine_labels(
 
 # Upsampled mask values held at once: on the CPU about what its cache holds, on a GPU 512 MB.
 _VALUES_A_CHUNK = {"cpu": 2**21, "cuda": 2**27}
+
+_VALUES_A_FRAME = 2**27  # of a frame so large that its slots are upsampled a few at a time
 
 _MAX_LABELS = 256  # labels are held as uint8 between upsampling and counting
 
@@ -52,14 +54,21 @@ def label_chunks(masks: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, 
         raise ValueError("masks hold NaN or infinity, so they have no argmax; did the model diverge?")
     slots = masks.shape[1]
     step = max(1, _VALUES_A_CHUNK.get(masks.device.type, 2**24) // (slots * size[0] * size[1]))
+    few = max(1, _VALUES_A_FRAME // (size[0] * size[1]))
     for start in range(0, len(masks), step):
         frames = slice(start, start + step)
-        fine = F.interpolate(masks[frames].float(), size=size, mode="bilinear", align_corners=False)
-        # A running maximum over slots reads memory in order: four times faster than argmax over dim 1, and
-        # ties go to the lowest slot on every device.
-        best = fine[:, 0].clone()
-        labels = torch.zeros(best.shape, dtype=torch.uint8, device=masks.device)
-        for slot in range(1, slots):
-            labels.masked_fill_(fine[:, slot] > best, slot)
-            torch.maximum(best, fine[:, slot], out=best)
+        best = labels = None
+        for first in range(0, slots, few):
+            some = masks[frames, first : first + few].float()
+            fine = F.interpolate(some, size=size, mode="bilinear", align_corners=False)
+            # A running maximum over slots reads memory in order: four times faster than argmax over dim 1, and
+            # ties go to the lowest slot on every device.
+            for slot, here in enumerate(fine.unbind(1), first):
+                if best is None or labels is None:
+                    best = here.clone()
+                    labels = torch.zeros(best.shape, dtype=torch.uint8, device=masks.device)
+                    continue
+                labels.masked_fill_(here > best, slot)
+                torch.maximum(best, here, out=best)
+        assert labels is not None
         yield frames, labels

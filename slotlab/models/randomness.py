@@ -113,6 +113,16 @@ class DrawnAhead(Draws):
         return self._values[index]
 
 
+class Undrawn(Draws):
+    """The shapes of draws, whose values are not set: for a pass that is counted and not computed."""
+
+    def drawn(self, request: Request) -> Tensor:
+        kind, size, _, device = request
+        if kind in FILL:
+            return torch.empty(size, device=device)
+        return torch.empty(size[1], dtype=torch.int64, device=device)
+
+
 def send(values: Tensor, device: torch.device | None) -> Tensor:
     """Copy values to the device without waiting for the work already queued there."""
     if device is None or device.type == "cpu":

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 from xml.etree.ElementTree import Element, tostring
 
 from featcache.errors import UsageError
+from featcache.store.durable import write_output
+from featcache.text import printable
 from slotlab.pictures import palette
 
 if TYPE_CHECKING:
@@ -189,18 +191,23 @@ def page_svg(chart: Chart) -> str:
 def save(charts: Sequence[Chart], *paths: Path) -> None:
     """Write charts to files, in rows of three below one legend; the suffix decides the format (SVG, PNG, PDF ...).
 
-    ``UsageError`` for an unknown suffix, and for a file that cannot be written.
+    ``UsageError`` for an unknown suffix, ``DataError`` for a file that cannot be written.
     """
     svg = sheet(charts)
     for path in paths:
-        try:
-            if path.suffix.lower() == ".svg":
-                path.write_text(tostring(svg, "unicode"), encoding="utf-8")
-            else:
-                figure(svg).savefig(path, dpi=DPI)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"{path}: cannot draw there ({reason}); name a .png in a folder that exists") from error
+        write_output(path, _file(svg, path))
+
+
+def _file(svg: Element, path: Path) -> bytes | str:
+    from slotlab.pictures.painted import painted
+
+    kind = path.suffix.lower()[1:]
+    if kind == "svg":
+        return printable(tostring(svg, "unicode"), lines=True)
+    try:
+        return painted(figure(svg), kind or "png", dpi=DPI)
+    except ValueError as error:
+        raise UsageError(f"{path}: cannot draw there ({str(error).splitlines()[0]}); name a .png") from error
 
 
 def sheet(charts: Sequence[Chart]) -> Element:
@@ -336,5 +343,5 @@ def _path(pieces: Iterable[Sequence[Position]], look: Mapping[str, str]) -> Elem
 
 def _text(text: str, x: float, y: float, colour: str, anchor: str = "start", size: str = "10.5") -> Element:
     mark = Element("text", {"x": f"{x:.1f}", "y": f"{y:.1f}", "text-anchor": anchor, "fill": colour, "font-size": size})
-    mark.text = text
+    mark.text = printable(text)
     return mark

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from featcache.store.durable import make_directory, write_output
+from featcache.text import file_name
 from slotlab.masks.labels import UNSEEN, fine_labels
 from slotlab.pictures.coco import encode
 from slotlab.pictures.palette import slot_colours
@@ -68,33 +70,31 @@ class MaskWriter:
         self.folder, self.form, self.rate = folder, form, frames_a_second
         self.files = 0
         self._coco: dict[str, list[dict[str, Any]]] = {"images": [], "annotations": [], "categories": []}
-        folder.mkdir(parents=True, exist_ok=True)
+        make_directory(folder.absolute())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.form == "rle" and kind is None:
-            (self.folder / COCO_NAME).write_text(json.dumps(self._coco))
+            write_output(self.folder / COCO_NAME, json.dumps(self._coco))
             self.files += 1
 
     def add(self, masked: Masked) -> None:
-        name = re.sub(r"[^\w.-]+", "_", masked.name)
+        name = file_name(masked.name)
         if self.form == "rle":
             self._add_coco(name, masked)
             return
         if self.form in ("overlay-mp4", "overlay-gif"):
             pictures = overlay(masked)
             path = self.folder / f"{name}.{self.form.removeprefix('overlay-')}"
-            (write_mp4 if self.form == "overlay-mp4" else write_gif)(path, pictures, self.rate)
+            write_output(path, (mp4 if self.form == "overlay-mp4" else gif)(pictures, self.rate))
             self.files += 1
             return
-        below = self.folder / name
-        below.mkdir(exist_ok=True)
         drawn = overlay(masked) if self.form == "overlay-png" else masked.labels
         for index, picture in enumerate(drawn):
             image = Image.fromarray(picture) if picture.ndim == 3 else label_image(picture, masked.slots)
-            image.save(below / f"{index:05d}.png")
+            write_output(self.folder / name / f"{index:05d}.png", as_file([image], "PNG"))
         self.files += len(drawn)
 
     def _add_coco(self, name: str, masked: Masked) -> None:
@@ -147,13 +147,14 @@ def overlay(masked: Masked) -> Pictures:
     return drawn
 
 
-def write_mp4(path: Path, pictures: Pictures, rate: float) -> None:
-    """Write an H.264 file that every browser plays; an odd side repeats its last pixels."""
+def mp4(pictures: Pictures, rate: float) -> bytes:
+    """An H.264 file that every browser plays; an odd side repeats its last pixels."""
     import av
 
     odd = [(0, side % 2) for side in pictures.shape[1:3]]
     pictures = np.pad(pictures, ((0, 0), *odd, (0, 0)), mode="edge")
-    with av.open(str(path), "w") as container:
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1001))
         stream.height, stream.width = pictures.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -161,9 +162,17 @@ def write_mp4(path: Path, pictures: Pictures, rate: float) -> None:
         for picture in pictures:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
+    return buffer.getvalue()
 
 
-def write_gif(path: Path, pictures: Pictures, rate: float) -> None:
-    """Write a GIF that repeats."""
-    images = [Image.fromarray(picture) for picture in pictures]
-    images[0].save(path, save_all=True, append_images=images[1:], duration=round(1000 / rate), loop=0)
+def gif(pictures: Pictures, rate: float) -> bytes:
+    """A GIF that repeats."""
+    return as_file([Image.fromarray(picture) for picture in pictures], "GIF", duration=round(1000 / rate), loop=0)
+
+
+def as_file(images: Sequence[Image.Image], kind: str, **how: Any) -> bytes:
+    """The bytes of an image file of one or several pages, in one of Pillow's formats."""
+    buffer = io.BytesIO()
+    pages = {"save_all": True, "append_images": images[1:]} if images[1:] else {}
+    images[0].save(buffer, kind, **pages, **how)
+    return buffer.getvalue()

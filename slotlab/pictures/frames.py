@@ -14,7 +14,7 @@ from PIL import Image
 
 from featcache.errors import DataError, UsageError
 from featcache.sources import clips
-from featcache.sources.images import as_rgb, stack
+from featcache.sources.images import MOST_PIXELS, as_rgb, decoded_smaller, size_text, stack
 from featcache.sources.scan import natural
 
 Frames = Any  # an array or tensor, a PIL image, a path, or a sequence of these
@@ -55,17 +55,33 @@ def _checked(array: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return np.require(array if array.ndim == 4 else array[None], requirements=["C", "W"])
 
 
-def read_path(path: Path) -> npt.NDArray[np.uint8]:
+def read_path(path: Path, short: int | None = None) -> npt.NDArray[np.uint8]:
     """Frames (T, H, W, 3) of a picture (one frame), a video file, or a folder of pictures (a video, in natural order).
 
-    ``DataError`` for files that cannot be read, and for a folder without pictures.
+    A shorter side of more than ``short`` pixels is scaled down to it. ``DataError`` for files that cannot be read, or
+    are too large, and for a folder without pictures.
     """
-    if not path.is_dir():
-        return np.require(clips.read_frames(path), requirements=["C", "W"])
+    files = [path] if not path.is_dir() else _pictures(path)
+    size = clips.frame_size(files[0])
+    if short is None and size[0] * size[1] > MOST_PIXELS:
+        raise DataError(
+            f"{files[0]}: {size_text(size)} are over {MOST_PIXELS / 1e6:.0f} million pixels; have it scaled down with "
+            "--frame-size 1024"
+        )
+    factor = max(1.0, min(size) / short) if short else 1.0
+    shrink = decoded_smaller(size, factor)
+    frames = clips.read_images(files, shrink) if path.is_dir() else clips.read_frames(path, shrink)
+    if factor > 1:
+        smaller = round(size[1] / factor), round(size[0] / factor)
+        frames = np.stack([np.asarray(Image.fromarray(f).resize(smaller, Image.Resampling.BICUBIC)) for f in frames])
+    return np.require(frames, requirements=["C", "W"])
+
+
+def _pictures(path: Path) -> list[Path]:
     shown = (file for file in path.iterdir() if not file.name.startswith("."))
     files = sorted(filter(clips.is_image, shown), key=natural)
     if not files:
         raise DataError(f"{path}: no picture in it; known are {clips.KNOWN}")
     if clip := next((file for file in files if clips.has_pages(file)), None):
         raise DataError(f"{clip}: holds several pages, which is a video by itself; name the file, not its folder")
-    return clips.read_images(files)
+    return files

@@ -13,8 +13,11 @@ import torch.nn.functional as F
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+from featcache.store.durable import write_output
 from featcache.store.reading import Split
+from featcache.text import printable
 from slotlab.masks.labels import masks_to_labels
+from slotlab.pictures.painted import painted
 from slotlab.pictures.palette import slot_colours, truth_colours
 from slotlab.pictures.still import Still
 
@@ -23,7 +26,8 @@ SINGLE_SLOTS = 6
 
 
 def draw_sheet(split: Split, stills: Sequence[Still], path: Path) -> Path:
-    """Write the sheet as PNG and return its path. Objects and their matched slots share a colour."""
+    """Write the sheet, as PNG or what else the suffix names, and return its path. Objects and their matched slots share
+    a colour."""
     columns = 3 + SINGLE_SLOTS
     height = HEADER + 1.75 * len(stills)
     figure, axes = plt.subplots(len(stills), columns, figsize=(1.72 * columns, height), squeeze=False)
@@ -42,15 +46,15 @@ def draw_sheet(split: Split, stills: Sequence[Still], path: Path) -> Path:
                 cell.imshow(picture, interpolation="lanczos")
         kinds = {i.material for i in split.instances(still.video)} - {""}
         name = "all " + kinds.pop() if len(kinds) == 1 else "mixed" if kinds else ""
-        row[0].set_title(f"{name}  {split.names[still.video]}".strip(), fontsize=7, loc="left")
+        title = printable(f"{name}  {split.names[still.video]}".strip())
+        row[0].set_title(title, fontsize=7, loc="left", parse_math=False)
         scores = "  ".join(f"{title} {value:.2f}" for title, value in still.scores.items())
         row[2].set_title(scores, fontsize=7, loc="left")
     for cell, title in zip(axes[0], ("frame", "ground truth", "slots"), strict=False):
         cell.text(0.5, 1.22, title, transform=cell.transAxes, ha="center", fontsize=9, weight="bold")
     axes[0][3].text(0.0, 1.22, "single slots, soft masks", transform=axes[0][3].transAxes, fontsize=9, weight="bold")
     figure.subplots_adjust(left=0.01, right=0.99, top=1 - HEADER / height, bottom=0.01, wspace=0.03, hspace=0.14)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, facecolor="white")
+    write_output(path, painted(figure, path.suffix[1:], dpi=130, facecolor="white"))
     plt.close(figure)
     return path
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from featcache.errors import UsageError
+from featcache.text import file_name
 from slotlab.pictures.chart import save
 from slotlab.report.charts import all_charts
 from slotlab.report.gallery import footages
@@ -16,21 +16,15 @@ SECTIONS = {"training": "Training", "time": "Over the frames", "scale": "Feature
 def write_figures(gathered: Gathered, folder: Path) -> list[tuple[str, Path]]:
     """Draw every section's charts, and a sheet of the masks of each run, as PNG and SVG.
 
-    Returns titles and PNG files. ``UsageError`` if the folder cannot be written.
+    Returns titles and PNG files. ``DataError`` if they cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        written = []
-        for key, charts in all_charts(gathered).items():
-            if charts:
-                path = folder / f"{key}.png"
-                save(charts, path, path.with_suffix(".svg"))
-                written.append((SECTIONS[key], path))
-        for name, path in draw_masks(gathered, folder):
-            written.append((name, path))
-    except OSError as error:
-        raise UsageError(f"--figures {folder}: cannot be written ({error}); name a folder that can") from error
-    return written
+    written = []
+    for key, charts in all_charts(gathered).items():
+        if charts:
+            path = folder / f"{key}.png"
+            save(charts, path, path.with_suffix(".svg"))
+            written.append((SECTIONS[key], path))
+    return written + draw_masks(gathered, folder)
 
 
 def draw_masks(gathered: Gathered, folder: Path) -> list[tuple[str, Path]]:
@@ -42,7 +36,7 @@ def draw_masks(gathered: Gathered, folder: Path) -> list[tuple[str, Path]]:
         for position in footage.runs:
             run = gathered.runs[position]
             if run.split.has_truth and footage.choices:
-                path = folder / f"masks-{run.name.replace('/', '-')}.png"
+                path = folder / f"masks-{file_name(run.name.replace('/', '-'))}.png"
                 stills = [run.views[choice.video].still for choice in footage.choices]
                 draw_sheet(run.split, stills, path)
                 draw_sheet(run.split, stills, path.with_suffix(".svg"))

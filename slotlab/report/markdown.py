@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from urllib.parse import quote
 
+from featcache.text import printable
 from slotlab.report import tables
 from slotlab.report.gather import Gathered
 from slotlab.report.provenance import environment, provenance
@@ -13,7 +16,8 @@ from slotlab.report.tables import Row, Table
 def render_markdown(gathered: Gathered, title: str, figures: Mapping[str, str], command: str = "") -> str:
     """The report's tables as Markdown; ``figures`` maps the title of a picture to its path from the file's folder."""
     runs = gathered.runs
-    parts = [f"# {title}", *(f"- **{run.name}**: {tables.description(run)}; {tables.state(run)}" for run in runs), ""]
+    states = (f"- **{escaped(run.name)}**: {tables.description(run)}; {tables.state(run)}" for run in runs)
+    parts = [f"# {escaped(title)}", *states, ""]
     shown = [
         tables.summary(runs),
         tables.paired_runs(runs),
@@ -29,14 +33,15 @@ def render_markdown(gathered: Gathered, title: str, figures: Mapping[str, str], 
             parts += [f"## {table.title}", "", render_table(table), ""]
             parts += [table.note, ""] if table.note else []
     if figures:
-        parts += ["## Figures", "", *(f"![{name}]({path})" for name, path in figures.items()), ""]
+        links = (f"![{escaped(name)}]({quote(os.fsencode(path))})" for name, path in figures.items())
+        parts += ["## Figures", "", *links, ""]
     parts += ["## Provenance", ""]
     for run in runs:
         found = provenance(run)
-        parts += [f"**{run.name}**", "", *(f"- {name}: {value}" for name, value in found.facts)]
-        parts += [f"- {source.numbers}: {source.file}; `{source.command}`" for source in found.sources] + [""]
+        parts += [f"**{escaped(run.name)}**", "", *(f"- {name}: {escaped(value)}" for name, value in found.facts)]
+        parts += [f"- {s.numbers}: {escaped(s.file)}; `{printable(s.command)}`" for s in found.sources] + [""]
     parts += [f"- {name}: {value}" for name, value in environment()]
-    parts += [f"- this report: `{command}`"] if command else []
+    parts += [f"- this report: `{printable(command)}`"] if command else []
     return "\n".join(parts) + "\n"
 
 
@@ -57,5 +62,5 @@ def render_row(row: Row) -> str:
 
 
 def escaped(text: str) -> str:
-    """Text with the characters escaped that would end its cell."""
-    return text.replace("|", "\\|").replace("\n", " ")
+    """Text on one line, without the characters that would end its cell or begin a tag."""
+    return printable(text).replace("|", "\\|").replace("<", "&lt;")

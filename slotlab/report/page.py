@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from featcache.text import printable
 from slotlab.pictures import palette
 from slotlab.pictures.chart import page_svg
 from slotlab.report import charts, gallery, tables
@@ -17,7 +18,7 @@ from slotlab.report.gather import Gathered, Logged, RunData
 from slotlab.report.options import PageOptions
 from slotlab.report.provenance import environment, provenance
 from slotlab.scoring.metrics import Score, scores_in, shown, title_of
-from slotlab.scoring.references import FLOORS
+from slotlab.scoring.references import floor_title
 
 NAMED_RUNS = 3  # most runs that a default title names
 
@@ -54,7 +55,7 @@ def ladder(runs: Sequence[RunData], score: Score) -> list[Rung]:
     for n, run in enumerate(runs):
         if run.evaluation and (found := run.evaluation.values.get(score.key)) is not None:
             references = run.evaluation.references
-            floors = [(FLOORS.get(name, name), values.get(score.key)) for name, values in references.floors.items()]
+            floors = [(floor_title(name), values.get(score.key)) for name, values in references.floors.items()]
             known = tuple((name, value) for name, value in floors if value is not None)
             rungs.append(Rung(run.name, n, found, references.ceiling.get(score.key), known, score))
     return rungs
@@ -105,13 +106,13 @@ def render(gathered: Gathered, options: PageOptions) -> str:
         "dark": palette.DARK,
         **sections(gathered),
     }
-    return environment_of_templates().get_template("page.html.j2").render(context)
+    return printable(environment_of_templates().get_template("page.html.j2").render(context), lines=True)
 
 
 def render_training(runs: Sequence[Logged]) -> str:
     """HTML of the part of the page that changes with every logged row."""
     template = environment_of_templates().get_template("training.html.j2")
-    return template.render(runs=runs, training=charts.training_charts(runs))
+    return printable(template.render(runs=runs, training=charts.training_charts(runs)), lines=True)
 
 
 def sections(gathered: Gathered) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ from slotlab.scoring.groups import Intervals
 from slotlab.scoring.metrics import score_of, shown, shown_of_videos
 from slotlab.scoring.over_frames import QUANTITIES
 from slotlab.scoring.paired import paired
-from slotlab.scoring.references import FLOORS
+from slotlab.scoring.references import floor_title
 from slotlab.scoring.scores import Values
 
 GROUPS = {"by_objects": "By number of objects"}  # other groups are named after their key
@@ -152,7 +152,7 @@ def references_of(run: RunData) -> list[tuple[str, Values]]:
     """Names and scores of one run's ceiling and floors."""
     assert run.evaluation is not None
     found = run.evaluation.references
-    floors = [(FLOORS.get(name, f"floor: {name.replace('_', ' ')}"), values) for name, values in found.floors.items()]
+    floors = [(floor_title(name), values) for name, values in found.floors.items()]
     return ([("ceiling of the mask grid", found.ceiling)] if found.ceiling else []) + floors
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from featcache.errors import UsageError
+from featcache.store.durable import write_output
 from slotlab.report.figures import write_figures
 from slotlab.report.gather import Gathered, RunData, Say, gather
 from slotlab.report.markdown import render_markdown
@@ -41,7 +42,7 @@ def write_report(
     """Write the report of some runs to ``out`` and return its summary; JSON-able.
 
     A run without current scores is scored, and its ``eval-SPLIT.json`` written, as ``slotlab eval`` does. Errors
-    are those of :func:`slotlab.report.gather.gather`, and ``UsageError`` for a file that cannot be written.
+    are those of :func:`slotlab.report.gather.gather`, and ``DataError`` for a file that cannot be written.
     """
     if not runs:
         raise UsageError("nothing to report; name at least one run folder, for example: slotlab report runs/demo")
@@ -58,12 +59,12 @@ def write_report(
         options = replace(options, command=report_command(runs, out, asked))
     say("drawing")
     page = render(gathered, options)
-    write_text(out, page)
+    write_output(out, page)
     figures = write_figures(gathered, extras.figures) if extras.figures else []
     if extras.markdown:
         links = {name: os.path.relpath(path, extras.markdown.parent) for name, path in figures}
         title = options.title or default_title(gathered.runs)
-        write_text(extras.markdown, render_markdown(gathered, title, links, options.command))
+        write_output(extras.markdown, render_markdown(gathered, title, links, options.command))
     return {
         "report": str(out),
         "bytes": len(page.encode()),
@@ -99,14 +100,3 @@ def summary_of(run: RunData) -> dict[str, Any]:
             for name, curve in run.curves.items()
         },
     }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file completely or not at all, and make its folder. ``UsageError`` if it cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = path.with_name(f".{path.name}.new")
-        fresh.write_text(text, encoding="utf-8")
-        fresh.replace(path)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror}); name a file in a folder that can") from error

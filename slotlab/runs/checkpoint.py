@@ -16,17 +16,18 @@ exists.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from featcache.errors import DataError, IncompatibleError, UsageError
+from featcache.store.durable import make_directory, write_durably
 from slotlab.config.load import read_toml, validate
 from slotlab.config.schema import Config
 from slotlab.models.base import Model
@@ -39,23 +40,24 @@ MODEL, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimiz
 def save(
     run: Path, model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer, state: dict[str, Any]
 ) -> None:
-    """Write the checkpoint of a run in place of the last one."""
+    """Write the checkpoint of a run in place of the last one. ``DataError`` where it cannot be written: the last one
+    stays."""
     fresh, old, final = (run / f"{FOLDER}{suffix}" for suffix in (".new", ".old", ""))
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    for name, module in ((MODEL, model), (AVERAGE, average)):
-        if module is not None:
-            save_file({k: v.contiguous() for k, v in module.state_dict().items()}, fresh / name)
-    tensors = {
-        f"{index}.{name}": value.contiguous()
+    files = {name: module.state_dict() for name, module in ((MODEL, model), (AVERAGE, average)) if module is not None}
+    files[OPTIMIZER] = {
+        f"{index}.{name}": value
         for index, values in optimizer.state_dict()["state"].items()
         for name, value in values.items()
     }
-    save_file(tensors, fresh / OPTIMIZER)
-    (fresh / STATE).write_text(json.dumps(state, indent=1))
-    for path in fresh.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    try:
+        make_directory(fresh)
+        for name, tensors in files.items():
+            write_durably(fresh / name, to_bytes({k: v.contiguous() for k, v in tensors.items()}))
+        write_durably(fresh / STATE, json.dumps(state, indent=1).encode())
+    except DataError:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from featcache.errors import DataError, IncompatibleError, UsageError, compare_settings
-from featcache.store.durable import write_durably
+from featcache.store.durable import make_directory, write_durably
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import READABLE, StoreSpec, flatten
 from featcache.stream.stream import VIDEO
@@ -80,9 +80,9 @@ def create_run(config: Config, store: FeatureStore, run: Path, init_from: Path |
     note["samples"] = _samples(config, store)
     if init_from is not None:
         note["init_from"] = str(init_from.resolve())
-    run.mkdir(parents=True, exist_ok=True)
-    (run / STORE).write_text(json.dumps(note, indent=1))
-    (run / checkpoint.CONFIG).write_text(config.to_toml())
+    make_directory(run)
+    write_durably(run / STORE, json.dumps(note, indent=1).encode())
+    write_durably(run / checkpoint.CONFIG, config.to_toml().encode())  # last: it says that the run exists
 
 
 def trained_on(run: Path) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def keep_rows(path: Path, step: int) -> float:
     """Drop the rows logged after ``step``, from which a run resumes; return the seconds it had trained until then."""
     kept = [row for row in read_rows(path) if row["step"] <= step]
     if path.exists():
-        path.write_text("".join(f"{json.dumps(row)}\n" for row in kept))
+        write_durably(path, "".join(f"{json.dumps(row)}\n" for row in kept).encode())
     return float(kept[-1]["seconds"]) if kept else 0.0
 
 
@@ -221,4 +221,4 @@ def write_summary(run: Path, device: torch.device, processes: int) -> None:
         "peak_device_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "slotlab": version("slotlab")},
     }
-    (run / SUMMARY).write_text(json.dumps(summary, indent=1))
+    write_durably(run / SUMMARY, json.dumps(summary, indent=1).encode())

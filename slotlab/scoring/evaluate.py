@@ -17,6 +17,7 @@ from slotlab.scoring.groups import subgroup_scores
 from slotlab.scoring.references import KnownReferences, references
 from slotlab.scoring.scores import Scores
 from slotlab.scoring.tables import require_truth
+from slotlab.words import Floors
 
 
 class Evaluator:
@@ -33,8 +34,9 @@ class Evaluator:
             scores.add_video(followed.tables(kind), followed.video)
         self._diagnostics.add(followed.shown)
 
-    def result(self, known: KnownReferences | None = None) -> Evaluation:
-        """The evaluation of the added videos; ``known`` as in :func:`~slotlab.scoring.references.references`."""
+    def result(self, known: KnownReferences | None = None, floors: Floors = "usual") -> Evaluation:
+        """The evaluation of the added videos, beside the ceiling and floors of
+        :func:`~slotlab.scoring.references.references`."""
         loaded, split, step = self._loaded, self._split, checkpoint.state(self._loaded.path)["step"]
         published, means = self._scores[loaded.config.published_masks], self._diagnostics.means()
         tables, _ = published.frame_tables()
@@ -52,7 +54,7 @@ class Evaluator:
             summary=published.summary(),
             ignored_pixels=1 - int(tables.sum()) / (len(tables) * height * width),
             masks={kind: scores.summary() for kind, scores in self._scores.items()},
-            references=references(split, loaded, known),
+            references=references(split, loaded, known, floors),
             diagnostics=means,
             diagnostics_by_frame=self._diagnostics.at_each_frame(),
             largest_activation_by_slot=self._diagnostics.largest_by_slot(),
@@ -66,11 +68,12 @@ def evaluate(
     split_name: str | None = None,
     known: KnownReferences | None = None,
     also: Sequence[Callable[[Followed], object]] = (),
+    floors: Floors = "usual",
 ) -> Evaluation:
     """The evaluation of a run on a split (default: the configuration's), from one pass over its videos.
 
-    ``known`` holds ceilings and floors that runs share (:func:`~slotlab.scoring.references.references`); each function
-    in ``also`` is called with each video of the pass.
+    ``known`` holds ceilings and floors that runs share, ``floors`` says which to measure
+    (:func:`~slotlab.scoring.references.references`); each function in ``also`` is called with each video of the pass.
 
     Scores and diagnostics are those of the masks that the run publishes; ``masks`` has the scores of both kinds.
     ``UsageError`` for a split that does not exist, ``DataError`` if it has no masks.
@@ -80,7 +83,7 @@ def evaluate(
     for followed in follow(loaded, split):
         for take in (evaluator.add, *also):
             take(followed)
-    return evaluator.result(known)
+    return evaluator.result(known, floors)
 
 
 def _unfinished(step: int, config: Config) -> list[str]:

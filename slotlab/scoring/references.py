@@ -1,11 +1,11 @@
-"""References for scores: the ceiling that a patch grid sets, and the floors of clustering without training.
+"""References for scores: the ceiling that a patch grid sets, and the floors of segments found without training.
 
 Both yield contingency tables through :func:`slotlab.scoring.tables.mask_tables`, the same path as a model's masks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -17,13 +17,63 @@ from featcache.store.reading import Split
 from slotlab.models.kmeans import kmeans
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
+from slotlab.models.segments import MOST_PATCHES, SHRINKAGE, normalised_cuts, soft_segments
 from slotlab.runs.loaded import LoadedRun
 from slotlab.scoring.collapse import effective_slots, kept_slots
 from slotlab.scoring.metrics import SCORES
 from slotlab.scoring.scores import Scores, Values, in_order
-from slotlab.scoring.tables import UNKNOWN, count_labels, ground_truth, labelled_frames, mask_tables
+from slotlab.scoring.tables import UNKNOWN, count_labels, ground_truth, labelled_frames, mask_tables, stacked
+from slotlab.words import Floors
 
-FLOORS = {"kmeans_raw": "floor: k-means, raw tokens", "kmeans_whitened": "floor: k-means, whitened tokens"}
+
+@dataclass(frozen=True)
+class Floor:
+    """A way to segment a frame by its tokens alone.
+
+    ``masks`` turns tokens (F, N, D), raw or whitened, into masks (F, K, N) that sum to one; it also takes the grid, the
+    number of clusters where a number is needed, and random draws.
+    """
+
+    title: str
+    whitened: bool
+    masks: Callable[[Tensor, tuple[int, int], int, Draws], Tensor]
+    most_patches: int | None = None  # of the largest grid that it is measured on
+    usual: bool = True  # whether it is measured without being asked for
+
+
+def _kmeans(tokens: Tensor, grid: tuple[int, int], clusters: int, draws: Draws) -> Tensor:
+    # The best of several restarts, because a floor should not be low by bad luck.
+    labels = kmeans(tokens, clusters, rounds=8, draws=draws, restarts=4).labels
+    return F.one_hot(labels, clusters).mT.float()
+
+
+def _segments(tokens: Tensor, grid: tuple[int, int], clusters: int, draws: Draws) -> Tensor:
+    return soft_segments(tokens, grid)
+
+
+def _cuts(tokens: Tensor, grid: tuple[int, int], clusters: int, draws: Draws) -> Tensor:
+    labels = normalised_cuts(tokens, grid)
+    return F.one_hot(labels, int(labels.max()) + 1).mT.float()
+
+
+FLOORS = {
+    "kmeans_raw": Floor("floor: k-means, raw tokens", False, _kmeans),
+    "kmeans_whitened": Floor("floor: k-means, whitened tokens", True, _kmeans),
+    "tfs": Floor("floor: training-free segments", True, _segments, MOST_PATCHES),
+    "ncut": Floor("floor: normalised cuts", True, _cuts, MOST_PATCHES, usual=False),
+}
+
+
+def floor_title(name: str) -> str:
+    """The title of a floor's row, also of one that another version measured."""
+    return FLOORS[name].title if name in FLOORS else f"floor: {name.replace('_', ' ')}"
+
+
+def floors_asked(asked: Floors, grid: tuple[int, int]) -> list[str]:
+    """The names of the floors to measure on a grid."""
+    patches = grid[0] * grid[1]
+    fitting = {name: of for name, of in FLOORS.items() if of.most_patches is None or patches <= of.most_patches}
+    return [name for name, of in fitting.items() if of.usual or asked == "all"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +82,8 @@ class References:
 
     ceiling: Values  # scores of the ground truth, averaged to the grid
     kept_slots: float | None  # kept_slots of the ceiling; None: an earlier version did not record it
-    floors: Mapping[str, Values]  # k-means by its tokens; over frames only, as it does not track
-    statistics: str | None = None  # split that whitens a floor; None: an earlier version did not record it
+    floors: Mapping[str, Values]  # by their names in FLOORS; over frames only, as they do not track
+    statistics: str | None = None  # split that whitens floors; None: an earlier version did not record it
 
     def as_dict(self) -> dict[str, Any]:
         kept = {} if self.kept_slots is None else {"kept_slots": self.kept_slots}
@@ -53,7 +103,7 @@ KnownReferences = dict[tuple[Hashable, ...], References]  # by references_key
 
 
 def statistics_split(split: Split, loaded: LoadedRun) -> Split:
-    """The split whose moments whiten the floor's tokens: the run's training split, else the scored split."""
+    """The split whose moments whiten the floors' tokens: the run's training split, else the scored split."""
     return loaded.training_split() or split
 
 
@@ -63,46 +113,47 @@ def references_key(split: Split, loaded: LoadedRun) -> tuple[Hashable, ...]:
     return (split.path.resolve(), statistics, loaded.inputs, loaded.model.slots)
 
 
-def references(split: Split, loaded: LoadedRun, known: KnownReferences | None = None) -> References:
-    """The grid's ceiling, and the floors of k-means on each frame's tokens with as many clusters as slots.
+def references(
+    split: Split, loaded: LoadedRun, known: KnownReferences | None = None, asked: Floors = "usual"
+) -> References:
+    """The grid's ceiling, and the floors asked for; k-means takes as many clusters as the model has slots.
 
     They take longer than the scores, so ``known`` keeps them for other runs with the same key.
     """
     known = {} if known is None else known
-    key = references_key(split, loaded)
-    if key not in known:
-        known[key] = _measured(split, loaded)
+    key, floors = references_key(split, loaded), floors_asked(asked, loaded.model.grid)
+    if key not in known or not set(floors) <= known[key].floors.keys():
+        known[key] = _measured(split, loaded, floors)
     return known[key]
 
 
-def _measured(split: Split, loaded: LoadedRun) -> References:
+def _measured(split: Split, loaded: LoadedRun, floors: list[str]) -> References:
     statistics = statistics_split(split, loaded)
     moments = loaded.inputs.moments(statistics)
-    whiten = Normaliser.from_moments("whiten", moments, shrinkage=0.1, center="channel")
+    whiten = Normaliser.from_moments("whiten", moments, SHRINKAGE, center="channel")
     labels, grid = count_labels(split), loaded.model.grid
     clusters = min(loaded.model.slots, grid[0] * grid[1])
-    ceiling, raw, whitened = Scores(), Scores(), Scores()
+    ceiling, found = Scores(), {name: Scores() for name in floors}
     effective: list[Tensor] = []
     for video in split.videos:
         truth = ground_truth(split, video)
         labelled = labelled_frames(truth)
         if not labelled.any():
             continue
-        truth, tokens = truth[labelled], loaded.inputs.tokens(split, video)[labelled]
+        truth, raw = truth[labelled], loaded.inputs.tokens(split, video)[labelled]
+        whitened = whiten(raw)
         ceiling.add_video(grid_reference(truth, grid, labels), video)
         effective.append(effective_slots(grid_masks(truth, grid, labels)))
-        raw.add_video(kmeans_floor(tokens, grid, clusters, truth, labels, seed=video), video)
-        whitened.add_video(kmeans_floor(whiten(tokens), grid, clusters, truth, labels, seed=video), video)
-    floors = {"kmeans_raw": raw, "kmeans_whitened": whitened}
+        for name, scores in found.items():
+            tokens = whitened if FLOORS[name].whitened else raw
+            scores.add_video(floor_tables(name, tokens, grid, clusters, truth, labels, seed=video), video)
     return References(
         ceiling.summary().values,
         kept_slots(effective),
-        {name: {score.key: scores.summary().values[score.key] for score in SCORES} for name, scores in floors.items()},
+        {name: {score.key: scores.summary().values[score.key] for score in SCORES} for name, scores in found.items()},
         str(statistics.path),
     )
 
-
-_FRAMES_CLUSTERED = 64  # frames at once
 
 _FRAMES_A_CHUNK = 8  # one-hot ground truth is (frames, n_true, H, W) floats: 23 MB at 256x256 and 11 labels
 
@@ -137,31 +188,31 @@ def grid_masks(segmentations: Tensor, grid: tuple[int, int], n_true: int) -> Ten
     return shares
 
 
-def kmeans_floor(
+_FRAMES_CLUSTERED = 64  # frames at once
+
+
+def floor_tables(
+    name: str,
     tokens: Tensor,
     grid: tuple[int, int],
-    k: int,
+    clusters: int,
     segmentations: Tensor,
     n_true: int,
     *,
-    rounds: int = 8,
-    restarts: int = 4,
     seed: int = 0,
 ) -> Tensor:
-    """Tables (F, n_true, k) int64 of k-means on each frame's patch tokens, with no training at all.
+    """Tables (F, n_true, K) int64 of one of ``FLOORS``, with no training at all.
 
-    tokens (F, N, D), raw or normalised, N = rows * columns of the grid; segmentations (F, H, W). The labels,
-    one-hot on the grid, are treated like a model's masks. The best of several restarts counts, because a floor should
-    not be low by bad luck. A frame's draws depend on ``seed`` and on its position in the call.
+    tokens (F, N, D), raw or whitened as the floor wants them, N = rows * columns of the grid; segmentations (F, H, W).
+    Its masks are treated like a model's. A frame's draws depend on ``seed`` and on its position in the call.
     """
     draws = Draws(seed)
     tables = []
     for start in range(0, len(tokens), _FRAMES_CLUSTERED):
         frames = slice(start, start + _FRAMES_CLUSTERED)
-        labels = kmeans(tokens[frames], k, rounds, draws, restarts).labels  # (f, N)
-        masks = F.one_hot(labels, k).transpose(1, 2).reshape(-1, k, *grid).float()  # (f, k, h, w)
-        tables.append(mask_tables(masks, segmentations[frames], n_true))
-    return torch.cat(tables)
+        masks = FLOORS[name].masks(tokens[frames], grid, clusters, draws)  # (f, K, N)
+        tables.append(mask_tables(masks.reshape(*masks.shape[:2], *grid), segmentations[frames], n_true))
+    return stacked(tables)
 
 
 def area_weights(pixels: int, patches: int, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from slotlab.scoring.metrics import SCORES, scores_in, visible
+from slotlab.scoring.tables import stacked
 
 Values = Mapping[str, float | None]  # by a score's key, with the suffix _video for whole videos; None: not defined
 
@@ -63,7 +64,7 @@ class Scores:
     _added: list[Tensor] = field(default_factory=list)  # the videos of all frames
 
     def add(self, tables: Tensor, videos: Tensor) -> None:
-        """Add tables of frames (B, n_true, n_pred), of the same sizes in each call, and their video ids (B,)."""
+        """Add tables of frames (B, n_true, n_pred), of the same n_true in each call, and their video ids (B,)."""
         if len(tables) != len(videos):
             raise ValueError(f"{len(tables)} tables but {len(videos)} video ids; give one per frame")
         tables, videos = tables.detach().cpu(), videos.detach().cpu().long()
@@ -83,7 +84,7 @@ class Scores:
         """
         if not self._tables:
             raise ValueError("no frame has been scored; the split is empty")
-        return torch.cat(self._tables), torch.cat(self._videos)
+        return stacked(self._tables), torch.cat(self._videos)
 
     def video_tables(self) -> tuple[Tensor, Tensor]:
         """The sums of each labelled video's tables (V, n_true, n_pred), and the videos' ids (V,) in rising order."""

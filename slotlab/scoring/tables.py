@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from featcache.errors import DataError
@@ -59,6 +62,12 @@ def mask_tables(masks: Tensor, segmentations: Tensor, n_true: int) -> Tensor:
         truth = segmentations[frames].to(masks.device)
         tables[frames] = contingency(labels.flatten(1), truth.flatten(1), slots, n_true)
     return tables
+
+
+def stacked(tables: Sequence[Tensor]) -> Tensor:
+    """Tables (B, n_true, K) of several batches as one (F, n_true, K): those with fewer slots get empty ones."""
+    most = max(table.shape[-1] for table in tables)
+    return torch.cat([F.pad(table, (0, most - table.shape[-1])) for table in tables])
 
 
 def contingency(pred: Tensor, true: Tensor, n_pred: int, n_true: int) -> Tensor:

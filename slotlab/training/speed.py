@@ -9,7 +9,7 @@ import itertools
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,18 +17,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from featcache.errors import UsageError, out_of_memory
 from featcache.machine import alternate, paired_ratio, timed
 from featcache.store.reading import FeatureStore
-from featcache.stream.stream import RING
+from featcache.stream.residence import RING
 from slotlab.config.schema import Config
+from slotlab.training.cost import CORRECTED
 from slotlab.training.processes import Ranks
 from slotlab.training.step import TrainStep, matrix_products
 from slotlab.training.train import training_stream
-
-Shape = Sequence[int]
 
 RESIDENT = "the same steps on a batch that is on the device already"
 WARM_UP = 3  # steps before measuring: they compile, allocate, and touch the files first
@@ -105,24 +104,11 @@ def pattern_name(batch_size: int, clip: int) -> str:
 
 def flops_of(step: TrainStep, features: Tensor) -> int:
     """FLOPs of one step on a batch (B, ...), from the operators that torch calls. The step is taken."""
-    corrected = {torch.ops.aten.convolution_backward: convolution_backward_flops}
     as_written = copy(step)
     as_written.forward = step.model  # compiled code is not counted
-    with FlopCounterMode(display=False, custom_mapping=corrected) as counter:
+    with FlopCounterMode(display=False, custom_mapping=CORRECTED) as counter:
         as_written(features)
     return int(counter.get_total_flops())
-
-
-def convolution_backward_flops(
-    gradient: Shape, features: Shape, weight: Shape, *rest: Any, out_shape: Sequence[Shape | None]
-) -> int:
-    """FLOPs of a convolution's backward pass: those of a forward pass for each gradient that is needed.
-
-    torch's formula ignores groups, and so counts a depthwise convolution of C channels C times.
-    """
-    transposed = rest[4]
-    wanted = sum(shape is not None for shape in out_shape[:2])  # the features' and the weight's
-    return wanted * int(conv_flop_count(list(features), list(weight), list(gradient), transposed))
 
 
 def measure_training(

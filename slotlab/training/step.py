@@ -57,6 +57,7 @@ class TrainStep:
             model.parameters(), lr=learning_rate(optim), weight_decay=optim.weight_decay, fused=True
         )
         self.schedule = make_schedule(self.optimizer, optim)
+        self.source: type[Draws] = Draws  # of what a step draws
         self.forward: Any = model
         if ranks.count > 1:  # buffers are measured on the store: all ranks have the same
             self.forward = DistributedDataParallel(model, broadcast_buffers=False)
@@ -76,7 +77,7 @@ class TrainStep:
         if init_from is not None:
             checkpoint.load_parameters(init_from, model)
         if not config.loss.reconstructs:
-            freeze_unreached(model, config, store)
+            freeze_unreached(model, config, _sample(config, store).to(ranks.device), Draws(0))
         return cls(config, model, ranks)
 
     @property
@@ -147,7 +148,7 @@ class TrainStep:
     def _draws(self, part: int) -> Draws:
         parts = self.config.optim.accumulate
         share = Share(self.ranks.rank * parts + part, self.ranks.count * parts)
-        draws = Draws.of_step(self.config.seed, self.count, share)
+        draws = self.source.of_step(self.config.seed, self.count, share)
         return draws if self._requests is None else DrawnAhead(draws, self._requests)
 
     # -- checkpoints -----------------------------------------------------------------------------------
@@ -190,13 +191,20 @@ def matrix_products(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def freeze_unreached(model: Model, config: Config, store: FeatureStore) -> None:
-    """Freeze parameters that no loss reaches, such as a decoder's last layers: DDP waits for every gradient."""
-    split = store[config.data.train_split]
-    clip = next(video for video in split.videos if split.spec.lengths[video] >= config.data.clip)
-    frames = ModelInput.of(config, store).read(split, clip)[: config.data.clip]
-    sample = (frames if config.data.clip > 1 else frames[0]).unsqueeze(0).to(next(model.parameters()).device)
-    total(losses(model(sample, Draws(0)), config.loss), config.loss).backward()  # type: ignore[no-untyped-call]
+def freeze_unreached(model: Model, config: Config, features: Tensor, draws: Draws) -> None:
+    """Freeze parameters that no loss reaches, such as a decoder's last layers: DDP waits for every gradient.
+
+    features (B, ...): any batch.
+    """
+    total(losses(model(features, draws), config.loss), config.loss).backward()  # type: ignore[no-untyped-call]
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
+
+
+def _sample(config: Config, store: FeatureStore) -> Tensor:
+    """A batch of one sample, (1, ...) as stored."""
+    split = store[config.data.train_split]
+    clip = next(video for video in split.videos if split.spec.lengths[video] >= config.data.clip)
+    frames = ModelInput.of(config, store).read(split, clip)[: config.data.clip]
+    return (frames if config.data.clip > 1 else frames[0]).unsqueeze(0)

@@ -14,13 +14,15 @@ import numpy.typing as npt
 import torch
 
 from featcache.errors import DataError, UsageError
+from featcache.store.durable import Lines
 from featcache.store.reading import FeatureStore
-from featcache.stream.stream import FeatureStream
+from featcache.stream.stream import FeatureStream, batch_formats
 from slotlab.config.schema import Config
 from slotlab.models.inputs import ModelInput
 from slotlab.models.randomness import Draws
 from slotlab.runs import checkpoint
-from slotlab.runs.folder import begun_from, check_run, create_run, keep_rows, write_summary
+from slotlab.runs.folder import LOG, begun_from, check_run, create_run, keep_rows, write_summary
+from slotlab.training.cost import count_step
 from slotlab.training.look import look, look_split
 from slotlab.training.losses import total
 from slotlab.training.processes import Ranks, join
@@ -38,12 +40,14 @@ def train(
     init_from: Path | None = None,
     device: torch.device | str = "cpu",
     report: Report = lambda _: None,
+    remark: Callable[[str], None] = lambda _: None,
 ) -> Path:
     """Train a slot model on cached features and leave a run folder.
 
     On the CPU, a resumed run equals an unbroken one bit for bit. Under torchrun each rank takes its share of every
     batch, and the run equals that of a single process up to rounding. ``init_from`` is a run whose parameters are the
-    start; ``report`` gets each logged row.
+    start; ``report`` gets each logged row, and ``remark`` one line before the first step: where the features live, and
+    why.
 
     Raises ``UsageError`` if the run exists already (or, with ``resume``, does not) or the batch cannot be shared,
     ``IncompatibleError`` if the run was made with another configuration or store, or ``init_from`` with another model,
@@ -58,7 +62,7 @@ def train(
             check_run(config, store, run, resume)
         if resume:
             init_from = begun_from(run, init_from)
-        _train(config, store, run, resume, init_from, ranks, report)
+        _train(config, store, run, resume, init_from, ranks, report, remark)
         ranks.wait()
     return run
 
@@ -71,20 +75,23 @@ def _train(
     init_from: Path | None,
     ranks: Ranks,
     report: Report,
+    remark: Callable[[str], None],
 ) -> None:
     optim = config.optim
     continues = resume and checkpoint.exists(run)  # a run that stopped before its first checkpoint starts again
     step = TrainStep.fresh(config, store, ranks, None if continues else init_from)
     stream = training_stream(config, store, ranks)
+    if ranks.leads:
+        remark(stream.home.why)
     if ranks.leads and not resume:  # only now, so that a run that cannot be trained leaves no folder
         create_run(config, store, run, init_from)
     ranks.wait()
     if continues:
         stream.load_state_dict(step.load(run))
-    spent = keep_rows(run / "metrics.jsonl", step.count) if ranks.leads else 0.0  # seconds
+    spent = keep_rows(run / LOG, step.count) if ranks.leads else 0.0  # seconds
     pace = Pace(config, step, stream, spent)
 
-    with (run / "metrics.jsonl").open("a") if ranks.leads else nullcontext() as log:
+    with Lines(run / LOG, synced=False) if ranks.leads else nullcontext() as log:
         for batch in stream:
             if step.count >= optim.steps:
                 break
@@ -105,8 +112,7 @@ def _train(
             if log is not None:
                 if looks:
                     row |= look(step.best, config, store)
-                log.write(json.dumps(row) + "\n")
-                log.flush()
+                log.add(json.dumps(row))
                 report(row)
             pace.restart()  # do not count the time of a look
 
@@ -139,9 +145,26 @@ def training_stream(config: Config, store: FeatureStore, ranks: Ranks) -> Featur
         seed=config.seed,
         device=ranks.device,
         residence=data.residence,
+        reserve=_reserve(config, store, ranks),
         rank=ranks.rank,
         world_size=ranks.count,
     )
+
+
+def _reserve(config: Config, store: FeatureStore, ranks: Ranks) -> int:
+    """Bytes of the device that a step needs beside the batches, where they decide on the features' home."""
+    if config.data.residence != "auto" or ranks.device.type != "cuda":
+        return 0
+    inputs = ModelInput.of(config, store)
+    _, batch = batch_formats(store[config.data.train_split], inputs.tap, batch_samples(config, ranks.count))
+    return count_step(config, inputs, batch, on_gpu=True).peak
+
+
+def batch_samples(config: Config, ranks: int = 1) -> tuple[int, int]:
+    """Samples of a rank's batch, and the frames that are read of each."""
+    clip = config.data.clip
+    frames = clip if clip == 1 else config.model.frames_a_step or clip
+    return config.optim.batch_size // ranks, frames
 
 
 def frames_drawn(config: Config) -> Callable[[int], npt.NDArray[np.int64]] | None:

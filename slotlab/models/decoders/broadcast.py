@@ -42,6 +42,7 @@ class MLPDecoder(Decoder):
         self.hidden = hidden_layers(config.hidden, config.layers - 1)
         self.mask = nn.Linear(config.hidden, 1)
         self.heads = Heads(config.hidden, sizes)
+        self.rows: int | None = None  # of hidden activations at a time; None: what suits the device
 
     def forward(self, attended: Attended, target: Float[Tensor, "B N D"], draws: Draws) -> Decoded:
         positions = self.draw_positions(draws, attended.slots.device)
@@ -68,7 +69,7 @@ class MLPDecoder(Decoder):
     def _patches_at_a_time(self, slots: Float[Tensor, "B K S"]) -> int:
         # torch.compile unrolls the loop, so take as few turns there as memory allows, on a CPU too.
         cached = slots.device.type == "cpu" and not torch.compiler.is_compiling()
-        rows = ROWS_ON_CPU if cached else ROWS
+        rows = self.rows or (ROWS_ON_CPU if cached else ROWS)
         return max(1, rows // (slots.shape[0] * slots.shape[1]))
 
     def _mix(

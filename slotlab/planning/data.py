@@ -1,0 +1,114 @@
+"""What a plan knows of a data set: what its store would be, known without extracting it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from featcache.backbones.backbone import Backbone
+from featcache.sources.video import Source
+from featcache.store.encoding import ENCODINGS, FEATURES
+from featcache.store.layout import array_bytes, array_layouts
+from featcache.store.reading import FeatureStore
+from featcache.store.spec import MAX_CHUNK_FRAMES, SplitSpec, StoreSpec, TapSpec
+from featcache.stream.rows import TORCH_DTYPES
+from featcache.stream.staging import Format
+from featcache.stream.stream import VIDEO
+from featcache.words import Dtype
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A store's own words for what it holds, or will hold."""
+
+    name: str
+    spec: StoreSpec
+    splits: Mapping[str, SplitSpec]
+
+    @classmethod
+    def of_store(cls, store: FeatureStore) -> DataSet:
+        return cls(str(store.path), store.spec, {name: store[name].spec for name in store.splits})
+
+    @classmethod
+    def of_source(cls, source: Source, backbone: Backbone) -> DataSet:
+        """Of all videos of a source, of which one a split is decoded: it tells whether there are masks."""
+        splits = {}
+        for name in source.splits():
+            probe = source.read(name, 0)
+            height, width = source.size(name, 0) or probe.frames.shape[1:3]
+            splits[name] = _split(tuple(source.lengths(name)), (height, width), probe.segmentations is not None)
+        return cls(source.location, _spec(backbone), splits)
+
+    @classmethod
+    def of_counts(
+        cls, videos: int, frames: int, frame_size: tuple[int, int], backbone: Backbone, split: str
+    ) -> DataSet:
+        """Of so many videos with masks, all of one length."""
+        name = f"{videos} videos of {frames} frames"
+        return cls(name, _spec(backbone), {split: _split((frames,) * videos, frame_size, True)})
+
+    def stored_as(self, dtype: Dtype) -> DataSet:
+        """The same data in another stored form."""
+        return replace(self, spec=replace(self.spec, dtype=dtype))
+
+    @property
+    def frames(self) -> int:
+        return sum(sum(split.lengths) for split in self.splits.values())
+
+    def token_bytes(self, split: str | None = None, tap: str | None = None) -> int:
+        """Bytes on disk of the tokens, exactly: of all splits and taps, or of one."""
+        folders = {array.folder for array in ENCODINGS[self.spec.dtype].arrays}
+        return sum(
+            array_bytes(layout, spec)
+            for name, spec in self.splits.items()
+            for layout in array_layouts(self.spec, spec)
+            if layout.name.partition("/")[0] in folders
+            and split in (None, name)
+            and tap in (None, layout.name.partition("/")[2])
+        )
+
+    def frame_bytes(self, split: str | None = None) -> int:
+        """Bytes of frames and masks uncompressed; on disk they are fewer."""
+        return sum(
+            array_bytes(layout, spec)
+            for name, spec in self.splits.items()
+            for layout in array_layouts(replace(self.spec, taps={}), spec)
+            if split in (None, name)
+        )
+
+    def stream_bytes(self, split: str, tap: str) -> int:
+        """Bytes that live somewhere while a tap is streamed: its tokens, or all frames, padding included."""
+        if tap != VIDEO:
+            return self.token_bytes(split, tap)
+        spec = self.splits[split]
+        return spec.rows * int(np.prod(spec.frame_size)) * 3
+
+    def formats(self, split: str, tap: str, samples: tuple[int, int]) -> tuple[list[Format], Format | None]:
+        """Of a batch of (samples, frames of each): the arrays as they are read, and what is decoded from them; None
+        where the first of them is the batch."""
+        if tap == VIDEO:
+            return [Format((*samples, *self.splits[split].frame_size, 3), TORCH_DTYPES["uint8"])], None
+        encoding, of = ENCODINGS[self.spec.dtype], self.spec.taps[tap]
+        stored = [
+            Format((*samples, *array.shape(of.patches, of.dim)), TORCH_DTYPES[array.dtype]) for array in encoding.arrays
+        ]
+        assert encoding.arrays[0].folder == FEATURES
+        decoded = None if encoding.plain else Format((*samples, of.patches, of.dim), encoding.decoded)
+        return stored, decoded
+
+    @property
+    def opened(self) -> FeatureStore:
+        """The store's specification where a store is asked for; it has no files."""
+        return FeatureStore(Path(self.name), self.spec)
+
+
+def _spec(backbone: Backbone) -> StoreSpec:
+    taps = {tap: TapSpec(backbone.grid, backbone.dims[tap]) for tap in backbone.taps}
+    return StoreSpec(backbone.spec.name, backbone.provenance, backbone.preprocessing, taps)
+
+
+def _split(lengths: tuple[int, ...], frame_size: tuple[int, int], masks: bool) -> SplitSpec:
+    return SplitSpec("", lengths, min(max(lengths), MAX_CHUNK_FRAMES), frame_size, masks, ignored=masks)

@@ -1,0 +1,232 @@
+"""What a step of training needs: memory, FLOPs, bytes to move and operations, counted without computing anything.
+
+The step is :class:`slotlab.training.step.TrainStep` itself, taken on torch's fake tensors, which have shapes, types and
+lifetimes, and no values. They stand for tensors of a CPU, so that it is counted alike on every machine; where a GPU
+does otherwise, that is said in :func:`as_on_a_gpu`. Kernels' own scratch memory and an allocator's fragments are not
+seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import (
+    conv_flop_count,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+    shape_wrapper,
+)
+
+from featcache.stream.staging import Format
+from slotlab.config.schema import Config
+from slotlab.models.build import empty_model
+from slotlab.models.decoders.broadcast import ROWS, MLPDecoder
+from slotlab.models.inputs import ModelInput
+from slotlab.models.randomness import Undrawn
+from slotlab.training.processes import Ranks
+from slotlab.training.step import TrainStep, freeze_unreached
+
+Shape = Sequence[int]
+aten = torch.ops.aten
+
+
+class Work(NamedTuple):
+    """One operation: FLOPs, bytes of all operands and results, and the type of its products (None without FLOPs)."""
+
+    flops: int
+    bytes: int
+    dtype: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of a step, or of one pass."""
+
+    work: Mapping[Work, int]  # how often each is done
+    peak: int  # the most bytes that are held at one time, the batch left out
+    state: int  # of them those that stay between steps: parameters, buffers, gradients, optimiser
+    parameters: int  # trained numbers
+
+    @property
+    def flops(self) -> int:
+        """Of matrix products, convolutions and attention."""
+        return sum(work.flops * count for work, count in self.work.items())
+
+    @property
+    def bytes(self) -> int:
+        """Read and written, if no cache held anything from one operation to the next."""
+        return sum(work.bytes * count for work, count in self.work.items())
+
+    @property
+    def operations(self) -> int:
+        """Operations that compute or copy: kernels to launch, or nearly so. Views are none."""
+        return sum(self.work.values())
+
+
+def count_step(config: Config, inputs: ModelInput, batch: Format, *, on_gpu: bool) -> Cost:
+    """A step of eager training on a batch (B, T, ...), in the steady state: the optimiser has its state.
+
+    ``optim.compile`` is left out: what a compiler saves is not foreseen. ``optim.accumulate`` must divide B.
+    """
+    config = config.model_copy(
+        update={"optim": config.optim.model_copy(update={"compile": False, "cuda_graphs": False})}
+    )
+    tally = Tally()
+    with torch.random.fork_rng(devices=[]), FakeTensorMode(), tally:
+        model = empty_model(config, inputs)
+        if on_gpu:
+            as_on_a_gpu(model)
+        features = torch.empty(batch.shape, dtype=batch.dtype)
+        if config.data.clip == 1:
+            features = features[:, 0]
+        if not config.loss.reconstructs:
+            freeze_unreached(model, config, features[:1], Undrawn(0))
+        step = TrainStep(config, model, Ranks(torch.device("cpu")))
+        step.source = Undrawn
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+        step.optimizer.step()  # makes its state
+        tally.restart()
+        step(features)
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return Cost(dict(tally.work), tally.peak - batch.bytes, tally.live - batch.bytes, parameters)
+
+
+class Tally(TorchDispatchMode):
+    """Notes every operation while it is entered, and the memory that their results hold, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work: Counter[Work] = Counter()
+        self.live = self.peak = 0  # bytes
+        self._held: set[int] = set()  # storages, by address
+
+    def restart(self) -> None:
+        """Forget the operations so far, and the highest memory; what is held stays."""
+        self.work.clear()
+        self.peak = self.live
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace != "aten":  # a question, such as for a tensor's device
+            return func(*args, **kwargs)
+        if func in STAND_INS:
+            result = STAND_INS[func](*args, **kwargs)
+        else:
+            if func._overloadpacket not in FLOPS:
+                with self:
+                    result = func.decompose(*args, **kwargs)  # a composite, which nothing before has taken apart
+                if result is not NotImplemented:
+                    return result
+            result = func(*args, **kwargs)
+        results = _tensors(result)
+        for tensor in results:
+            self._hold(tensor.untyped_storage())
+        if not (func.is_view or func._overloadpacket in FREE):
+            operands = _tensors((args, kwargs))
+            count = FLOPS.get(func._overloadpacket)
+            flops = 0 if count is None else int(count(*args, **kwargs, out_val=result))
+            moved = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*operands, *results))
+            self.work[Work(flops, moved, operands[0].dtype if flops else None)] += 1
+        return result
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._held:
+            return
+        self._held.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+        def free() -> None:
+            self._held.discard(key)
+            self.live -= size
+
+        weakref.finalize(storage, free).atexit = False
+
+
+def as_on_a_gpu(model: nn.Module) -> None:
+    """Let a model compute on a CPU's tensors as it would on a GPU's: the broadcast decoder takes more rows at a time,
+    and a GRU cell is two products and one kernel."""
+    for part in model.modules():
+        if isinstance(part, MLPDecoder):
+            part.rows = ROWS
+        elif isinstance(part, nn.GRUCell):
+            part.forward = partial(_fused_gru, part)  # type: ignore[method-assign]
+
+
+def _fused_gru(cell: nn.GRUCell, inputs: Tensor, state: Tensor) -> Tensor:
+    gates, hidden = inputs @ cell.weight_ih.T, state @ cell.weight_hh.T
+    fused: Tensor = aten._thnn_fused_gru_cell(gates, hidden, state.to(gates.dtype), cell.bias_ih, cell.bias_hh)[0]
+    return fused
+
+
+def _gru(gates: Tensor, hidden: Tensor, state: Tensor, *biases: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(state), state.new_empty(len(state), 5 * state.shape[1])
+
+
+def _gru_backward(gradient: Tensor | None, workspace: Tensor, has_bias: bool) -> tuple[Tensor | None, ...]:
+    rows, width = len(workspace), workspace.shape[1] // 5
+    gates = [workspace.new_empty(rows, 3 * width) for _ in range(2)]
+    biases = [workspace.new_empty(3 * width) if has_bias else None for _ in range(2)]
+    return (*gates, workspace.new_empty(rows, width), *biases)
+
+
+STAND_INS: dict[Any, Callable[..., Any]] = {  # for operators of CUDA alone: the shapes of their results
+    aten._thnn_fused_gru_cell.default: _gru,
+    aten._thnn_fused_gru_cell_backward.default: _gru_backward,
+}
+
+FREE = {  # beside views: what touches no values
+    aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten._unsafe_view,
+    aten.lift_fresh, aten.detach_,
+}  # fmt: skip
+
+
+def convolution_backward_flops(
+    gradient: Shape, features: Shape, weight: Shape, *rest: Any, out_shape: Sequence[Shape | None]
+) -> int:
+    """FLOPs of a convolution's backward pass: those of a forward pass for each gradient that is needed.
+
+    torch's formula ignores groups, and so counts a depthwise convolution of C channels C times.
+    """
+    transposed = rest[4]
+    wanted = sum(shape is not None for shape in out_shape[:2])  # the features' and the weight's
+    return wanted * int(conv_flop_count(list(features), list(weight), list(gradient), transposed))
+
+
+def _attention_flops(query: Shape, key: Shape, value: Shape, *rest: Any, out_shape: Any = None, **options: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _attention_backward_flops(
+    gradient: Shape, query: Shape, key: Shape, value: Shape, *rest: Any, out_shape: Any = None, **options: Any
+) -> int:
+    return int(sdpa_backward_flop_count(gradient, query, key, value))
+
+
+CORRECTED: dict[Any, Callable[..., int]] = {  # formulas of shapes that torch's counter has wrong, or lacks
+    aten.convolution_backward: convolution_backward_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    **{operator: shape_wrapper(formula) for operator, formula in CORRECTED.items()},
+}
+
+
+def _tensors(nested: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor)]
