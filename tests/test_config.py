@@ -13,6 +13,7 @@ from slotlab.config.load import load_config, presets, read_toml, validate, walk
 from slotlab.config.model import MODEL_KINDS, ClusteringConfig, Logistic, Sign
 from slotlab.config.schema import LOSS_NAMES, NORMALISATIONS, Config
 from slotlab.masks.refine import METHODS
+from slotlab.models import flow
 from slotlab.models.build import MODELS
 from slotlab.models.clustering import tracking
 from slotlab.models.decoders import DECODERS
@@ -114,8 +115,9 @@ def test_settings_that_became_constants_are_read_where_they_say_the_same() -> No
     assert load_config("image", None, ["model.lasting_threshold=0"]) == load_config("image")
     for name, value in OLD.items():
         constant = {"tracking_iterations": "iterations"}.get(name, name).upper()
-        assert getattr(tracking, constant, value) == value
-        assert hasattr(tracking, constant) or name.startswith("lasting")
+        owner = flow if name.startswith("flow") else tracking
+        assert getattr(owner, constant, value) == value
+        assert hasattr(owner, constant) or name.startswith("lasting")
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_graphs_change_nothing(tmp_path: Path, store: FeatureStore, preset: str)
     np.testing.assert_allclose(*runs, rtol=1e-2)
 
 
-@pytest.mark.parametrize("preset", presets())
+@pytest.mark.parametrize("preset", [name for name in presets() if not load_config(name).model.on_host])
 def test_the_loop_waits_at_logged_steps_alone(
     tmp_path: Path, store: FeatureStore, preset: str, strict: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,9 +22,16 @@ def test_features_are_a_tap_s_tokens_and_frames_the_model_s_own_grid(store: Feat
     features, frames = ModelInput.of(FEATURES, store), ModelInput.of(FRAMES, store)
     assert (features.tap, features.grid, features.dim, features.patches) == ("block1", (4, 4), 12, 16)
     assert (frames.tap, frames.grid, frames.dim, frames.patches) == ("video", (16, 16), 3, 256)
-    assert features.settle(FEATURES).data.tap == "block1", "another store with more taps cannot mean another one"
+    settled = features.settle(FEATURES, store["train"])
+    assert settled.data.tap == "block1", "another store with more taps cannot mean another one"
     with pytest.raises(IncompatibleError, match=r"no tap 'block7'; it has: block1"):
         ModelInput.of(load_config("dinosaur", None, ["data.tap=block7"]), store)
+
+
+@pytest.mark.parametrize(("preset", "clip"), [("objects", 4), ("videosaur", 9)])
+def test_clips_of_a_model_of_pairs_are_no_longer_than_the_videos(store: FeatureStore, preset: str, clip: int) -> None:
+    config = load_config(preset, None, ["data.clip=9"])
+    assert ModelInput.of(config, store).settle(config, store["train"]).data.clip == clip
 
 
 @pytest.mark.parametrize("config", [FEATURES, FRAMES], ids=["features", "frames"])

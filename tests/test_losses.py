@@ -35,6 +35,7 @@ def output(positions: Tensor | None = None, clips: bool = True, slots: int = K) 
         grid=(1, N),
         positions=positions,
         similarity=draw(*lead, decoded, N, seed=6) if clips else None,
+        assigned=(torch.arange(N) % (slots + 1) - 1).expand(*lead, N),  # some to no slot
     )
 
 
@@ -143,10 +144,25 @@ def test_sharpness() -> None:
     assert value("sharpness", given) == pytest.approx(sum(found) / len(found), rel=1e-5)
 
 
+@pytest.mark.parametrize("clips", [True, False])
+def test_assignment(clips: bool) -> None:
+    given = output(clips=clips)
+    assert given.assigned is not None
+    logits, assigned = given.logits.reshape(-1, K, N), given.assigned.reshape(-1, N)
+    found = [
+        math.log(sum(math.exp(float(v)) for v in logits[f, :, n])) - float(logits[f, k, n]) if k >= 0 else 0.0
+        for f in range(len(logits))
+        for n, k in enumerate(assigned[f].tolist())
+    ]
+    assert value("assignment", given) == pytest.approx(sum(found) / len(found), rel=1e-5)
+    with pytest.raises(UsageError, match=r"assignment: needs model\.kind = agglomerative"):
+        value("assignment", replace(given, assigned=None))
+
+
 def test_all_losses_have_finite_gradients_and_add_up() -> None:
     given = output()
     given.masks[:] = torch.eye(K)[torch.arange(N) % K].T  # hard: where an entropy's slope is infinite
-    leaves = [given.slots, given.masks, given.reconstruction, given.similarity]
+    leaves = [given.slots, given.masks, given.logits, given.reconstruction, given.similarity]
     for leaf in leaves:
         assert leaf is not None
         leaf.requires_grad_()

@@ -27,6 +27,7 @@ from tests.training import Interrupted, rows_of, small, stopping
         ("dinosaur", ("model.decoder.kind=mix", "model.initializer=kmeans")),
         ("dinosaur", ("model.decoder.masks=gumbel", "model.decoder.patches=7")),
         ("default", ()),
+        ("objects", ()),
         ("videosaur", ()),
     ],
 )

@@ -23,13 +23,14 @@ VARIANTS = [
     ["savi-dinosaur", "model.fewest_slots=2"],
     ["mix", "model.decoder.patches=5", "loss.cosine=1.0", "loss.diversity=0.1", "loss.sharpness=0.1"],
 ]
-CASES = [[preset] for preset in presets()] + VARIANTS
+ON_HOST = [[preset] for preset in presets() if load_config(preset).model.on_host]
+CASES = [[preset] for preset in presets() if [preset] not in ON_HOST] + VARIANTS
 
 
 def shortened(preset: str) -> list[str]:
     """Overrides under which a step says the same in less time: what is repeated, is repeated once."""
     model = load_config(preset).model
-    if model.kind == "clustering":
+    if model.kind in ("clustering", "agglomerative"):
         return []
     predictor = ["model.predictor.first_iterations=2"] if model.predictor is not None else []
     rounds = ["model.kmeans_rounds=2"] if model.initializer == "kmeans" else []
@@ -42,15 +43,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     store = make_store(tmp_path_factory.mktemp("step") / "store.zarr")
     done = subprocess.run(
         [sys.executable, "-m", "tests.steps", str(store.path)],
-        input=json.dumps([[case[0], *fitted(case[0]), *shortened(case[0]), *case[1:]] for case in CASES]),
+        input=json.dumps([[case[0], *fitted(case[0]), *shortened(case[0]), *case[1:]] for case in CASES + ON_HOST]),
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return {
-        name: dict(zip(map(str, CASES), of_cases, strict=True)) for name, of_cases in json.loads(done.stdout).items()
-    }
+    names = list(map(str, CASES + ON_HOST))
+    return {name: dict(zip(names, of_cases, strict=True)) for name, of_cases in json.loads(done.stdout).items()}
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -65,10 +65,15 @@ def test_the_loop_waits_for_the_gpu_at_logged_steps_alone(case: list[str], found
 
 def test_a_wait_would_be_seen(found: dict[str, dict[str, Any]]) -> None:
     waiting = {case[0] for case in CASES if found["careless"][str(case)][1]}
-    assert waiting == set(presets()) - {"default", "image", "slotcontrast"}, "which draw nothing in a pass"
+    assert waiting == {case[0] for case in CASES} - {"default", "image", "slotcontrast"}, "which draw nothing in a pass"
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", ON_HOST, ids=str)
+def test_what_computes_on_the_host_waits_and_says_so(case: list[str], found: dict[str, dict[str, Any]]) -> None:
+    assert found["waits"][str(case)][1] != [] and found["pieces"][str(case)] > 1
+
+
+@pytest.mark.parametrize("case", CASES + ON_HOST, ids=str)
 def test_a_step_is_compiled_once(case: list[str], found: dict[str, dict[str, Any]]) -> None:
     """Whatever is drawn: a number that torch.compile builds in serves no other, and after eight of them it gives up."""
     assert found["recompiled"][str(case)] == ""

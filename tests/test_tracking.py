@@ -11,7 +11,8 @@ from torch import Tensor
 
 from slotlab.config.model import ClusteringConfig
 from slotlab.models.clustering.model import ClusteringModel
-from slotlab.models.clustering.tracking import Seen, Tracker
+from slotlab.models.clustering.tracking import Tracker
+from slotlab.models.flow import Seen, flow, patch_positions
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 
@@ -118,23 +119,18 @@ def test_an_object_that_turns_keeps_its_slot() -> None:
 @pytest.mark.parametrize(("moves", "flows"), [(1, True), (3, False)])  # a patch is 0.22 wide
 def test_nothing_flows_farther_than_the_radius(moves: int, flows: bool) -> None:
     tokens, labels = video([(1, 1), (1, 1 + moves)])
-    clustering = model()
-    tracker = Tracker.start(clustering.config, clustering.attend, clustering.position, DIM)
     before, now = F.normalize(tokens, dim=-1)
-    tracker.past.appendleft(Seen(before, F.one_hot(labels[0], tracker.config.slots - 1).float()))
-    came = tracker._propagate(now)[labels[1] == 1, 1]
+    past = [Seen(before, F.one_hot(labels[0], 5).float())]
+    came = flow(now, patch_positions((SIDE, SIDE)), past)[labels[1] == 1, 1]
     assert bool((came > 0.9).all() if flows else (came == 0).all())
 
 
 @pytest.mark.parametrize(("frames", "flows"), [(1, False), (2, True)])
 def test_attention_flows_past_a_frame_in_which_the_object_was_hidden(frames: int, flows: bool) -> None:
     tokens, labels = video([(4, 4), None, (4, 5)])
-    clustering = model(flow_frames=frames)
-    tracker = Tracker.start(clustering.config, clustering.attend, clustering.position, DIM)
     directions = F.normalize(tokens, dim=-1)
-    for t in (0, 1):
-        tracker.past.appendleft(Seen(directions[t], F.one_hot(labels[t], tracker.config.slots - 1).float()))
-    came = tracker._propagate(directions[2])[labels[2] == 1, 1]
+    past = [Seen(directions[t], F.one_hot(labels[t], 5).float()) for t in (1, 0)]
+    came = flow(directions[2], patch_positions((SIDE, SIDE)), past[:frames])[labels[2] == 1, 1]
     assert bool((came > 0.9).all() if flows else (came == 0).all())
 
 

@@ -13,6 +13,7 @@ from slotlab.config.schema import Config
 SMALL = {
     "dinosaur": ("model.slot_dim=8", "model.decoder.hidden=16", "model.slot_mlp_hidden=16", "optim.learning_rate=1e-3"),
     "default": ("model.slot_dim=6", "model.hidden=16", "data.normalize=slow=8"),
+    "objects": ("model.slot_dim=6", "model.hidden=16", "data.normalize=whiten=8"),
     "videosaur": (
         "data.clip=2",
         "model.slot_dim=8",

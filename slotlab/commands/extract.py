@@ -149,7 +149,7 @@ def extract(
         if as_json:
             print_json(summary | said | {"remarks": list(todo.remarks)})
         else:
-            rows = [(k, bytes_text(v) if k.startswith("bytes") else str(v)) for k, v in summary.items()]
+            rows = [(k, bytes_text(int(str(v))) if k.startswith("bytes") else str(v)) for k, v in summary.items()]
             terminal.out.print(plain_table(("", "value"), rows))
             _tell(dtype, rounding, damaged)
         return

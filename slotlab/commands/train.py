@@ -81,7 +81,8 @@ def train(
             each(row)
 
     def remark(line: str) -> None:
-        terminal.err.print(f"{chosen(place)}\n{line}", soft_wrap=True, markup=False, highlight=False)
+        for each in (chosen(place), line):
+            terminal.err.print(each, soft_wrap=True, markup=False, highlight=False)
 
     run_train(settings, store, run, resume=resume, init_from=init_from, device=place, report=tell, remark=remark)
     if is_leader():

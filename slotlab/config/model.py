@@ -167,10 +167,16 @@ class RecurrentConfig(Section):
     }
 
     frames_a_step: ClassVar[int | None] = None  # frames of a clip that a step reads, drawn anew each time; None: all
+    on_host: ClassVar[bool] = False  # whether a step computes on the host, which then waits for the device
 
     @property
     def carries(self) -> bool:
         """Whether slots are carried from frame to frame."""
+        return self.predictor is not None
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether it is trained on whole clips, a frame's slots starting from those of the frame before."""
         return self.predictor is not None
 
     @model_validator(mode="after")
@@ -313,6 +319,8 @@ class ClusteringConfig(Section):
     }
 
     frames_a_step: ClassVar[int | None] = 2  # frames of a clip that a step reads, drawn anew each time
+    on_host: ClassVar[bool] = False
+    recurrent: ClassVar[bool] = False
 
     @property
     def carries(self) -> bool:
@@ -329,5 +337,34 @@ class ClusteringConfig(Section):
         return {**values, **{name: cls.model_fields[name].default.model_dump() | values[name] for name in pairs}}
 
 
-ModelConfig = SlotAttentionConfig | ClusteringConfig | PixelConfig
+class AgglomerativeConfig(Section):
+    """Slots that start from segments of learnt keys, as many as a frame has (slotlab.models.agglomerative)."""
+
+    kind: Literal["agglomerative"] = "agglomerative"
+    slots: int = Field(40, ge=2, le=MOST_SLOTS, description="Most slots of a frame")
+    slot_dim: int = Field(128, ge=1, description="Width of a key, and of a slot")
+    hidden: int = Field(256, ge=1, description="Width of the learnt correction of the keys")
+    cut: float = Field(0.35, gt=0, description="Distance, 1 less the affinity, up to which segments are joined")
+    temperature: float = Field(0.2, gt=0, description="Divisor of the cosines of slots and keys; smaller is sharper")
+    share_weight: float = Field(0.5, ge=0, description="Weight of the logarithm of a slot's share of the frame")
+    train_cut: float = Field(0.5, gt=0, description="Cut of the segments that teach; coarser, or parts are learnt")
+    train_temperature: float = Field(0.1, gt=0, description="Temperature in training")
+    tracking: bool = Field(True, description="Slots carried from frame to frame of a video; false: frames apart")
+
+    remedies: ClassVar[Remedies] = {
+        "one_slot": (Remedy("model.cut", factor=0.8),),
+        "same_masks": (Remedy("model.temperature", factor=0.5),),
+        "flat_attention": (Remedy("model.temperature", factor=0.5),),
+    }
+    frames_a_step: ClassVar[int | None] = 2
+    on_host: ClassVar[bool] = True  # segments are found there
+    recurrent: ClassVar[bool] = False
+
+    @property
+    def carries(self) -> bool:
+        """Whether slots are carried from frame to frame."""
+        return self.tracking
+
+
+ModelConfig = SlotAttentionConfig | ClusteringConfig | AgglomerativeConfig | PixelConfig
 MODEL_KINDS: tuple[str, ...] = tuple(part.model_fields["kind"].default for part in get_args(ModelConfig))

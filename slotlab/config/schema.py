@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from featcache.errors import UsageError
 from featcache.words import Residence
-from slotlab.config.model import Masks, ModelConfig, ReadBy, Section, SlotAttentionConfig
+from slotlab.config.model import Masks, ModelConfig, ReadBy, RecurrentConfig, Section, SlotAttentionConfig
 
 Center = Literal["channel", "position"]
 
@@ -96,6 +96,7 @@ class LossConfig(Section):
     cosine: float = _weight(0.0, "Cosine", "one minus the cosine")
     temporal_similarity: float = _weight(0.0, "Temporal similarity", "the temporal similarity (VideoSAUR)")
     slot_contrast: float = _weight(0.0, "Slot contrast", "the slot contrast (SlotContrast)")
+    assignment: float = _weight(0.0, "Assignment", "the cross-entropy of the slot that a patch belongs to")
     diversity: float = _weight(0.0, "Diversity", "the mean cosine between masks")
     sharpness: float = _weight(0.0, "Sharpness", "the masks' entropy")
     similarity_shift: int = Field(1, ge=1, description="Frames that the temporal similarity looks ahead")
@@ -186,8 +187,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        recurrent = self.model.kind != "clustering" and self.model.predictor is not None
-        if self.data.clip > 1 and self.model.kind != "clustering" and not recurrent:
+        recurrent = self.model.recurrent
+        if self.data.clip > 1 and not recurrent and self.model.frames_a_step is None:
             raise ValueError("data.clip above 1 needs a video model: set model.predictor.kind")
         if recurrent and self.data.clip == 1:
             raise ValueError("model.predictor needs clips: set data.clip to 2 or more")
@@ -203,8 +204,10 @@ class Config(Section):
             )
         if self.loss.slot_contrast and not recurrent:
             raise ValueError("loss.slot_contrast needs slots carried over clips: set model.predictor.kind")
-        if self.loss.slot_contrast and self.model.kind != "clustering" and self.model.fewest_slots is not None:
+        if self.loss.slot_contrast and isinstance(self.model, RecurrentConfig) and self.model.fewest_slots is not None:
             raise ValueError("loss.slot_contrast needs all slots in every sample: leave out model.fewest_slots")
+        if self.loss.assignment and self.model.kind != "agglomerative":
+            raise ValueError("loss.assignment needs model.kind = agglomerative, whose segments are what is assigned")
         hard = self.model.kind == "slot_attention" and self.model.decoder.hard
         if hard and (self.loss.diversity or self.loss.sharpness):
             raise ValueError(

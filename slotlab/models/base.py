@@ -14,6 +14,8 @@ from slotlab.config.schema import Config
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 
+NO_SLOT = -1  # in ``Output.assigned``
+
 
 @dataclass(frozen=True)
 class Output:
@@ -32,6 +34,7 @@ class Output:
     grid: tuple[int, int]  # rows and columns of the N patches
     positions: Int[Tensor, M] | None = None  # (M,) indices of decoded patches; None: all
     similarity: Float[Tensor, "*B M N"] | None = None  # logits over the patches of a later frame
+    assigned: Int[Tensor, "*B N"] | None = None  # the slot that each patch should go to, NO_SLOT for none
 
     @property
     def decoded_target(self) -> Float[Tensor, "*B M D"]:
@@ -55,9 +58,9 @@ class Output:
 
     def sample(self, index: int) -> Output:
         """Sample ``index`` of the batch; its ``*B`` is () for frames, and (T,) for clips."""
-        batched = ("slots", "attention", "logits", "masks", "reconstruction", "target")
-        similarity = None if self.similarity is None else self.similarity[index]
-        return replace(self, **{name: getattr(self, name)[index] for name in batched}, similarity=similarity)
+        batched: tuple[str, ...] = ("slots", "attention", "logits", "masks", "reconstruction", "target")
+        batched += tuple(name for name in ("similarity", "assigned") if getattr(self, name) is not None)
+        return replace(self, **{name: getattr(self, name)[index] for name in batched})
 
 
 class Model(nn.Module):

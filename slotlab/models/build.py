@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from featcache.store.reading import FeatureStore
 from slotlab.config.schema import Config
+from slotlab.models.agglomerative.model import AgglomerativeModel
 from slotlab.models.base import Model
 from slotlab.models.clustering.model import ClusteringModel
 from slotlab.models.inputs import ModelInput
@@ -14,6 +15,7 @@ from slotlab.models.slot_model import SlotModel
 MODELS: dict[str, type[Model]] = {  # by model.kind
     "slot_attention": SlotModel,
     "clustering": ClusteringModel,
+    "agglomerative": AgglomerativeModel,
     "pixel": PixelModel,
 }
 

@@ -46,9 +46,16 @@ class ModelInput(ABC):
     def patches(self) -> int:
         return self.grid[0] * self.grid[1]
 
-    def settle(self, config: Config) -> Config:
-        """The configuration with its tap named, so that a store with more taps cannot change which one it means."""
-        return config.model_copy(update={"data": config.data.model_copy(update={"tap": self.tap})})
+    def settle(self, config: Config, split: Split) -> Config:
+        """The configuration with its tap named, so that a store with more taps cannot change which one it means.
+
+        A model that takes its frames from anywhere in a clip has clips no longer than the split's longest video: single
+        images train it by the same configuration.
+        """
+        clip = config.data.clip
+        if config.model.frames_a_step is not None:
+            clip = min(clip, max(split.spec.lengths))
+        return config.model_copy(update={"data": config.data.model_copy(update={"tap": self.tap, "clip": clip})})
 
     @abstractmethod
     def read(self, split: Split, video: int) -> Tensor:

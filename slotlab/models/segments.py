@@ -99,8 +99,7 @@ def normalised_cuts(
 @torch.no_grad()
 def affinity(tokens: Float[Tensor, "T N D"], grid: tuple[int, int]) -> Float[Tensor, "T N N"]:
     """How well two patches belong together: likeness, up to 1, less a penalty for distance. float32."""
-    side = (grid[0] * grid[1]) ** 0.5  # of the square grid with as many patches
-    return likeness(tokens, grid).sub_(distances(grid).to(tokens.device), alpha=POSITION / side)
+    return likeness(tokens, grid).sub_(distances(grid).to(tokens.device), alpha=POSITION / side(grid))
 
 
 def _affinities(tokens: Tensor, grid: tuple[int, int]) -> Iterator[Tensor]:
@@ -126,8 +125,18 @@ def likeness(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Cosine of two patches, averaged with that of their smoothed vectors, (T, N, N) float32."""
     with torch.autocast(tokens.device.type, enabled=False):
         z = _unit(tokens.float())
-        smooth = _unit(_smoothed(z.reshape(len(z), *grid, -1)).flatten(1, 2))
+        smooth = smoothed(z, grid)
         return torch.baddbmm(z @ z.mT, smooth, smooth.mT, beta=0.5, alpha=0.5)
+
+
+def smoothed(z: Float[Tensor, "T N D"], grid: tuple[int, int]) -> Float[Tensor, "T N D"]:
+    """Unit means of the 3 x 3 neighbours of unit vectors, each weighted by ``max(cosine, 0)``."""
+    return _unit(_neighbourhood(z.reshape(len(z), *grid, -1)).flatten(1, 2))
+
+
+def side(grid: tuple[int, int]) -> float:
+    """Side of the square grid with as many patches."""
+    return float((grid[0] * grid[1]) ** 0.5)
 
 
 def distances(grid: tuple[int, int]) -> Tensor:
@@ -142,7 +151,7 @@ def _unit(x: Tensor) -> Tensor:
     return torch.where(norm > 0, x / norm, x.shape[-1] ** -0.5)
 
 
-def _smoothed(z: Tensor) -> Tensor:
+def _neighbourhood(z: Tensor) -> Tensor:
     """Sums of the 3 x 3 neighbours of unit vectors (T, rows, columns, D), weighted by ``max(cosine, 0)``."""
     rows, columns = z.shape[1:3]
     around = F.pad(z, (0, 0, 1, 1, 1, 1))  # beyond the grid 0, which has no weight

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from featcache.errors import UsageError
 from slotlab.config.schema import LossConfig
-from slotlab.models.base import Output
+from slotlab.models.base import NO_SLOT, Output
 from slotlab.training.processes import gathered, rank
 
 
@@ -68,6 +68,17 @@ def slot_contrast(output: Output, config: LossConfig) -> Tensor:
     return -logits.log_softmax(-1).diagonal(first, dim1=-2, dim2=-1).mean()
 
 
+def assignment(output: Output, config: LossConfig) -> Tensor:
+    """Cross-entropy of the slot that each patch belongs to, mean over all patches; one that belongs to none adds 0.
+
+    ``UsageError`` for the output of a model that assigns no patches.
+    """
+    if output.assigned is None:
+        raise UsageError("loss.assignment: needs model.kind = agglomerative")
+    logits, assigned = output.logits.float().flatten(0, -3), output.assigned.flatten(0, -2)  # (F, K, N), (F, N)
+    return F.cross_entropy(logits, assigned, ignore_index=NO_SLOT, reduction="sum") / assigned.numel()
+
+
 def diversity(output: Output, config: LossConfig) -> Tensor:
     """Mean cosine between the masks of two slots of a frame, in [0, 1].
 
@@ -98,6 +109,7 @@ LOSSES: dict[str, Callable[[Output, LossConfig], Tensor]] = {
     "cosine": cosine,
     "temporal_similarity": temporal_similarity,
     "slot_contrast": slot_contrast,
+    "assignment": assignment,
     "diversity": diversity,
     "sharpness": sharpness,
 }

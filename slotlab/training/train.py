@@ -53,7 +53,7 @@ def train(
     ``IncompatibleError`` if the run was made with another configuration or store, or ``init_from`` with another model,
     ``DataError`` if the loss is not finite.
     """
-    config = ModelInput.of(config, store).settle(config)
+    config = ModelInput.of(config, store).settle(config, store[config.data.train_split])
     split = look_split(config, store)
     if config.evaluate_every:
         split.require_complete()

@@ -30,6 +30,7 @@ from slotlab.config.model import ClusteringConfig, Logistic
 from slotlab.config.schema import Config
 from slotlab.models.base import Model, Output
 from slotlab.models.clustering.tracking import SEED_OBJECTNESS, Tracker, slot_means
+from slotlab.models.flow import patch_positions
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 
@@ -56,10 +57,7 @@ class ClusteringModel(Model):
         super().__init__()
         self.config, self.normaliser, self.grid, self.slots = config, normaliser, grid, config.slots
         self.keys = min(config.slot_dim, normaliser.dim)
-        # A patch is as far from the next one in both directions, so the longer side reaches beyond -1 and 1.
-        reach = [(side - 1) / max(1, min(grid) - 1) for side in grid]
-        axes = [torch.linspace(-1, 1, side) * times for side, times in zip(grid, reach, strict=True)]
-        self.register_buffer("position", torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 1))
+        self.register_buffer("position", patch_positions(grid))
         self.register_buffer("otsu", torch.tensor(float(normaliser.dim) ** 0.5))
         self.register_buffer("target_scale", torch.ones(()))
         hidden = config.hidden

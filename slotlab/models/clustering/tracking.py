@@ -4,11 +4,10 @@ The tracker is online and causal: a frame's slots start where the last frame's e
 every slot start new ones; when two slots have come together, the older one stays; and a slot that holds nothing is
 free for another object.
 
-A slot's key alone would lose an object that turns, or pass its slot to a neighbour. So the tracker
-propagates the attention of the last few frames, enough to bridge a short meeting, along the similarity of tokens, as
-video segmentation propagates labels (Jabri et al., 2020, arXiv:2006.14613). It uses the result twice: each slot keeps
-the identity that it receives most attention from (Hungarian algorithm), and it is the prior of a Bayes filter whose
-likelihood is the attention by keys.
+A slot's key alone would lose an object that turns, or pass its slot to a neighbour. So the attention of the last few
+frames, enough to bridge a short meeting, flows to the patches that lie near and look alike
+(:mod:`slotlab.models.flow`). The tracker uses the result twice: each slot keeps the identity that it receives most
+attention from (Hungarian algorithm), and it is the prior of a Bayes filter whose likelihood is the attention by keys.
 
 The decisions are sequential and the arrays small, so all of this runs on the CPU.
 """
@@ -18,7 +17,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,23 +25,15 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from slotlab.config.model import ClusteringConfig
+from slotlab.models.flow import Seen, flow, squared_distance
 
 # Constants, not settings: no preset ever changed them. They were chosen on the sample's training videos.
 SEED_OBJECTNESS = 0.6  # objectness below which a token starts no slot
 ITERATIONS = 2  # rounds that refine carried slots; few are enough, as they start where they ended
 LEAST_MASS = 1.0  # patches that a slot must hold to be kept; masks cannot show less
-FLOW_RADIUS = 0.34  # reach of the flow, a frame's side being 2: 2.5 patches of 16; half as much more a frame back
-FLOW_TEMPERATURE = 0.1  # divisor of the tokens' cosines: a cosine 0.3 lower gets a twentieth of the weight
 PRIOR_FLOOR = 0.05  # a slot's share of patches that nothing flows to; at 0 no object could come into sight
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # keys, objectness, slots, active -> (B, N, K)
-
-
-class Seen(NamedTuple):
-    """The tracker's record of a past frame."""
-
-    directions: Float[Tensor, "N D"]  # unit vectors of the tokens
-    attention: Float[Tensor, "N K"]
 
 
 @dataclass
@@ -84,26 +74,12 @@ class Tracker:
         attention = self._attention(keys, objectness)
         directions = F.normalize(tokens, dim=-1)
         if self.past:
-            prior = self._propagate(directions)  # (N, K)
+            prior = flow(directions, self.position, self.past)  # (N, K)
             attention = self._rename(prior, attention)
             attention = self._filter(prior, attention, objectness)
             self.slots = torch.where(self.active.unsqueeze(-1), slot_means(attention, keys), self.slots)
         self.past.appendleft(Seen(directions, attention))
         return attention
-
-    def _propagate(self, directions: Float[Tensor, "N D"]) -> Float[Tensor, "N K"]:
-        """The past frames' attention, propagated to the tokens of this frame that are near and similar."""
-        squared = _squared_distance(self.position, self.position)  # (N, N)
-        likeness = torch.cat(
-            [
-                # The further back, the further an object may have come from.
-                (directions @ seen.directions.T).masked_fill(squared > (FLOW_RADIUS * (1 + lag / 2)) ** 2, -torch.inf)
-                for lag, seen in enumerate(self.past)
-            ],
-            -1,
-        )  # (N, frames * N): similarity to each past token
-        share = (likeness / FLOW_TEMPERATURE).softmax(-1)
-        return share @ torch.cat([seen.attention for seen in self.past])
 
     def _rename(self, prior: Float[Tensor, "N K"], attention: Float[Tensor, "N K"]) -> Float[Tensor, "N K"]:
         """The attention with its slots reordered: each slot gets the identity it takes most from, or keeps its own."""
@@ -134,7 +110,7 @@ class Tracker:
     def _give_birth(self, keys: Tensor, objectness: Tensor) -> None:
         """Start slots at the farthest tokens until every object token is within ``new_slot_distance`` of a slot."""
         candidate = objectness > SEED_OBJECTNESS  # (N,)
-        distance = _squared_distance(keys, self.slots).masked_fill(~self.active, torch.inf).amin(-1)  # (N,)
+        distance = squared_distance(keys, self.slots).masked_fill(~self.active, torch.inf).amin(-1)  # (N,)
         # Without any slot all tokens are infinitely far: the likeliest object comes first.
         distance = distance.where(distance.isfinite(), 1e3 * objectness)
         slots, active = self.slots.clone(), self.active.clone()
@@ -143,12 +119,12 @@ class Tracker:
             if float(farthest) <= self.config.new_slot_distance:
                 break
             slots[free], active[free] = keys[chosen], True
-            distance = torch.minimum(distance, _squared_distance(keys, slots[free : free + 1])[:, 0])
+            distance = torch.minimum(distance, squared_distance(keys, slots[free : free + 1])[:, 0])
         self.slots, self.active = slots, active
 
     def _merge(self, mass: Tensor, carried: Tensor) -> None:
         """Free one of any two active slots within ``merge_distance``: the new one, or the one that holds less."""
-        close = _squared_distance(self.slots, self.slots) < self.config.merge_distance
+        close = squared_distance(self.slots, self.slots) < self.config.merge_distance
         pairs = (close & self.active & self.active.unsqueeze(-1)).triu(1).nonzero().tolist()
         active = self.active.clone()
         for one, other in pairs:
@@ -156,10 +132,6 @@ class Tracker:
                 rank = {slot: (bool(carried[slot]), float(mass[slot])) for slot in (one, other)}
                 active[min(rank, key=rank.__getitem__)] = False
         self.active = active
-
-
-def _squared_distance(a: Float[Tensor, "N S"], b: Float[Tensor, "K S"]) -> Float[Tensor, "N K"]:
-    return (a.unsqueeze(1) - b).square().sum(-1)
 
 
 def slot_means(attention: Float[Tensor, "*B N K"], values: Float[Tensor, "*B N S"]) -> Float[Tensor, "*B K S"]:

@@ -1,0 +1,1 @@
+"""Slots that start from the segments of learnt keys."""

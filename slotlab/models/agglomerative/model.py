@@ -1,0 +1,181 @@
+"""Slots that start from segments of learnt keys, as many as a frame has, trained by what stays the same.
+
+One frame, in training and in use:
+
+- **keys** (B, N, S): unit vectors; a linear map of the tokens' directions, which starts as their first S channels, plus
+  a small MLP that starts at zero. So an untrained model is a training-free one;
+- **segments** (:mod:`slotlab.models.segments`): average linkage of the keys' affinities, up to a cut. They say how many
+  slots the frame has; no part of it is taken for the background;
+- **slots** (B, K, S): the mean key of each segment, as a unit vector;
+- **competition**: attention is the softmax over slots (Locatello et al., 2020, arXiv:2006.15055) of a mixture model's
+  logits, by a slot's likeness, place and size::
+
+      logit = (slot . key - 0.6 * distance to the segment / side of the grid) / temperature + weight * log share
+
+  where keys are evened out over 3 x 3 patches. Patches on an edge, which look a little like both sides, so go to the
+  larger one, and equal objects in two places stay apart.
+
+Training is swapped prediction (Caron et al., 2020, arXiv:2006.09882) of segments: the slots of one frame compete for
+the patches of another frame of the clip, by their likeness alone, and that frame's own segments say which one should
+have won: the one whose segment is the likeliest for theirs, and theirs for it. A patch whose segment has no such
+partner teaches nothing. The keys so learn what stays the same within an object and over time, and what differs between
+objects. The segments are those of the keys as they are, without gradient; nothing else is kept from step to step. A
+single image is paired with itself: its keys learn what a segment has in common, which the linkage knew by place.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from featcache.errors import DataError
+from slotlab.config.model import AgglomerativeConfig
+from slotlab.config.schema import Config
+from slotlab.models.agglomerative.tracking import follow
+from slotlab.models.base import NO_SLOT, Model, Output
+from slotlab.models.flow import patch_positions
+from slotlab.models.normalise import Normaliser
+from slotlab.models.randomness import Draws
+from slotlab.models.segments import POSITION, distances, segments, side, smoothed
+
+NEVER = -1e4  # a cosine whose share is 0
+LEAST = 1e-6  # what a logarithm is taken of, at least
+LEAST_LIKENESS = 0.5  # cosine of two frames' slots below which they are of no common object
+
+
+class AgglomerativeModel(Model):
+    """Slots from segments of learnt keys. Slot 0 of a frame by itself is its largest segment, and nothing more.
+
+    Args:
+        config: sizes; a frame of more than ``config.slots`` segments is cut higher.
+        normaliser: gives channels ordered by importance, as ``whiten=K`` does, so that the first ones are good keys.
+        grid: rows and columns of patches.
+    """
+
+    def __init__(self, config: AgglomerativeConfig, normaliser: Normaliser, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.config, self.normaliser, self.grid, self.slots = config, normaliser, grid, config.slots
+        self.line = nn.Linear(normaliser.dim, config.slot_dim, bias=False)
+        nn.init.eye_(self.line.weight)
+        self.bend = nn.Sequential(
+            nn.Linear(normaliser.dim, config.hidden), nn.ReLU(), nn.Linear(config.hidden, config.slot_dim)
+        )
+        last = self.bend[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    @classmethod
+    def of(cls, config: Config, normaliser: Normaliser, grid: tuple[int, int]) -> AgglomerativeModel:
+        assert isinstance(config.model, AgglomerativeConfig)
+        return cls(config.model, normaliser, grid)
+
+    def forward(self, features: Float[Tensor, "B N D"] | Float[Tensor, "B T N D"], draws: Draws) -> Output:
+        """The training pass: the slots of a clip's last frame compete for the patches of its first.
+
+        The two frames are drawn before they are read (``AgglomerativeConfig.frames_a_step``).
+        """
+        clips = features if features.ndim == 4 else features.unsqueeze(1)
+        pairs = clips[:, :: max(1, clips.shape[1] - 1)]  # (B, 2, N, D); of images (B, 1, N, D)
+        tokens = self.normaliser(pairs)
+        keys = self.keys(tokens.flatten(0, 1))
+        held = self.segments(keys, self.config.train_cut)
+        keys, held = (x.reshape(*pairs.shape[:3], -1) for x in (keys, held))  # (B, 2, N, S) and (B, 2, N, K)
+        slots = slot_means(held[:, -1], keys[:, -1])
+        logits = likeness(slots, keys[:, 0], held[:, -1]) / self.config.train_temperature
+        partners = matched(slot_means(held[:, 0], keys[:, 0]), slots)
+        assigned = partners.gather(1, held[:, 0].argmax(-1))
+        known = means(held[:, -1], tokens[:, -1])
+        return self.output(tokens[:, 0], logits.softmax(1), logits, slots, known, assigned)
+
+    def segment(self, features: Float[Tensor, "T N D"], draws: Draws) -> Output:
+        """Slots and masks of all frames of a video in order; each slot stays with its object (:mod:`.tracking`)."""
+        tokens = self.normaliser(features)
+        keys = self.keys(tokens)
+        attention = self.compete(keys).softmax(1)  # (T, K, N)
+        if self.config.tracking:
+            order = follow(keys.cpu(), attention.cpu(), patch_positions(self.grid)).to(attention.device)  # (T, K)
+            attention = attention.gather(1, order.unsqueeze(-1).expand_as(attention))
+        held = attention.mT
+        logits = attention.clamp_min(LEAST).log()
+        return self.output(tokens, attention, logits, slot_means(held, keys), means(held, tokens))
+
+    def keys(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N S"]:
+        """Unit keys of normalised tokens."""
+        unit = F.normalize(tokens, dim=-1)
+        return F.normalize((self.line(unit) + self.bend(unit)).float(), dim=-1)
+
+    @torch.no_grad()
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of what happens on the host
+    def segments(self, keys: Float[Tensor, "B N S"], cut: float) -> Float[Tensor, "B N K"]:
+        """The segment of each patch, one-hot. ``DataError`` for keys that are not finite."""
+        if not bool(keys.isfinite().all()):
+            raise DataError(
+                "the model's keys are not finite: the store holds NaN (slotlab verify), or the model diverged (train "
+                "again with a lower optim.learning_rate)"
+            )
+        return F.one_hot(segments(keys, self.grid, cut, self.slots), self.slots).float()
+
+    def compete(self, keys: Float[Tensor, "B N S"]) -> Float[Tensor, "B K N"]:
+        """Logits of the slots that a frame's own segments give, by likeness, place and share."""
+        config = self.config
+        held = self.segments(keys, config.cut)  # (B, N, K)
+        smooth = F.normalize(keys + smoothed(keys, self.grid), dim=-1)
+        alike = likeness(slot_means(held, smooth), smooth, held)
+        close = (-distances(self.grid)).exp().to(keys.device)  # (N, N)
+        far = -(held.mT @ close).clamp_min(LEAST).log() / side(self.grid)  # (B, K, N)
+        share = held.mean(1).clamp_min(LEAST).log().unsqueeze(-1)  # (B, K, 1)
+        logits: Tensor = (alike - POSITION * far) / config.temperature + config.share_weight * share
+        return logits
+
+    def output(
+        self,
+        tokens: Float[Tensor, "B N D"],
+        attention: Float[Tensor, "B K N"],
+        logits: Float[Tensor, "B K N"],
+        slots: Float[Tensor, "B K S"],
+        known: Float[Tensor, "B K D"],
+        assigned: Int[Tensor, "B N"] | None = None,
+    ) -> Output:
+        """The output, decoded by mixing what the slots know, the mean token of each, by their attention."""
+        return Output(
+            slots=slots,
+            attention=attention,
+            logits=logits,
+            masks=attention,
+            reconstruction=attention.mT @ known,
+            target=tokens,
+            grid=self.grid,
+            assigned=assigned,
+        )
+
+
+def likeness(
+    slots: Float[Tensor, "B K S"], keys: Float[Tensor, "B N S"], held: Float[Tensor, "B N K"]
+) -> Float[Tensor, "B K N"]:
+    """Cosines of slots and keys; far below any for a slot that holds nothing of its own frame."""
+    return (slots @ keys.mT).masked_fill((held.sum(1) == 0).unsqueeze(-1), NEVER)
+
+
+def means(held: Float[Tensor, "B N K"], values: Float[Tensor, "B N S"]) -> Float[Tensor, "B K S"]:
+    """Mean of the values that each slot holds; 0 for a slot that holds nothing."""
+    return held.mT @ values / held.sum(1).clamp_min(LEAST).unsqueeze(-1)
+
+
+def slot_means(held: Float[Tensor, "B N K"], keys: Float[Tensor, "B N S"]) -> Float[Tensor, "B K S"]:
+    """Mean direction of the keys that each slot holds; 0 for a slot that holds nothing."""
+    return F.normalize(held.mT @ keys, dim=-1)
+
+
+@torch.no_grad()
+def matched(slots: Float[Tensor, "B K S"], others: Float[Tensor, "B K S"]) -> Int[Tensor, "B K"]:
+    """The other frame's slot that is the likeliest for each slot of a frame, and it for that one; else NO_SLOT.
+
+    Slots are unit vectors, and 0 where they hold nothing.
+    """
+    likeness = slots @ others.mT  # (B, K, K)
+    best, there = likeness.max(2)
+    mutual = likeness.argmax(1).gather(1, there) == torch.arange(slots.shape[1], device=slots.device)
+    return torch.where(mutual & (best > LEAST_LIKENESS), there, NO_SLOT)
