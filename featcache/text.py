@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 # Control characters, line and paragraph separators, marks that turn the direction of reading, lone surrogates.
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -35,6 +38,18 @@ def file_name(name: str) -> str:
         mark = hashlib.sha256(kept.encode()).hexdigest()[:8]
         kept = f"{kept[:characters].encode()[:size].decode(errors='ignore')}-{mark}"
     return kept
+
+
+@contextmanager
+def in_utf8(path: Path) -> Iterator[str]:
+    """The name of a file for libraries that take UTF-8 alone: its own, or that of an open descriptor of it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield str(path)
 
 
 def bytes_text(count: float) -> str:

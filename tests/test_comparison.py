@@ -61,7 +61,7 @@ def test_stores_that_fit_are_found_and_others_are_not(tmp_path: Path, discs: Dis
     assert plan_comparison(one, tmp_path / "out", cache).plan.cells[0].cache == str(cache / "mine.zarr")
     for other in (changed(backbones=("resnet18",), grid=4), changed(backbones=("resnet18",), max_videos=1)):
         assert len(missing(other)) == 1
-    discs._lengths["train"] = (4, 4, 4)  # other videos
+    discs._lengths["train"] = (4, 3, 4)  # another second video
     assert missing(one) == [made]
 
 

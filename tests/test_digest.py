@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -83,9 +82,7 @@ def test_every_room_that_decides_numbers_is_in_it(tmp_path: Path) -> None:
     assert {"collapse.py", "references.py"} <= {file.name for place in DECIDE for file in place.rglob("*.py")}
 
 
-def test_it_costs_little() -> None:
+def test_it_is_made_once() -> None:
     scoring_code.cache_clear()
-    began = time.process_time()
     found = scoring_code()
-    assert time.process_time() - began < 1.0, "0.15 s on a small core"
     assert len(found) == 12 and scoring_code() is found

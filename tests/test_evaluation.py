@@ -163,7 +163,7 @@ def test_all_floors_are_measured_where_asked_for(run: Path, slotlab: Slotlab) ->
     assert {name: found["floor"][name] for name in usual["floor"]} == usual["floor"]
     assert found["floor"]["ncut"]["mbo"] > 0 and found | {"floor": 0} == usual | {"floor": 0}
     table = slotlab("eval", run, "--floors", "all", "--device", "cpu").out
-    assert table.index("k-means, whitened") < table.index("training-free segments") < table.index("normalised cuts")
+    assert table.index("k-means") < table.index("training-free") < table.index("normalised")  # lines are broken
 
 
 def test_floors_that_are_known_are_measured_again_where_more_are_asked_for(shared_run: Path) -> None:

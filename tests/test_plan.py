@@ -26,8 +26,8 @@ from slotlab.planning.bound import LAUNCH, UTILISATION, Bound
 from slotlab.planning.data import DataSet
 from slotlab.planning.devices import DEVICES, HERE, Device, find_device, measured
 from slotlab.planning.extraction import count_pass
-from slotlab.planning.plan import TrainingPlan, make_plan
-from slotlab.training.cost import Cost, Work
+from slotlab.planning.plan import TrainingPlan, largest_batch, make_plan
+from slotlab.training.cost import Cost, Work, count_step
 from slotlab.training.processes import Ranks
 from slotlab.training.train import training_stream
 from tests.commands import Slotlab
@@ -45,6 +45,16 @@ def movi_a(videos: int = 9703) -> DataSet:
 
 def planned(preset: str, data: DataSet, device: Device, *overrides: str, dtype: Dtype = "int8") -> TrainingPlan:
     return make_plan(load_config(preset, None, overrides), data, device, [dtype]).training[0]
+
+
+STEP = Cost({Work(10**9, 10**6, torch.float32): 10}, peak=3 * 10**6, state=10**6, parameters=100)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step costs the same: counting has its own tests, and takes seconds."""
+    for module in ("slotlab.planning.plan", "slotlab.training.train"):
+        monkeypatch.setattr(f"{module}.count_step", lambda *_, **__: STEP)
 
 
 def size_of(files: list[Path]) -> int:
@@ -131,6 +141,7 @@ def test_the_largest_batch_fits_and_hardly_a_larger_one(
     assert uneven or needs(found + unit) > room
 
 
+@pytest.mark.slow
 def test_the_largest_batch_of_a_model_fits() -> None:
     small = ("optim.batch_size=8", *shortened("mix"))
     plan = planned("mix", movi_a(100), replace(CARD, free=Free(host=0, device=6 * 10**9)), *small)
@@ -145,16 +156,18 @@ def test_the_largest_batch_of_a_model_fits() -> None:
     assert plan.home.residence == "device" and fits == [True, False]
 
 
-def test_no_batch_fits_a_card_that_is_too_small() -> None:
+def test_no_batch_fits_a_card_that_is_too_small(counted: None) -> None:
     card = replace(CARD, free=Free(host=0, device=SPARE + 10**6))
     plan = make_plan(load_config("image"), movi_a(10), card, ["int8"])
     assert plan.training[0].largest_batch == 0 and "no batch fits" in plan.answer
 
 
-def test_the_plan_and_the_trainer_choose_alike(shared_store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plan_and_the_trainer_choose_alike(
+    shared_store: FeatureStore, monkeypatch: pytest.MonkeyPatch, counted: None
+) -> None:
     monkeypatch.setattr("featcache.stream.stream.open_readers", lambda *_: {})
-    for preset in ("image", "pixel-small"):
-        overrides = [*fitted(preset), *shortened(preset)]
+    for preset in ("image", "dinosaur", "default", "pixel-small"):
+        overrides = fitted(preset)
         config = load_config(preset, None, overrides)
         roomy = planned(preset, DataSet.of_store(shared_store), CARD, *overrides, dtype="float16")
         enough = roomy.stream_bytes + roomy.cost.peak + roomy.ring + SPARE
@@ -189,9 +202,9 @@ def test_a_bound_is_the_longest_of_three_operation_by_operation() -> None:
     assert Bound.of(Cost(work, 0, 0, 0), DEVICE, "tf32").compute == pytest.approx(1.003)
 
 
-def test_rates_follow_from_the_step(shared_store: FeatureStore) -> None:
+def test_rates_follow_from_the_step(shared_store: FeatureStore, counted: None) -> None:
     """Of videos of 4, 4, 3, 4 and 2 frames."""
-    overrides = (*fitted("savi-dinosaur"), *shortened("savi-dinosaur"), "optim.steps=7200")
+    overrides = (*fitted("savi-dinosaur"), "optim.steps=7200")
     plan = planned("savi-dinosaur", DataSet.of_store(shared_store), DEVICE, *overrides, dtype="float16")
     assert plan.samples == 3 + 3 + 2 + 3 + 1
     assert (plan.batch_size, plan.frames) == (2, 2)
@@ -201,7 +214,7 @@ def test_rates_follow_from_the_step(shared_store: FeatureStore) -> None:
     assert plan.epoch_seconds == pytest.approx(6 * plan.seconds)
 
 
-def test_what_arrives_too_slowly_binds() -> None:
+def test_what_arrives_too_slowly_binds(counted: None) -> None:
     link = replace(DEVICE, link=1e3)
     config = ("optim.batch_size=2",)
     batch = 2 * 256 * 386
@@ -214,6 +227,7 @@ def test_what_arrives_too_slowly_binds() -> None:
     assert slow.data_by == "disk"
 
 
+@pytest.mark.slow
 def test_extraction_is_the_backbone_s_products() -> None:
     """Against the products of ViT-S/14 at 224 px by hand: 257 tokens of width 384, 12 blocks."""
     length, width, patch = 257, 384, 14
@@ -245,7 +259,7 @@ def test_this_machine_is_measured() -> None:
 # -- the command -------------------------------------------------------------------------------------------
 
 
-def test_the_command_plans_a_store(shared_store: FeatureStore, slotlab: Slotlab) -> None:
+def test_the_command_plans_a_store(shared_store: FeatureStore, slotlab: Slotlab, counted: None) -> None:
     sets = [part for override in fitted("default") for part in ("--set", override)]
     command = ("plan", "--cache", shared_store.path, "--device", "rtx5090", *sets)
     said = slotlab(*command, "--json").json
@@ -260,7 +274,7 @@ def test_the_command_plans_a_store(shared_store: FeatureStore, slotlab: Slotlab)
     assert said["answer"] in shown and "https://" in shown and "bound by" in shown
 
 
-def test_the_command_plans_what_is_not_there(slotlab: Slotlab) -> None:
+def test_the_command_plans_what_is_not_there(slotlab: Slotlab, counted: None) -> None:
     what = ("--videos", 50, "--frames", 24, "--backbone", "resnet18", "--input-size", 64)
     said = slotlab("plan", *what, "--preset", "image", "--device", "h100", "--batch-size", 4, "--json").json
     assert [form["dtype"] for form in said["training"]] == list(ENCODINGS)
@@ -269,7 +283,7 @@ def test_the_command_plans_what_is_not_there(slotlab: Slotlab) -> None:
     assert said["extraction"]["backbone"] == "resnet18" and said["extraction"]["frames"] == 1200
 
 
-def test_train_plans_instead(shared_store: FeatureStore, slotlab: Slotlab, tmp_path: Path) -> None:
+def test_train_plans_instead(shared_store: FeatureStore, slotlab: Slotlab, tmp_path: Path, counted: None) -> None:
     sets = [part for override in fitted("default") for part in ("--set", override)]
     ended = slotlab("train", "--cache", shared_store.path, *sets, "--device", "cpu", "--out", "run", "--plan")
     assert ended.code == 0 and "largest batch" in ended.out and not (tmp_path / "run").exists()

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image
 import cli
 from featcache.store.reading import FeatureStore
 from tests.media import oblong, save_images, save_movie
-from tests.published import voc, write_list
+from tests.published import boxes, voc, write_list
 
 RESNET = ("extract", "--backbone", "resnet18", "--weights", "random", "--tap", "layer1", "--input-size", "32")
 QUICK = (*RESNET, "--batch-size", "2", "--precision", "float32", "--out", "s.zarr", "--json")
@@ -150,6 +150,7 @@ def test_what_is_left_out_is_said(slotlab: Run) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_published_data_set(slotlab: Run) -> None:
     lists = {"train": ["a", "b"], "val": ["c"]}
     voc(Path("VOCdevkit"), lists)
@@ -158,6 +159,8 @@ def test_a_published_data_set(slotlab: Run) -> None:
     assert ended.code == 0 and ended.out["splits"] == {"train": 2, "val": 1}, "trainval repeats both"
     store = FeatureStore.open(Path("s.zarr"))
     assert [instance.category for instance in store["val"].instances(0)] == ["dog", "person"]
+    void = (boxes((1, 1, 11, 13)) > 0) & (boxes((2, 2, 10, 12), (12, 6, 22, 30)) == 0)
+    np.testing.assert_array_equal(store["val"].ignored(0)[0], void)
     assert slotlab(*QUICK, "--data", "VOCdevkit", "--split", "trainval").out["splits"]["trainval"] == 3
     ended = slotlab(*QUICK, "--data", "VOCdevkit?year=2011")
     assert ended.code == 2 and "no year '2011'; there is: 2012" in ended.said

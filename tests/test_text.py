@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -132,6 +133,7 @@ def test_a_folder_of_such_names(tmp_path: Path) -> None:
         assert len(read_path(folder / name)) == 2
 
 
+@pytest.mark.slow
 def test_through_the_commands(slotlab: Slotlab, tmp_path: Path) -> None:
     home = tmp_path / HOME
     home.mkdir(parents=True)
@@ -156,7 +158,7 @@ def test_through_the_commands(slotlab: Slotlab, tmp_path: Path) -> None:
     sound("report", run, "--out", page, "--markdown", tables, "--videos", len(NAMES))
     text = page.read_text("utf-8")
     assert not Tags(text).alarms and "<img src=x" not in text and printable(dash) in text
-    assert "<script>" not in tables.read_text("utf-8")
+    assert "<script>" not in re.sub("`[^`]*`", "", tables.read_text("utf-8"))  # in code it is harmless
     for form, files in (("png", 2 * len(NAMES)), ("rle", 1)):
         told = json.loads(sound("masks", run, "--out", home / form, "--format", form, "--json"))
         assert told["files"] == files == sum(p.is_file() for p in (home / form).rglob("*"))

@@ -31,6 +31,7 @@ from torch import Tensor
 from featcache.backbones.origin import Origin
 from featcache.errors import DataError
 from featcache.store.durable import make_directory, write_durably
+from featcache.text import in_utf8
 
 if TYPE_CHECKING:
     from featcache.backbones.registry import BackboneSpec
@@ -372,7 +373,7 @@ def _brief(error: Exception) -> str:
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    with safe_open(path, framework="pt") as file:
+    with in_utf8(path) as name, safe_open(name, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 

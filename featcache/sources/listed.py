@@ -156,13 +156,9 @@ class ListedSource(Source, Generic[ItemT]):
             self._fingerprints[split] = tuple(digest(self._parts(item)) for item in self.items(split))
         return self._fingerprints[split]
 
-    def fingerprint(self, split: str) -> str:
-        return digest((*self.names(split), *self.fingerprints(split)))
-
     def _parts(self, item: ItemT) -> Iterator[bytes | str]:
         yield from (self.reading.of_masks(), str(item.labelled), *self.written(item))
         for path in (*item.frames, *filter(None, item.masks)):
-            yield path.name
             yield file_digest(path)
 
     def frames(self, item: ItemT) -> npt.NDArray[np.uint8]:

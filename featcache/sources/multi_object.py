@@ -201,9 +201,6 @@ class MultiObjectSource(Source):
         how = self.reading.of_masks()
         return tuple(digest((how, mark)) for _, mark in self._scenes(split))
 
-    def fingerprint(self, split: str) -> str:
-        return digest(self.fingerprints(split))
-
     def size(self, split: str, index: int) -> Size | None:
         return self.family.size if isinstance(self._rows, RecordRows) else None
 

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from featcache.errors import DataError, is_full
+from featcache.text import printable
 
 TEMPORARY = ".tmp"
 LONGEST = 40  # characters of a file's name that its temporary name keeps: a name may have 255 bytes
@@ -52,7 +53,7 @@ def write_durably(path: Path, data: bytes, synced: bool = True) -> None:
 def write_output(path: Path, data: bytes | str) -> None:
     """Write a picture, a page or a table, and the folder that it lies in: all of it, or ``DataError`` and nothing."""
     make_directory(path.absolute().parent)
-    write_durably(path, data.encode() if isinstance(data, str) else data, synced=False)
+    write_durably(path, printable(data, lines=True).encode() if isinstance(data, str) else data, synced=False)
 
 
 def cannot_write(path: Path, error: OSError) -> DataError:

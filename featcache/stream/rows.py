@@ -12,8 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +27,7 @@ from featcache.memory import pages
 from featcache.memory.copying import Copier, Piece
 from featcache.store import shards
 from featcache.store.reading import Split
+from featcache.text import in_utf8
 
 # torch's types by the arrays' names for them; arrays of other types cannot be read.
 TORCH_DTYPES: dict[str, torch.dtype] = {
@@ -153,7 +153,7 @@ class FileRows:
         path, chunk_bytes = self.path(chunks.start), self._chunk_rows * self._row_bytes
         try:  # a private map, which read-only files allow
             size = os.path.getsize(path) if self._shard_chunks else chunk_bytes
-            with _in_utf8(path) as name:
+            with in_utf8(path) as name:
                 mapped = torch.from_file(name, shared=False, size=size, dtype=torch.uint8)
             offsets = self._offsets(path, chunk_bytes) if self._shard_chunks else np.zeros(1, np.int64)
         except (OSError, RuntimeError, ValueError) as error:
@@ -178,18 +178,6 @@ class FileRows:
         if (index[~absent, 1] != chunk_bytes).any() or (offsets[~absent] + chunk_bytes > end).any():
             raise ValueError("the index names other places than its chunks'")
         return np.where(absent, -1, offsets)
-
-
-@contextmanager
-def _in_utf8(path: Path) -> Iterator[str]:
-    """The name of a file, or of an open descriptor of it where its own is no UTF-8: torch takes no other."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        with path.open("rb") as file:
-            yield f"/dev/fd/{file.fileno()}"
-    else:
-        yield str(path)
 
 
 def _little(codecs: Any) -> bool:

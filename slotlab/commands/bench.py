@@ -131,7 +131,7 @@ def bench_train(
             rate = measure_training(setting, store, chosen, steps=steps, rounds=rounds)
         except DoesNotFit as error:
             rates.append(error)
-            terminal.err.print(str(error), soft_wrap=True)
+            terminal.err.print(str(error))
         else:
             rates.append(rate)
             terminal.err.print(f"{rate.name}: {rate.samples_per_s:.1f} samples/s, bound by {rate.bound}")

@@ -149,11 +149,11 @@ def extract(
         if as_json:
             print_json(summary | said | {"remarks": list(todo.remarks)})
         else:
-            rows = [(k, bytes_text(v) if k.startswith("bytes") else str(v)) for k, v in summary.items()]
+            rows = [(k, bytes_text(int(str(v))) if k.startswith("bytes") else str(v)) for k, v in summary.items()]
             terminal.out.print(plain_table(("", "value"), rows))
             _tell(dtype, rounding, damaged)
         return
-    terminal.err.print(chosen(model.device), soft_wrap=True, markup=False, highlight=False)
+    terminal.err.print(chosen(model.device), highlight=False)
     if on_windows_drive(path):
         terminal.warn([f"{path}: on a drive of Windows, several times slower; choose --out below {Path.home()}"])
     with terminal.ExtractProgress() as progress:
@@ -181,4 +181,4 @@ def _tell(dtype: Dtype, rounding: Sequence[Rounding], damaged: Sequence[str]) ->
             highlight=False,
         )
     for line in damaged:
-        terminal.out.print(f"left out: {line}", soft_wrap=True, highlight=False)
+        terminal.out.print(f"left out: {line}", highlight=False)

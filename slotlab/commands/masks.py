@@ -104,7 +104,7 @@ def segment(
             files, backbone=backbone or "dinov2", input_size=size, device=device, weights=weights, **options
         )
         told["whitened_by"] = segmenter.measured
-        terminal.err.print(f"features whitened by {segmenter.measured}", soft_wrap=True)
+        terminal.err.print(f"features whitened by {segmenter.measured}")
     else:
         segmenter = load(paths[0], device=device, weights=weights)
     method = "guided" if refine is None and no_training else None if refine == "none" else refine

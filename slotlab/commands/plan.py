@@ -75,7 +75,7 @@ def show(made: Plan, preset: str, as_json: bool = False) -> None:
         print_json({"preset": preset} | made.as_dict())
         return
     terminal.out.print(table(made, preset))
-    terminal.out.print(made.answer, soft_wrap=True, markup=False, highlight=False)
+    terminal.out.print(made.answer, highlight=False)
 
 
 def table(made: Plan, preset: str) -> Any:

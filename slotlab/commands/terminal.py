@@ -25,6 +25,8 @@ class Terminal(Console):
         super().__init__(markup=False, emoji=False, **settings)
 
     def print(self, *objects: Any, **how: Any) -> None:
+        if all(isinstance(o, str | Path) for o in objects):
+            how.setdefault("soft_wrap", True)  # a path or a command that is broken up cannot be pasted
         super().print(*(printable(str(o)) if isinstance(o, str | Path) else o for o in objects), **how)
 
 
@@ -108,7 +110,7 @@ def training_display(steps: int) -> Iterator[Any]:
             )
         if "warnings" in row:
             scores = (f"{name} {row[f'eval_{name}']:.3f}" for name in looked_at if row.get(f"eval_{name}") is not None)
-            err.print(f"step {row['step']}/{steps}  masks: {'  '.join(scores)}", soft_wrap=True)
+            err.print(f"step {row['step']}/{steps}  masks: {'  '.join(scores)}")
             warn(row["warnings"])
 
     if not err.is_terminal:
@@ -126,4 +128,4 @@ def training_display(steps: int) -> Iterator[Any]:
 
 def warn(warnings: Sequence[str]) -> None:
     for warning in warnings:
-        err.print(f"warning: {warning}", style="yellow", soft_wrap=True)
+        err.print(f"warning: {warning}", style="yellow")

@@ -54,13 +54,13 @@ def train(
     run = out or Path("runs") / f"{cache.stem}-{preset}-{settings.seed}"
     store, place = FeatureStore.open(cache), pick_device(device)
     for idle in settings.unread() if is_leader() else ():
-        terminal.err.print(f"note: {idle}", soft_wrap=True)
+        terminal.err.print(f"note: {idle}")
     if settings.optim.precision == "bfloat16" and place.type == "cpu" and is_leader():
         from slotlab.commands.doctor import bfloat16_speed, bfloat16_verdict
 
         if (speed := bfloat16_speed()) < 1:
             warning = f"warning: optim.precision=bfloat16 has {bfloat16_verdict(speed)}"
-            terminal.err.print(warning, style="yellow", soft_wrap=True)
+            terminal.err.print(warning, style="yellow")
     if plan:
         from slotlab.commands.plan import show
         from slotlab.planning.data import DataSet
@@ -81,7 +81,8 @@ def train(
             each(row)
 
     def remark(line: str) -> None:
-        terminal.err.print(f"{chosen(place)}\n{line}", soft_wrap=True, markup=False, highlight=False)
+        for each in (chosen(place), line):
+            terminal.err.print(each, highlight=False)
 
     run_train(settings, store, run, resume=resume, init_from=init_from, device=place, report=tell, remark=remark)
     if is_leader():

@@ -132,8 +132,8 @@ def _tested(videos: Mapping[str, Values], first: Mapping[str, Values] | None) ->
 
 def write_table(table: Mapping[str, Any], out: Path) -> None:
     """Write ``table.md`` and ``table.csv`` to ``out``."""
-    write_output(out / "table.md", printable(to_markdown(table), lines=True))
-    write_output(out / "table.csv", printable(to_csv(table), lines=True))
+    write_output(out / "table.md", to_markdown(table))
+    write_output(out / "table.csv", to_csv(table))
 
 
 def to_markdown(table: Mapping[str, Any]) -> str:

@@ -203,7 +203,7 @@ def _file(svg: Element, path: Path) -> bytes | str:
 
     kind = path.suffix.lower()[1:]
     if kind == "svg":
-        return printable(tostring(svg, "unicode"), lines=True)
+        return tostring(svg, "unicode")
     try:
         return painted(figure(svg), kind or "png", dpi=DPI)
     except ValueError as error:

@@ -24,7 +24,7 @@ USABLE = 0.9
 # sequence, and less so. `slotlab bench stream` measures yours.
 DISK = 3e9
 
-COPIED = 1 << 28  # bytes of the array that the memory's rate is measured on
+COPIED = 1 << 27  # bytes of the array that the memory's rate is measured on
 
 
 @dataclass(frozen=True)

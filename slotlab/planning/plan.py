@@ -188,8 +188,8 @@ def _training(config: Config, data: DataSet, device: Device) -> TrainingPlan:
 def largest_batch(needs: Callable[[int], int], known: int, room: int, unit: int) -> int:
     """The largest multiple of ``unit`` whose needs fit into the room; they grow nearly in proportion. 0: not one."""
     base = -(-known // unit) * unit
-    slope = max(1.0, (needs(2 * base) - needs(base)) / base)
-    guess = int(base + (room - needs(base)) / slope) // unit * unit
+    rise = max(1, needs(2 * base) - needs(base))  # for as many samples again
+    guess = (base + (room - needs(base)) * base // rise) // unit * unit
     while guess >= unit and (over := needs(guess) - room) > 0:
-        guess -= unit * math.ceil(over / slope / unit)
+        guess -= unit * math.ceil(over * base / (rise * unit))
     return max(0, guess)

@@ -31,7 +31,7 @@ def render_markdown(gathered: Gathered, title: str, figures: Mapping[str, str], 
     for table in shown:
         if table is not None:
             parts += [f"## {table.title}", "", render_table(table), ""]
-            parts += [table.note, ""] if table.note else []
+            parts += [escaped(table.note), ""] if table.note else []
     if figures:
         links = (f"![{escaped(name)}]({quote(os.fsencode(path))})" for name, path in figures.items())
         parts += ["## Figures", "", *links, ""]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from featcache.errors import DataError, IncompatibleError, UsageError
 from featcache.store.durable import make_directory, write_durably
+from featcache.text import in_utf8
 from slotlab.config.load import read_toml, validate
 from slotlab.config.schema import Config
 from slotlab.models.base import Model
@@ -153,6 +154,7 @@ def load_run_config(run: Path) -> Config:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        with in_utf8(path) as name:
+            return load_file(name)
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: damaged ({error}); train again, or restore the file") from error

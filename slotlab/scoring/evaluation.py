@@ -74,7 +74,7 @@ class Evaluation:
             "run": self.run,
             "cache": self.cache,
             "split": self.split,
-            "content": self.content,
+            **({"content": self.content} if self.content else {}),
             "tap": self.tap,
             "step": self.step,
             "code": self.code,

@@ -103,11 +103,11 @@ def count_step(config: Config, inputs: ModelInput, batch: Format, *, on_gpu: boo
         return Cost(dict(tally.work), tally.peak - batch.bytes, tally.live - batch.bytes, parameters)
 
 
-class Tally(TorchDispatchMode):
+class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every operation while it is entered, and the memory that their results hold, until they are freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.work: Counter[Work] = Counter()
         self.live = self.peak = 0  # bytes
         self._held: set[int] = set()  # storages, by address
@@ -207,13 +207,13 @@ def convolution_backward_flops(
 
 
 def _attention_flops(query: Shape, key: Shape, value: Shape, *rest: Any, out_shape: Any = None, **options: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def _attention_backward_flops(
     gradient: Shape, query: Shape, key: Shape, value: Shape, *rest: Any, out_shape: Any = None, **options: Any
 ) -> int:
-    return int(sdpa_backward_flop_count(gradient, query, key, value))
+    return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
 
 
 CORRECTED: dict[Any, Callable[..., int]] = {  # formulas of shapes that torch's counter has wrong, or lacks
@@ -224,7 +224,7 @@ CORRECTED: dict[Any, Callable[..., int]] = {  # formulas of shapes that torch's 
 
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    **{operator: shape_wrapper(formula) for operator, formula in CORRECTED.items()},
+    **{operator: shape_wrapper(formula) for operator, formula in CORRECTED.items()},  # type: ignore[no-untyped-call]
 }
 
 
