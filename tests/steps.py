@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from featcache.store.reading import FeatureStore
+from featcache.stream.residence import Home
 from featcache.stream.rows import TORCH_DTYPES
 from featcache.stream.stream import Batch
 from slotlab.config.load import load_config
@@ -109,6 +110,7 @@ class AbsentStream:
     """In place of a :class:`FeatureStream`: the trainer's batches on the absent device."""
 
     wait_seconds = 0.0
+    home = Home("device", "where it is looked at")
 
     def __init__(self, config: Config, store: FeatureStore, watch: Waits, steps: int) -> None:
         data, split = config.data, store[config.data.train_split]

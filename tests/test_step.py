@@ -69,8 +69,9 @@ def test_a_wait_would_be_seen(found: dict[str, dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("case", ON_HOST, ids=str)
-def test_what_computes_on_the_host_waits_and_says_so(case: list[str], found: dict[str, dict[str, Any]]) -> None:
-    assert found["waits"][str(case)][1] != [] and found["pieces"][str(case)] > 1
+def test_what_computes_on_the_host_is_not_one_graph(case: list[str], found: dict[str, dict[str, Any]]) -> None:
+    """Else it need not be left out above."""
+    assert found["pieces"][str(case)] > 1
 
 
 @pytest.mark.parametrize("case", CASES + ON_HOST, ids=str)
