@@ -86,6 +86,6 @@ class Reading(FolderSource):
         super().__init__(root)
         self.decoded: list[str] = []
 
-    def read(self, split: str, index: int) -> Video:
+    def read_smaller(self, split: str, index: int, shrink: float) -> Video:
         self.decoded.append(self.names(split)[index])
-        return super().read(split, index)
+        return super().read_smaller(split, index, shrink)

@@ -145,7 +145,7 @@ def test_a_row_is_promised_only_after_its_chunks_are_durable(
     monkeypatch.setattr(os, "replace", spy_replace)
     monkeypatch.setattr(manifest.Appender, "append", spy_append)
     run(tmp_path / "s.zarr", backbone)
-    assert checked == 7 * 4  # videos x arrays
+    assert checked == 7 * 5  # videos x arrays
 
 
 def test_interrupt_keeps_what_was_finished(tmp_path: Path, backbone: Backbone) -> None:

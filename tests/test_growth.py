@@ -201,10 +201,10 @@ def stopped(path: Path, source: Path, backbone: Backbone, at: str) -> list[int]:
     """Extract until a video; gives those that are finished."""
 
     class Stopping(FolderSource):
-        def read(self, split: str, index: int) -> Video:
+        def read_smaller(self, split: str, index: int, shrink: float) -> Video:
             if self.names(split)[index] == at:
                 raise DataError("damaged")
-            return super().read(split, index)
+            return super().read_smaller(split, index, shrink)
 
     todo = plan(path, Stopping(source), backbone, OPTIONS)
     with pytest.raises(DataError, match="damaged"):
