@@ -83,7 +83,7 @@ def count_step(config: Config, inputs: ModelInput, batch: Format, *, on_gpu: boo
         update={"optim": config.optim.model_copy(update={"compile": False, "cuda_graphs": False})}
     )
     tally = Tally()
-    with torch.random.fork_rng(devices=[]), FakeTensorMode(), tally:
+    with torch.random.fork_rng(devices=[]), Fake(), tally:
         model = empty_model(config, inputs)
         if on_gpu:
             as_on_a_gpu(model)
@@ -101,6 +101,13 @@ def count_step(config: Config, inputs: ModelInput, batch: Format, *, on_gpu: boo
         step(features)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return Cost(dict(tally.work), tally.peak - batch.bytes, tally.live - batch.bytes, parameters)
+
+
+class Fake(FakeTensorMode):  # type: ignore[no-untyped-call]
+    """Tensors without values. A copy of a model, as of its averaged weights, belongs to the same mode."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Fake:
+        return self
 
 
 class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
