@@ -176,15 +176,15 @@ def main() -> None:
 
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit("no CUDA device is usable here (slotlab doctor says why); to try it: --device cpu --small")
-    name = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else machine()
+    card = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else "no GPU"
     results: list[Result] = []
 
     def keep(result: Result) -> None:
         results.append(result)
-        figures = {"device": name, "machine": machine(), "torch": torch.__version__, "parts": [*map(asdict, results)]}
+        figures = {"device": card, "machine": machine(), "parts": [*map(asdict, results)]}
         args.out.mkdir(parents=True, exist_ok=True)
         write_durably(args.out / "gpu.json", json.dumps(figures, indent=1).encode())
-        write_durably(args.out / "gpu.md", table(f"{name}, torch {torch.__version__}", results).encode())
+        write_durably(args.out / "gpu.md", table(f"{card}, {machine()}", results).encode())
         print(
             f"{result.name}: {result.outcome}, {result.seconds} s", *map(": ".join, result.rows), sep="\n  ", flush=True
         )
