@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from featcache.errors import DataError
 from featcache.sources import open_source
@@ -131,3 +132,23 @@ def test_sound_videos_alone(tmp_path: Path) -> None:
         path.unlink()
     with pytest.raises(DataError, match=r"every video of train is damaged; the first: .*a.mp4"):
         SoundVideos(open_source(tmp_path)).lengths("train")
+
+
+@pytest.mark.parametrize("damage", ["cut out", "cut off", "zeroed"])
+def test_a_gif_whose_blocks_do_not_join_is_refused(tmp_path: Path, damage: str) -> None:
+    """FFmpeg plays such a file up to the damage, without a word."""
+    first, *rest = map(Image.fromarray, _moving(4))
+    path = tmp_path / "a.gif"
+    first.save(path, save_all=True, append_images=rest)
+    sound = path.read_bytes()
+    assert open_source(tmp_path).lengths("train") == (4,)
+    middle = len(sound) // 2
+    path.write_bytes(
+        {
+            "cut out": sound[:middle] + sound[middle + 64 :],
+            "cut off": sound[:middle],
+            "zeroed": sound[:middle] + bytes(400) + sound[middle + 400 :],
+        }[damage]
+    )
+    with pytest.raises(DataError, match=r"a.gif: is damaged"):
+        open_source(tmp_path).read("train", 0)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from featcache.errors import DataError
+from featcache.sources import gif
 from featcache.sources.images import errors_named, stack
 from featcache.sources.video import Size
 
@@ -70,6 +71,8 @@ def count_frames(path: Path) -> int:
         promised, length = clip.stream.frames, (clip.container.duration or 0) / 1e6
         name = clip.container.format.name
         meant = float((clip.stream.duration or 0) * clip.stream.time_base)  # by the edit list, where there is one
+    if name == "gif" and not gif.whole(path):
+        raise DataError(f"{path}: is damaged (its blocks do not join up to its end); {REMEDY}")
     if promised and held < promised - max(1, promised // 50):
         # An edit list that shows a part of a film may keep the rest from being read at all.
         held = max(held, _packets_behind_edit_lists(path)) if "mov" in name else held
