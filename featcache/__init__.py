@@ -9,12 +9,9 @@ threads that they wait for. OpenMP reads the variable once, when torch is loaded
 before featcache or slotlab must set it itself. In libgomp ``GOMP_SPINCOUNT`` overrides it.
 """
 
-from __future__ import annotations
-
-import importlib
 import os
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # typing's own takes longer to import than all that is here
 if TYPE_CHECKING:  # imported when called for: `import featcache` stays fast
     from featcache.library import Cache, extract, open
     from featcache.sources.reading import Reading
@@ -37,7 +34,9 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
+    import importlib
+
     if name not in _HOMES:
         raise AttributeError(f"module 'featcache' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
