@@ -11,15 +11,15 @@ where a video has more than 20 tracks; here the 20 that cover most pixels count,
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from scipy.ndimage import distance_transform_edt
 from scipy.optimize import linear_sum_assignment
 
-from slotlab.scoring.boundaries import TOLERANCE
+from slotlab.scoring.boundaries import outline, tolerance_px
 
 MOST_TRACKS = 20  # of a video, by the rules of DAVIS
 
@@ -101,7 +101,7 @@ def boundary_overlap(one: Masks, other: Masks) -> Values:
     A pixel of an outline is met by an outline within 0.8 % of the frame's diagonal, rounded up. Two masks without
     outlines agree, F = 1; one without disagrees with one that has some, F = 0.
     """
-    tolerance = math.ceil(TOLERANCE * math.hypot(*one.shape[1:]))
+    tolerance = tolerance_px((one.shape[1], one.shape[2]))
     edges, near = zip(*(_outlines(masks, tolerance) for masks in (one, other)), strict=True)
     lengths = [outlines.sum(1) for outlines in edges]
     precision = (edges[0] @ near[1].T) / np.maximum(lengths[0], 1)[:, None]
@@ -113,12 +113,9 @@ def boundary_overlap(one: Masks, other: Masks) -> Values:
 
 def _outlines(masks: Masks, tolerance: int) -> tuple[Values, Values]:
     """Outline pixels of each mask (N, H, W), and the pixels near them: (N, H * W) each, 0 or 1."""
-    edge = np.zeros_like(masks)
-    edge[:, :, :-1] |= masks[:, :, :-1] ^ masks[:, :, 1:]
-    edge[:, :-1] |= masks[:, :-1] ^ masks[:, 1:]
-    edge[:, :-1, :-1] |= masks[:, :-1, :-1] ^ masks[:, 1:, 1:]
+    edge = outline(torch.from_numpy(masks)).numpy()
     near = np.zeros_like(masks)
-    for place, outline in enumerate(edge):
-        if outline.any():
-            near[place] = distance_transform_edt(~outline) <= tolerance
+    for place, line in enumerate(edge):
+        if line.any():
+            near[place] = distance_transform_edt(~line) <= tolerance
     return edge.reshape(len(edge), -1).astype(np.float64), near.reshape(len(near), -1).astype(np.float64)
