@@ -14,7 +14,7 @@ from featcache.stream.staging import Format
 from slotlab.config.load import load_config
 from slotlab.config.schema import Config
 from slotlab.models.build import empty_model
-from slotlab.models.inputs import Features, Frames, ModelInput
+from slotlab.models.inputs import Features, Frames, ModelInput, Tracks
 from slotlab.models.randomness import Draws, Request, Share, Undrawn
 from slotlab.training.cost import Cost, Tally, Work, count_step
 from slotlab.training.processes import Ranks
@@ -32,6 +32,9 @@ def inputs_of(config: Config, side: int = 8, dim: int = 64) -> tuple[ModelInput,
         pixels = config.model.resolution
         shape = (*batch_samples(config), 2 * pixels, 2 * pixels, 3)
         return Frames("video", (pixels, pixels), 3), Format(shape, torch.uint8)
+    if config.model.kind == "dynamics":
+        shape = (*batch_samples(config), 4, dim + side**2)
+        return Tracks("tracks", (side, side), dim, "block1", 4), Format(shape, torch.float16)
     return Features("block1", (side, side), dim), Format((*batch_samples(config), side**2, dim), torch.float16)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from slotlab.config.load import load_config, presets
 from tests.synthetic import fitted, make_store
+from tests.training import tracked, tracks_of
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +31,7 @@ CASES = [[preset] for preset in presets() if [preset] not in ON_HOST] + VARIANTS
 def shortened(preset: str) -> list[str]:
     """Overrides under which a step says the same in less time: what is repeated, is repeated once."""
     model = load_config(preset).model
-    if model.kind in ("clustering", "agglomerative"):
+    if model.kind in ("clustering", "agglomerative", "dynamics", "dense"):
         return []
     predictor = ["model.predictor.first_iterations=2"] if model.predictor is not None else []
     rounds = ["model.kmeans_rounds=2"] if model.initializer == "kmeans" else []
@@ -40,9 +41,10 @@ def shortened(preset: str) -> list[str]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What :mod:`tests.steps` finds: name of the finding -> case -> finding."""
-    store = make_store(tmp_path_factory.mktemp("step") / "store.zarr")
+    folder = tmp_path_factory.mktemp("step")
+    store, tracks = make_store(folder / "store.zarr"), tracks_of(tracked(folder))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.steps", str(store.path)],
+        [sys.executable, "-m", "tests.steps", str(store.path), str(tracks.path)],
         input=json.dumps([[case[0], *fitted(case[0]), *shortened(case[0]), *case[1:]] for case in CASES + ON_HOST]),
         capture_output=True,
         text=True,
