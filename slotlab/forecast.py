@@ -13,7 +13,7 @@ from featcache.store.reading import FeatureStore
 from slotlab.dynamics.tracks import tracks_of, weights_digest
 from slotlab.models.build import empty_model
 from slotlab.models.dynamics.model import DynamicsModel
-from slotlab.models.dynamics.state import PLACE, see
+from slotlab.models.dynamics.state import PLACE
 from slotlab.models.inputs import ModelInput
 from slotlab.models.randomness import Draws
 from slotlab.pictures.frames import Frames
@@ -46,14 +46,15 @@ class Forecaster(RunSegmenter):
         output = self.model.segment(tokens.to(device), Draws.of_step(self.config.seed, 0))
         shown = output.checked().showing(self.config.published_masks)
         tracks = tracks_of(shown, tokens.cpu(), self.dynamics.grid)[-self.dynamics.config.burn_in :]
-        seen = see(tracks.unsqueeze(0).to(device), self.dynamics.normaliser, self.dynamics.place)
+        seen = self.dynamics.see(tracks.unsqueeze(0).to(device))
         future = self.dynamics.roll_out(seen, steps)
         found = self.dynamics.decode(seen, future)
         masks = F.interpolate(found.sharp[0].unflatten(-1, self.dynamics.grid), size=window.size, mode="bilinear")
         size = torch.tensor(window.size)
         places = future[0, ..., PLACE].cpu() * (size / torch.tensor(self.dynamics.grid)) + (size - 1) / 2
         dense = self.dynamics.normaliser(tokens[-1].to(device))
-        features = self.dynamics.normaliser.undone((found.features + self.dynamics.texture(seen, future, dense))[0])
+        features = found.features @ self.dynamics.basis.T + self.dynamics.texture(seen, future, dense)
+        features = self.dynamics.normaliser.undone(features[0])
         return Future(future[0].cpu(), masks.cpu(), places, features.cpu(), seen.active[0].any(0).cpu())
 
 

@@ -375,8 +375,9 @@ class DynamicsConfig(Section):
     attention: Literal["joint", "sequential", "parallel"] = Field(
         "joint", description="Attention over slots and frames together, by turns, or by both at once"
     )
+    channels: int = Field(48, ge=1, description="Directions of most variance in which a slot's feature is kept")
     layers: int = Field(2, ge=1, description="Blocks of attention")
-    width: int = Field(128, ge=2, description="Width of its tokens")
+    width: int = Field(64, ge=2, description="Width of its tokens")
     heads: int = Field(4, ge=1, description="Heads of each attention")
     kinematics: bool = Field(True, description="Velocity and acceleration as inputs; predictions are changes of speed")
     masked_slots: int = Field(0, ge=0, description="Slots of a training clip that are hidden after its first frame")

@@ -11,7 +11,7 @@ from torch import Tensor
 from slotlab.models.dynamics.dense import DenseModel
 from slotlab.models.dynamics.model import DynamicsModel
 from slotlab.models.dynamics.motion import carried, layered, moved, widest
-from slotlab.models.dynamics.state import FEATURE, PLACE, Seen, see
+from slotlab.models.dynamics.state import FEATURE, PLACE, Seen
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Clip:
     @classmethod
     def of(cls, model: DynamicsModel, tracks: Tensor, features: Tensor) -> Clip:
         """A clip of stored tracks (T, K, D + N) and features (T, N, D)."""
-        seen = see(tracks.unsqueeze(0), model.normaliser, model.place)
+        seen = model.see(tracks.unsqueeze(0))
         return cls(model, seen, model.normaliser(features), model.config.burn_in)
 
     @property
@@ -57,6 +57,10 @@ class Clip:
         """(T, K, S)"""
         return self.seen.vectors[0]
 
+    def spelt(self, coordinates: Tensor) -> Tensor:
+        """Normalised features (..., D) of their coordinates (..., P)."""
+        return coordinates @ self.model.basis.T
+
     @property
     def masks(self) -> Tensor:
         """(K, N), as each slot was last seen."""
@@ -72,7 +76,7 @@ def rollout(clip: Clip) -> Predicted:
     """The model."""
     future = clip.model.roll_out(clip.seen, clip.steps)
     pictures = clip.model.decode(clip.seen, future)
-    features = pictures.features + clip.model.texture(clip.seen, future, clip.dense[clip.last])
+    features = clip.spelt(pictures.features) + clip.model.texture(clip.seen, future, clip.dense[clip.last])
     return Predicted(features[0], pictures.sharp[0], future[0, ..., PLACE])
 
 
@@ -109,8 +113,8 @@ def velocity_masks(clip: Clip) -> Predicted:
     )
     ground = int(behind.nonzero()[0])
     hidden = (1 - clip.masks[ground]).unsqueeze(-1)  # (N, 1): the share of each patch where others hid the background
-    filled = masks[:, ground].unsqueeze(-1) * hidden * clip.vectors[clip.last, ground, FEATURE]
-    features = carried(clip.dense[clip.last], clip.masks, *moves, clip.model.grid) + filled
+    filled = masks[:, ground].unsqueeze(-1) * hidden * clip.spelt(clip.vectors[clip.last, ground, FEATURE])
+    features = carried(clip.dense[clip.last], clip.masks, shift, zero, clip.model.grid) + filled
     return Predicted(features, masks, clip.vectors[clip.last, :, PLACE] + shift)
 
 
@@ -122,13 +126,13 @@ def mean(clip: Clip) -> Predicted:
 def oracle(clip: Clip) -> Predicted:
     """The slots of the true frame, decoded with their true masks: what a perfect predictor of slots would reach."""
     masks, vectors = clip.seen.masks[0, clip.burn_in :], clip.vectors[clip.burn_in :]
-    return Predicted(masks.mT @ vectors[..., FEATURE], masks, vectors[..., PLACE])
+    return Predicted(clip.spelt(masks.mT @ vectors[..., FEATURE]), masks, vectors[..., PLACE])
 
 
 def decoded(clip: Clip, future: Tensor) -> Predicted:
     """Vectors (H, K, S) decoded as the model's are."""
     pictures = clip.model.decode(clip.seen, future.unsqueeze(0))
-    return Predicted(pictures.features[0], pictures.sharp[0], future[..., PLACE])
+    return Predicted(clip.spelt(pictures.features[0]), pictures.sharp[0], future[..., PLACE])
 
 
 def dense(model: DenseModel) -> tuple[str, Row]:

@@ -5,8 +5,8 @@ with a code of time alone, so that the order of the slots does not matter. Its o
 slot's vector (:mod:`.state`) it reads the slot's velocity and acceleration (OCK, Song et al., 2024, arXiv:2404.18423),
 and what it predicts is the change of the velocity: untrained, it moves every slot on at constant speed.
 
-A predicted slot is decoded by what was last seen of it: its mask, shifted to the predicted place, scaled to the
-predicted size, and spread by how far off the place may be; its feature, at every patch that the mask covers. What no
+A predicted slot is decoded by what was last seen of it: its mask, shifted to the predicted place and spread by how far
+off that may be; its feature, at every patch that the mask covers. What no
 object covers is the background (:func:`slotlab.models.dynamics.motion.layered`). Nothing in this decoder is learnt, so
 it is frozen; through it, errors of features teach where objects will be, and to spread a mask whose place is not known.
 
@@ -43,16 +43,14 @@ class Pictures(NamedTuple):
 
     masks: Float[Tensor, "B H K N"]  # spread
     sharp: Float[Tensor, "B H K N"]
-    features: Float[Tensor, "B H N D"]  # normalised
+    features: Float[Tensor, "B H N P"]  # coordinates in the basis
 
 
 class Moves(NamedTuple):
-    """How masks move: the arguments of :func:`slotlab.models.dynamics.motion.moved`."""
+    """How masks move, in patches."""
 
     shift: Float[Tensor, "B H K 2"]
-    scale: Float[Tensor, "B H K"]
     spread: Float[Tensor, "B H K"]
-    centre: Float[Tensor, "B H K 2"]
 
 
 class DynamicsModel(Model):
@@ -65,6 +63,7 @@ class DynamicsModel(Model):
     """
 
     place: Tensor  # (N, 2)
+    basis: Tensor  # (D, P) orthonormal
     mean: Tensor  # (S,) of a vector's parts
     scale: Tensor  # (S,) standard deviation of them; one number for all channels of the feature
     persistence: Tensor  # (D,) correlation of a patch's feature with that of the frame before
@@ -73,8 +72,10 @@ class DynamicsModel(Model):
     def __init__(self, config: DynamicsConfig, normaliser: Normaliser, grid: tuple[int, int]) -> None:
         super().__init__()
         self.config, self.normaliser, self.grid, self.slots = config, normaliser, grid, config.slots
-        width, size = config.width, PARTS + normaliser.dim
+        width, channels = config.width, min(config.channels, normaliser.dim)
+        size = PARTS + channels
         self.register_buffer("place", places(grid))
+        self.register_buffer("basis", torch.eye(normaliser.dim, channels))
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("scale", torch.ones(size))
         self.register_buffer("persistence", torch.zeros(normaliser.dim))
@@ -82,7 +83,7 @@ class DynamicsModel(Model):
         self.embed = nn.Linear(size + (4 if config.kinematics else 0), width)
         self.hidden = nn.Parameter(torch.zeros(width)) if config.masked_slots else None
         block = BLOCKS[config.attention]
-        self.blocks = nn.ModuleList(block(width, config.heads, 4 * width) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(block(width, config.heads, 2 * width) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
         self.change = nn.Linear(width, size)
         nn.init.zeros_(self.change.weight)
@@ -94,7 +95,11 @@ class DynamicsModel(Model):
         return cls(config.model, normaliser, grid)
 
     def take(self, moments: Moments) -> None:
-        """Measure how long features last: the correlation of a patch's with those of the frame before, by channel."""
+        """The directions of most variance, and how long features last: the correlation of a patch's with those of the
+        frame before, by channel."""
+        weight = self.normaliser.weight.double().cpu().numpy()
+        _, directions = np.linalg.eigh(moments.position_covariance * weight * weight[:, None])  # ascending
+        self.basis.copy_(torch.from_numpy(directions[:, ::-1][:, : self.basis.shape[1]].copy()))
         motion, variance = (np.diag(x) for x in (moments.motion_covariance, moments.position_covariance))
         kept = 1 - motion / np.maximum(2 * variance, np.finfo(float).tiny)
         self.persistence.copy_(torch.from_numpy(kept.clip(0, 1)))
@@ -102,7 +107,7 @@ class DynamicsModel(Model):
     @torch.no_grad()
     def calibrate(self, videos: Iterable[Float[Tensor, "T K C"]]) -> None:
         """Measure the scale of a vector's parts, over slots that hold something. ``DataError`` if none does."""
-        seen = [see(tokens.unsqueeze(0), self.normaliser, self.place) for tokens in videos]
+        seen = [self.see(tokens.unsqueeze(0)) for tokens in videos]
         vectors = torch.cat([of.vectors[of.active] for of in seen])
         if not len(vectors) or not bool(vectors.isfinite().all()):
             raise DataError("the tracks hold no finite slots; make them again with slotlab slots RUN")
@@ -114,7 +119,7 @@ class DynamicsModel(Model):
     def forward(self, features: Float[Tensor, "B T K C"], draws: Draws) -> Output:
         """The training pass on clips: the frames after the first ``burn_in`` are predicted. ``*B`` is (B, H)."""
         burn_in = self.config.burn_in
-        seen = see(self._mirrored(features, draws), self.normaliser, self.place)
+        seen = self.see(self._mirrored(features, draws))
         hidden = self._hidden(seen, draws)
         future = self.roll_out(seen, features.shape[1] - burn_in, hidden)
         known = seen.vectors[:, burn_in:]
@@ -125,8 +130,8 @@ class DynamicsModel(Model):
             attention=pictures.masks,
             logits=pictures.masks.clamp_min(LEAST_MASK).log(),
             masks=pictures.masks,
-            reconstruction=pictures.features,
-            target=truth.mT @ known[..., FEATURE],
+            reconstruction=pictures.features * self.share,
+            target=truth.mT @ known[..., FEATURE] * self.share,
             grid=self.grid,
             future=self.in_units(known),
             present=seen.active[:, burn_in:] & seen.active[:, :burn_in].any(1, keepdim=True),
@@ -134,7 +139,7 @@ class DynamicsModel(Model):
 
     def segment(self, features: Float[Tensor, "T K C"], draws: Draws) -> Output:
         """The first ``burn_in`` frames of a video as they were seen, and the others as predicted from them."""
-        seen = see(features.unsqueeze(0), self.normaliser, self.place)
+        seen = self.see(features.unsqueeze(0))
         burn_in = min(self.config.burn_in, len(features))
         steps = len(features) - burn_in
         before, masks = seen.vectors[:, :burn_in], seen.masks[:, :burn_in]
@@ -149,10 +154,19 @@ class DynamicsModel(Model):
             attention=shown.sharp,
             logits=shown.sharp.clamp_min(LEAST_MASK).log(),
             masks=shown.masks,
-            reconstruction=shown.features,
-            target=seen.masks[0].mT @ seen.vectors[0, ..., FEATURE],
+            reconstruction=shown.features * self.share,
+            target=seen.masks[0].mT @ seen.vectors[0, ..., FEATURE] * self.share,
             grid=self.grid,
         )
+
+    def see(self, tokens: Float[Tensor, "B T K C"]) -> Seen:
+        """Stored tokens as slots that were seen."""
+        return see(tokens, self.normaliser, self.basis, self.place)
+
+    @property
+    def share(self) -> float:
+        """Factor of coordinates by which their mean square is one over all D channels, the others being 0."""
+        return float((self.basis.shape[1] / self.basis.shape[0]) ** 0.5)
 
     # -- prediction ------------------------------------------------------------------------------------
 
@@ -205,7 +219,7 @@ class DynamicsModel(Model):
         spread = layered(moved(masks, *moves, self.grid), behind)
         sharp = spread
         if not self.training:
-            sharp = layered(moved(masks, *moves._replace(spread=torch.zeros_like(moves.spread)), self.grid), behind)
+            sharp = layered(moved(masks, moves.shift, torch.zeros_like(moves.spread), self.grid), behind)
         return Pictures(spread, sharp, spread.mT @ future[..., FEATURE])
 
     def texture(
@@ -216,7 +230,7 @@ class DynamicsModel(Model):
         It fades as the features of all patches do from frame to frame, by the store's statistics.
         """
         masks, moves = self._moves(seen, future)
-        unsaid = dense - masks[0].T @ seen.vectors[0, self._last(seen), :, FEATURE]
+        unsaid = dense - masks[0].T @ seen.vectors[0, self._last(seen), :, FEATURE] @ self.basis.T
         steps = torch.arange(1, future.shape[1] + 1, device=dense.device)
         fades = self.persistence ** steps[:, None, None]  # (H, 1, D)
         return (carried(unsaid, masks[0], *(move[0] for move in moves), self.grid) * fades).unsqueeze(0)
@@ -230,11 +244,8 @@ class DynamicsModel(Model):
         if hidden is not None:
             masks = torch.where(hidden.unsqueeze(-1), seen.masks_of(0), masks)
             start = torch.where(hidden.unsqueeze(-1), seen.vectors[:, 0], start)
-        start = start.unsqueeze(1)
-        shift = future[..., PLACE] - start[..., PLACE]
-        scale = (future[..., SIDE] - start[..., SIDE]).exp()
-        middle = (self.place[-1]).expand_as(shift)  # the last patch lies as far from the middle as this from the first
-        return masks, Moves(shift, scale, F.softplus(future[..., DOUBT]), start[..., PLACE] + middle)
+        shift = future[..., PLACE] - start.unsqueeze(1)[..., PLACE]
+        return masks, Moves(shift, F.softplus(future[..., DOUBT]))
 
     def _last(self, seen: Seen) -> int:
         return min(self.config.burn_in, seen.vectors.shape[1]) - 1

@@ -1,4 +1,4 @@
-"""Masks that move: each is shifted, scaled and spread, and all are layered into one picture. Nothing is learnt."""
+"""Masks that move: each is shifted and spread, and all are layered into one picture. Nothing is learnt."""
 
 from __future__ import annotations
 
@@ -9,55 +9,39 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 SHARP = 1e-4  # patches; the spread of a mask whose place is certain
-LARGEST_SCALE = 2.0  # of a mask's sides from the frame that it was seen in
 
 
 def moved(
     masks: Float[Tensor, "*B K N"],
-    shift: Float[Tensor, "*B K 2"],
-    scale: Float[Tensor, "*B K"],
-    spread: Float[Tensor, "*B K"],
-    centre: Float[Tensor, "*B K 2"],
+    shift: Float[Tensor, "*B #K 2"],
+    spread: Float[Tensor, "*B #K"],
     grid: tuple[int, int],
 ) -> Float[Tensor, "*B K N"]:
-    """Masks shifted by rows and columns, scaled about their centres, and blurred by a Gaussian; all in patches.
+    """Masks shifted by rows and columns, and blurred by a Gaussian; both in patches.
 
-    Each patch of a mask is a box that moves, grows and spreads; a patch of the result holds its overlap with them. So
-    an unmoved mask stays what it is, a shift by parts of a patch is bilinear, and what leaves the frame is lost.
+    Each patch of a mask is a box that moves and spreads; a patch of the result holds its overlap with them. So an
+    unmoved mask stays what it is, a shift by parts of a patch is bilinear, and what leaves the frame is lost.
     """
     maps = masks.unflatten(-1, grid)  # (*B, K, rows, columns)
-    rows, columns = (
-        overlap(side, shift[..., axis], scale, spread, centre[..., axis]) for axis, side in enumerate(grid)
-    )
+    rows, columns = (overlap(side, shift[..., axis], spread) for axis, side in enumerate(grid))
     return (rows @ maps @ columns.mT).flatten(-2)
 
 
-def overlap(
-    side: int,
-    shift: Float[Tensor, "*B K"],
-    scale: Float[Tensor, "*B K"],
-    spread: Float[Tensor, "*B K"],
-    centre: Float[Tensor, "*B K"],
-) -> Float[Tensor, "*B K side side"]:
+def overlap(side: int, shift: Float[Tensor, "*B"], spread: Float[Tensor, "*B"]) -> Float[Tensor, "*B side side"]:
     """Share of patch i (rows) that the moved patch j (columns) covers, along an axis of ``side`` patches.
 
-    The box of j, ``scale`` wide, is spread by a Gaussian: the overlap is a second difference of the Gaussian's second
-    integral.
+    It depends on i - j alone: the box of j, spread by a Gaussian, overlaps that of i by a second difference of the
+    Gaussian's second integral.
     """
-    place = torch.arange(side, device=shift.device, dtype=shift.dtype)
-    shift, scale, spread, centre = (x[..., None, None] for x in (shift, scale, spread, centre))
-    scale = scale.clamp(1 / LARGEST_SCALE, LARGEST_SCALE)
-    spread = spread.clamp_min(SHARP)
-    offset = place[:, None] - (centre + shift + scale * (place - centre))  # (*B, K, side, side)
-    outer, inner = (scale + 1) / 2, (scale - 1) / 2
-
-    def integral(x: Tensor) -> Tensor:
-        unit = x / spread
-        below = 0.5 * (1 + torch.erf(unit * 0.5**0.5))
-        return x * below + spread * (-0.5 * unit.square()).exp() * (2 * math.pi) ** -0.5
-
-    ends = integral(offset + outer) + integral(offset - outer)
-    return ends - integral(offset + inner) - integral(offset - inner)
+    apart = torch.arange(-side, side + 1, device=shift.device, dtype=shift.dtype)
+    spread = spread.clamp_min(SHARP).unsqueeze(-1)
+    offset = apart - shift.unsqueeze(-1)  # (*B, 2 * side + 1)
+    unit = (offset / spread).clamp(-9, 9)  # beyond, a density is nothing, and slow to compute
+    below = 0.5 * (1 + torch.erf(unit * 0.5**0.5))
+    integral = offset * below + spread * (-0.5 * unit.square()).exp() * (2 * math.pi) ** -0.5
+    covered = integral[..., 2:] - 2 * integral[..., 1:-1] + integral[..., :-2]  # of i - j from 1 - side to side - 1
+    place = torch.arange(side, device=shift.device)
+    return covered[..., place[:, None] - place + side - 1]
 
 
 def layered(masks: Float[Tensor, "*B K N"], background: Bool[Tensor, "*B K"]) -> Float[Tensor, "*B K N"]:
@@ -77,9 +61,7 @@ def carried(
     values: Float[Tensor, "N D"],
     masks: Float[Tensor, "K N"],
     shift: Float[Tensor, "H K 2"],
-    scale: Float[Tensor, "H K"],
     spread: Float[Tensor, "H K"],
-    centre: Float[Tensor, "H K 2"],
     grid: tuple[int, int],
 ) -> Float[Tensor, "H N D"]:
     """What lies under each mask, moved with it: values of one frame in H later ones.
@@ -87,16 +69,14 @@ def carried(
     The background's stay where they are, and are missing where it could not be seen.
     """
     behind = widest(masks)
-    moves = (shift, scale, spread, centre)
-    bare = moved(masks.expand(len(shift), -1, -1), *moves, grid)
+    bare = moved(masks.expand(len(shift), -1, -1), shift, spread, grid)
     whole = layered(bare, behind.expand(len(shift), -1))
     ground = masks[behind][0].unsqueeze(-1)  # (N, 1)
     found = whole[:, behind][:, 0].unsqueeze(-1) * (ground * values)
     for slot in (~behind & (masks.sum(-1) > 0)).nonzero().flatten().tolist():
         layer = (masks[slot].unsqueeze(-1) * values).T.expand(len(shift), -1, -1)  # (H, D, N)
-        of = (move[:, slot, None].expand(-1, len(layer[0]), *move.shape[2:]) for move in moves)
         part = whole[:, slot] / bare[:, slot].clamp_min(1e-6)  # the rest is shared with others
-        found = found + moved(layer, *of, grid).mT * part.unsqueeze(-1)
+        found = found + moved(layer, shift[:, slot, None], spread[:, slot, None], grid).mT * part.unsqueeze(-1)
     return found
 
 

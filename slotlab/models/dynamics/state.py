@@ -6,7 +6,7 @@ features are (D), and its mask (N). From these come its vector's parts::
     place   2  rows and columns from the frame's middle, in patches
     side    1  logarithm of the square root of its area in patches
     doubt   1  how far off its place may be, before a softplus; what is seen has none (a slot of a predicted frame may)
-    feature D  mean feature, normalised as the model's input is
+    feature P  mean feature, normalised as the model's input is, in its P directions of most variance
 """
 
 from __future__ import annotations
@@ -45,7 +45,12 @@ def places(grid: tuple[int, int]) -> Float[Tensor, "N 2"]:
     return torch.cartesian_prod(*(torch.arange(side) - (side - 1) / 2 for side in grid))
 
 
-def see(tokens: Float[Tensor, "B T K C"], normaliser: Normaliser, place: Float[Tensor, "N 2"]) -> Seen:
+def see(
+    tokens: Float[Tensor, "B T K C"],
+    normaliser: Normaliser,
+    basis: Float[Tensor, "D P"],
+    place: Float[Tensor, "N 2"],
+) -> Seen:
     """The vectors and masks of stored tokens, C = D + N."""
     features, masks = tokens.float().split([tokens.shape[-1] - len(place), len(place)], -1)
     area = masks.sum(-1)
@@ -55,7 +60,7 @@ def see(tokens: Float[Tensor, "B T K C"], normaliser: Normaliser, place: Float[T
         share @ place,
         area.clamp_min(LEAST_AREA).log().unsqueeze(-1) / 2,
         torch.full_like(area, SEEN).unsqueeze(-1),
-        normaliser.of_means(features, share),
+        normaliser.of_means(features, share) @ basis,
     ]
     last = last_active(active)
     vectors = torch.cat(parts, -1)
