@@ -179,7 +179,7 @@ def test_the_rows_are_what_they_say(loaded: LoadedRun) -> None:
     assert torch.equal(copy(clip).features, clip.dense[2].expand(3, -1, -1))
     truth = clip.seen.masks[0, 3:]
     found = oracle(clip)
-    torch.testing.assert_close(found.features, truth.mT @ clip.vectors[3:, :, 4:])
+    torch.testing.assert_close(found.features, truth.mT @ clip.vectors[3:, :, 4:] @ loaded.model.basis.T)
     moved = velocity_masks(clip)
     assert moved.masks is not None
     torch.testing.assert_close(moved.masks.sum(1), torch.ones(3, 16))

@@ -72,6 +72,7 @@ class Clip:
         return (self.vectors[self.last] - self.vectors[max(0, self.last - 1)])[:, PLACE]
 
 
+@torch.no_grad()
 def rollout(clip: Clip) -> Predicted:
     """The model."""
     future = clip.model.roll_out(clip.seen, clip.steps)
@@ -106,15 +107,13 @@ def velocity_masks(clip: Clip) -> Predicted:
     """Masks shifted by the last step, their features with them, and holes filled with the background's feature."""
     behind = widest(clip.masks)
     shift = (clip.horizons * clip.velocity).masked_fill(behind[:, None], 0.0)
-    zero = torch.zeros_like(shift[..., 0])
-    moves = (shift, zero + 1, zero, torch.zeros_like(shift))
-    masks = layered(
-        moved(clip.masks.expand(clip.steps, -1, -1), *moves, clip.model.grid), behind.expand(clip.steps, -1)
-    )
+    still = torch.zeros_like(shift[..., 0])
+    bare = moved(clip.masks.expand(clip.steps, -1, -1), shift, still, clip.model.grid)
+    masks = layered(bare, behind.expand(clip.steps, -1))
     ground = int(behind.nonzero()[0])
     hidden = (1 - clip.masks[ground]).unsqueeze(-1)  # (N, 1): the share of each patch where others hid the background
     filled = masks[:, ground].unsqueeze(-1) * hidden * clip.spelt(clip.vectors[clip.last, ground, FEATURE])
-    features = carried(clip.dense[clip.last], clip.masks, shift, zero, clip.model.grid) + filled
+    features = carried(clip.dense[clip.last], clip.masks, shift, still, clip.model.grid) + filled
     return Predicted(features, masks, clip.vectors[clip.last, :, PLACE] + shift)
 
 
