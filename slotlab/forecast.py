@@ -13,6 +13,7 @@ from featcache.store.reading import FeatureStore
 from slotlab.dynamics.tracks import tracks_of, weights_digest
 from slotlab.models.build import empty_model
 from slotlab.models.dynamics.model import DynamicsModel
+from slotlab.models.dynamics.motion import on_grid
 from slotlab.models.dynamics.state import PLACE
 from slotlab.models.inputs import ModelInput
 from slotlab.models.randomness import Draws
@@ -49,7 +50,7 @@ class Forecaster(RunSegmenter):
         seen = self.dynamics.see(tracks.unsqueeze(0).to(device))
         future = self.dynamics.roll_out(seen, steps)
         found = self.dynamics.decode(seen, future)
-        masks = F.interpolate(found.sharp[0].unflatten(-1, self.dynamics.grid), size=window.size, mode="bilinear")
+        masks = F.interpolate(on_grid(found.sharp[0], self.dynamics.grid), size=window.size, mode="bilinear")
         size = torch.tensor(window.size)
         places = future[0, ..., PLACE].cpu() * (size / torch.tensor(self.dynamics.grid)) + (size - 1) / 2
         dense = self.dynamics.normaliser(tokens[-1].to(device))

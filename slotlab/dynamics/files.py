@@ -15,6 +15,7 @@ import torch
 from featcache.store.durable import write_output
 from featcache.store.reading import FeatureStore, Split
 from slotlab.dynamics.tracks import SLOTS
+from slotlab.models.dynamics.motion import on_grid
 from slotlab.models.dynamics.state import LEAST_AREA, places
 from slotlab.models.inputs import Tracks
 from slotlab.scoring.metrics import MATCHED_IOU, matched_slots
@@ -38,7 +39,7 @@ def columns(tracks: Tracks, split: Split, video: int, labels: int) -> Columns:
     centre = masks @ (places(tracks.grid) + torch.tensor([height / 2, width / 2]))
     centre = centre / area.clamp_min(LEAST_AREA).unsqueeze(-1) / torch.tensor([height, width])
     identity = torch.full(area.shape, NO_OBJECT)
-    maps = masks.unflatten(-1, tracks.grid)
+    maps = on_grid(masks, tracks.grid)
     if labels:
         slots = matched_slots(mask_tables(maps, ground_truth(split, video), labels), above=MATCHED_IOU)
         frame, item = torch.nonzero(slots >= 0, as_tuple=True)

@@ -17,6 +17,7 @@ from slotlab.dynamics.rows import ROWS, Clip, Predicted, Row, dense
 from slotlab.dynamics.tracks import Identity, own_slots
 from slotlab.models.dynamics.dense import DenseModel
 from slotlab.models.dynamics.model import DynamicsModel
+from slotlab.models.dynamics.motion import on_grid
 from slotlab.models.inputs import Tracks
 from slotlab.runs import checkpoint
 from slotlab.runs.loaded import LoadedRun, load_run
@@ -63,7 +64,7 @@ class Truth:
     @classmethod
     def of(cls, split: Split, clip: Clip, video: int, named: Mapping[str, Tensor], labels: int) -> Truth:
         truth, burn_in, grid = ground_truth(split, video), clip.burn_in, clip.model.grid
-        seen = mask_tables(clip.seen.masks[0, :burn_in].unflatten(-1, grid), truth[:burn_in], labels)
+        seen = mask_tables(on_grid(clip.seen.masks[0, :burn_in], grid), truth[:burn_in], labels)
         centres = object_centres(truth, labels)
         patch = truth.shape[1] / grid[0]
         # An object that was away in the last seen frame counts from where it was before.
@@ -108,7 +109,7 @@ def frame_values(predicted: Predicted, clip: Clip, truth: Truth | None) -> dict[
     if truth is None or predicted.masks is None or predicted.places is None:
         return found
     grid = clip.model.grid
-    tables = mask_tables(predicted.masks.unflatten(-1, grid), truth.labels, truth.count)
+    tables = mask_tables(on_grid(predicted.masks, grid), truth.labels, truth.count)
     slots = matched_slots(tables, above=MATCHED_IOU)
     visible = tables[:, 1:].sum(-1) > 0
     held = (slots >= 0) & visible & (truth.own >= 0)
@@ -256,7 +257,10 @@ def roll_out(
         if labels
         else {}
     )
-    names, entering, found, identity = [], [], {row: [] for row in rows}, Identity()
+    names: list[str] = []
+    entering: list[str] = []
+    found: dict[str, list[dict[str, Tensor]]] = {row: [] for row in rows}
+    identity = Identity()
     for video in split.videos:
         if split.spec.lengths[video] <= model.config.burn_in:
             continue
@@ -267,7 +271,7 @@ def roll_out(
             if without_entering:
                 continue
         if truth is not None:
-            every = mask_tables(clip.seen.masks[0].unflatten(-1, model.grid), ground_truth(split, video), labels)
+            every = mask_tables(on_grid(clip.seen.masks[0], model.grid), ground_truth(split, video), labels)
             identity += Identity.of_tables(every)
         predicted = {row: predict(clip) for row, (_, predict) in rows.items()}
         names.append(split.names[video])

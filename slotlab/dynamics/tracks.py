@@ -27,6 +27,7 @@ from featcache.store.spec import StoreSpec, TapSpec
 from featcache.store.writing import SplitWriter, StoreWriter
 from featcache.stream.stream import VIDEO
 from slotlab.models.base import Model, Output
+from slotlab.models.dynamics.motion import on_grid
 from slotlab.models.inputs import TRACKS, Tracks
 from slotlab.runs import checkpoint
 from slotlab.runs.loaded import LoadedRun
@@ -179,6 +180,6 @@ def store_identity(split: Split) -> Identity | None:
         return None
     tracks, labels, found = Tracks.in_store(split.store), count_labels(split), Identity()
     for video in split.videos:
-        masks = tracks.read(split, video)[..., tracks.dim :].float().unflatten(-1, tracks.grid)
+        masks = on_grid(tracks.read(split, video)[..., tracks.dim :].float(), tracks.grid)
         found += Identity.of_tables(mask_tables(masks, ground_truth(split, video), labels))
     return found

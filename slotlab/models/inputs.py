@@ -143,8 +143,9 @@ class Tracks(ModelInput):
         return split.tokens(self.tap, video)
 
     def tokens(self, split: Split, video: int) -> Float[Tensor, "T N D"]:
-        features, masks = self.read(split, video).float().split([self.dim, self.patches], -1)
-        return masks.mT @ features
+        tokens = self.read(split, video).float()
+        found: Tensor = tokens[..., self.dim :].mT @ tokens[..., : self.dim]
+        return found
 
     def moments(self, split: Split) -> Moments:
         return split.statistics(self.features)

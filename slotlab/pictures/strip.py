@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib import pyplot as plt
 from torch import Tensor
 
 from featcache.store.durable import write_output
@@ -16,9 +17,10 @@ from featcache.text import printable
 from slotlab.dynamics.rollout import Truth
 from slotlab.dynamics.rows import Clip, Predicted
 from slotlab.masks.labels import masks_to_labels
+from slotlab.models.dynamics.motion import on_grid
 from slotlab.pictures.painted import painted
 from slotlab.pictures.palette import slot_colours, truth_colours
-from slotlab.pictures.sheet import over, plt
+from slotlab.pictures.sheet import over
 
 HORIZONS = (0, 1, 2, 4, 6, 8, 12, 18)  # frames ahead; 0 is the last seen frame
 SHOWN = {"rollout": "rollout", "velocity_masks": "constant velocity", "copy": "copy"}
@@ -48,7 +50,7 @@ class Strips:
         size = (truth.labels.shape[1], truth.labels.shape[2])
 
         def labelled(masks: Tensor) -> npt.NDArray[np.int64]:
-            return np.asarray(masks_to_labels(masks.unflatten(-1, clip.model.grid), size).numpy())
+            return np.asarray(masks_to_labels(on_grid(masks, clip.model.grid), size).numpy())
 
         labels = {row: labelled(of.masks) for row, of in predicted.items() if row in SHOWN and of.masks is not None}
         objects = {slot: item for item, slot in enumerate(truth.own.tolist()) if slot >= 0}

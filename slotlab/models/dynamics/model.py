@@ -30,7 +30,7 @@ from slotlab.config.model import DynamicsConfig
 from slotlab.config.schema import Config
 from slotlab.models.base import Model, Output
 from slotlab.models.dynamics.blocks import BLOCKS, time_code
-from slotlab.models.dynamics.motion import carried, layered, moved, widest
+from slotlab.models.dynamics.motion import carried, layered, moved, on_grid, widest
 from slotlab.models.dynamics.state import DOUBT, FEATURE, PARTS, PLACE, SIDE, Seen, places, see
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
@@ -202,7 +202,7 @@ class DynamicsModel(Model):
             tokens = block(tokens, used)
         change = self.change(self.norm(tokens[:, -1]))
         units = torch.cat([torch.ones_like(self.scale[:PARTS]), self.scale[FEATURE]])
-        moved_on = past[:, -1] + units * change
+        moved_on: Tensor = past[:, -1] + units * change
         if not self.config.kinematics:
             return moved_on
         return moved_on + F.pad(speed[:, -1], (0, past.shape[-1] - 2))
@@ -233,7 +233,7 @@ class DynamicsModel(Model):
         unsaid = dense - masks[0].T @ seen.vectors[0, self._last(seen), :, FEATURE] @ self.basis.T
         steps = torch.arange(1, future.shape[1] + 1, device=dense.device)
         fades = self.persistence ** steps[:, None, None]  # (H, 1, D)
-        return (carried(unsaid, masks[0], *(move[0] for move in moves), self.grid) * fades).unsqueeze(0)
+        return (carried(unsaid, masks[0], moves.shift[0], moves.spread[0], self.grid) * fades).unsqueeze(0)
 
     def _moves(
         self, seen: Seen, future: Float[Tensor, "B H K S"], hidden: Bool[Tensor, "B K"] | None = None
@@ -264,7 +264,7 @@ class DynamicsModel(Model):
         if not self.training or not self.config.mirror:
             return tokens
         dim = tokens.shape[-1] - len(self.place)
-        masks = tokens[..., dim:].unflatten(-1, self.grid).flip(-1).flatten(-2)
+        masks = on_grid(tokens[..., dim:], self.grid).flip(-1).flatten(-2)
         turned = torch.cat([tokens[..., :dim], masks], -1)
         chosen = draws.uniform((len(tokens), 1, 1, 1), tokens.device) < 0.5
         return torch.where(chosen, turned, tokens)

@@ -22,9 +22,14 @@ def moved(
     Each patch of a mask is a box that moves and spreads; a patch of the result holds its overlap with them. So an
     unmoved mask stays what it is, a shift by parts of a patch is bilinear, and what leaves the frame is lost.
     """
-    maps = masks.unflatten(-1, grid)  # (*B, K, rows, columns)
     rows, columns = (overlap(side, shift[..., axis], spread) for axis, side in enumerate(grid))
-    return (rows @ maps @ columns.mT).flatten(-2)
+    found: Tensor = rows @ on_grid(masks, grid) @ columns.mT
+    return found.flatten(-2)
+
+
+def on_grid(masks: Float[Tensor, "*B N"], grid: tuple[int, int]) -> Float[Tensor, "*B rows columns"]:
+    """Masks as maps of rows and columns."""
+    return masks.reshape(*masks.shape[:-1], *grid)
 
 
 def overlap(side: int, shift: Float[Tensor, "*B"], spread: Float[Tensor, "*B"]) -> Float[Tensor, "*B side side"]:
@@ -41,7 +46,8 @@ def overlap(side: int, shift: Float[Tensor, "*B"], spread: Float[Tensor, "*B"]) 
     integral = offset * below + spread * (-0.5 * unit.square()).exp() * (2 * math.pi) ** -0.5
     covered = integral[..., 2:] - 2 * integral[..., 1:-1] + integral[..., :-2]  # of i - j from 1 - side to side - 1
     place = torch.arange(side, device=shift.device)
-    return covered[..., place[:, None] - place + side - 1]
+    found: Tensor = covered[..., place[:, None] - place + side - 1]
+    return found
 
 
 def layered(masks: Float[Tensor, "*B K N"], background: Bool[Tensor, "*B K"]) -> Float[Tensor, "*B K N"]:

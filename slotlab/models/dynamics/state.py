@@ -52,7 +52,7 @@ def see(
     place: Float[Tensor, "N 2"],
 ) -> Seen:
     """The vectors and masks of stored tokens, C = D + N."""
-    features, masks = tokens.float().split([tokens.shape[-1] - len(place), len(place)], -1)
+    features, masks = tokens[..., : -len(place)].float(), tokens[..., -len(place) :].float()
     area = masks.sum(-1)
     active = area >= LEAST_AREA
     share = masks / area.clamp_min(LEAST_AREA).unsqueeze(-1)
