@@ -59,7 +59,7 @@ def command(*args: object) -> list[str]:
 def environment(policy: str) -> dict[str, str]:
     """One policy, and no other setting of threads."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "KMP_", "MKL_"))}
-    return kept | (POLICIES[policy] if policy in POLICIES else {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": policy})
+    return kept | POLICIES.get(policy, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": policy})
 
 
 class Neighbour:
