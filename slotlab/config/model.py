@@ -132,10 +132,31 @@ class PredictorConfig(Section):
     }
 
 
-class RecurrentConfig(Section):
-    """Slot attention and its recurrence over frames (slotlab.models.recurrence), on patch tokens and on pixels."""
+class KindConfig(Section):
+    """A kind of model: what every one has, with what holds where the kind does not say otherwise."""
 
     kind: str
+    slots: int
+
+    # What to try against a sign of collapse (slotlab.scoring.collapse).
+    remedies: ClassVar[Remedies] = {}
+    frames_a_step: ClassVar[int | None] = None  # frames of a clip that a step reads, drawn anew each time; None: all
+    on_host: ClassVar[bool] = False  # whether a step computes on the host, which then waits for the device
+
+    @property
+    def carries(self) -> bool:
+        """Whether slots are carried from frame to frame."""
+        return False
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether it is trained on whole clips, a frame's slots starting from those of the frame before."""
+        return False
+
+
+class RecurrentConfig(KindConfig):
+    """Slot attention and its recurrence over frames (slotlab.models.recurrence), on patch tokens and on pixels."""
+
     slots: int = Field(11, ge=2, le=MOST_SLOTS, description="Number of slots in a frame")
     fewest_slots: int | None = Field(
         None, ge=1, description="Smallest number of slots in a training sample, drawn at random; unset: all slots"
@@ -166,17 +187,12 @@ class RecurrentConfig(Section):
         ),
     }
 
-    frames_a_step: ClassVar[int | None] = None  # frames of a clip that a step reads, drawn anew each time; None: all
-    on_host: ClassVar[bool] = False  # whether a step computes on the host, which then waits for the device
-
     @property
     def carries(self) -> bool:
-        """Whether slots are carried from frame to frame."""
         return self.predictor is not None
 
     @property
     def recurrent(self) -> bool:
-        """Whether it is trained on whole clips, a frame's slots starting from those of the frame before."""
         return self.predictor is not None
 
     @model_validator(mode="after")
@@ -270,7 +286,7 @@ class Logistic(Section):
     width: float = Field(gt=0, description="Width of the transition, as a share of that norm")
 
 
-class ClusteringConfig(Section):
+class ClusteringConfig(KindConfig):
     """Soft clusters of learnt keys, trained across time (slotlab.models.clustering.model)."""
 
     kind: Literal["clustering"] = "clustering"
@@ -318,13 +334,10 @@ class ClusteringConfig(Section):
         "lost_slots": (Remedy("model.merge_distance", 0.05),),
     }
 
-    frames_a_step: ClassVar[int | None] = 2  # frames of a clip that a step reads, drawn anew each time
-    on_host: ClassVar[bool] = False
-    recurrent: ClassVar[bool] = False
+    frames_a_step: ClassVar[int | None] = 2
 
     @property
     def carries(self) -> bool:
-        """Whether slots are carried from frame to frame."""
         return self.tracking
 
     @model_validator(mode="before")
@@ -337,7 +350,7 @@ class ClusteringConfig(Section):
         return {**values, **{name: cls.model_fields[name].default.model_dump() | values[name] for name in pairs}}
 
 
-class AgglomerativeConfig(Section):
+class AgglomerativeConfig(KindConfig):
     """Slots that start from segments of learnt keys, as many as a frame has (slotlab.models.agglomerative)."""
 
     kind: Literal["agglomerative"] = "agglomerative"
@@ -358,59 +371,56 @@ class AgglomerativeConfig(Section):
     }
     frames_a_step: ClassVar[int | None] = 2
     on_host: ClassVar[bool] = True  # segments are found there
-    recurrent: ClassVar[bool] = False
 
     @property
     def carries(self) -> bool:
-        """Whether slots are carried from frame to frame."""
         return self.tracking
 
 
-class DynamicsConfig(Section):
-    """A predictor of the next frames' slots from those of the last ones (slotlab.models.dynamics.model)."""
+class ForecastConfig(KindConfig):
+    """What predictors of later frames share."""
 
-    kind: Literal["dynamics"] = "dynamics"
-    slots: int = Field(2, ge=2, le=MOST_SLOTS, description="Number of slots in a frame; set to that of the tracks")
     burn_in: int = Field(6, ge=1, description="Frames that are seen before the first predicted one")
-    attention: Literal["joint", "sequential", "parallel"] = Field(
-        "joint", description="Attention over slots and frames together, by turns, or by both at once"
-    )
-    channels: int = Field(48, ge=1, description="Directions of most variance in which a slot's feature is kept")
     layers: int = Field(2, ge=1, description="Blocks of attention")
     width: int = Field(64, ge=2, description="Width of its tokens")
     heads: int = Field(4, ge=1, description="Heads of each attention")
-    kinematics: bool = Field(True, description="Velocity and acceleration as inputs; predictions are changes of speed")
-    masked_slots: int = Field(0, ge=0, description="Slots of a training clip that are hidden after its first frame")
-    mirror: bool = Field(True, description="Half of the training clips mirrored, left for right")
 
-    remedies: ClassVar[Remedies] = {}
-    frames_a_step: ClassVar[int | None] = None
-    on_host: ClassVar[bool] = False
-    carries: ClassVar[bool] = True
-    recurrent: ClassVar[bool] = True
+    @property
+    def recurrent(self) -> bool:
+        return True
 
     @model_validator(mode="after")
-    def _heads_fit(self) -> DynamicsConfig:
+    def _heads_fit(self) -> ForecastConfig:
         if self.width % self.heads:
             raise ValueError(f"heads {self.heads} do not divide width {self.width}")
         return self
 
 
-class DenseConfig(Section):
+class DynamicsConfig(ForecastConfig):
+    """A predictor of the next frames' slots from those of the last ones (slotlab.models.dynamics.model)."""
+
+    kind: Literal["dynamics"] = "dynamics"
+    slots: int = Field(2, ge=2, le=MOST_SLOTS, description="Number of slots in a frame; set to that of the tracks")
+    attention: Literal["joint", "sequential", "parallel"] = Field(
+        "joint", description="Attention over slots and frames together, by turns, or by both at once"
+    )
+    channels: int = Field(48, ge=1, description="Directions of most variance in which a slot's feature is kept")
+    kinematics: bool = Field(True, description="Velocity and acceleration as inputs; predictions are changes of speed")
+    masked_slots: int = Field(0, ge=0, description="Slots of a training clip that are hidden after its first frame")
+    mirror: bool = Field(True, description="Half of the training clips mirrored, left for right")
+
+    @property
+    def carries(self) -> bool:
+        return True
+
+
+class DenseConfig(ForecastConfig):
     """A predictor of patch tokens, without slots, to compare with (slotlab.models.dynamics.dense)."""
 
     kind: Literal["dense"] = "dense"
     slots: int = Field(1, ge=1, le=MOST_SLOTS, description="Not used: it finds no slots")
     burn_in: int = Field(3, ge=1, description="Frames that are seen before the first predicted one")
-    layers: int = Field(2, ge=1, description="Blocks of attention")
     width: int = Field(128, ge=2, description="Width of its tokens")
-    heads: int = Field(4, ge=1, description="Heads of each attention")
-
-    remedies: ClassVar[Remedies] = {}
-    frames_a_step: ClassVar[int | None] = None
-    on_host: ClassVar[bool] = False
-    carries: ClassVar[bool] = False
-    recurrent: ClassVar[bool] = True
 
 
 ModelConfig = SlotAttentionConfig | ClusteringConfig | AgglomerativeConfig | PixelConfig | DynamicsConfig | DenseConfig

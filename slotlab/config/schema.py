@@ -11,8 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from featcache.errors import UsageError
 from featcache.words import Residence
 from slotlab.config.model import (
-    DenseConfig,
-    DynamicsConfig,
+    ForecastConfig,
     Masks,
     ModelConfig,
     ReadBy,
@@ -198,7 +197,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         recurrent = self.model.recurrent
-        if isinstance(self.model, DynamicsConfig | DenseConfig):
+        if isinstance(self.model, ForecastConfig):
             if self.data.clip <= self.model.burn_in:
                 raise ValueError("data.clip must be above model.burn_in: the frames after it are predicted")
             if (self.data.normalize, self.data.center) != ("channel", "position"):
