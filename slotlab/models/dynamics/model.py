@@ -66,6 +66,7 @@ class DynamicsModel(Model):
     basis: Tensor  # (D, P) orthonormal
     mean: Tensor  # (S,) of a vector's parts
     scale: Tensor  # (S,) standard deviation of them; one number for all channels of the feature
+    balance: Tensor  # (S,) factors by which place, side and feature weigh alike
     persistence: Tensor  # (D,) correlation of a patch's feature with that of the frame before
     time: Tensor  # (L, 1, W)
 
@@ -78,6 +79,8 @@ class DynamicsModel(Model):
         self.register_buffer("basis", torch.eye(normaliser.dim, channels))
         self.register_buffer("mean", torch.zeros(size))
         self.register_buffer("scale", torch.ones(size))
+        balance = torch.tensor([1 / 2, 1 / 2, 1, 0] + [1 / channels] * channels) * size / 3
+        self.register_buffer("balance", balance.sqrt(), persistent=False)
         self.register_buffer("persistence", torch.zeros(normaliser.dim))
         self.register_buffer("time", time_code(config.burn_in, width))
         self.embed = nn.Linear(size + (4 if config.kinematics else 0), width)
@@ -252,10 +255,7 @@ class DynamicsModel(Model):
 
     def in_units(self, vectors: Float[Tensor, "*B S"]) -> Float[Tensor, "*B S"]:
         """Vectors of mean square 1 to which place, side and feature contribute alike; doubt is left out."""
-        dim = vectors.shape[-1] - PARTS
-        weight = torch.cat([self.scale.new_tensor([1 / 2, 1 / 2, 1, 0]), self.scale.new_full((dim,), 1 / dim)])
-        share = (weight * (dim + PARTS) / 3).sqrt()
-        return (vectors - self.mean) / self.scale * share
+        return (vectors - self.mean) / self.scale * self.balance
 
     # -- draws of training -----------------------------------------------------------------------------
 
