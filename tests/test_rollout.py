@@ -132,10 +132,9 @@ def test_features_and_masks_are_scored_as_numpy_and_scikit_learn_do(loaded: Load
     found = frame_values(predicted, clip, truth)
     moments = loaded.inputs.moments(loaded.training_split())
     raw = features_of(loaded)["validation"].tokens("block1", 0).double().numpy()[3:]
-    standard = (raw - moments.mean) / np.sqrt(np.diag(moments.position_covariance))
-    guess = predicted.features.double().numpy() + (moments.position_mean - moments.mean) / np.sqrt(
-        np.diag(moments.position_covariance)
-    )
+    total, about = (np.sqrt(np.diag(x)) for x in (moments.covariance, moments.position_covariance))
+    standard = (raw - moments.mean) / total
+    guess = (predicted.features.double().numpy() * about + moments.position_mean - moments.mean) / total
     np.testing.assert_allclose(found["mse"], ((guess - standard) ** 2).mean((1, 2)), rtol=1e-3)
     cosine = (guess * standard).sum(-1) / np.linalg.norm(guess, axis=-1) / np.linalg.norm(standard, axis=-1)
     np.testing.assert_allclose(found["cosine"], cosine.mean(1), rtol=1e-3, atol=1e-4)

@@ -99,12 +99,14 @@ def frame_values(predicted: Predicted, clip: Clip, truth: Truth | None) -> dict[
 
     Errors of features are of those standardised by channel, over patches and channels.
     """
-    target = clip.dense[clip.burn_in :]
+    # The model's features are standardised about the mean of each place; here about that of all, as others' are.
     offset = clip.model.normaliser.shift
-    offset = (offset - offset.mean(0)) * clip.model.normaliser.weight  # features are standardised about one mean
+    offset = (offset - offset.mean(0)) * clip.model.normaliser.weight
+    unit = (1 + offset.square().mean(0)).rsqrt()
+    guess, target = ((x + offset) * unit for x in (predicted.features, clip.dense[clip.burn_in :]))
     found = {
-        "mse": (predicted.features - target).double().square().mean((1, 2)),
-        "cosine": F.cosine_similarity(predicted.features + offset, target + offset, dim=-1).double().mean(1),
+        "mse": (guess - target).double().square().mean((1, 2)),
+        "cosine": F.cosine_similarity(guess, target, dim=-1).double().mean(1),
     }
     if truth is None or predicted.masks is None or predicted.places is None:
         return found
