@@ -139,7 +139,8 @@ def _video(split: Split, video: int) -> Video:
 class Identity:
     """How well slots keep their objects: counts of visible objects, summed over frames.
 
-    An object's own slot is the one that it is matched with over the whole video (Hungarian algorithm, IoU).
+    An object's own slot is the one that it is matched with over the whole video (Hungarian algorithm, IoU above
+    MATCHED_IOU).
     """
 
     visible: int = 0
@@ -171,7 +172,7 @@ class Identity:
 
 def own_slots(tables: Tensor) -> Tensor:
     """The slot of each object of a video, (objects,) int64, from its tables (T, n_true, K); -1 for none."""
-    return matched_slots(tables.sum(0, keepdim=True))[0]
+    return matched_slots(tables.sum(0, keepdim=True), above=MATCHED_IOU)[0]
 
 
 def store_identity(split: Split) -> Identity | None:
