@@ -398,7 +398,7 @@ def test_eval_by_protocol(slotlab: Slotlab, run: Path) -> None:
     assert set(told["slotlab"]["scores"]["frame"]) >= {"fg_ari", "fg_ari_many", "units", "one_object", "intervals"}
     assert told["davis-unsupervised"]["scores"]["video"]["objects"] == 4
     assert told["class-agnostic"]["scores"]["frame"]["units"] == 8
-    assert "is for movi, and this is synthetic discs" in told["savi"]["left_out"]
+    assert "is for movi, and this is a store that records no source" in told["savi"]["left_out"]
     ended = slotlab("eval", run, "--protocol", "all")
     assert ended.code == 0 and "J&F" in ended.out and "nothing that is" in " ".join(ended.out.split())
     assert "not scored: " in ended.said and "protocol spot is for coco, voc, movi" in " ".join(ended.said.split())

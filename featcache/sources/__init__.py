@@ -89,7 +89,7 @@ def layout_of(location: str) -> str:
     if location == SAMPLE:
         return "movi"
     place = place_of(location)
-    if place.layout or not place.path.exists():
+    if place.layout or not location or not place.path.exists():
         return place.layout
     return _layout(place).name
 

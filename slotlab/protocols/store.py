@@ -42,8 +42,9 @@ def apply(protocol: Protocol, split: Split, data: str | None = None) -> Applied:
     terms = protocol.on.get(known)
     if terms is None:
         named = f"{protocol.name}:{next(iter(protocol.on))}"
+        this = layout or source or "a store that records no source"
         raise IncompatibleError(
-            f"{split.path}: protocol {protocol.name} is for {', '.join(protocol.on)}, and this is {layout or source}; "
+            f"{split.path}: protocol {protocol.name} is for {', '.join(protocol.on)}, and this is {this}; "
             f"leave it out, or say that the videos are of such a data set: --protocol {named}"
         )
     if "frame" not in terms.scores and max(split.spec.lengths) == 1:
