@@ -9,11 +9,10 @@ from rich.table import Table
 
 from featcache.text import printable
 from slotlab.commands.tables import interval, number
-from slotlab.protocols.protocol import ANY
 from slotlab.protocols.scores import SCORES
 from slotlab.scoring.evaluation import Evaluation
 
-COLUMNS = ("protocol", "masks", "per", "score", "value", "95% interval", "may stand beside")
+COLUMNS = ("protocol", "per", "score", "value", "95% interval", "may stand beside")
 
 
 def protocols_table(found: Evaluation) -> Table:
@@ -32,17 +31,17 @@ def protocols_table(found: Evaluation) -> Table:
 
 
 def _rows(name: str, of: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    beside = of["beside"] or ("nothing that is published" if of["data"] == ANY else "–")
+    beside = of["beside"] or "nothing that is published"
     for unit, scores in of["scores"].items():
         per = f"{of['chunk']} frames" if unit == "chunk" else unit
         for key in filter(SCORES.__contains__, scores):
             bounds = interval(scores["intervals"].get(key))
-            size = f"{of['masks'][1]}x{of['masks'][0]}"
-            yield name, size, per, SCORES[key].title, number(scores[key]), bounds, printable(beside)
+            yield name, per, SCORES[key].title, number(scores[key]), bounds, printable(beside)
 
 
 def _counts(of: Mapping[str, Any]) -> Iterator[str]:
     """What was scored, in words."""
+    yield f"masks of {of['masks'][1]}x{of['masks'][0]}"
     for unit, scores in of["scores"].items():
         parts = [f"{scores['units']} {unit}s"]
         if "one_object" in scores:

@@ -27,6 +27,7 @@ class Terms:
     chunk: int = 0  # frames of a chunk; those that are left over at a video's end are not scored
     void: Void = "left out"
     read: Mapping[str, str] = field(default_factory=dict)  # options that the source was read with
+    year: str = ""  # of the data set that papers score; nothing stands beside another
     data: str = ""  # the split that papers score
     slots: str = ""  # numbers of slots that papers use
     beside: str = ""  # papers whose numbers it may stand beside; empty: none is published

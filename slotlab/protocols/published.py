@@ -15,6 +15,13 @@ _WITH_CLASSES = (*_FG, "miou", "mbo_class")
 _BACKGROUND_COUNTS = ("ari", "fg_ari", "fg_ari_many", "mbo_all", "miou_all")
 _CLEVRTEX = ("miou_pairs", "miou_pairs_fg", "miou_true", "msc", "dice", "dice_fg", "ari", "fg_ari", "fg_ari_many")
 _MOVI_SLOTS = "11 (A to C), 24 (D, E)"
+_WITHOUT_CROWDS = {"crowds": "background", "overlaps": "ignored"}
+_WITH_CROWDS = {"crowds": "objects", "overlaps": "ignored"}
+_DINOSAUR = "DINOSAUR (Seitzer et al. 2023)"
+_SPOT = "SPOT (Kakogeorgiou et al. 2024)"
+_VIDEOSAUR = "VideoSAUR (Zadaianchuk et al. 2023)"
+_SLOTCONTRAST = "SlotContrast (Manasyan et al. 2025) and what it quotes"
+_SMOOTHSA = "SmoothSA and the methods of its tables"
 
 SLOTLAB = Protocol(
     "slotlab",
@@ -35,17 +42,17 @@ DINOSAUR = Protocol(
     {
         "coco": Terms(
             {"frame": _WITH_CLASSES},
-            fit="crop", input=224, masks=320, read={"crowds": "background"}, data="val2017", slots="7",
-            beside="DINOSAUR (Seitzer et al. 2023)",
+            fit="crop", input=224, masks=320, read=_WITHOUT_CROWDS, year="2017", data="val2017", slots="7",
+            beside=_DINOSAUR,
         ),
         "voc": Terms(
             {"frame": _WITH_CLASSES},
-            fit="crop", input=224, masks=320, data="2012 val", slots="6", beside="DINOSAUR (Seitzer et al. 2023)",
+            fit="crop", input=224, masks=320, year="2012", data="2012 val", slots="6", beside=_DINOSAUR,
         ),
         "movi": Terms(
             {"frame": _FG},
             input=224, masks=128, data="C, E: validation", slots="11 (C), 24 (E)",
-            beside="DINOSAUR (Seitzer et al. 2023)",
+            beside=_DINOSAUR,
         ),
     },
 )  # fmt: skip
@@ -56,18 +63,18 @@ SPOT = Protocol(
     {
         "coco": Terms(
             {"frame": _WITH_CLASSES},
-            fit="crop", input=224, masks=320, read={"crowds": "objects"}, data="val2017", slots="7",
-            beside="SPOT (Kakogeorgiou et al. 2024)",
+            fit="crop", input=224, masks=320, read=_WITH_CROWDS, year="2017", data="val2017", slots="7",
+            beside=_SPOT,
         ),
         "voc": Terms(
             {"frame": _WITH_CLASSES},
-            fit="crop", input=224, masks=320, void="background", data="2012 val", slots="6",
-            beside="SPOT (Kakogeorgiou et al. 2024)",
+            fit="crop", input=224, masks=320, void="background", year="2012", data="2012 val", slots="6",
+            beside=_SPOT,
         ),
         "movi": Terms(
             {"frame": (*_FG, "miou")},
             input=224, masks=128, data="C, E: validation", slots="11 (C), 24 (E)",
-            beside="SPOT (Kakogeorgiou et al. 2024)",
+            beside=_SPOT,
         ),
     },
 )  # fmt: skip
@@ -79,16 +86,16 @@ VIDEOSAUR = Protocol(
         "movi": Terms(
             {"video": _FG, "frame": _FG},
             input=224, masks=224, data="C, E: validation", slots="11 (C), 15 (E)",
-            beside="VideoSAUR (Zadaianchuk et al. 2023)",
+            beside=_VIDEOSAUR,
         ),
         "ytvis": Terms(
             {"chunk": _FG, "frame": _FG},
-            fit="crop", input=224, masks=224, chunk=6, read={"crowds": "background"},
-            data="2021: the last 300 of train", slots="7", beside="VideoSAUR (Zadaianchuk et al. 2023)",
+            fit="crop", input=224, masks=224, chunk=6, read=_WITHOUT_CROWDS,
+            data="2021: the last 300 of train", slots="7", beside=_VIDEOSAUR,
         ),
         "coco": Terms(
             {"frame": _FG},
-            fit="crop", input=224, masks=224, read={"crowds": "background"}, data="val2017", slots="7",
+            fit="crop", input=224, masks=224, read=_WITHOUT_CROWDS, year="2017", data="val2017", slots="7",
             beside="DINOSAUR on DINOv2, as VideoSAUR's code has it; not the paper of DINOSAUR",
         ),
     },
@@ -101,12 +108,12 @@ SLOTCONTRAST = Protocol(
         "movi": Terms(
             {"video": _FG, "frame": _FG},
             input=336, masks=336, data="C, E: validation", slots="11 (C), 15 (E)",
-            beside="SlotContrast (Manasyan et al. 2025) and what it quotes",
+            beside=_SLOTCONTRAST,
         ),
         "ytvis": Terms(
             {"video": _FG, "frame": _FG},
-            fit="crop", input=518, masks=518, read={"crowds": "background"}, data="2021: the last 300 of train",
-            slots="7", beside="SlotContrast (Manasyan et al. 2025) and what it quotes",
+            fit="crop", input=518, masks=518, read=_WITHOUT_CROWDS, data="2021: the last 300 of train",
+            slots="7", beside=_SLOTCONTRAST,
         ),
     },
 )  # fmt: skip
@@ -118,18 +125,19 @@ GENERA1Z = Protocol(
         "coco": Terms(
             {"frame": _BACKGROUND_COUNTS},
             fit="crop", input=224, masks=256, void="in predictions",
-            read={"truth": "panoptic", "crowds": "objects"}, data="panoptic_val2017", slots="7",
-            beside="SmoothSA, MetaSlot, DIAS and the others of its tables",
+            read={"truth": "panoptic", "crowds": "objects"}, year="2017", data="panoptic_val2017", slots="7",
+            beside=_SMOOTHSA,
         ),
         "voc": Terms(
             {"frame": _BACKGROUND_COUNTS},
-            fit="crop", input=224, masks=256, void="in predictions", data="2007: every SegmentationObject", slots="6",
-            beside="SmoothSA, MetaSlot, DIAS and the others of its tables",
+            fit="crop", input=224, masks=256, void="in predictions", year="2007",
+            data="2007: every SegmentationObject", slots="6",
+            beside=_SMOOTHSA,
         ),
         "clevrtex": Terms(
             {"frame": _BACKGROUND_COUNTS},
             fit="crop", input=224, masks=256, data="outd", slots="11",
-            beside="SmoothSA, MetaSlot, DIAS and the others of its tables",
+            beside=_SMOOTHSA,
         ),
         "movi": Terms(
             {"video": _BACKGROUND_COUNTS},
@@ -157,7 +165,7 @@ DAVIS = Protocol(
     {
         "davis": Terms(
             {"video": ("j_and_f", "j", "f")},
-            fit="squash", masks=480, data="2017 val, 480p", slots="20 tracks at most",
+            fit="squash", masks=480, year="2017", data="2017 val, 480p", slots="20 tracks at most",
             beside="DAVIS 2019 unsupervised: VideoCutLER, FlowCut, S2D",
         ),
         ANY: Terms({"video": ("j_and_f", "j", "f")}, slots="20 tracks at most"),
@@ -178,7 +186,7 @@ SAVI = Protocol(
 
 AGNOSTIC = Protocol(
     "class-agnostic",
-    "cocodataset/cocoapi, as pycocotools",
+    "pycocotools COCOeval",
     {ANY: Terms({"frame": ("ap", "ap50", "ar100")}, fit="squash")},
 )
 

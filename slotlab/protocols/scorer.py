@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from featcache.sources.video import Size
@@ -37,12 +36,11 @@ class Sized:
 
     @cached_property
     def truth(self) -> Tensor:
-        """Labels (T, H, W) int16, taken by nearest pixel from the stored ones (torch's ``nearest-exact``)."""
+        """Labels (T, H, W) int16: of each pixel, the stored one that its centre lies in."""
         truth = self.followed.truth
         assert truth is not None
-        if truth.shape[1:] == self.size:
-            return truth
-        return F.interpolate(truth.unsqueeze(1).float(), self.size, mode="nearest-exact").squeeze(1).to(truth.dtype)
+        rows, columns = map(_nearest, truth.shape[1:], self.size)
+        return truth[:, rows][:, :, columns]
 
     @cached_property
     def labelled(self) -> Tensor:
@@ -218,10 +216,15 @@ class ProtocolScorer:
             "slots": self._slots,
             "published_slots": terms.slots,
             "published_on": terms.data,
-            "beside": terms.beside,
+            "beside": applied.beside,
             **({"chunk": terms.chunk} if terms.chunk else {}),
             "scores": units,
         }
+
+
+def _nearest(stored: int, scored: int) -> Tensor:
+    """The stored row or column under the centre of each that is scored, (scored,): torch's ``nearest-exact``."""
+    return (2 * torch.arange(scored) + 1) * stored // (2 * scored)
 
 
 def _joined(collectors: Sequence[Collector]) -> dict[str, Any]:

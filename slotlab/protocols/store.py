@@ -10,7 +10,7 @@ from featcache.backbones.backbone import input_size
 from featcache.backbones.origin import Origin
 from featcache.errors import FeatcacheError, IncompatibleError
 from featcache.extraction.fit import fit_of
-from featcache.sources import SAMPLE, layout_of, place_of
+from featcache.sources import SAMPLE, layout_of, open_source, place_of
 from featcache.sources.images import size_text
 from featcache.sources.video import Size
 from featcache.store.reading import Split
@@ -18,6 +18,8 @@ from slotlab.protocols.detections import require_evaluator
 from slotlab.protocols.protocol import ANY, Protocol, Terms
 from slotlab.protocols.published import Asked
 from slotlab.protocols.scores import SCORES, DetectionScore
+
+USUAL = {"overlaps": "ignored", "crowds": "ignored"}  # readings of a source that does not say
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,12 @@ class Applied:
     terms: Terms
     data: str  # the layout that the terms are for, or ``ANY``
     size: Size  # height and width of the masks that are scored
+    year: str = ""  # of the data, where their source is there to tell
+
+    @property
+    def beside(self) -> str:
+        """The papers whose numbers it may stand beside; empty for none."""
+        return self.terms.beside if not self.terms.year or self.year in ("", self.terms.year) else ""
 
 
 def apply(protocol: Protocol, split: Split, data: str | None = None) -> Applied:
@@ -57,7 +65,15 @@ def apply(protocol: Protocol, split: Split, data: str | None = None) -> Applied:
         )
     if any(isinstance(SCORES[key], DetectionScore) for keys in terms.scores.values() for key in keys):
         require_evaluator()
-    return Applied(protocol, terms, known, _scored(terms, split.spec.frame_size))
+    return Applied(protocol, terms, known, _scored(terms, split.spec.frame_size), _year(source) if terms.year else "")
+
+
+def _year(source: str) -> str:
+    """The year of a source's data set; empty where it is gone or has none."""
+    try:
+        return str(getattr(open_source(source), "year", ""))
+    except FeatcacheError:
+        return ""
 
 
 def apply_all(asked: Sequence[Asked], split: Split) -> tuple[list[Applied], dict[str, str]]:
@@ -99,10 +115,10 @@ def _lacking(terms: Terms, split: Split) -> Iterator[str]:
         yield f"{'unsqueezed' if terms.fit == 'squash' else 'square'} masks (these: {size_text(frame)})"
     if spec.frame_stride > 1 and terms.scores.keys() - {"frame"}:
         yield f"all frames of a video (these: one in {spec.frame_stride})"
-    options = place_of(spec.source).options
+    options = USUAL | dict(place_of(spec.source).options)
     for name, value in terms.read.items():
         if options.get(name) != value:
-            yield f"a source read with {name}={value} (this: {options.get(name) or f'without {name}'})"
+            yield f"a source read with {name}={value} (this: {options.get(name, 'without')})"
 
 
 def _remedy(protocol: Protocol, terms: Terms, split: Split) -> str:
@@ -126,6 +142,8 @@ def _remedy(protocol: Protocol, terms: Terms, split: Split) -> str:
         words += ["--fit", fit]
     if terms.masks and terms.fit != "squash":
         words += ["--frame-size", f"{terms.masks}x{terms.masks}"]
+    if spec.dtype != "float16":
+        words += ["--dtype", spec.dtype]
     words += ["--out", str(out)]
     next_one = f"score with --cache {shlex.quote(str(out))}"
     if size != input_size(spec.preprocessing):
