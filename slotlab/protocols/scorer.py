@@ -101,7 +101,7 @@ class Tables:
             return counts
         length = len(counts) if self._unit == "video" else self._chunk
         units = len(counts) // length
-        return counts[: units * length].unflatten(0, (units, length)).sum(1)
+        return counts[: units * length].reshape(units, length, *counts.shape[1:]).sum(1)
 
     def result(self) -> dict[str, Any]:
         if not self._videos:
