@@ -367,6 +367,7 @@ def test_the_extraction_that_it_names_fits(data: str, slotlab: Slotlab, tmp_path
     store = FeatureStore.open(command[command.index("--out") + 1])
     applied = apply(PROTOCOLS["spot"], store[split])
     assert applied.data == data and applied.size == (320, 320) == store[split].spec.frame_size
+    assert applied.edition == ("2017" if data == "coco" else "2012") and applied.beside
     if data == "coco":
         assert len(store[split].instances(0)) == 2
     with pytest.raises(IncompatibleError, match=r"davis-unsupervised scores videos, and these are single images"):
@@ -394,6 +395,17 @@ def test_crowds_are_read_as_asked(tmp_path: Path) -> None:
     assert found["objects"][:3] == (2, 0, [20, objects])  # in the order of the annotations
     assert len({of[3] for of in found.values()}) == 3
     assert open_source(tmp_path).fingerprint("val") == found["ignored"][3]
+
+
+def test_nothing_stands_beside_another_edition(slotlab: Slotlab, tmp_path: Path) -> None:
+    voc(tmp_path / "VOCdevkit", {"val": ["2007_000032"]}, year="2007")
+    words = ("--backbone", "resnet18", "--weights", "random", "--tap", "layer1", "--input-size", 224)
+    cut = ("--fit", "crop", "--frame-size", 320)
+    extracted(slotlab, *words, *cut, "--data", tmp_path / "VOCdevkit", "--out", "s.zarr")
+    split = FeatureStore.open("s.zarr")["val"]
+    beside = {name: apply(PROTOCOLS[name], split).beside for name in ("dinosaur", "spot", "genera1z")}
+    assert beside["dinosaur"] == beside["spot"] == "" and beside["genera1z"].startswith("SmoothSA")
+    assert open_source().edition == "a"  # the embedded MOVi-A
 
 
 # -- the command -------------------------------------------------------------------------------------------

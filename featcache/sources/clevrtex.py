@@ -69,7 +69,8 @@ class ClevrTexSource(ListedSource[ClevrTexItem]):
                 f"{place.path}: image {gaps[0]:06d} is missing, as {len(gaps)} of {max(numbers) + 1}, and splits go by "
                 f"number; copy it, or write {place.location}?{PARTIAL} to split those that are there"
             )
-        self._whole = variants[0] == UNSPLIT
+        self.edition = variants[0]
+        self._whole = self.edition == UNSPLIT
         self._crop = _share(place)
         super().__init__(place, reading, ("test",) if self._whole else tuple(TENTHS))
 

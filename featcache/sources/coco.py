@@ -70,12 +70,12 @@ class CocoSource(ListedSource[CocoItem]):
             kinds = [kind for kind in KINDS if any(match["kind"] == kind for _, match in files)]
             kind = place.choice("truth", kinds, kinds[0])
             years = sorted({match["year"] or NO_YEAR for _, match in files if match["kind"] == kind}, reverse=True)
-            self.year = place.choice("year", years, years[0])
-            self._files = {m["split"]: p for p, m in files if (m["kind"], m["year"] or NO_YEAR) == (kind, self.year)}
+            self.edition = place.choice("year", years, years[0])
+            self._files = {m["split"]: p for p, m in files if (m["kind"], m["year"] or NO_YEAR) == (kind, self.edition)}
             self._root = place.path
         else:
             match = NAME.fullmatch(place.path.stem)
-            self.year = (match["year"] if match else None) or NO_YEAR
+            self.edition = (match["year"] if match else None) or NO_YEAR
             self._files = {match["split"] if match else "train": place.path}
             self._root = place.path.parent.parent if place.path.parent.name == "annotations" else place.path.parent
         super().__init__(place, reading, tuple(self._files))

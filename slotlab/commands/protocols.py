@@ -31,7 +31,7 @@ def protocols_table(found: Evaluation) -> Table:
 
 
 def _rows(name: str, of: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    beside = of["beside"] or "nothing that is published"
+    beside = of["beside"] or "nothing published"
     for unit, scores in of["scores"].items():
         per = f"{of['chunk']} frames" if unit == "chunk" else unit
         for key in filter(SCORES.__contains__, scores):

@@ -24,10 +24,11 @@ class Terms:
     fit: Fit | None = None  # the part of a frame that the backbone sees; None: any, as where frames are square
     input: int | None = None  # side of the backbone's square input in pixels; None: any
     masks: int | None = None  # shorter side of the masks that are scored, in pixels; None: as they are stored
+    frame_size: str = ""  # to store frames at, where that is not the square of the masks
     chunk: int = 0  # frames of a chunk; those that are left over at a video's end are not scored
     void: Void = "left out"
     read: Mapping[str, str] = field(default_factory=dict)  # options that the source was read with
-    year: str = ""  # of the data set that papers score; nothing stands beside another
+    editions: tuple[str, ...] = ()  # years, letters or variants that papers score; nothing stands beside others
     data: str = ""  # the split that papers score
     slots: str = ""  # numbers of slots that papers use
     beside: str = ""  # papers whose numbers it may stand beside; empty: none is published

@@ -42,16 +42,16 @@ DINOSAUR = Protocol(
     {
         "coco": Terms(
             {"frame": _WITH_CLASSES},
-            fit="crop", input=224, masks=320, read=_WITHOUT_CROWDS, year="2017", data="val2017", slots="7",
+            fit="crop", input=224, masks=320, read=_WITHOUT_CROWDS, editions=("2017",), data="val2017", slots="7",
             beside=_DINOSAUR,
         ),
         "voc": Terms(
             {"frame": _WITH_CLASSES},
-            fit="crop", input=224, masks=320, year="2012", data="2012 val", slots="6", beside=_DINOSAUR,
+            fit="crop", input=224, masks=320, editions=("2012",), data="2012 val", slots="6", beside=_DINOSAUR,
         ),
         "movi": Terms(
             {"frame": _FG},
-            input=224, masks=128, data="C, E: validation", slots="11 (C), 24 (E)",
+            input=224, masks=128, editions=("c", "e"), data="C, E: validation", slots="11 (C), 24 (E)",
             beside=_DINOSAUR,
         ),
     },
@@ -63,17 +63,17 @@ SPOT = Protocol(
     {
         "coco": Terms(
             {"frame": _WITH_CLASSES},
-            fit="crop", input=224, masks=320, read=_WITH_CROWDS, year="2017", data="val2017", slots="7",
+            fit="crop", input=224, masks=320, read=_WITH_CROWDS, editions=("2017",), data="val2017", slots="7",
             beside=_SPOT,
         ),
         "voc": Terms(
             {"frame": _WITH_CLASSES},
-            fit="crop", input=224, masks=320, void="background", year="2012", data="2012 val", slots="6",
+            fit="crop", input=224, masks=320, void="background", editions=("2012",), data="2012 val", slots="6",
             beside=_SPOT,
         ),
         "movi": Terms(
             {"frame": (*_FG, "miou")},
-            input=224, masks=128, data="C, E: validation", slots="11 (C), 24 (E)",
+            input=224, masks=128, editions=("c", "e"), data="C, E: validation", slots="11 (C), 24 (E)",
             beside=_SPOT,
         ),
     },
@@ -85,7 +85,7 @@ VIDEOSAUR = Protocol(
     {
         "movi": Terms(
             {"video": _FG, "frame": _FG},
-            input=224, masks=224, data="C, E: validation", slots="11 (C), 15 (E)",
+            input=224, masks=224, editions=("c", "e"), data="C, E: validation", slots="11 (C), 15 (E)",
             beside=_VIDEOSAUR,
         ),
         "ytvis": Terms(
@@ -95,7 +95,7 @@ VIDEOSAUR = Protocol(
         ),
         "coco": Terms(
             {"frame": _FG},
-            fit="crop", input=224, masks=224, read=_WITHOUT_CROWDS, year="2017", data="val2017", slots="7",
+            fit="crop", input=224, masks=224, read=_WITHOUT_CROWDS, editions=("2017",), data="val2017", slots="7",
             beside="DINOSAUR on DINOv2, as VideoSAUR's code has it; not the paper of DINOSAUR",
         ),
     },
@@ -107,7 +107,7 @@ SLOTCONTRAST = Protocol(
     {
         "movi": Terms(
             {"video": _FG, "frame": _FG},
-            input=336, masks=336, data="C, E: validation", slots="11 (C), 15 (E)",
+            input=336, masks=336, editions=("c", "e"), data="C, E: validation", slots="11 (C), 15 (E)",
             beside=_SLOTCONTRAST,
         ),
         "ytvis": Terms(
@@ -125,23 +125,23 @@ GENERA1Z = Protocol(
         "coco": Terms(
             {"frame": _BACKGROUND_COUNTS},
             fit="crop", input=224, masks=256, void="in predictions",
-            read={"truth": "panoptic", "crowds": "objects"}, year="2017", data="panoptic_val2017", slots="7",
+            read={"truth": "panoptic", "crowds": "objects"}, editions=("2017",), data="panoptic_val2017", slots="7",
             beside=_SMOOTHSA,
         ),
         "voc": Terms(
             {"frame": _BACKGROUND_COUNTS},
-            fit="crop", input=224, masks=256, void="in predictions", year="2007",
+            fit="crop", input=224, masks=256, void="in predictions", editions=("2007",),
             data="2007: every SegmentationObject", slots="6",
             beside=_SMOOTHSA,
         ),
         "clevrtex": Terms(
             {"frame": _BACKGROUND_COUNTS},
-            fit="crop", input=224, masks=256, data="outd", slots="11",
+            fit="crop", input=224, masks=256, editions=("outd",), data="outd", slots="11",
             beside=_SMOOTHSA,
         ),
         "movi": Terms(
             {"video": _BACKGROUND_COUNTS},
-            input=224, masks=256, data="C, D: validation", slots="11 (C), 24 (D)",
+            input=224, masks=256, editions=("c", "d"), data="C, D: validation", slots="11 (C), 24 (D)",
             beside="RandSF.Q, SmoothSA: their slots start from the first frame's boxes",
         ),
     },
@@ -165,7 +165,7 @@ DAVIS = Protocol(
     {
         "davis": Terms(
             {"video": ("j_and_f", "j", "f")},
-            fit="squash", masks=480, year="2017", data="2017 val, 480p", slots="20 tracks at most",
+            fit="squash", masks=480, frame_size="480x854", editions=("2017",), data="2017 val, 480p", slots="20 tracks at most",
             beside="DAVIS 2019 unsupervised: VideoCutLER, FlowCut, S2D",
         ),
         ANY: Terms({"video": ("j_and_f", "j", "f")}, slots="20 tracks at most"),
@@ -178,7 +178,7 @@ SAVI = Protocol(
     {
         "movi": Terms(
             {"video": ("fg_ari", "fg_ari_many", "ari")},
-            masks=128, data="A to E: validation", slots=_MOVI_SLOTS,
+            masks=128, editions=("a", "b", "c", "d", "e"), data="A to E: validation", slots=_MOVI_SLOTS,
             beside="SAVi-M, SAVi-L, SAVi++ (README): their slots start from the first frame's boxes",
         ),
     },

@@ -188,9 +188,10 @@ class ProtocolScorer:
     def __init__(self, split: Split, applied: Sequence[Applied], slots: int) -> None:
         """``slots`` is the number that the model has."""
         self._applied, self._slots = applied, slots
-        classes = Classes(split)
+        classes, films = Classes(split), max(split.spec.lengths) > 1
         self._collectors = [
-            {unit: list(_collectors(each, unit, classes)) for unit in each.terms.scores} for each in applied
+            {unit: list(_collectors(each, unit, classes)) for unit in each.terms.scores if films or unit == "frame"}
+            for each in applied
         ]
 
     def add(self, followed: Followed) -> None:
@@ -212,6 +213,7 @@ class ProtocolScorer:
         return {
             "of": applied.protocol.of,
             "data": applied.data,
+            **({"edition": applied.edition} if applied.edition else {}),
             "masks": list(applied.size),
             "slots": self._slots,
             "published_slots": terms.slots,

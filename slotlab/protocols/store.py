@@ -30,12 +30,13 @@ class Applied:
     terms: Terms
     data: str  # the layout that the terms are for, or ``ANY``
     size: Size  # height and width of the masks that are scored
-    year: str = ""  # of the data, where their source is there to tell
+    edition: str = ""  # of the data, where their source is there to tell
 
     @property
     def beside(self) -> str:
         """The papers whose numbers it may stand beside; empty for none."""
-        return self.terms.beside if not self.terms.year or self.year in ("", self.terms.year) else ""
+        known = self.edition and self.terms.editions
+        return "" if known and self.edition not in self.terms.editions else self.terms.beside
 
 
 def apply(protocol: Protocol, split: Split, data: str | None = None) -> Applied:
@@ -65,13 +66,14 @@ def apply(protocol: Protocol, split: Split, data: str | None = None) -> Applied:
         )
     if any(isinstance(SCORES[key], DetectionScore) for keys in terms.scores.values() for key in keys):
         require_evaluator()
-    return Applied(protocol, terms, known, _scored(terms, split.spec.frame_size), _year(source) if terms.year else "")
+    edition = _edition(source) if terms.editions and known == layout_of(source) else ""
+    return Applied(protocol, terms, known, _scored(terms, split.spec.frame_size), edition)
 
 
-def _year(source: str) -> str:
-    """The year of a source's data set; empty where it is gone or has none."""
+def _edition(source: str) -> str:
+    """The edition of a source's data set; empty where it is gone or has none."""
     try:
-        return str(getattr(open_source(source), "year", ""))
+        return open_source(source).edition
     except FeatcacheError:
         return ""
 
@@ -140,8 +142,8 @@ def _remedy(protocol: Protocol, terms: Terms, split: Split) -> str:
     words += ["--input-size", f"{size[0]}x{size[1]}"]
     if fit := terms.fit or fit_of(spec.preprocessing):
         words += ["--fit", fit]
-    if terms.masks and terms.fit != "squash":
-        words += ["--frame-size", f"{terms.masks}x{terms.masks}"]
+    rows, columns = (terms.masks, terms.masks) if terms.masks else split.spec.frame_size
+    words += ["--frame-size", terms.frame_size or f"{rows}x{columns}"]
     if spec.dtype != "float16":
         words += ["--dtype", spec.dtype]
     words += ["--out", str(out)]
