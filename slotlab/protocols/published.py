@@ -165,7 +165,8 @@ DAVIS = Protocol(
     {
         "davis": Terms(
             {"video": ("j_and_f", "j", "f")},
-            fit="squash", masks=480, frame_size="480x854", editions=("2017",), data="2017 val, 480p", slots="20 tracks at most",
+            fit="squash", masks=480, frame_size="480x854", editions=("2017",),
+            data="2017 val, 480p", slots="20 tracks at most",
             beside="DAVIS 2019 unsupervised: VideoCutLER, FlowCut, S2D",
         ),
         ANY: Terms({"video": ("j_and_f", "j", "f")}, slots="20 tracks at most"),
