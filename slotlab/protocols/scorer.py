@@ -165,11 +165,18 @@ class DetectedMasks:
 
 
 class Classes:
-    """The classes of a split's objects: their categories."""
+    """The classes of a split's objects: their categories. Objects without one are a class together."""
 
     def __init__(self, split: Split) -> None:
-        self._of = {video: [each.category for each in split.instances(video)] for video in split.videos}
-        self._names = sorted({name for of in self._of.values() for name in of})
+        self._split = split
+
+    @cached_property
+    def _of(self) -> dict[int, list[str]]:
+        return {video: [each.category for each in self._split.instances(video)] for video in self._split.videos}
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return sorted({"", *(name for of in self._of.values() for name in of)})
 
     def __bool__(self) -> bool:
         """Whether any object has one."""
@@ -177,9 +184,11 @@ class Classes:
 
     def merged(self, counts: Tensor, video: int) -> Tensor:
         """Counts (U, classes + 2, K) of a video's counts (U, labels + 1, K): objects of one class are one."""
-        rows = [0, 1, *(self._names.index(name) + 2 for name in self._of[video])]
+        of = self._of[video]
+        names = of + [""] * (counts.shape[1] - 2 - len(of))
+        rows = [0, 1, *(self._names.index(name) + 2 for name in names)]
         merged = counts.new_zeros((len(counts), len(self._names) + 2, counts.shape[2]))
-        return merged.index_add_(1, torch.tensor(rows), counts[:, : len(rows)])
+        return merged.index_add_(1, torch.tensor(rows), counts)
 
 
 class ProtocolScorer:
