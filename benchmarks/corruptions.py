@@ -42,7 +42,7 @@ import numpy.typing as npt
 from PIL import Image, ImageSequence
 
 from featcache.errors import FeatcacheError
-from featcache.sources import Reading, open_source
+from featcache.sources import open_source
 from tests.media import CONTAINER_AND_CODEC, oblong, save_clip
 from tests.movi_files import write_movi
 
@@ -268,7 +268,7 @@ class Result:
 
 def read(location: Path) -> Arrays:
     """All that extraction would take. ``ValueError`` where the source has promised it something else."""
-    source = open_source(location, Reading(frames_as="images"))
+    source = open_source(location)
     arrays: Arrays = []
     for split in source.splits():
         lengths = source.lengths(split)
