@@ -7,6 +7,7 @@ them tell.
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 
 ROUNDING = 8  # levels by which sound decoders may differ; most do by one or two
 END = b"\xff\xd9"  # some cameras leave it out
+WITH_BRIGHTNESS = re.compile(r"yuvj?4\d\dp|gray")  # formats of a frame whose first plane is its brightness
 
 
 def is_alike(packet: bytes, frame: Any) -> bool:
@@ -22,7 +24,7 @@ def is_alike(packet: bytes, frame: Any) -> bool:
     True where they cannot be compared: other colours than YCbCr, or two fields in a packet. Raises what Pillow raises.
     """
     with Image.open(io.BytesIO(packet + END)) as image:
-        if not frame.format.name.startswith(("yuv", "gray")) or image.size != (frame.width, frame.height):
+        if not WITH_BRIGHTNESS.fullmatch(frame.format.name) or image.size != (frame.width, frame.height):
             return True
         image.draft("L", None)
         theirs = np.asarray(image.convert("L"), np.int16)
