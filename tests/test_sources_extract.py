@@ -104,7 +104,7 @@ def test_mixed_sizes_are_found_before_anything_is_computed(slotlab: Run) -> None
 def test_mixed_sizes_within_a_video_and_of_masks(slotlab: Run) -> None:
     save_images(Path("walk/walk"), oblong(2))
     save_images(Path("walk/walk"), oblong(1, 40, 64), ["2.png"])
-    ended = slotlab(*QUICK, "--data", "walk", "--dry-run")
+    ended = slotlab(*QUICK, "--data", "walk", "--dry-run", "--frames-as", "video")
     assert ended.code == 3 and "walk/walk/2.png: frame is 64x40, but the video's first is 64x48" in ended.said
     Path("walk/walk/2.png").unlink()
     save_images(Path("walk/masks/walk"), np.zeros((2, 40, 64), np.uint8))

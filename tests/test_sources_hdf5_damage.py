@@ -130,7 +130,7 @@ def test_other_files_of_features_too(tmp_path: Path, slotlab: Slotlab) -> None:
     with h5py.File(path, "w") as made:
         made["features/block12"] = np.zeros((3, 4, 8), np.float16)
         made["video"], made["video_offsets"] = oblong(3), np.array([0, 3])
-        made["instances"] = [b"{}"]
+        made["instances"] = [b"[{}]"]
     split = open_origin(path).splits["train"]
     with pytest.raises(DataError, match="instances: video 0 is damaged"):
         split.read(0, ["video"])

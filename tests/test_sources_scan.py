@@ -103,7 +103,7 @@ def test_nothing_but_unknown_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_masks_of_nothing_are_said(tmp_path: Path) -> None:
     save_images(tmp_path / "walk", oblong(2))
     save_images(tmp_path / "masks" / "walk", np.zeros((4, 48, 64), np.uint8))
-    (remark,) = open_source(tmp_path).remarks("train")
+    (remark,) = open_source(tmp_path, Reading(frames_as="video")).remarks("train")
     assert "masks/walk/2.png: one of 2 masks that belong to no frame" in remark
 
 

@@ -77,12 +77,11 @@ class Hdf5Source(Source):
         check_index(self.location, split, index, len(self._lengths[split]))
         of_frames, of_masks = self._arrays[split]
         frames = of_frames[index]
-        masks = None if of_masks is None else of_masks[index]
         frames = frames.reshape(-1, *frames.shape[-3:])
         name = f"{split}_{index:05d}"
         if of_masks is None:
             return Video(name, frames)
-        found = settle(_mask_pages(masks, frames.shape, f"{self.path}: {of_masks.name} row {index}"), self.reading)
+        found = settle(_mask_pages(of_masks[index], frames.shape, f"{self.path}: {of_masks.name} row {index}"), self.reading)
         if found.remark and not self._remarked:
             self._remarked = True
             logger.warning("%s", found.remark)

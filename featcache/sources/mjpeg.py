@@ -11,23 +11,43 @@ import re
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
+
+Channel = npt.NDArray[np.float32]
 
 ROUNDING = 8  # levels by which sound decoders may differ; most do by one or two
 END = b"\xff\xd9"  # some cameras leave it out
-WITH_BRIGHTNESS = re.compile(r"yuvj?4\d\dp|gray")  # formats of a frame whose first plane is its brightness
+PLANAR = re.compile(r"yuvj?4\d\dp|gray")  # formats of a frame that has its channels one by one, of a byte each
 
 
 def is_alike(packet: bytes, frame: Any) -> bool:
-    """Whether libjpeg, by Pillow, reads the brightness of a packet as FFmpeg did (a PyAV frame).
+    """Whether libjpeg, by Pillow, reads a packet as FFmpeg did (a PyAV frame).
 
-    True where they cannot be compared: other colours than YCbCr, or two fields in a packet. Raises what Pillow raises.
+    True where they cannot be compared: other channels than YCbCr, or two fields in a packet. Raises what Pillow raises.
     """
     with Image.open(io.BytesIO(packet + END)) as image:
-        if not WITH_BRIGHTNESS.fullmatch(frame.format.name) or image.size != (frame.width, frame.height):
+        if not PLANAR.fullmatch(frame.format.name) or image.size != (frame.width, frame.height):
             return True
-        image.draft("L", None)
-        theirs = np.asarray(image.convert("L"), np.int16)
-    plane = frame.planes[0]
-    ours = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: frame.height, : frame.width]
+        image.draft("YCbCr", None)
+        image.load()
+        theirs = np.atleast_3d(np.asarray(image)).astype(np.float32)
+    return all(_as_plane(theirs[..., k], plane) for k, plane in enumerate(frame.planes[: theirs.shape[-1]]))
+
+
+def _as_plane(theirs: Channel, plane: Any) -> bool:
+    """Whether a channel (H, W) of libjpeg's is a plane of FFmpeg's, which may be stored at half the size."""
+    ours = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[: plane.height, : plane.width]
+    ours = ours.astype(np.float32)
+    for axis in (0, 1):
+        if ours.shape[axis] == theirs.shape[axis]:
+            continue
+        if ours.shape[axis] != -(-theirs.shape[axis] // 2) or ours.shape[axis] < 3:
+            return True  # a quarter, which libjpeg enlarges in another way
+        # libjpeg enlarges by a triangle, three quarters of the near value and one of the far one. Of two values each,
+        # that has the mean (before + 6 here + after) / 8.
+        ours, theirs = np.moveaxis(ours, axis, 0), np.moveaxis(theirs, axis, 0)
+        ours = (np.concatenate([ours[:1], ours[:-1]]) + 6 * ours + np.concatenate([ours[1:], ours[-1:]])) / 8
+        theirs = (theirs[:-1:2] + theirs[1::2]) / 2
+        ours, theirs = np.moveaxis(ours[: len(theirs)], 0, axis), np.moveaxis(theirs, 0, axis)
     return bool(np.abs(theirs - ours).max() <= ROUNDING)

@@ -40,6 +40,9 @@ SKEW = 0.0175  # skew of a display matrix, about one degree, below which it is r
 ERROR, WARNING = 16, 24  # FFmpeg's log levels
 # Warnings of damage among many harmless ones. Corrupt packets are marked, and may be another stream's.
 OF_DAMAGE = re.compile(r"(?!Packet corrupt).*(corrupt|truncat|reached eof)", re.IGNORECASE | re.DOTALL)
+MOST_DELAY = 16.0  # seconds beyond a video's length by which a frame may follow its data: a frame a second, 16 ahead
+# Zeros that end nothing, in H.264 and HEVC with start codes, where three of them come before the next code alone.
+STRAY_ZEROS = re.compile(rb"\0\0\0+[^\0\1]")
 MAX_BYTES = 4 << 30  # of decoded frames: a video is read whole, and extraction holds several
 
 
@@ -53,6 +56,7 @@ def count_frames(path: Path) -> int:
             return len(list(clip.packets()))
         counts = clip.codec in PACKET_IS_FRAME
         shown = held = 0
+        delay = 0.0  # the most seconds from decoding a frame to showing it; several frames, unless a table is damaged
         begin, end, before, gap = float("inf"), float("-inf"), None, 0.0  # seconds; `gap` between two frames
         seen, hides = 0.0, False  # seconds that are shown; whether an edit list hides others
         for packet in clip.container.demux():
@@ -66,6 +70,8 @@ def count_frames(path: Path) -> int:
                 shown += not packet.is_discard if counts else 0
                 seen += 0.0 if packet.is_discard else float((packet.duration or 0) * packet.time_base)
                 hides = hides or packet.is_discard
+                if packet.dts is not None and packet.pts is not None:
+                    delay = max(delay, float(abs(packet.pts - packet.dts) * packet.time_base))
                 if packet.dts is not None:
                     now = float(packet.dts * packet.time_base)
                     gap, before = max(gap, now - (now if before is None else before)), now
@@ -76,6 +82,8 @@ def count_frames(path: Path) -> int:
         meant = float((clip.stream.duration or 0) * clip.stream.time_base)  # by the edit list, where there is one
     if "mov" in name and (broken := mp4.broken_table(path)):
         raise DataError(f"{path}: is damaged ({broken}); {REMEDY}")
+    if length and delay > length + MOST_DELAY:
+        raise DataError(f"{path}: is damaged (a frame is shown {delay:.0f} seconds off its place); {REMEDY}")
     if promised and held < promised - max(1, promised // 50):
         # An edit list that shows a part of a film may keep the rest from being read at all.
         held = max(held, _packets_behind_edit_lists(path)) if "mov" in name else held
@@ -172,6 +180,11 @@ class _Clip:
         return name
 
     @property
+    def _has_start_codes(self) -> bool:
+        """Whether its units begin with 0 0 1, and not with their lengths, as in mp4 and Matroska."""
+        return self.codec in ("h264", "hevc") and (self.stream.codec_context.extradata or b"\0")[0] == 0
+
+    @property
     def is_gif(self) -> bool:
         return bool(self.container.format.name == "gif")
 
@@ -198,6 +211,8 @@ class _Clip:
         if not packet.size and packet.dts is not None:  # repeats the last frame, as ffmpeg does itself
             return
         before = len(self.heard)
+        if packet.size and self._has_start_codes and not packet.is_discard and STRAY_ZEROS.search(packet):
+            raise self._damaged(packet)
         frames = packet.decode()
         if packet.is_discard:
             del self.heard[before:]
