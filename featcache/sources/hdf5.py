@@ -81,7 +81,9 @@ class Hdf5Source(Source):
         name = f"{split}_{index:05d}"
         if of_masks is None:
             return Video(name, frames)
-        found = settle(_mask_pages(of_masks[index], frames.shape, f"{self.path}: {of_masks.name} row {index}"), self.reading)
+        found = settle(
+            _mask_pages(of_masks[index], frames.shape, f"{self.path}: {of_masks.name} row {index}"), self.reading
+        )
         if found.remark and not self._remarked:
             self._remarked = True
             logger.warning("%s", found.remark)

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import DataError
-from featcache.sources import gif, mjpeg, mp4
+from featcache.sources import gif, mjpeg, mp4, nal
 from featcache.sources.images import errors_named, stack
 from featcache.sources.video import Size
 
@@ -41,8 +41,6 @@ ERROR, WARNING = 16, 24  # FFmpeg's log levels
 # Warnings of damage among many harmless ones. Corrupt packets are marked, and may be another stream's.
 OF_DAMAGE = re.compile(r"(?!Packet corrupt).*(corrupt|truncat|reached eof)", re.IGNORECASE | re.DOTALL)
 MOST_DELAY = 16.0  # seconds beyond a video's length by which a frame may follow its data: a frame a second, 16 ahead
-# Zeros that end nothing, in H.264 and HEVC with start codes, where three of them come before the next code alone.
-STRAY_ZEROS = re.compile(rb"\0\0\0+[^\0\1]")
 MAX_BYTES = 4 << 30  # of decoded frames: a video is read whole, and extraction holds several
 
 
@@ -180,11 +178,6 @@ class _Clip:
         return name
 
     @property
-    def _has_start_codes(self) -> bool:
-        """Whether its units begin with 0 0 1, and not with their lengths, as in mp4 and Matroska."""
-        return self.codec in ("h264", "hevc") and (self.stream.codec_context.extradata or b"\0")[0] == 0
-
-    @property
     def is_gif(self) -> bool:
         return bool(self.container.format.name == "gif")
 
@@ -211,8 +204,9 @@ class _Clip:
         if not packet.size and packet.dts is not None:  # repeats the last frame, as ffmpeg does itself
             return
         before = len(self.heard)
-        if packet.size and self._has_start_codes and not packet.is_discard and STRAY_ZEROS.search(packet):
-            raise self._damaged(packet)
+        if self.codec in nal.CODECS and packet.size and not packet.is_discard:
+            if nal.has_hole(bytes(packet), self.stream.codec_context.extradata, self.codec):
+                raise self._damaged(packet)
         frames = packet.decode()
         if packet.is_discard:
             del self.heard[before:]
