@@ -265,6 +265,17 @@ def test_a_frame_that_a_table_puts_far_away_is_damage(tmp_path: Path, frame: int
         read_frames(clip)
 
 
+def test_a_track_without_a_unit_of_time_is_damage(tmp_path: Path) -> None:
+    """FFmpeg hides all of its frames but one, and the errors of hidden ones do not count."""
+    clip = save_clip(tmp_path, "mp4", "h264", _moving())
+    data = bytearray(clip.read_bytes())
+    at = data.index(b"mdhd") + 4 + 4 + 8  # past its version and two times
+    data[at : at + 8] = bytes(8)  # units a second, and the length
+    clip.write_bytes(data)
+    with pytest.raises(DataError, match=r"h264.mp4: "):
+        read_frames(clip)
+
+
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
 @pytest.mark.parametrize("suffix", ["ts", "mkv"])
 def test_zeros_within_a_frame_are_damage(tmp_path: Path, codec: str, suffix: str) -> None:

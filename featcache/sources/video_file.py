@@ -87,6 +87,8 @@ def count_frames(path: Path) -> int:
         held = max(held, _packets_behind_edit_lists(path)) if "mov" in name else held
         if held < promised - max(1, promised // 50):
             raise DataError(f"{path}: holds {held} of the {promised} frames that it promises; {REMEDY}")
+    if hides and not meant:
+        raise DataError(f"{path}: is damaged (it hides frames, and does not say how long it is); {REMEDY}")
     if hides and seen < 0.98 * meant - 2 * gap:
         raise DataError(f"{path}: shows {seen:.1f} of the {meant:.1f} seconds that it promises; {REMEDY}")
     if not promised and name not in NO_PROMISE and end - begin < 0.98 * length - 2 * gap:
@@ -204,9 +206,9 @@ class _Clip:
         if not packet.size and packet.dts is not None:  # repeats the last frame, as ffmpeg does itself
             return
         before = len(self.heard)
-        if self.codec in nal.CODECS and packet.size and not packet.is_discard:
-            if nal.has_hole(bytes(packet), self.stream.codec_context.extradata, self.codec):
-                raise self._damaged(packet)
+        in_units = self.codec in nal.CODECS and packet.size and not packet.is_discard
+        if in_units and nal.has_hole(bytes(packet), self.stream.codec_context.extradata, self.codec):
+            raise self._damaged(packet)
         frames = packet.decode()
         if packet.is_discard:
             del self.heard[before:]
