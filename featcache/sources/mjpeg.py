@@ -47,7 +47,8 @@ def _as_plane(theirs: Channel, plane: Any) -> bool:
         # libjpeg enlarges by a triangle, three quarters of the near value and one of the far one. Of two values each,
         # that has the mean (before + 6 here + after) / 8.
         ours, theirs = np.moveaxis(ours, axis, 0), np.moveaxis(theirs, axis, 0)
-        ours = (np.concatenate([ours[:1], ours[:-1]]) + 6 * ours + np.concatenate([ours[1:], ours[-1:]])) / 8
-        theirs = (theirs[:-1:2] + theirs[1::2]) / 2
+        around = np.concatenate([ours[:1], ours[:-1]]) + np.concatenate([ours[1:], ours[-1:]])
+        ours = ours * np.float32(0.75) + around * np.float32(0.125)
+        theirs = (theirs[:-1:2] + theirs[1::2]) * np.float32(0.5)
         ours, theirs = np.moveaxis(ours[: len(theirs)], 0, axis), np.moveaxis(theirs, 0, axis)
     return bool(np.abs(theirs - ours).max() <= ROUNDING)
