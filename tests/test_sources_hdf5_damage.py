@@ -70,6 +70,7 @@ def test_what_ends_the_library_is_one_line_and_the_rest_is_read(file: Path, dyin
     assert sound.lengths("train") == (3,) * 3 and list(sound.damaged("train")) == ["train_00002"]
 
 
+@pytest.mark.slow
 def test_by_the_command(file: Path, dying: None, slotlab: Slotlab) -> None:
     words = ("extract", "--backbone", "resnet18", "--weights", "random", "--input-size", 32, "--out", "s.zarr")
     ended = slotlab(*words, "--data", file)
