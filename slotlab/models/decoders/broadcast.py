@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -55,14 +57,15 @@ class MLPDecoder(Decoder):
             noise = -draws.exponential(shape, slots.device).log()  # (B, M, K), of Gumbel's distribution
         parts = []
         step = self._patches_at_a_time(slots)
-        for start in range(0, len(from_position), step):
-            some = slice(start, start + step)
-            given = (from_slots, from_position[some], None if noise is None else noise[:, some], active)
+        noises = repeat(None) if noise is None else noise.split(step, 1)
+        for some, of_some in zip(from_position.split(step), noises, strict=False):
+            given = (from_slots, some, of_some, active)
             if self.config.recompute and torch.is_grad_enabled():
                 parts.append(checkpoint(self._mix, *given, use_reentrant=False, preserve_rng_state=False))
             else:
                 parts.append(self._mix(*given))
-        mixed, masks = (torch.cat(part, 1) for part in zip(*parts, strict=True))  # (B, M, H), (B, M, K)
+        # (B, M, H), (B, M, K)
+        mixed, masks = parts[0] if len(parts) == 1 else (torch.cat(part, 1) for part in zip(*parts, strict=True))
         tokens, similarity = self.heads(mixed)
         return Decoded(tokens, masks.transpose(1, 2), similarity, positions)
 
@@ -107,7 +110,8 @@ class MLPDecoder(Decoder):
         return hidden
 
     def _masks(self, logits: Float[Tensor, "B M K"]) -> Float[Tensor, "B M K"]:
-        soft = (logits / self.config.mask_temperature).softmax(-1)
+        temperature = self.config.mask_temperature
+        soft = (logits if temperature == 1 else logits / temperature).softmax(-1)
         if not self.training or self.config.masks == "soft":
             return soft
         hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
