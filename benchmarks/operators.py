@@ -13,15 +13,15 @@ import argparse
 from collections import Counter
 
 from benchmarks.harness import report
-from benchmarks.plan import sizes
-from slotlab.config.load import load_config, presets
+from benchmarks.plan import counted, sizes
+from slotlab.config.load import load_config
 from slotlab.training.cost import count_step
 from slotlab.training.train import batch_samples
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--presets", nargs="+", default=[p for p in presets() if not load_config(p).model.on_host])
+    parser.add_argument("--presets", nargs="+", default=counted())
     parser.add_argument("--side", type=int, default=16, help="patches a side")
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--kinds", type=int, default=12, help="the most frequent operators to name")

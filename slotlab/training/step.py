@@ -101,7 +101,7 @@ class TrainStep:
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm, foreach=foreach)
         taken = Taken(components, norm, float(self.schedule.get_last_lr()[0]))
         self.count += 1
-        finite = torch.isfinite(norm + total(components, self.config.loss))
+        finite = (norm + total(components, self.config.loss)).abs() < torch.inf  # nor NaN
         self._bad_since = torch.where(finite, self._bad_since, self._bad_since.clamp(max=self.count))
         self.optimizer.step()
         self.schedule.step()

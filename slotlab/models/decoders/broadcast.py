@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import repeat
 
 import torch
@@ -15,7 +16,7 @@ from slotlab.models.decoders.base import Decoded, Decoder, Heads, Sizes, hidden_
 from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import Attended, hide_padding
 
-# Rows of hidden activations (one for each slot and patch) that pass the layers at a time: few enough for a CPU's
+# About as many rows of hidden activations (one for each slot and patch) pass the layers at a time: few enough for a CPU's
 # cache, and enough to fill a GPU.
 ROWS_ON_CPU, ROWS = 1 << 11, 1 << 18
 
@@ -56,7 +57,7 @@ class MLPDecoder(Decoder):
             shape = (len(slots), len(from_position), slots.shape[1])
             noise = -draws.exponential(shape, slots.device).log()  # (B, M, K), of Gumbel's distribution
         parts = []
-        step = self._patches_at_a_time(slots)
+        step = self._patches_at_a_time(slots, len(from_position))
         noises = repeat(None) if noise is None else noise.split(step, 1)
         for some, of_some in zip(from_position.split(step), noises, strict=False):
             given = (from_slots, some, of_some, active)
@@ -69,11 +70,12 @@ class MLPDecoder(Decoder):
         tokens, similarity = self.heads(mixed)
         return Decoded(tokens, masks.transpose(1, 2), similarity, positions)
 
-    def _patches_at_a_time(self, slots: Float[Tensor, "B K S"]) -> int:
+    def _patches_at_a_time(self, slots: Float[Tensor, "B K S"], patches: int) -> int:
         # torch.compile unrolls the loop, so take as few turns there as memory allows, on a CPU too.
         cached = slots.device.type == "cpu" and not torch.compiler.is_compiling()
         rows = self.rows or (ROWS_ON_CPU if cached else ROWS)
-        return max(1, rows // (slots.shape[0] * slots.shape[1]))
+        turns = max(1, round(patches * slots.shape[0] * slots.shape[1] / rows))
+        return math.ceil(patches / turns)
 
     def _mix(
         self,
@@ -85,7 +87,7 @@ class MLPDecoder(Decoder):
         """Hidden vectors averaged over the slots by the masks, and these masks."""
         # With slots in the last dimension but one, the average over them is a matrix product without a copy.
         hidden = self.hidden[2:](self._second_layer(from_slots, from_position))  # (B, M, K, H)
-        logits = self.mask(hidden)[..., 0].float()  # (B, M, K)
+        logits = self.mask(hidden).squeeze(-1).float()  # (B, M, K)
         logits = hide_padding(logits.transpose(1, 2), active).transpose(1, 2)
         masks = self._masks(logits if noise is None else logits + noise)
         return (masks.unsqueeze(2).to(hidden.dtype) @ hidden).squeeze(2), masks
