@@ -1,16 +1,17 @@
 """Whole commands on a quiet machine and beside a training that spins: how much longer they take.
 
     python -m benchmarks.busy [--cache cache/dinov2.zarr] [--run demo/seed0-steps400] [--rounds 3] [--json]
-        [--jobs eval report train extract] [--quiet passive active] [--busy passive]
+        [--jobs eval report train extract] [--quiet slotlab 300000] [--busy slotlab]
 
 Every figure is the time of a process from its start to its end, with as many threads as it takes by itself. ``eval``
 and ``report`` read a copy of the run; ``train`` takes 100 steps; ``extract`` makes a store of 4 videos. The neighbour
 is ``slotlab train`` with default threads that spin at every barrier, as those of any program do that leaves OpenMP as
-it comes (GNU's libgomp: 3 ms and more). Threads of what is measured wait in one of three ways:
+it comes (GNU's libgomp: 3 ms and more). Threads of what is measured wait in one of these ways:
 
-- ``passive``: as slotlab sets it, asleep;
-- ``active``: ``OMP_WAIT_POLICY=ACTIVE``, spinning;
-- ``libgomp``: libgomp's own default, a short spin and then sleep.
+- ``slotlab``: as slotlab sets it;
+- ``passive``: ``OMP_WAIT_POLICY=PASSIVE``, asleep at once;
+- a number: ``GOMP_SPINCOUNT`` of that many rounds, and then asleep (libgomp's own where nothing is set: 300000);
+- ``active``: ``OMP_WAIT_POLICY=ACTIVE``, spinning.
 
 ``--quiet`` and ``--busy`` name those to measure without and with the neighbour. They alternate, and the neighbour comes
 and goes in every round. "Quiet" is only what this program leaves so: nothing else may run.
@@ -36,12 +37,19 @@ from typing import Self
 from benchmarks.harness import alternate, paired_ratio, report
 from featcache.machine import machine
 
-LIBGOMP_SPINS = "300000"  # of libgomp where nothing is set
+LIBGOMP = "300000"  # rounds of libgomp where nothing is set
 POLICIES = {
-    "passive": {},
+    "slotlab": {},
+    "passive": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},
     "active": {"OMP_WAIT_POLICY": "ACTIVE"},
-    "libgomp": {"GOMP_SPINCOUNT": LIBGOMP_SPINS},
 }
+
+
+def wait(text: str) -> str:
+    """An argument that names a policy: one of ``POLICIES`` or a count of rounds."""
+    if text in POLICIES or text.isdecimal():
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number of rounds nor one of {', '.join(POLICIES)}")
 
 
 def command(*args: object) -> list[str]:
@@ -51,7 +59,7 @@ def command(*args: object) -> list[str]:
 def environment(policy: str) -> dict[str, str]:
     """One policy, and no other setting of threads."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_", "KMP_", "MKL_"))}
-    return kept | POLICIES[policy]
+    return kept | POLICIES.get(policy, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": policy})
 
 
 class Neighbour:
@@ -67,7 +75,7 @@ class Neighbour:
             return
         shutil.rmtree(self._folder, ignore_errors=True)
         with self._log.open("w") as log:  # a pipe that nobody reads would stop it
-            self._process = subprocess.Popen(self._command, env=environment("libgomp"), stdout=log, stderr=log)
+            self._process = subprocess.Popen(self._command, env=environment(LIBGOMP), stdout=log, stderr=log)
         while not (self._folder / "metrics.jsonl").exists():
             if self._process.poll() is not None:
                 raise SystemExit(f"the training beside has ended: {self._log.read_text()}")
@@ -115,8 +123,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("demo/seed0-steps400"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--jobs", nargs="+", default=["eval", "report", "train", "extract"])
-    parser.add_argument("--quiet", nargs="+", choices=POLICIES, default=["passive", "active"])
-    parser.add_argument("--busy", nargs="*", choices=POLICIES, default=["passive"])
+    parser.add_argument("--quiet", nargs="+", type=wait, default=["slotlab", LIBGOMP])
+    parser.add_argument("--busy", nargs="*", type=wait, default=["slotlab"])
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the training beside would go on
@@ -136,7 +144,7 @@ def main() -> None:
                 name = f"{job} {'beside' if busy else 'quiet'}, {policy}"
                 jobs[name] = partial(seconds, name, commands[job], made, policy, neighbour, busy)
         # Leaves the scores that report reads.
-        seconds("first eval", commands["eval"], made, "passive", neighbour, False)
+        seconds("first eval", commands["eval"], made, "slotlab", neighbour, False)
         times = alternate(jobs, args.rounds)
 
     first, *_ = columns = [f"quiet, {policy}" for policy in args.quiet] + [f"beside, {policy}" for policy in args.busy]

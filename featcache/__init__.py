@@ -3,10 +3,10 @@
 The package holds the data sources, the backbone registry, the extractor, the zarr store and the stream that feeds a
 trainer. It knows nothing of slots. Heavy modules are imported where they are used.
 
-Importing it sets ``OMP_WAIT_POLICY=PASSIVE`` in the environment, unless the variable is set already: OpenMP's threads
-then sleep at a barrier instead of spinning, because beside another program spinning threads take cores from the very
-threads that they wait for. OpenMP reads the variable once, when torch is loaded, so a program that imports torch
-before featcache or slotlab must set it itself. In libgomp ``GOMP_SPINCOUNT`` overrides it.
+Importing it sets ``OMP_WAIT_POLICY=PASSIVE`` and ``GOMP_SPINCOUNT`` in the environment, unless the first is set
+already: OpenMP's threads then sleep at a barrier soon, instead of spinning for milliseconds, because beside another
+program spinning threads take cores from the very threads that they wait for. OpenMP reads both once, when torch is
+loaded, so a program that imports torch before featcache or slotlab must set them itself.
 """
 
 import os
@@ -19,7 +19,11 @@ if TYPE_CHECKING:  # imported when called for: `import featcache` stays fast
 
 __version__ = "0.1.0"
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # here, because every command and worker imports this package
+if "OMP_WAIT_POLICY" not in os.environ:  # here, because every command and worker imports this package
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    # GNU's libgomp lets this win: about 0.1 ms, what waking a thread costs. Asleep at once, a training that is alone
+    # takes a tenth longer (docs/benchmarks.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # What is public: it changes with a deprecation alone.
 __all__ = ["Batches", "Cache", "Clips", "Reading", "__version__", "extract", "open"]

@@ -213,7 +213,7 @@ def test_wrong_files_and_presets(tmp_path: Path) -> None:
     (tmp_path / "picture.toml").write_bytes(bytes(range(128, 256)))
     with pytest.raises(UsageError, match=r"picture\.toml: not TOML"):
         load_config("default", tmp_path / "picture.toml")
-    with pytest.raises(UsageError, match="--preset best: unknown; there are: default"):
+    with pytest.raises(UsageError, match="--preset best: unknown; there are: .*default"):
         load_config("best")
     with pytest.raises(DataError, match="no such file"):
         load_config("default", tmp_path / "none.toml")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from slotlab.config.load import load_config, presets
+from slotlab.config.model import RecurrentConfig
 from tests.synthetic import fitted, make_store
 
 pytestmark = pytest.mark.slow
@@ -33,7 +34,7 @@ CASES = [[preset] for preset in presets() if [preset] not in ON_HOST] + VARIANTS
 def shortened(preset: str) -> list[str]:
     """Overrides under which a step says the same in less time: what is repeated, is repeated once."""
     model = load_config(preset).model
-    if model.kind in ("clustering", "agglomerative"):
+    if not isinstance(model, RecurrentConfig):
         return []
     predictor = ["model.predictor.first_iterations=2"] if model.predictor is not None else []
     rounds = ["model.kmeans_rounds=2"] if model.initializer == "kmeans" else []

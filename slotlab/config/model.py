@@ -132,10 +132,31 @@ class PredictorConfig(Section):
     }
 
 
-class RecurrentConfig(Section):
-    """Slot attention and its recurrence over frames (slotlab.models.recurrence), on patch tokens and on pixels."""
+class KindConfig(Section):
+    """A kind of model: what every one has, with what holds where the kind does not say otherwise."""
 
     kind: str
+    slots: int
+
+    # What to try against a sign of collapse (slotlab.scoring.collapse).
+    remedies: ClassVar[Remedies] = {}
+    frames_a_step: ClassVar[int | None] = None  # frames of a clip that a step reads, drawn anew each time; None: all
+    on_host: ClassVar[bool] = False  # whether a step computes on the host, which then waits for the device
+
+    @property
+    def carries(self) -> bool:
+        """Whether slots are carried from frame to frame."""
+        return False
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether it is trained on whole clips, a frame's slots starting from those of the frame before."""
+        return False
+
+
+class RecurrentConfig(KindConfig):
+    """Slot attention and its recurrence over frames (slotlab.models.recurrence), on patch tokens and on pixels."""
+
     slots: int = Field(11, ge=2, le=MOST_SLOTS, description="Number of slots in a frame")
     fewest_slots: int | None = Field(
         None, ge=1, description="Smallest number of slots in a training sample, drawn at random; unset: all slots"
@@ -166,17 +187,12 @@ class RecurrentConfig(Section):
         ),
     }
 
-    frames_a_step: ClassVar[int | None] = None  # frames of a clip that a step reads, drawn anew each time; None: all
-    on_host: ClassVar[bool] = False  # whether a step computes on the host, which then waits for the device
-
     @property
     def carries(self) -> bool:
-        """Whether slots are carried from frame to frame."""
         return self.predictor is not None
 
     @property
     def recurrent(self) -> bool:
-        """Whether it is trained on whole clips, a frame's slots starting from those of the frame before."""
         return self.predictor is not None
 
     @model_validator(mode="after")
@@ -270,7 +286,7 @@ class Logistic(Section):
     width: float = Field(gt=0, description="Width of the transition, as a share of that norm")
 
 
-class ClusteringConfig(Section):
+class ClusteringConfig(KindConfig):
     """Soft clusters of learnt keys, trained across time (slotlab.models.clustering.model)."""
 
     kind: Literal["clustering"] = "clustering"
@@ -318,13 +334,10 @@ class ClusteringConfig(Section):
         "lost_slots": (Remedy("model.merge_distance", 0.05),),
     }
 
-    frames_a_step: ClassVar[int | None] = 2  # frames of a clip that a step reads, drawn anew each time
-    on_host: ClassVar[bool] = False
-    recurrent: ClassVar[bool] = False
+    frames_a_step: ClassVar[int | None] = 2
 
     @property
     def carries(self) -> bool:
-        """Whether slots are carried from frame to frame."""
         return self.tracking
 
     @model_validator(mode="before")
@@ -337,7 +350,7 @@ class ClusteringConfig(Section):
         return {**values, **{name: cls.model_fields[name].default.model_dump() | values[name] for name in pairs}}
 
 
-class AgglomerativeConfig(Section):
+class AgglomerativeConfig(KindConfig):
     """Slots that start from segments of learnt keys, as many as a frame has (slotlab.models.agglomerative)."""
 
     kind: Literal["agglomerative"] = "agglomerative"
@@ -358,11 +371,9 @@ class AgglomerativeConfig(Section):
     }
     frames_a_step: ClassVar[int | None] = 2
     on_host: ClassVar[bool] = True  # segments are found there
-    recurrent: ClassVar[bool] = False
 
     @property
     def carries(self) -> bool:
-        """Whether slots are carried from frame to frame."""
         return self.tracking
 
 
