@@ -16,8 +16,8 @@ from slotlab.models.decoders.base import Decoded, Decoder, Heads, Sizes, hidden_
 from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import Attended, hide_padding
 
-# About as many rows of hidden activations (one for each slot and patch) pass the layers at a time: few enough for a CPU's
-# cache, and enough to fill a GPU.
+# Rows of hidden activations (one for each slot and patch) that pass the layers at a time, or nearly as many: few enough
+# for a CPU's cache, and enough to fill a GPU.
 ROWS_ON_CPU, ROWS = 1 << 11, 1 << 18
 
 
