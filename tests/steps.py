@@ -19,6 +19,7 @@ A case is a list of a preset and its overrides. Prints, as JSON, for each case:
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sys
@@ -259,7 +260,10 @@ def main() -> None:
     found: dict[str, list[Any]] = {}
     found["recompiled"], found["pieces"] = map(list, zip(*(compiled(store, *case) for case in cases), strict=True))
     kernels = add_missing_kernels()
-    with patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False):
+    able = {"torch.cuda.amp.common.amp_definitely_not_available": False, "torch.cuda.is_bf16_supported": True}
+    with contextlib.ExitStack() as stack:
+        for question, answer in able.items():  # that autocast asks of a device that is not there
+            stack.enter_context(patch(question, lambda *_, answer=answer, **__: answer))
         found["on_cuda"] = [on_cuda(store, *case) for case in cases]
     _setup_privateuseone_for_python_backend(GPU.partition(":")[0], backend_module=Backend())
     found["waits"] = [waits(store, 3, *case) for case in cases]
