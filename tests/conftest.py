@@ -24,6 +24,7 @@ from tests.synthetic import make_store
 from tests.training import small
 
 torch.set_num_threads(1)
+os.fsync = lambda fd: None  # what a test writes need not outlive a power cut; tests of durability put their own here
 
 
 @pytest.fixture(scope="session")

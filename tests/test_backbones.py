@@ -137,6 +137,7 @@ def test_other_input_sizes(name: str) -> None:
 # -- taps --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["dinov2", "dinov3_vits16", pytest.param("open_clip:ViT-B-32-quickgelu/openai", marks=LARGE)]
 )

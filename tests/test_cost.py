@@ -149,7 +149,7 @@ def test_every_preset_is_counted_without_memory(case: list[str]) -> None:
     costs: list[Cost] = []
     assert allocated(lambda: costs.append(counted(config, on_gpu=True))) < 1 << 20
     (cost,) = costs
-    assert cost.flops > 6 * cost.parameters and cost.operations > 100
+    assert cost.flops > 6 * cost.parameters and cost.operations > 30
     assert cost.peak > cost.state > 16 * cost.parameters, "weights, gradients, two moments"
 
 

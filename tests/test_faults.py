@@ -246,6 +246,7 @@ def test_a_source_that_changed_is_refused_before_anything_is_written(tmp_path: P
 # -- one writer --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_killed_process_is_free_again(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s.zarr")
     assert crash.run(crash.hold_lock, str(store.path))[0] == -9

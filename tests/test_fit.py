@@ -145,6 +145,7 @@ def test_oblong_inputs_are_what_timm_makes_of_them(name: str) -> None:
     torch.testing.assert_close(backbone(images)["block2"], expected.flatten(2).transpose(1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clip_vitb16", "resnet18"])
 def test_oblong_inputs_of_other_families(name: str) -> None:
     backbone = load_backbone(name, weights="random", input_size=(64, 96))

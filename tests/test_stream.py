@@ -389,6 +389,7 @@ def test_the_trainer_keeps_its_threads(stores: dict[str, FeatureStore]) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_a_program_ends_while_its_stream_is_open(stores: dict[str, FeatureStore]) -> None:
     code = f"""
 from featcache.store.reading import FeatureStore

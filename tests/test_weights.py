@@ -113,6 +113,7 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytes
         weights.wheel_onnx()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "empty"])
 def test_damaged_conversion_is_noticed_and_made_anew(cache: Path, damage: str) -> None:
     good = weights.resolve_weights(SPEC)
@@ -318,6 +319,7 @@ class Leaf(torch.nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_checkpoint_of_another_model_names_the_keys(tmp_path: Path) -> None:
     path = tmp_path / "small.safetensors"
     state = load_backbone("dino_vits16", "random")._tower.model.state_dict()

@@ -88,6 +88,9 @@ class Model(nn.Module):
         """Remove a checkpoint's tensors that this version does not use; return a sentence for each change of result."""
         return []
 
+    def before_compiling(self) -> None:
+        """Keep out of torch.compile's graphs what computes on the host. Most models have nothing of it."""
+
     def forward(self, features: Tensor, draws: Draws) -> Output:
         """The training pass on frames (B, ...) or clips (B, T, ...): features of any float type, or uint8 pixels."""
         raise NotImplementedError

@@ -67,6 +67,7 @@ class TrainStep:
         if ranks.count > 1:  # buffers are measured on the store: all ranks have the same
             self.forward = DistributedDataParallel(model, broadcast_buffers=False)
         if optim.compile:
+            model.before_compiling()
             self.forward = torch.compile(self.forward, mode="reduce-overhead" if optim.cuda_graphs else "default")
         self._requests: list[Request] | None = None  # draws of a forward pass, once they are known
         self._drawing = limited_executor("slotlab-draws") if ranks.device.type in DRAWN_BESIDE else None

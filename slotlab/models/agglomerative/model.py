@@ -107,8 +107,11 @@ class AgglomerativeModel(Model):
         unit = F.normalize(tokens, dim=-1)
         return F.normalize((self.line(unit) + self.bend(unit)).float(), dim=-1)
 
+    def before_compiling(self) -> None:
+        # Not a decorator: it would import torch's compiler, two seconds, wherever a model is imported.
+        self.segments = torch.compiler.disable(self.segments)  # type: ignore[method-assign,no-untyped-call]
+
     @torch.no_grad()
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of what happens on the host
     def segments(self, keys: Float[Tensor, "B N S"], cut: float) -> Float[Tensor, "B N K"]:
         """The segment of each patch, one-hot. ``DataError`` for keys that are not finite."""
         if not bool(keys.isfinite().all()):
