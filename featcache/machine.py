@@ -61,7 +61,7 @@ def free_device_memory(device: torch.device) -> int | None:
     idle = torch.cuda.memory_reserved(device) - held
     free, total = torch.cuda.mem_get_info(device)
     # A share is given by the process to itself, so one that has not used the GPU yet has none.
-    share = torch.cuda.get_per_process_memory_fraction(device) if torch.cuda.is_initialized() else 1.0
+    share = torch.cuda.get_per_process_memory_fraction(device) if torch.cuda.is_initialized() else 1.0  # type: ignore[no-untyped-call]
     return int(min(free + idle, share * total - held))
 
 

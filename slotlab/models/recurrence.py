@@ -109,7 +109,8 @@ class Recurrence(nn.Module):
             of_all = _for_each(group, active)
             found = self.attend.refine(together, layers, torch.cat([slots[i] for i in group]), iterations, of_all)
             parts = (part.chunk(len(group)) for part in (found.slots, found.attention, found.logits))
-            frames |= {index: Attended(*part, active) for index, *part in zip(group, *parts, strict=True)}
+            for index, slots_of, attention, logits in zip(group, *parts, strict=True):
+                frames[index] = Attended(slots_of, attention, logits, active)
         return [frames[index] for index in range(len(projected))]
 
     def _drawn(self, batch: int, draws: Draws, device: torch.device) -> Bool[Tensor, "B K"] | None:

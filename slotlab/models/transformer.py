@@ -59,7 +59,7 @@ class Attention(nn.Module):
             parts = applied((self.to_query, self.to_key, self.to_value), tokens)
         else:
             parts = (self.to_query(tokens), *applied((self.to_key, self.to_value), memory))
-        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        query, key, value = (part.view(*part.shape[:-1], self.heads, -1).transpose(1, 2) for part in parts)
         return query, key, value
 
     def _merge(self, mixed: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ class MLPDecoder(Decoder):
             noise = -draws.exponential(shape, slots.device).log()  # (B, M, K), of Gumbel's distribution
         parts = []
         step = self._patches_at_a_time(slots, len(from_position))
-        noises = repeat(None) if noise is None else noise.split(step, 1)
-        for some, of_some in zip(from_position.split(step), noises, strict=False):
+        noises = repeat(None) if noise is None else torch.split(noise, step, 1)
+        for some, of_some in zip(torch.split(from_position, step), noises, strict=False):
             given = (from_slots, some, of_some, active)
             if self.config.recompute and torch.is_grad_enabled():
                 parts.append(checkpoint(self._mix, *given, use_reentrant=False, preserve_rng_state=False))
