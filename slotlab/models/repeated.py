@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Repeated:
-    """A module for several calls in one pass, whose samples (the first dimension) do not depend on each other.
+    """A module for several calls in one pass. It treats samples (the first dimension) apart, and draws nothing.
 
     Autograd takes a product, a sum and an addition for each parameter after every call; with small batches these are
     most of a step's kernels. Here they wait: at the end of the backward pass the module is applied once more, to the
