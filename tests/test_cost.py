@@ -168,7 +168,7 @@ def test_no_preset_needs_more_operations_than_the_page_says() -> None:
 def test_operations_do_not_grow_with_the_batch_and_flops_do() -> None:
     one, two = (counted(load_config("mix", None, [f"optim.batch_size={size}"]), on_gpu=True) for size in (4, 8))
     assert one.operations == two.operations
-    assert two.flops == pytest.approx(2 * one.flops, rel=0.01)
+    assert two.flops == pytest.approx(2 * one.flops, rel=0.03), "products of weights alone do not grow"
     assert one.peak < two.peak < 2 * one.peak
 
 
@@ -179,7 +179,7 @@ def test_a_gpu_launches_fewer_for_a_recurrent_cell() -> None:
 
 
 def test_settings_that_change_its_memory_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slotlab.training.cost.ROWS", 1 << 11)  # what is computed again is a part of all
+    monkeypatch.setattr("slotlab.training.cost.ROWS", 1 << 10)  # what is computed again is a part of all
 
     def peak(*overrides: str) -> int:
         return counted(load_config("dinosaur", None, [*SIZES["dinosaur"], *overrides]), on_gpu=True).peak
