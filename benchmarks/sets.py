@@ -58,11 +58,11 @@ def model_masks(loaded: LoadedRun, split: Split, videos: Iterable[int]) -> Itera
 
 def free_masks(split: Split, videos: Iterable[int]) -> Iterator[Tensor]:
     """Training-free segments' masks, whitened by the split's own statistics."""
-    tap = next(iter(split.spec.taps))
-    normaliser = Normaliser.from_moments("whiten", split.statistics(tap), SHRINKAGE)
-    rows, columns = split.spec.taps[tap].grid
+    tap = next(iter(split.store.spec.taps))
+    normaliser = Normaliser.from_moments("whiten", split.statistics(tap), SHRINKAGE, "channel")
+    rows, columns = split.store.spec.taps[tap].grid
     for video in videos:
-        masks = soft_segments(normaliser(torch.from_numpy(split.tokens(tap, video)).float()), (rows, columns))
+        masks = soft_segments(normaliser(split.tokens(tap, video).float()), (rows, columns))
         yield masks.reshape(*masks.shape[:2], rows, columns)
 
 
