@@ -35,9 +35,10 @@ class Seen:
     last: Int[Tensor, "B T K"]  # the frame that each vector is from
 
     def masks_of(self, frame: int) -> Float[Tensor, "B K N"]:
-        """The mask that each slot had when it was last seen, as of a frame."""
+        """The mask that each slot had when it was last seen, as of a frame; none if it came later."""
         chosen = self.last[:, frame, None, :, None].expand(-1, 1, -1, self.masks.shape[-1])
-        return self.masks.gather(1, chosen)[:, 0]
+        known = (self.last[:, frame] <= frame).unsqueeze(-1)
+        return self.masks.gather(1, chosen)[:, 0] * known
 
 
 def places(grid: tuple[int, int]) -> Float[Tensor, "N 2"]:
