@@ -201,6 +201,21 @@ def test_predictions_are_fed_back() -> None:
     torch.testing.assert_close(then[:, 0], both[:, 1])
 
 
+@pytest.mark.parametrize("empty", [False, True])
+def test_the_future_reaches_no_prediction(empty: bool) -> None:
+    """Neither what slots do later, nor slots that come later."""
+    made = model()
+    one, other = tokens(6)[0], tokens(6)[0].clone()
+    other[:, 3:] = tokens(6, seed=5)[0][:, 3:]
+    if empty:
+        one[:, :, 2] = 0
+        other[:, :3, 2] = 0
+    with torch.no_grad():
+        pictures = [made.decode(of, made.roll_out(of, 3)) for of in (made.see(one), made.see(other))]
+    torch.testing.assert_close(*(of.masks for of in pictures))
+    torch.testing.assert_close(*(of.features for of in pictures))
+
+
 def test_a_mirrored_clip_has_a_mirrored_truth() -> None:
     made = model(mirror=True).train()
     given_tokens, _, masks = tokens(4)
