@@ -157,6 +157,7 @@ def test_every_preset_is_counted_without_memory(case: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_no_preset_needs_more_operations_than_the_page_says() -> None:
     """At its own batch, on 256 patches of 384 values: a GPU waits for the launch of each."""
     page = (Path(__file__).parent.parent / "docs/gpu.md").read_text()
@@ -181,6 +182,7 @@ def test_a_gpu_launches_fewer_for_a_recurrent_cell() -> None:
     assert counted(config, on_gpu=True).flops == counted(config).flops
 
 
+@pytest.mark.slow
 def test_settings_that_change_its_memory_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slotlab.training.cost.ROWS", 1 << 10)  # what is computed again is a part of all
 
