@@ -157,7 +157,6 @@ def test_every_preset_is_counted_without_memory(case: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_no_preset_needs_more_operations_than_the_page_says() -> None:
     """At its own batch, on 256 patches of 384 values: a GPU waits for the launch of each."""
     page = (Path(__file__).parent.parent / "docs/gpu.md").read_text()
