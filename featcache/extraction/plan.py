@@ -23,7 +23,7 @@ from featcache.sources.clips import listed
 from featcache.sources.images import MOST_PIXELS, decoded_smaller, size_text
 from featcache.sources.video import Size, Source, Video
 from featcache.store.encoding import ENCODINGS
-from featcache.store.layout import array_bytes, array_layouts
+from featcache.store.layout import array_bytes, array_layouts, fitting_shards
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import MAX_CHUNK_FRAMES, SCHEMA, SplitSpec, StoreSpec, TapSpec, refuse_if_different
 from featcache.text import bytes_text
@@ -148,6 +148,7 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
             masks=probe.segmentations is not None,
             ignored=probe.segmentations is not None and spec.schema > 1,
         )
+        fresh = replace(fresh, shard_chunks=fitting_shards(spec, fresh))
         there = store[name] if store and name in store.splits else None
         settled = settle(fresh, found, there, options.max_videos, options.grow, options.prune)
         split_spec = settled.spec

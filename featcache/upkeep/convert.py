@@ -160,11 +160,13 @@ class _Target:
 def _copy_split(origin: Origin, name: str, target: _Target, spec: StoreSpec, progress: Progress) -> None:
     split = origin.splits[name]
     lengths = split.spec.lengths
+    total = sum(lengths)
     if target.complete:
-        progress(name, sum(lengths), sum(lengths))
+        progress(name, total, total)
         return
     wanted = [layout.name for layout in array_layouts(replace(origin.spec, taps=spec.taps), split.spec)]
     statistics: dict[str, Moments] = {}
+    copied = 0
     for video in range(len(lengths)):
         row, arrays = split.read(video, wanted)
         for tap in spec.taps:
@@ -176,7 +178,8 @@ def _copy_split(origin: Origin, name: str, target: _Target, spec: StoreSpec, pro
             statistics[tap] = statistics[tap] + moments if tap in statistics else moments
         if video not in target.done:
             target.split.write_arrays(row, arrays)
-        progress(name, sum(lengths[: video + 1]), sum(lengths))
+        copied += lengths[video]
+        progress(name, copied, total)
     target.split.finish(statistics)
 
 
