@@ -140,12 +140,21 @@ class SplitJob:
     def _stored(self) -> Split:
         return Split(FeatureStore.open(self.path.parent), self.path.name)
 
+    def _stored_tokens(self, group: range, tap: str) -> list[torch.Tensor]:
+        """The tokens (T, N, D) of each video of a finished group, by one read: a shard has many of them."""
+        starts = self.spec.starts[group.start : group.stop + 1].tolist()
+        rows = self._stored.read_tokens(tap, slice(starts[0], starts[-1]))
+        return [rows[at - starts[0] :][: self.spec.lengths[i]] for at, i in zip(starts[:-1], group, strict=True)]
+
     def _moments(self, group: range, tap: str, done: Container[int], tokens: Sequence[Tokens]) -> Moments:
         decode = ENCODINGS[self.store.dtype].decode
-        stored = [
-            self._stored.tokens(tap, index) if index in done else decode(tokens[position][tap])
-            for position, index in enumerate(group)
-        ]
+        if tokens:
+            stored = [
+                self._stored.tokens(tap, index) if index in done else decode(tokens[position][tap])
+                for position, index in enumerate(group)
+            ]
+        else:
+            stored = self._stored_tokens(group, tap)
         device = tokens[0][tap][FEATURES].device if tokens else "cpu"
         lengths = [self.spec.lengths[index] for index in group]
         try:

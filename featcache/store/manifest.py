@@ -37,7 +37,9 @@ class Row:
     @classmethod
     def from_json(cls, line: str | bytes) -> Row:
         raw = json.loads(line)
-        instances = tuple(Instance(**{**item, "visibility": tuple(item["visibility"])}) for item in raw["instances"])
+        for item in raw["instances"]:
+            item["visibility"] = tuple(item["visibility"])
+        instances = tuple(Instance(**item) for item in raw["instances"])
         crc32c = {path: tuple(sums) for path, sums in raw["crc32c"].items()}
         return cls(raw["video"], raw["id"], raw["frames"], crc32c, instances, raw.get("fingerprint", ""))
 
