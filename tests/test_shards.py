@@ -25,6 +25,7 @@ from featcache.store.reading import FeatureStore, Split
 from featcache.store.spec import TapSpec
 from featcache.store.writing import StoreWriter
 from featcache.stream.stream import FeatureStream
+from featcache.upkeep.convert import ConvertOptions, convert
 from featcache.upkeep.repair import Means, repair
 from featcache.upkeep.verify import verify
 from tests.growing import GROW, OPTIONS, PRUNE, drop, files, ids, put, run, same_as_fresh, videos
@@ -134,7 +135,7 @@ def test_the_rows_of_a_shard_are_appended_at_once(
 
     monkeypatch.setattr(manifest.Appender, "append", append)
     run(tmp_path / "s.zarr", videos(tmp_path / "v"), backbone)
-    assert [videos for videos in appended if videos] == [[0, 1, 2, 3], [4, 5]]
+    assert appended == [[0, 1, 2, 3], [4, 5]]
 
 
 def test_a_row_that_is_broken_inside_is_named_when_it_is_asked_for(tmp_path: Path, backbone: Backbone) -> None:
@@ -146,6 +147,19 @@ def test_a_row_that_is_broken_inside_is_named_when_it_is_asked_for(tmp_path: Pat
     with pytest.raises(DataError, match="line 3 is not a manifest row.*slotlab verify --repair"):
         rows[2]
     assert [damage.kind for damage in verify(split.store.path) if "line 3" in damage.what] == ["manifest"]
+
+
+def test_copies_have_shards_unless_told_otherwise(tmp_path: Path, backbone: Backbone) -> None:
+    split, _ = run(tmp_path / "s.zarr", videos(tmp_path / "v", "abcdef"), backbone)
+    for name, options, count in (("same", ConvertOptions(), PLACES), ("none", ConvertOptions(shard_videos=0), 0)):
+        out = tmp_path / name
+        convert(split.store.path, out, options)
+        copied = FeatureStore.open(out)["train"]
+        assert copied.spec.shard_chunks == count and verify(out) == []
+        assert torch.equal(tokens(copied), tokens(split))
+    sound, file = files(tmp_path / "same"), shard(tmp_path / "same", 1)
+    file.write_bytes(file.read_bytes()[:-1])
+    assert repair(tmp_path / "same") and files(tmp_path / "same") == sound
 
 
 # -- a source that changes ---------------------------------------------------------------------------------

@@ -123,5 +123,4 @@ class Appender(Lines):
 
     def append(self, *rows: Row) -> None:
         """Add rows; they are durable on return. ``DataError`` when the disk is full, with no part of them left."""
-        if rows:
-            self.add(*(row.to_json() for row in rows))
+        self.add(*(row.to_json() for row in rows))

@@ -207,8 +207,9 @@ class SplitWriter:
 
     def append(self, *rows: manifest.Row) -> None:
         """Declare videos finished; their chunks must be durable, whichever process wrote them."""
-        self._appender.append(*rows)
-        self.done.update(row.video for row in rows)
+        if rows:
+            self._appender.append(*rows)
+            self.done.update(row.video for row in rows)
 
     # -- the end ---------------------------------------------------------------------------------------
 
