@@ -4,14 +4,16 @@
 
 Memory is the highest sum of bytes that torch's allocator gives out while a model is built and takes two steps. The
 utilisation is the bound of a step over the time that it takes, with the rates of products and of copies measured in the
-same rounds: a machine that others use slows both.
+same rounds. All times are CPU seconds of one thread, as far as possible those that an idle machine would take.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from statistics import median
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from slotlab.config.schema import Config
 from slotlab.models.build import empty_model
 from slotlab.models.inputs import Features, Frames, ModelInput
 from slotlab.models.randomness import Draws
-from slotlab.planning.bound import Bound
+from slotlab.planning.bound import UTILISATION, Bound
 from slotlab.planning.devices import measured
 from slotlab.training.cost import count_step
 from slotlab.training.processes import Ranks
@@ -60,11 +62,17 @@ def compare(preset: str, batch_size: int, side: int, dim: int, rounds: int) -> d
         "allocated_mb": round(peak / 1e6, 1),
         "counted_of_allocated": round(on_cpu.peak / peak, 3),
         "gflop": round(on_cpu.flops / 1e9, 2),
+        "expected_seconds": round(median(bound for _, bound in taken) / UTILISATION, 4),
         "step_seconds": round(median(seconds for seconds, _ in taken), 4),
         "utilisation": round(median(bound / seconds for seconds, bound in taken), 3),
         "operations_on_a_gpu": on_gpu.operations,
         "operations_on_a_cpu": on_cpu.operations,
     }
+
+
+def counted() -> list[str]:
+    """The presets whose steps can be counted: all but those that compute on the host."""
+    return [preset for preset in presets() if not load_config(preset).model.on_host]
 
 
 def sizes(config: Config, side: int, dim: int) -> tuple[ModelInput, Format]:
@@ -84,14 +92,19 @@ def build(config: Config, inputs: ModelInput, features: Tensor) -> TrainStep:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--presets", nargs="+", default=presets())
+    parser.add_argument("--presets", nargs="+", default=counted())
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--side", type=int, default=16, help="patches a side")
     parser.add_argument("--dim", type=int, default=384)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     torch.set_flush_denormal(True)
-    found = {p: compare(p, args.batch_size, args.side, args.dim, args.rounds) for p in args.presets}
+    torch.set_num_threads(1)
+    found = {}
+    with patch("time.perf_counter", time.process_time):
+        for preset in args.presets:
+            found[preset] = compare(preset, args.batch_size, args.side, args.dim, args.rounds)
+            print(preset, found[preset], file=sys.stderr, flush=True)
     report("plan", {"batch_size": args.batch_size, "presets": found})
 
 

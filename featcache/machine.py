@@ -51,11 +51,24 @@ def free_memory() -> int:
 
 
 def free_device_memory(device: torch.device) -> int | None:
-    """Bytes of a GPU's memory that torch can still have, those included that it holds without use; None for others."""
+    """Bytes of a GPU's memory that torch can still have, those included that it holds without use; None for others.
+
+    A process that was given a share of the memory (:func:`share_memory`) has no more than that.
+    """
     if device.type != "cuda":
         return None
-    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0] + idle)
+    held = torch.cuda.memory_allocated(device)
+    idle = torch.cuda.memory_reserved(device) - held
+    free, total = torch.cuda.mem_get_info(device)
+    # A share is given by the process to itself, so one that has not used the GPU yet has none.
+    share = torch.cuda.get_per_process_memory_fraction(device) if torch.cuda.is_initialized() else 1.0  # type: ignore[no-untyped-call]
+    return int(min(free + idle, share * total - held))
+
+
+def share_memory(device: torch.device, processes: int) -> None:
+    """Let this process have its part of a GPU's memory, which as many use; on other devices nothing happens."""
+    if device.type == "cuda" and processes > 1:
+        torch.cuda.set_per_process_memory_fraction(1 / processes, device)
 
 
 def readable(size: float) -> str:

@@ -13,10 +13,13 @@ A case is a list of a preset and its overrides. Prints, as JSON, for each case:
 - ``recompiled``: the error where torch.compile cannot trace a step as it is on CUDA, or compiles anything again after
   the second; else empty.
 - ``pieces``: how many graphs torch.compile makes of a step.
+- ``on_cuda``: for each precision, of the forward pass and the losses on fake CUDA tensors: the error, if there is one,
+  such as of tensors on two devices; operators without a CUDA kernel; what should be float32 and is not.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sys
@@ -33,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from featcache.store.reading import FeatureStore
@@ -43,9 +47,11 @@ from slotlab.config.load import load_config
 from slotlab.config.schema import Config
 from slotlab.models.build import build_model
 from slotlab.models.inputs import ModelInput
+from slotlab.models.randomness import Draws
+from slotlab.training.losses import losses
 from slotlab.training.processes import Ranks
 from slotlab.training.step import TrainStep
-from slotlab.training.train import train, training_stream
+from slotlab.training.train import batch_samples, train, training_stream
 
 GPU = "absent:0"
 aten = torch.ops.aten
@@ -106,6 +112,14 @@ class Waits(TorchDispatchMode):
         self.found.append(f"{func} at {' < '.join(reversed(ours))}")
 
 
+def batch_form(config: Config, store: FeatureStore) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape (B, T, ...) and type of a batch as it is stored."""
+    split = store[config.data.train_split]
+    tap = ModelInput.of(config, store).tap
+    stored = split.array("video" if tap == "video" else f"features/{tap}")
+    return (*batch_samples(config), *stored.shape[1:]), TORCH_DTYPES[str(stored.dtype)]
+
+
 class AbsentStream:
     """In place of a :class:`FeatureStream`: the trainer's batches on the absent device."""
 
@@ -113,11 +127,9 @@ class AbsentStream:
     home = Home("device", "where it is looked at")
 
     def __init__(self, config: Config, store: FeatureStore, watch: Waits, steps: int) -> None:
-        data, split = config.data, store[config.data.train_split]
-        stored = split.array("video" if data.tap == "video" else f"features/{ModelInput.of(config, store).tap}")
-        clip = (config.model.frames_a_step or data.clip,) if data.clip > 1 else ()
-        self.shape = (config.optim.batch_size, *clip, *stored.shape[1:])
-        self.dtype, self.watch = TORCH_DTYPES[str(stored.dtype)], watch
+        (batch, clip, *row), self.dtype = batch_form(config, store)
+        self.shape = (batch, *row) if config.data.clip == 1 else (batch, clip, *row)
+        self.watch = watch
         self.found: list[list[str]] = [[] for _ in range(steps)]  # what each step has waited for
 
     def __iter__(self) -> Iterator[Batch]:
@@ -152,6 +164,52 @@ def waits(store: FeatureStore, steps: int, preset: str, *overrides: str) -> list
         except Exception as error:
             watch.found.append(f"{type(error).__name__}: {error}")
     return stream.found
+
+
+class Kernels(TorchDispatchMode):
+    """Notes operators that this torch has no CUDA kernel for, and a softmax in less than float32."""
+
+    SOFTMAX = (aten._softmax.default, aten._log_softmax.default)
+    KEYS = ("CUDA", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional", "CompositeImplicitAutograd")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.missing: set[str] = set()
+        self.coarse: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (aten.exponential_.default, aten.is_pinned.default, aten._pin_memory.default):
+            return args[0] if func is not aten.is_pinned.default else False
+        result = func(*args, **(kwargs or {}))
+        results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if any(tensor.device.type == "cuda" for tensor in results) and func.namespace == "aten":
+            if not any(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key) for key in self.KEYS):
+                self.missing.add(func.name())
+            if func in self.SOFTMAX and args[0].dtype != torch.float32:
+                self.coarse.add(f"{func.name()} of {args[0].dtype}")
+        return result
+
+
+def on_cuda(store: FeatureStore, preset: str, *overrides: str) -> dict[str, dict[str, Any]]:
+    """By precision, what :class:`Kernels` notes of a forward pass and its losses, and the error, if there is one."""
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        config, kernels, error = load_config(preset, None, list(overrides)), Kernels(), ""
+        model = build_model(config, store)
+        shape, dtype = batch_form(config, store)
+        with FakeTensorMode(allow_non_fake_inputs=True), kernels:
+            absent(model, torch.device("cuda:0"))
+            features = torch.empty(shape, dtype=dtype, device="cuda:0")
+            try:
+                with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
+                    output = model(features if config.data.clip > 1 else features[:, 0], Draws(0))
+                    values = losses(output, config.loss)
+                exact = {"slots": output.slots, "attention": output.attention, "masks": output.masks, **values}
+                kernels.coarse |= {name for name, value in exact.items() if value.dtype != torch.float32}
+            except Exception as failure:
+                error = f"{type(failure).__name__}: {failure}"
+        found[precision] = {"error": error, "missing": sorted(kernels.missing), "coarse": sorted(kernels.coarse)}
+    return found
 
 
 def absent(model: nn.Module, device: torch.device) -> nn.Module:
@@ -202,6 +260,11 @@ def main() -> None:
     found: dict[str, list[Any]] = {}
     found["recompiled"], found["pieces"] = map(list, zip(*(compiled(store, *case) for case in cases), strict=True))
     kernels = add_missing_kernels()
+    able = {"torch.cuda.amp.common.amp_definitely_not_available": False, "torch.cuda.is_bf16_supported": True}
+    with contextlib.ExitStack() as stack:
+        for question, answer in able.items():  # that autocast asks of a device that is not there
+            stack.enter_context(patch(question, lambda *_, answer=answer, **__: answer))
+        found["on_cuda"] = [on_cuda(store, *case) for case in cases]
     _setup_privateuseone_for_python_backend(GPU.partition(":")[0], backend_module=Backend())
     found["waits"] = [waits(store, 3, *case) for case in cases]
     with patch("slotlab.models.randomness.send", lambda values, device: values.to(device)):

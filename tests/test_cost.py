@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 
 from featcache.stream.staging import Format
-from slotlab.config.load import load_config
+from slotlab.config.load import load_config, presets
 from slotlab.config.schema import Config
 from slotlab.models.build import empty_model
 from slotlab.models.inputs import Features, Frames, ModelInput
@@ -151,10 +153,22 @@ def test_every_preset_is_counted_without_memory(case: list[str]) -> None:
     assert cost.peak > cost.state > 16 * cost.parameters, "weights, gradients, two moments"
 
 
+@pytest.mark.slow
+def test_no_preset_needs_more_operations_than_the_page_says() -> None:
+    """At its own batch, on 256 patches of 384 values: a GPU waits for the launch of each."""
+    page = (Path(__file__).parent.parent / "docs/gpu.md").read_text()
+    said = {name: int(now) for name, now in re.findall(r"^\| `([\w-]+)` \|[^|]*\| (\d+) \|", page, re.M)}
+    assert set(said) == {preset for preset in presets() if not load_config(preset).model.on_host}
+    for preset, most in said.items():
+        config = load_config(preset)
+        found = count_step(config, *inputs_of(config, side=16, dim=384), on_gpu=True).operations
+        assert 0.9 * most < found <= most, f"{preset}: {found} operations; if that has to be, write it down"
+
+
 def test_operations_do_not_grow_with_the_batch_and_flops_do() -> None:
     one, two = (counted(load_config("mix", None, [f"optim.batch_size={size}"]), on_gpu=True) for size in (4, 8))
     assert one.operations == two.operations
-    assert two.flops == pytest.approx(2 * one.flops, rel=0.01)
+    assert two.flops == pytest.approx(2 * one.flops, rel=0.03), "products of weights alone do not grow"
     assert one.peak < two.peak < 2 * one.peak
 
 
@@ -165,7 +179,7 @@ def test_a_gpu_launches_fewer_for_a_recurrent_cell() -> None:
 
 
 def test_settings_that_change_its_memory_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slotlab.training.cost.ROWS", 1 << 11)  # what is computed again is a part of all
+    monkeypatch.setattr("slotlab.training.cost.ROWS", 1 << 10)  # what is computed again is a part of all
 
     def peak(*overrides: str) -> int:
         return counted(load_config("dinosaur", None, [*SIZES["dinosaur"], *overrides]), on_gpu=True).peak

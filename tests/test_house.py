@@ -25,8 +25,8 @@ ROOMS = {
         "extraction", "upkeep", "bench", "library",
     ),
     "slotlab": (
-        "words", "config", "models", "masks", "runs", "scoring", "training", "planning", "pictures", "segment",
-        "report", "experiments", "commands",
+        "words", "config", "models", "masks", "runs", "scoring", "protocols", "training", "planning", "pictures",
+        "segment", "report", "experiments", "commands",
     ),
 }  # fmt: skip
 FOREIGN = {"featcache": {"slotlab", "cli"}, "slotlab": {"cli"}}

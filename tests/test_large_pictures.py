@@ -27,6 +27,7 @@ from featcache.words import Fit
 from slotlab.masks import labels
 from slotlab.pictures import frames as pictures
 from slotlab.pictures.frames import read_path
+from tests import published
 from tests.commands import Slotlab
 
 HEIGHT, WIDTH = 600, 800
@@ -131,6 +132,48 @@ def test_pages_are_decoded_smaller(tmp_path: Path, photo: Image.Image) -> None:
     frames = open_source(tmp_path / "a.tif").read_smaller("train", 0, 4.0).frames
     assert frames.shape == (2, 150, 200, 3)
     np.testing.assert_allclose(frames[1].astype(float), frames[0, ::-1, ::-1], atol=1)
+
+
+@pytest.mark.parametrize("layout", ["voc", "davis", "coco"])
+def test_listed_pictures_are_decoded_smaller_too(
+    tmp_path: Path, photo: Image.Image, decoded: list[tuple[int, ...]], layout: str
+) -> None:
+    """Frames, masks, void and tables of objects, against those of the whole picture."""
+    size = (HEIGHT, WIDTH)
+    if layout == "voc":
+        root = published.voc(tmp_path / "VOC", {"train": ["a"]})
+        picture = root / "VOC2012/JPEGImages/a.jpg"
+        numbers = published.boxes((40, 40, 200, 240), (240, 120, 440, 600), size=size)
+        numbers[:, -8:] = 255
+        for name in ("SegmentationObject", "SegmentationClass"):
+            published.save_palette(root / "VOC2012" / name / "a.png", numbers)
+    elif layout == "davis":
+        root = published.davis_2016(tmp_path / "DAVIS", {"train": {"a": 1}})
+        picture = root / "JPEGImages/480p/a/00000.jpg"
+        numbers = published.boxes((40, 40, 200, 240), size=size)
+        published.save_grey(root / "Annotations/480p/a/00000.png", 255 * numbers)
+    else:
+        pytest.importorskip("pycocotools")
+        numbers = published.boxes((40, 40, 200, 240), (240, 120, 440, 600), size=size)
+        objects = [published.annotation(k, 1, published.runs(numbers == k), category=18, crowd=False) for k in (1, 2)]
+        root = tmp_path / "coco"
+        published.coco(root, "train", [published.coco_image(1, size)], objects)
+        picture = root / "train2017/000000000001.jpg"
+    photo.save(picture, quality=95)
+    source = open_source(root)
+    whole, small = source.read("train", 0), source.read_smaller("train", 0, 4.0)
+    assert whole.frames.shape == (1, HEIGHT, WIDTH, 3) and small.frames.shape == (1, HEIGHT // 4, WIDTH // 4, 3)
+    assert (HEIGHT // 4, WIDTH // 4) in decoded, "by the decoder"
+    theirs = np.asarray(Image.open(picture).resize((WIDTH // 4, HEIGHT // 4), Image.Resampling.BOX), float)
+    assert np.abs(small.frames[0] - theirs).mean() < 1
+    wanted = np.asarray(Image.fromarray(numbers).resize((WIDTH // 4, HEIGHT // 4), Image.Resampling.NEAREST))
+    assert small.segmentations is not None and whole.segmentations is not None
+    np.testing.assert_array_equal(small.segmentations[0], np.where(wanted == 255, 0, wanted))
+    np.testing.assert_array_equal(small.ignored[0], wanted == 255)
+    np.testing.assert_array_equal(whole.segmentations[0], np.where(numbers == 255, 0, numbers))
+    for of, video in enumerate(small.instances, start=1):
+        assert video.visibility == (int((wanted == of).sum()),)
+    assert [each.category for each in small.instances] == [each.category for each in whole.instances]
 
 
 def test_too_large_to_store_says_how_it_is_scaled_down_and_that_works(

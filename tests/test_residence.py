@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from featcache.machine import free_device_memory, share_memory
 from featcache.store.reading import FeatureStore
 from featcache.stream.residence import RING, SPARE, Free, choose_home, ring_bytes
 from featcache.stream.staging import Format
@@ -76,6 +77,27 @@ def test_a_stream_reckons_with_its_trainer(shared_store: FeatureStore, monkeypat
         stream = FeatureStream(split, "block1", batch_size=4, device="cuda", reserve=reserve)
         assert stream.residence == where and f"on the {where}" in stream.home.why
         assert asked[-1] == (CUDA if where == "device" else None)
+
+
+def test_processes_that_share_a_gpu_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that start together both find it free."""
+    shares: dict[torch.device, float] = {}
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, on: shares.update({on: part}))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda on: shares.get(on, 1.0))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 1000)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 1500)
+    for processes, free, left in (
+        (1, 20_000, 20_500),
+        (2, 20_000, 15_000 - 1000),
+        (4, 20_000, 7500 - 1000),
+        (2, 3000, 3500),
+    ):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 30_000))
+        share_memory(CUDA, processes)
+        assert free_device_memory(CUDA) == left
+    share_memory(torch.device("cpu"), 4)
+    assert list(shares) == [CUDA]
 
 
 def test_a_residence_that_is_set_is_kept(shared_store: FeatureStore) -> None:

@@ -112,6 +112,9 @@ def test_another_stores_features_are_refused(tmp_path: Path, shared_run: Path) -
         IncompatibleError, match=r"block1 dim: store 24, asked 12; preprocessing.size: store 448, asked"
     ):
         load_run(shared_run, other)
+    spec["preprocessing"], spec["taps"]["block1"]["dim"] = {"size": 32, "fit": "pad", "margin": [1, 2, 3]}, 12
+    (other / "zarr.json").write_text(json.dumps(attributes))
+    assert load_run(shared_run, other), "the same features of another part of the frame are welcome"
     int8 = make_store(tmp_path / "int8.zarr", dtype="int8").path
     assert load_run(shared_run, int8).store.spec.dtype == "int8", "the same features in fewer bits are welcome"
 

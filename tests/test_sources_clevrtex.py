@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from featcache.errors import DataError
+from featcache.errors import DataError, UsageError
 from featcache.sources import open_source
 from tests.media import oblong, save_images, save_movie
 from tests.published import as_stored, boxes, runs, save_grey, save_picture, write_json
@@ -48,6 +49,29 @@ def test_clevrtex(tmp_path: Path) -> None:
     assert open_source(write_clevrtex(tmp_path, "outd", 3)).lengths("test") == (1, 1, 1)
     with pytest.raises(DataError, match=r"holds CLEVRTex in clevrtex_full; give"):
         open_source(tmp_path)
+
+
+def test_the_centre_of_clevrtex(tmp_path: Path) -> None:
+    """The square that the published evaluator crops: 0.8 of the shorter side, rounded down."""
+    home = write_clevrtex(tmp_path, "full", 12)
+    whole, source = open_source(home), open_source(f"{home}?crop=0.8")
+    left, top = (32 - 19) // 2, (24 - 19) // 2
+    for index in range(source.videos("train")):
+        image = source.read("train", index)
+        with Image.open(home / f"{(index + 2) // 10}/CLEVRTEX_full_{index + 2:06d}.png") as picture:
+            cut = np.asarray(picture.convert("RGB").crop((left, top, left + 19, top + 19)))
+        np.testing.assert_array_equal(image.frames[0], cut)
+        mask = whole.read("train", index).segmentations
+        assert image.segmentations is not None and mask is not None
+        np.testing.assert_array_equal(image.segmentations[0], mask[0, top : top + 19, left : left + 19])
+        assert [each.visibility for each in image.instances] == [
+            (int((image.segmentations == k).sum()),) for k in (1, 2)
+        ]
+    assert source.size("train", 0) == (19, 19) and whole.size("train", 0) == (24, 32)
+    assert source.fingerprint("train") != whole.fingerprint("train")
+    for wrong in ("0", "1.5", "half"):
+        with pytest.raises(UsageError, match=r"give a share of the shorter side, such as 0.8"):
+            open_source(f"{home}?crop={wrong}")
 
 
 def test_clevrtex_mistakes(tmp_path: Path) -> None:

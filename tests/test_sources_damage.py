@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import subprocess
 from pathlib import Path
@@ -9,10 +10,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from featcache.errors import DataError
-from featcache.sources import open_source
+from featcache.sources import mjpeg, open_source
 from featcache.sources.damaged import SoundVideos
 from featcache.sources.video_file import count_frames, read_frames
 from slotlab.pictures.frames import read_path
@@ -152,3 +153,142 @@ def test_a_gif_whose_blocks_do_not_join_is_refused(tmp_path: Path, damage: str) 
     )
     with pytest.raises(DataError, match=r"a.gif: is damaged"):
         open_source(tmp_path).read("train", 0)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("loop", [{}, {"loop": 0, "duration": [40, 80, 120, 40], "comment": b"of noise"}])
+def test_a_gif_of_noise_is_read_whole(tmp_path: Path, loop: dict[str, object]) -> None:
+    """FFmpeg 8 takes its pictures for one."""
+    noise = np.random.default_rng(0).integers(0, 256, (4, 48, 64, 3), np.uint8)
+    first, *rest = map(Image.fromarray, noise)
+    first.save(tmp_path / "a.gif", save_all=True, append_images=rest, **loop)
+    with Image.open(tmp_path / "a.gif") as image:
+        theirs = np.stack([np.asarray(page.convert("RGB")) for page in ImageSequence.Iterator(image)])
+    source = open_source(tmp_path)
+    assert source.lengths("train") == (4,) and source.size("train", 0) == (48, 64)
+    np.testing.assert_array_equal(source.read("train", 0).frames, theirs)
+    np.testing.assert_array_equal(theirs, ffmpeg_frames(tmp_path / "a.gif", 48, 64))
+
+
+# -- Motion JPEG -------------------------------------------------------------------------------------------
+
+
+def _flipped(packet: bytes, rng: np.random.Generator) -> bytes:
+    """A JPEG with a few flipped bits in its codes, none of which becomes or was a marker."""
+    data = bytearray(packet)
+    begin = data.index(b"\xff\xda") + 14
+    for at in rng.integers(begin, len(data) - 2, 3).tolist():
+        changed = data[at] ^ (1 << int(rng.integers(8)))
+        if 0xFF not in (data[at], changed, data[at - 1]):
+            data[at] = changed
+    return bytes(data)
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("container", ["mov", "avi", "mkv"])
+def test_a_damaged_jpeg_is_refused_or_read_as_libjpeg_reads_it(tmp_path: Path, container: str) -> None:
+    """FFmpeg says nothing of much of this damage; what it shows then is its own guess."""
+    clip = save_clip(tmp_path, container, "mjpeg", _moving())
+    whole = clip.read_bytes()
+    with av.open(str(clip)) as opened:
+        packets = [bytes(packet) for packet in opened.demux() if packet.size]
+    rng, refused, read = np.random.default_rng(0), 0, 0
+    for _ in range(40):
+        index = int(rng.integers(len(packets)))
+        packet = _flipped(packets[index], rng)
+        clip.write_bytes(whole.replace(packets[index], packet))
+        try:
+            frame = read_frames(clip)[index]
+        except DataError as error:
+            refused += clip.name in str(error)
+            continue
+        theirs = np.asarray(Image.open(io.BytesIO(packet)).convert("RGB"), float)
+        assert np.abs(theirs - frame).mean() < 3
+        read += 1
+    assert refused > 10 and read + refused == 40
+
+
+@pytest.mark.parametrize("pixels", ["yuvj420p", "yuvj422p", "yuvj444p"])
+@pytest.mark.parametrize("quality", ["2", "8", "31"])
+def test_sound_jpegs_are_alike_in_two_decoders(tmp_path: Path, pixels: str, quality: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (2, 50, 70, 3), np.uint8)
+    other = _moving(1)[0]
+    for k, frames in enumerate((noise, _moving(2))):
+        options = {"qmin": quality, "qmax": quality, "strict": "unofficial"}
+        save_movie(tmp_path / f"{k}.avi", "mjpeg", frames, pixels, **options)
+        assert len(read_frames(tmp_path / f"{k}.avi")) == 2
+        with av.open(str(tmp_path / f"{k}.avi")) as opened:
+            packet = next(packet for packet in opened.demux() if packet.size)
+            (frame,) = packet.decode()
+        assert mjpeg.is_alike(bytes(packet), frame) and mjpeg.is_alike(bytes(packet)[:-2], frame), "without its end"
+        with io.BytesIO() as file:
+            Image.fromarray(other).resize((frame.width, frame.height)).save(file, "JPEG")
+            assert not mjpeg.is_alike(file.getvalue(), frame)
+
+
+# -- tables of mp4 and mov ---------------------------------------------------------------------------------
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("container", ["mp4", "mov"])
+@pytest.mark.parametrize("table", ["stts", "stss", "stsc", "stsz", "stco", "ctts"])
+def test_a_table_that_promises_more_than_it_holds_is_damage(tmp_path: Path, container: str, table: str) -> None:
+    clip = save_clip(tmp_path, container, "h264", _moving())
+    whole = clip.read_bytes()
+    at = whole.index(table.encode()) + 4 + (8 if table == "stsz" else 4)
+    data = bytearray(whole)
+    data[at] ^= 0x01  # 2 ** 24 entries more
+    clip.write_bytes(data)
+    complains = subprocess.run(
+        ["ffmpeg", "-v", "warning", "-nostdin", "-i", clip, "-f", "null", "-"], capture_output=True, check=False
+    )
+    assert complains.stderr, "ffmpeg tells, too"
+    with pytest.raises(DataError, match=rf"{container}: (is damaged|cannot be decoded)"):
+        read_frames(clip)
+    clip.write_bytes(whole)
+    assert len(read_frames(clip)) == LENGTH
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("frame", [0, 7])
+def test_a_frame_that_a_table_puts_far_away_is_damage(tmp_path: Path, frame: int) -> None:
+    """FFmpeg takes the first for the start, or takes others for hidden ones, and shows what is left."""
+    clip = save_clip(tmp_path, "mov", "hevc", _moving())
+    whole = clip.read_bytes()
+    at = whole.index(b"ctts") + 4 + 8 + 8 * frame + 4  # an entry: a count, an offset
+    data = bytearray(whole)
+    data[at] ^= 0x2A
+    clip.write_bytes(data)
+    with pytest.raises(AssertionError, match="dts to muxer"):  # ffmpeg tells, too
+        ffmpeg_frames(clip, 48, 64)
+    with pytest.raises(DataError, match=r"hevc.mov: is damaged \(a frame is shown \d+ seconds off its place\)"):
+        read_frames(clip)
+
+
+def test_a_track_without_a_unit_of_time_is_damage(tmp_path: Path) -> None:
+    """FFmpeg hides all of its frames but one, and the errors of hidden ones do not count."""
+    clip = save_clip(tmp_path, "mp4", "h264", _moving())
+    data = bytearray(clip.read_bytes())
+    at = data.index(b"mdhd") + 4 + 4 + 8  # past its version and two times
+    data[at : at + 8] = bytes(8)  # units a second, and the length
+    clip.write_bytes(data)
+    with pytest.raises(DataError, match=r"h264.mp4: "):
+        read_frames(clip)
+
+
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+@pytest.mark.parametrize("suffix", ["ts", "mkv"])
+def test_zeros_within_a_frame_are_damage(tmp_path: Path, codec: str, suffix: str) -> None:
+    """H.264 (7.4.1) and HEVC (7.4.2) write no three zero bytes but before a start code; FFmpeg 8 reads over some."""
+    more = {"x265-params": "log-level=none:keyint=6"} if codec == "libx265" else {"g": "6"}
+    clip = save_movie(tmp_path / f"a.{suffix}", codec, np.tile(_moving(), (1, 4, 4, 1)), **more)
+    assert len(read_frames(clip)) == LENGTH
+    data = bytearray(clip.read_bytes())
+    with av.open(str(clip)) as opened:
+        packets = [bytes(packet) for packet in opened.demux() if packet.size]
+    tail = max(packets, key=len)[-64:]  # of one of the stream's own packets of 188 bytes, or of a block
+    at = data.index(tail)
+    data[at + 20 : at + 42] = bytes(22)
+    clip.write_bytes(data)
+    with pytest.raises(DataError, match=rf"a.{suffix}: is damaged"):
+        read_frames(clip)

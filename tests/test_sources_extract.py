@@ -104,7 +104,7 @@ def test_mixed_sizes_are_found_before_anything_is_computed(slotlab: Run) -> None
 def test_mixed_sizes_within_a_video_and_of_masks(slotlab: Run) -> None:
     save_images(Path("walk/walk"), oblong(2))
     save_images(Path("walk/walk"), oblong(1, 40, 64), ["2.png"])
-    ended = slotlab(*QUICK, "--data", "walk", "--dry-run")
+    ended = slotlab(*QUICK, "--data", "walk", "--dry-run", "--frames-as", "video")
     assert ended.code == 3 and "walk/walk/2.png: frame is 64x40, but the video's first is 64x48" in ended.said
     Path("walk/walk/2.png").unlink()
     save_images(Path("walk/masks/walk"), np.zeros((2, 40, 64), np.uint8))
@@ -135,6 +135,58 @@ def test_numbered_images_are_asked_about_once(slotlab: Run) -> None:
     assert slotlab(*images, "--frames-as", "images").code == 0
     assert slotlab(*images).code == 0  # the store has the answer
     assert FeatureStore.open(Path("i.zarr"))["train"].spec.lengths == (1,) * 5
+
+
+def test_folders_of_classes_are_asked_about_once(slotlab: Run) -> None:
+    for k, name in enumerate(("cat", "dog")):
+        save_images(Path("photos/train", name), oblong(2) + k, ["n1_9.jpg", "n1_7.jpg"])
+        save_images(Path("photos/train", name), oblong(1, 40, 64), ["n1_8.jpg"])
+    ended = slotlab(*QUICK, "--data", "photos", "--dry-run")
+    assert ended.code == 2 and "photos/train/cat: 3 images that do not look like the frames of one video" in ended.said
+    words = (*QUICK, "--data", "photos", "--frame-size", 32)
+    assert slotlab(*words, "--frames-as", "images").out["splits"] == {"train": 6}
+    ended = slotlab(*words, "--frames-as", "images")
+    assert ended.code == 0 and FeatureStore.open(Path("s.zarr"))["train"].spec.lengths == (1,) * 6
+    ended = slotlab(*words, "--out", "v.zarr", "--frames-as", "video")
+    assert ended.code == 3 and "n1_8.jpg: frame is 64x40, but the video's first is 64x48" in ended.said
+
+
+def test_folders_of_frames_are_told(slotlab: Run) -> None:
+    for name in ("run", "walk"):
+        save_images(Path("clips", name), oblong(3))
+    line = "clips/run: 2 folders of images are read as a video each (3 frames here)"
+    ended = slotlab(*QUICK, "--data", "clips", "--dry-run")
+    assert ended.code == 0 and line in ended.said and any(line in remark for remark in ended.out["remarks"])
+    assert line not in slotlab(*QUICK, "--data", "clips", "--dry-run", "--frames-as", "video").said
+
+
+@pytest.mark.parametrize("fit", ["squash", "crop"])
+@pytest.mark.parametrize("how", ["changed", "added"])
+def test_the_remedy_for_a_video_of_another_size_works_in_a_store_that_is_there(
+    slotlab: Run, fit: str, how: str
+) -> None:
+    for name in "abc":
+        save_images(Path("clips", name), oblong(2))
+    words = (*QUICK, "--data", "clips", "--fit", fit)
+    assert slotlab(*words).code == 0
+    before = FeatureStore.open(Path("s.zarr"))["train"]
+    kept = {k: before.video(k) for k in (0, 2)}
+    new = "b" if how == "changed" else "d"
+    save_images(Path("clips", new), oblong(2, 40, 60) + 9)
+    ended = slotlab(*words, "--grow")
+    assert ended.code == 3
+    (line,) = [line for line in ended.said.splitlines() if "its frames are" in line]
+    assert f"clips/{new}: its frames are" in line
+    remedy = line[line.index("--frame-size") :].split(",")[0].split()
+    ended = slotlab(*words, "--grow", *remedy)
+    assert ended.code == 0, ended.said
+    after = FeatureStore.open(Path("s.zarr"))["train"]
+    assert after.complete and after.spec.frame_size == before.spec.frame_size
+    assert all(np.array_equal(after.video(k), video) for k, video in kept.items())
+    frame = (oblong(2, 40, 60) + 9)[0]
+    frame = frame[:, 10:50] if fit == "crop" else frame
+    wide = Image.fromarray(frame).resize(before.spec.frame_size[::-1], Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(after.video(1 if how == "changed" else 3)[0], np.asarray(wide))
 
 
 def test_what_is_left_out_is_said(slotlab: Run) -> None:

@@ -255,7 +255,7 @@ def test_frames_without_a_mask_are_read_and_marked(tmp_path: Path) -> None:
     for name in ("other", "x.png"):
         assert not videos[name].labelled.any() and not videos[name].segmentations.any()
     assert videos["y.png"].labelled is None
-    (remark,) = source.remarks("train")
+    remark, _ = source.remarks("train")
     assert remark.endswith(": no mask, as for 7 of 10 images and clips; these are not scored")
 
 

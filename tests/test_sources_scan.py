@@ -103,7 +103,7 @@ def test_nothing_but_unknown_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_masks_of_nothing_are_said(tmp_path: Path) -> None:
     save_images(tmp_path / "walk", oblong(2))
     save_images(tmp_path / "masks" / "walk", np.zeros((4, 48, 64), np.uint8))
-    (remark,) = open_source(tmp_path).remarks("train")
+    (remark,) = open_source(tmp_path, Reading(frames_as="video")).remarks("train")
     assert "masks/walk/2.png: one of 2 masks that belong to no frame" in remark
 
 
@@ -147,3 +147,76 @@ def test_masks_of_a_video_in_the_folder_itself(tmp_path: Path) -> None:
     save_images(tmp_path / "masks", np.ones((2, 48, 64), np.uint8), ["0.png", "3.png"])
     video = open_source(tmp_path, Reading(frames_as="video")).read("train", 0)
     assert list(video.labelled) == [True, False, False, True, False]
+
+
+# -- folders for classes -----------------------------------------------------------------------------------
+
+
+def _classes(root: Path, names: list[str], sizes: list[tuple[int, int]]) -> Path:
+    """A folder for each class of single images, as torchvision's ImageFolder reads them."""
+    for k, of in enumerate(("cat", "dog")):
+        for name, size in zip(names, sizes, strict=True):
+            save_images(root / of, oblong(1, *size) + k, [name])
+    return root
+
+
+MIXED, ONE = [(48, 64), (40, 64), (48, 60)], [(48, 64)] * 3
+
+
+@pytest.mark.parametrize(
+    ("names", "sizes", "asked"),
+    [
+        (["n02_7.jpg", "n02_9.jpg", "n02_11.jpg"], MIXED, True),  # as ImageNet
+        (["a3f.png", "77e.png", "b10.png"], ONE, True),
+        (["1305031102.175304.png", "1305031103.2.png", "1305031103.3.png"], ONE, False),  # as of a camera with times
+        (["0001.png", "0002.png", "0003.png"], ONE, False),
+    ],
+)
+def test_folders_of_images_are_asked_about_or_told(
+    tmp_path: Path, names: list[str], sizes: list[tuple[int, int]], asked: bool
+) -> None:
+    for root in (
+        _classes(tmp_path / "all", names, sizes),
+        _classes(tmp_path / "splits" / "train", names, sizes).parent,
+    ):
+        source = open_source(root)
+        assert bool(source.question()) == asked
+        if asked:
+            assert "cat: 3 images that do not look like the frames of one video" in source.question()
+            assert "pass --frames-as images if each is by itself" in source.question()
+        (remark,) = source.remarks("train")
+        assert "cat: 2 folders of images are read as a video each (3 frames here); if every image" in remark
+        single = open_source(root, Reading(frames_as="images"))
+        assert not single.question() and not single.remarks("train")
+        assert single.lengths("train") == (1,) * 6
+        assert sorted(single.names("train")) == sorted(f"{of}/{name}" for of in ("cat", "dog") for name in names)
+        at = single.names("train").index(f"dog/{names[1]}")
+        with Image.open(single.where("train", at)) as image:
+            np.testing.assert_array_equal(single.read("train", at).frames[0], np.asarray(image))
+        video = open_source(root, Reading(frames_as="video"))
+        assert not video.question() and not video.remarks("train") and video.lengths("train") == (3, 3)
+
+
+def test_masks_of_single_images_in_folders(tmp_path: Path) -> None:
+    _classes(tmp_path, ["a.png", "b.png", "c.png"], MIXED)
+    save_images(tmp_path / "masks" / "dog", np.ones((1, 40, 64), np.uint8), ["b.png"])
+    source = open_source(tmp_path, Reading(frames_as="images"))
+    found = {source.names("train")[k]: source.read("train", k) for k in range(6)}
+    assert [name for name, video in found.items() if video.labelled is None] == ["dog/b.png"]
+    assert (found["dog/b.png"].segmentations == 1).all()
+
+
+@pytest.mark.parametrize("place", ["walk/masks", "cars/masks/one", "Masks/walk", "train/walk/masks"])
+def test_masks_at_the_wrong_place_are_refused(tmp_path: Path, place: str) -> None:
+    base = tmp_path / ("train" if place.startswith("train") else "")
+    save_images(base / "walk", oblong(2))
+    save_images(tmp_path / place, np.zeros((2, 48, 64), np.uint8))
+    with pytest.raises(DataError) as error:
+        open_source(tmp_path)
+    line = str(error.value)
+    assert f"{tmp_path / place}: masks of {base} lie directly in {base / 'masks'}; move these to " in line
+    right = Path(line.split("move these to ")[1].split(", or")[0])
+    right.parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / place).rename(right)
+    if "one" not in place:
+        assert open_source(tmp_path).read("train", 0).segmentations is not None

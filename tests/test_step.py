@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from slotlab.config.load import load_config, presets
 from slotlab.config.model import RecurrentConfig
@@ -86,3 +89,21 @@ def test_a_step_is_compiled_once(case: list[str], found: dict[str, dict[str, Any
 def test_a_step_is_compiled_as_one_graph(case: list[str], found: dict[str, dict[str, Any]]) -> None:
     """So that a GPU gets its kernels in one launch."""
     assert found["pieces"][str(case)] == 1
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_on_cuda_everything_has_a_kernel_and_slots_and_losses_are_float32(
+    case: list[str], found: dict[str, dict[str, Any]]
+) -> None:
+    """In bfloat16 too; nor are devices mixed, which is an error of the pass."""
+    for precision, of in found["on_cuda"][str(case)].items():
+        assert of["error"] == "" and of["coarse"] == [], precision
+        assert of["missing"] == [] or torch.version.cuda is None, precision
+
+
+def test_the_page_says_whose_steps_can_be_one_graph(found: dict[str, dict[str, Any]]) -> None:
+    """Nothing in it may wait for the device, and it must be compiled as a whole."""
+    page = (Path(__file__).parent.parent / "docs/gpu.md").read_text()
+    said = dict(re.findall(r"^\| `([\w-]+)` \|.*\| (yes|no)[^|]*\|$", page, re.M))
+    can = {case[0]: found["pieces"][str(case)] == 1 for case in CASES + ON_HOST if len(case) == 1}
+    assert said == {preset: "yes" if can[preset] else "no" for preset in presets()}

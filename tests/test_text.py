@@ -162,6 +162,12 @@ def test_through_the_commands(slotlab: Slotlab, tmp_path: Path) -> None:
     for form, files in (("png", 2 * len(NAMES)), ("rle", 1)):
         told = json.loads(sound("masks", run, "--out", home / form, "--format", form, "--json"))
         assert told["files"] == files == sum(p.is_file() for p in (home / form).rglob("*"))
+    picture = home / dash / f"{NAMES['line break']}.png"
+    picture.parent.mkdir()
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(picture)
+    free = ("segment", "--no-training", "--backbone", "resnet18", "--weights", "random", "--input-size", 32)
+    told = json.loads(sound(*free, picture, picture.parent, "--out", home / "segments", "--json"))
+    assert told["files"] == 2 == sum(p.is_file() for p in (home / "segments").rglob("*"))
     sound("verify", cache)
     sound("export", cache, home / "copy.h5", "--format", "hdf5")
     sound("import", home / "copy.h5", home / "back.zarr")

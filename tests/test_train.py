@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,24 @@ def test_accumulated_parts_are_the_whole_batch(tmp_path: Path, store: FeatureSto
     with pytest.raises(UsageError, match="cannot be shared by 1 processes in 3 parts"):
         train(small(*parts, "optim.accumulate=3"), store, tmp_path / "3")
     assert not (tmp_path / "3").exists(), "what cannot be trained leaves no folder that a better try would meet"
+
+
+def test_what_a_thread_draws_beside_a_gpu_is_what_the_step_would(
+    tmp_path: Path, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(*PARTS[0], "optim.accumulate=2", "checkpoint_every=2", optim__steps=4)
+    alone = rows_of(train(config, store, tmp_path / "alone"))
+    drawn: list[tuple[int, bool]] = []
+
+    def noted(step: TrainStep, count: int, part: int, draw: Any = TrainStep._draw) -> Draws:
+        drawn.append((count, threading.current_thread() is threading.main_thread()))
+        return draw(step, count, part)
+
+    monkeypatch.setattr("slotlab.training.step.DRAWN_BESIDE", ("cpu",))
+    monkeypatch.setattr(TrainStep, "_draw", noted)
+    assert rows_of(train(config, store, tmp_path / "beside")) == alone
+    here = [count for count, main in drawn if main]
+    assert here == [0, 0, 2], "the first step, and a part that the look at the new weights has used up"
 
 
 @pytest.mark.parametrize("log_every", [1, 50])

@@ -192,7 +192,7 @@ def _resized(video: Video, spec: SplitSpec, resize: bool, where: str) -> Video:
     if not resize:
         raise DataError(
             f"{where}: {video.frames.shape[2]}x{video.frames.shape[1]} frames in a store of {width}x{height}; "
-            "pass --frame-size N to store all frames at one size"
+            f"pass --frame-size {height}x{width} to store all frames at that size"
         )
 
     def resized(images: np.ndarray, how: Image.Resampling) -> np.ndarray:

@@ -24,7 +24,7 @@ from featcache.sources.images import MOST_PIXELS, decoded_smaller, size_text
 from featcache.sources.video import Size, Source, Video
 from featcache.store.encoding import ENCODINGS
 from featcache.store.layout import array_bytes, array_layouts, fitting_shards
-from featcache.store.reading import FeatureStore
+from featcache.store.reading import FeatureStore, Split
 from featcache.store.spec import MAX_CHUNK_FRAMES, SCHEMA, SplitSpec, StoreSpec, TapSpec, refuse_if_different
 from featcache.text import bytes_text
 from featcache.words import Dtype, Fit, Precision
@@ -112,7 +112,8 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
     for line in remarks:
         logger.warning("%s", line)
     preprocessing = {**backbone.preprocessing, **fitting(options.fit, backbone.spec.mean)}
-    stored = {name: _stored_size(source, name, backbone, options) for name in names}
+    present = {name: store[name] for name in names if store and name in store.splits}
+    stored = {name: _stored_size(source, name, backbone, options, present.get(name)) for name in names}
     chosen = {name: None if options.frame_size is None else stored[name] for name in names}
     probes = {name: read_shown(source, name, 0, options.frame_stride, preprocessing, chosen[name]) for name in names}
     precision, batch_size = options.precision, options.batch_size
@@ -149,8 +150,7 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
             ignored=probe.segmentations is not None and spec.schema > 1,
         )
         fresh = replace(fresh, shard_chunks=fitting_shards(spec, fresh))
-        there = store[name] if store and name in store.splits else None
-        settled = settle(fresh, found, there, options.max_videos, options.grow, options.prune)
+        settled = settle(fresh, found, present.get(name), options.max_videos, options.grow, options.prune)
         split_spec = settled.spec
         lines = settled.changes.lines(str(path / name), source.location)
         for line in lines:
@@ -183,10 +183,12 @@ def some_frames(
     return [video[:: -(-len(video) // frames)] for video in shown]
 
 
-def _stored_size(source: Source, split: str, backbone: Backbone, options: ExtractOptions) -> Size | None:
+def _stored_size(
+    source: Source, split: str, backbone: Backbone, options: ExtractOptions, present: Split | None
+) -> Size | None:
     """Height and width of a split's stored frames; None: those of its first video.
 
-    ``DataError`` if frames have several sizes and no frame size is given.
+    ``DataError`` if frames have several sizes and no frame size is given. ``present`` is the split in the store.
     """
     wished, (rows, columns) = options.frame_size, backbone.input_size
     videos = range(len(source.lengths(split)[: options.max_videos]))
@@ -209,6 +211,13 @@ def _stored_size(source: Source, split: str, backbone: Backbone, options: Extrac
                 f"{rows}x{columns}; name the shorter side alone"
             )
         return wished
+    if len(sizes) > 1 and present:
+        rows, columns = present.spec.frame_size
+        other = next(size for size in sizes if size != (rows, columns))
+        raise DataError(
+            f"{source.where(split, sizes[other][0])}: its frames are {size_text(other)}, those of {present.path} "
+            f"{columns}x{rows}; store all at that size with --frame-size {rows}x{columns}, or extract to another --out"
+        )
     if len(sizes) > 1:
         most, *others = sorted(sizes, key=lambda size: -len(sizes[size]))
         listed = ", ".join(

@@ -10,7 +10,18 @@ from featcache.sources.place import Layout, Place
 from featcache.sources.reading import Reading
 from featcache.sources.video import Instance, Source, Video
 
-__all__ = ["Instance", "Reading", "Source", "Video", "absolute", "layouts", "open_source", "sample_dir"]
+__all__ = [
+    "Instance",
+    "Reading",
+    "Source",
+    "Video",
+    "absolute",
+    "layout_of",
+    "layouts",
+    "open_source",
+    "place_of",
+    "sample_dir",
+]
 
 SAMPLE = "sample:movi_a"
 
@@ -47,7 +58,7 @@ def open_source(location: str | Path | None = None, reading: Reading | None = No
 
         _require_numbers(SAMPLE, reading)
         return MoviSource(sample_dir(), location=SAMPLE, reading=reading)
-    place = Place.of(str(location), [each.name for each in layouts()])
+    place = place_of(str(location))
     layout = _layout(place)
     if unknown := sorted(place.options.keys() - set(layout.options)):
         known = ", ".join(layout.options) or "none"
@@ -63,9 +74,24 @@ def open_source(location: str | Path | None = None, reading: Reading | None = No
 
 def absolute(location: str) -> str:
     """The same location for a process with another working directory."""
-    place = Place.of(location, [each.name for each in layouts()])
+    place = place_of(location)
     remote = any(each.name == place.layout and not each.local for each in layouts())
     return location if remote or not place.path.exists() else place.absolute()
+
+
+def place_of(location: str) -> Place:
+    """A location taken apart."""
+    return Place.of(location, [each.name for each in layouts()])
+
+
+def layout_of(location: str) -> str:
+    """The name of the layout that a location is read in; empty where nothing is there any more to tell."""
+    if location == SAMPLE:
+        return "movi"
+    place = place_of(location)
+    if place.layout or not location or not place.path.exists():
+        return place.layout
+    return _layout(place).name
 
 
 def _layout(place: Place) -> Layout:

@@ -74,7 +74,7 @@ class ClevrerSource(ListedSource[ClevrerItem]):
     def size(self, split: str, index: int) -> Size:
         return clips.frame_size(self.item(split, index).frames[0])
 
-    def frames(self, item: ClevrerItem) -> npt.NDArray[np.uint8]:
+    def frames(self, item: ClevrerItem, shrink: float = 1.0) -> npt.NDArray[np.uint8]:
         return clips.read_frames(item.frames[0])
 
     def written(self, item: ClevrerItem) -> Iterator[bytes | str]:

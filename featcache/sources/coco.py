@@ -9,8 +9,9 @@
         panoptic_val2017.json     panoptic_val2017/*.png       a segment's number in the colour of its pixels
 
 A file of annotations may be named alone, as ``coco:FILE.json``. Numbers of objects follow the annotations of an image.
-Ignored are the pixels of crowds, those of two objects (``?overlaps=painted`` leaves them to the first), and panoptic
-pixels of no segment. Of panoptic segments, things are objects, and stuff is background.
+Ignored are the pixels of crowds (``?crowds=background`` drops crowds, ``?crowds=objects`` takes each for an object),
+those of two objects (``?overlaps=painted`` leaves them to the first), and panoptic pixels of no segment. Of panoptic
+segments, things are objects, and stuff is background.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from featcache.sources.listed import PARTIAL, Item, ListedSource, Truth, of_cate
 from featcache.sources.masks import check_fit
 from featcache.sources.place import Layout, Place
 from featcache.sources.reading import Reading
-from featcache.sources.regions import OVERLAPS, Canvas, decode_region, read_json, require_coco, require_few
+from featcache.sources.regions import CROWDS, OVERLAPS, Canvas, decode_region, read_json, require_coco, require_few
 from featcache.sources.video import Size
 
 KINDS = ("instances", "panoptic")
@@ -61,6 +62,7 @@ class CocoSource(ListedSource[CocoItem]):
 
     def __init__(self, place: Place, reading: Reading) -> None:
         self.overlaps = place.choice("overlaps", OVERLAPS, OVERLAPS[0])
+        self.crowds = place.choice("crowds", CROWDS, CROWDS[0])
         if place.path.is_dir():
             files = _files(place.path / "annotations")
             if not files:
@@ -68,11 +70,12 @@ class CocoSource(ListedSource[CocoItem]):
             kinds = [kind for kind in KINDS if any(match["kind"] == kind for _, match in files)]
             kind = place.choice("truth", kinds, kinds[0])
             years = sorted({match["year"] or NO_YEAR for _, match in files if match["kind"] == kind}, reverse=True)
-            year = place.choice("year", years, years[0])
-            self._files = {m["split"]: p for p, m in files if (m["kind"], m["year"] or NO_YEAR) == (kind, year)}
+            self.edition = place.choice("year", years, years[0])
+            self._files = {m["split"]: p for p, m in files if (m["kind"], m["year"] or NO_YEAR) == (kind, self.edition)}
             self._root = place.path
         else:
             match = NAME.fullmatch(place.path.stem)
+            self.edition = (match["year"] if match else None) or NO_YEAR
             self._files = {match["split"] if match else "train": place.path}
             self._root = place.path.parent.parent if place.path.parent.name == "annotations" else place.path.parent
         super().__init__(place, reading, tuple(self._files))
@@ -131,6 +134,8 @@ class CocoSource(ListedSource[CocoItem]):
 
     def written(self, item: CocoItem) -> Iterator[bytes | str]:
         yield from (self.overlaps, json.dumps(item.annotations, sort_keys=True))
+        if self.crowds != CROWDS[0]:
+            yield self.crowds
 
     def truth(self, split: str, item: CocoItem, shape: tuple[int, int, int]) -> Truth:
         self.items(split)
@@ -143,13 +148,13 @@ class CocoSource(ListedSource[CocoItem]):
         return Truth(numbers[None], of_categories(names), ignore[None])
 
     def _instances(self, split: str, item: CocoItem, size: Size, where: str) -> Any:
-        objects = [each for each in item.annotations if not each.get("iscrowd")]
+        objects = self._objects(item.annotations)
         require_few(len(objects), where)
         canvas = Canvas(size, self.overlaps)
         for number, each in enumerate(objects, start=1):
             canvas.lay(number, decode_region(each["segmentation"], size, f"{where}, annotation {each['id']}"))
         for each in item.annotations:
-            if each.get("iscrowd"):
+            if each.get("iscrowd") and self.crowds == "ignored":
                 canvas.leave_out(decode_region(each["segmentation"], size, f"{where}, annotation {each['id']}"))
         return (*canvas.finish(), self._categories(split, objects))
 
@@ -163,13 +168,17 @@ class CocoSource(ListedSource[CocoItem]):
         if unknown := set(np.unique(ids).tolist()) - segments.keys() - {0}:
             raise DataError(f"{path}: holds segment {min(unknown)}, which {where} has not; copy both of one data set")
         things = [each for each in item.annotations if int(each["category_id"]) in self._things[split]]
-        objects = [each for each in things if not each.get("iscrowd")]
+        objects = self._objects(things)
         require_few(len(objects), where)
-        ignore = (ids == 0) | np.isin(ids, [int(each["id"]) for each in things if each.get("iscrowd")])
+        crowds = [int(each["id"]) for each in things if each.get("iscrowd")] if self.crowds == "ignored" else []
+        ignore = (ids == 0) | np.isin(ids, crowds)
         numbers = np.zeros(size, np.uint8)
         for number, each in enumerate(objects, start=1):
             numbers[ids == int(each["id"])] = number
         return numbers, ignore, self._categories(split, objects)
+
+    def _objects(self, annotations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        return [each for each in annotations if self.crowds == "objects" or not each.get("iscrowd")]
 
     def _categories(self, split: str, objects: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
         return tuple(self._names[split].get(int(each["category_id"]), "") for each in objects)
@@ -181,4 +190,4 @@ def open_coco(place: Place, reading: Reading) -> CocoSource:
     return CocoSource(place, reading)
 
 
-LAYOUT = Layout("coco", "COCO", fits, open_coco, ("year", "truth", "overlaps", "images", PARTIAL))
+LAYOUT = Layout("coco", "COCO", fits, open_coco, ("year", "truth", "overlaps", "crowds", "images", PARTIAL))

@@ -78,7 +78,7 @@ class DavisSource(ListedSource[Item]):
         years = _lists(root, resolution)
         if not years:
             raise DataError(f"{root / LISTS}: no list of a year, such as {LISTS}/2017/train.txt; copy {LISTS} there")
-        self.year = place.choice("year", years, next(iter(years)))
+        self.edition = self.year = place.choice("year", years, next(iter(years)))
         kinds = [kind for kind in ANNOTATIONS if (root / kind / resolution).is_dir()]
         self._masks = root / place.choice("annotations", kinds, kinds[-1 if self.year == FIRST else 0]) / resolution
         self._images = root / IMAGES / resolution

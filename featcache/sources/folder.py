@@ -48,8 +48,8 @@ class FolderSource(Source):
         self.root = root
         self.reading = reading or Reading()
         roots = split_roots(root)
-        frames_as = self.reading.frames_as or ("images" if root not in roots.values() else None)
-        self._scans = {split: scan(folder, frames_as) for split, folder in roots.items()}
+        self._has_splits = root not in roots.values()
+        self._scans = {split: scan(folder, self.reading.frames_as) for split, folder in roots.items()}
         self._entries = {split: found.entries for split, found in self._scans.items()}
         self._lengths: dict[str, tuple[int, ...]] = {}
         self._hashed: dict[Path, bytes] = {}
@@ -151,17 +151,24 @@ class FolderSource(Source):
         return dict(sorted(counts.items()))
 
     def question(self) -> str:
-        if not (sequence := next((found.sequence for found in self._scans.values() if found.sequence), ())):
-            return ""
-        return (
-            f"{self.root}: {len(sequence)} images numbered from {sequence[0].name} to {sequence[-1].name}: pass "
-            "--frames-as video if they are the frames of one video, --frames-as images if each is by itself"
-        )
+        sequence = next((found.sequence for found in self._scans.values() if found.sequence), ())
+        if sequence and not self._has_splits:
+            return (
+                f"{self.root}: {len(sequence)} images numbered from {sequence[0].name} to {sequence[-1].name}: pass "
+                "--frames-as video if they are the frames of one video, --frames-as images if each is by itself"
+            )
+        if album := next((found.album for found in self._scans.values() if found.album), ()):
+            return (
+                f"{album[0].parent}: {len(album)} images that do not look like the frames of one video (names or sizes "
+                "differ): pass --frames-as images if each is by itself, --frames-as video if every folder is a video"
+            )
+        return ""
 
     def remarks(self, split: str) -> Sequence[str]:
         check_split(self.location, split, self._entries)
         entries = self._entries[split]
-        found = [unclear_turns(entries), _without_masks(entries), _stray(self._scans[split].stray_masks)]
+        scanned = self._scans[split]
+        found = [unclear_turns(entries), _without_masks(entries), _stray(scanned.stray_masks), _series(scanned.series)]
         for path in [path for entry in entries for path in entry.masks or () if path][:LOOKED_AT]:
             with suppress(DataError):  # reading the video will raise it
                 found.append(
@@ -176,6 +183,17 @@ def _stray(masks: Sequence[Path]) -> str:
     if not masks:
         return ""
     return f"{masks[0]}: one of {len(masks)} masks that belong to no frame; a mask has its frame's place and name"
+
+
+def _series(entries: Sequence[Entry]) -> str:
+    """A remark on folders of images that were taken for videos: they may as well be the classes of single images."""
+    if not entries:
+        return ""
+    folders = "1 folder of images is" if len(entries) == 1 else f"{len(entries)} folders of images are"
+    return (
+        f"{entries[0].images[0].parent}: {folders} read as a video each ({len(entries[0].images)} frames here); if "
+        "every image is by itself, pass --frames-as images"
+    )
 
 
 def _without_masks(entries: Sequence[Entry]) -> str:

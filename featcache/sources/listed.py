@@ -18,7 +18,7 @@ from featcache.errors import DataError
 from featcache.sources.clips import read_bytes
 from featcache.sources.fingerprint import digest, file_digest
 from featcache.sources.images import decode_image, one_size, read_header, size_text, stack
-from featcache.sources.masks import MaskPage, Numbers, as_mask, check_fit, counted, decode_mask, without_void
+from featcache.sources.masks import MaskPage, Masks, Numbers, as_mask, check_fit, counted, decode_mask, without_void
 from featcache.sources.place import Place
 from featcache.sources.reading import Reading
 from featcache.sources.splits import check_index, check_split
@@ -161,32 +161,36 @@ class ListedSource(Source, Generic[ItemT]):
         for path in (*item.frames, *filter(None, item.masks)):
             yield file_digest(path)
 
-    def frames(self, item: ItemT) -> npt.NDArray[np.uint8]:
-        """All frames of an item (T, H, W, 3)."""
+    def frames(self, item: ItemT, shrink: float = 1.0) -> npt.NDArray[np.uint8]:
+        """All frames of an item (T, H, W, 3); the sides may be up to ``shrink`` times smaller."""
         names = [str(path) for path in item.frames]
-        images = [decode_image(read_bytes(path), str(path), turn=False) for path in item.frames]
+        images = [decode_image(read_bytes(path), str(path), turn=False, shrink=shrink) for path in item.frames]
         return stack(images, names)
 
     def read(self, split: str, index: int) -> Video:
+        return self.read_smaller(split, index, 1.0)
+
+    def read_smaller(self, split: str, index: int, shrink: float) -> Video:
         item = self.item(split, index)
-        frames = self.frames(item)
+        frames = self.frames(item, shrink)
         if not self._has_truth(split):
             return Video(item.id, frames)
         shape = frames.shape[:3]
-        if item.size and item.size != shape[1:]:
-            self.size(split, index)
+        if shrink > 1 or (item.size and item.size != shape[1:]):
+            shape = shape[0], *(self.size(split, index) or shape[1:])
         known = any(item.labelled or (True,))
         truth = self.truth(split, item, shape) if known else Truth(np.zeros(shape, np.uint8))
         labelled = np.broadcast_to(item.labelled or (True,), shape[:1]) if truth.labelled is None else truth.labelled
         numbers, ignore = without_void(truth.numbers, self.reading.ignore_label)
         if truth.ignore is not None:
             ignore = truth.ignore if ignore is None else ignore | truth.ignore
+        masks = Masks(numbers, ignore).resized((frames.shape[1], frames.shape[2]))
         return Video(
             item.id,
             frames,
-            numbers,
-            replace(truth, numbers=numbers).instances(),
-            ignore if ignore is not None and ignore.any() else None,
+            masks.numbers,
+            replace(truth, numbers=masks.numbers).instances(),
+            masks.ignore if masks.ignore is not None and masks.ignore.any() else None,
             None if labelled.all() else labelled.copy(),
         )
 

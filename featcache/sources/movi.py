@@ -108,6 +108,8 @@ class MoviSource(Source):
         self.partial = partial
         self._features = Features.load(directory)
         self._paths = _shards(directory, partial)
+        first = next((path for paths in self._paths.values() for path in paths), Path())
+        self.edition = match[1] if (match := re.match(r"movi_([a-f])-", first.name)) else ""
         self._files: dict[str, tuple[TFRecordFile, ...]] = {}
         self._lengths: dict[str, tuple[int, ...]] = {}
 

@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
 from featcache.errors import DataError, UsageError
 from featcache.sources.fingerprint import digest, file_digest
 from featcache.sources.gzip_records import GzipRecords
+from featcache.sources.hdf5_file import Dataset, opened
 from featcache.sources.masks import counted, without_void
 from featcache.sources.place import Layout, Place
 from featcache.sources.reading import Reading
@@ -121,29 +121,29 @@ class RecordRows(Rows):
 
 
 class Hdf5Rows(Rows):
-    """Scenes of the HDF5 port. The file is opened at each call, so that threads and processes share no handle."""
+    """Scenes of the HDF5 port."""
 
     def __init__(self, path: Path, family: Family) -> None:
         self._path, self._family = path, family
+        file = opened(path)
+        names = ("image", "mask", "visibility", *(LABELS if family.name in CODED else ()))
+        self._arrays = {name: array for name in names if isinstance(array := file.get(name), Dataset)}
 
     def look(self, visible: bool) -> list[tuple[str, int | None]]:
         whole = file_digest(self._path).hex()
-        with self._open() as file:
-            if "image" not in file:
-                raise DataError(f"{self._path}: no array image in it; give a port of {self._family.name}")
-            count = len(file["image"])
-            if not visible:
-                return [(f"{whole}{row}", None) for row in range(count)]
-            if "visibility" not in file:
-                raise DataError(f"{self._path}: no visibility in it, which counts objects; leave objects= out")
-            values = file["visibility"][...].reshape(count, -1)
+        if "image" not in self._arrays:
+            raise DataError(f"{self._path}: no array image in it; give a port of {self._family.name}")
+        count = len(self._arrays["image"])
+        if not visible:
+            return [(f"{whole}{row}", None) for row in range(count)]
+        if "visibility" not in self._arrays:
+            raise DataError(f"{self._path}: no visibility in it, which counts objects; leave objects= out")
+        values = self._arrays["visibility"][...].reshape(count, -1)
         return [(f"{whole}{row}", _objects(values[row], self._family)) for row in range(count)]
 
     def read(self, row: int) -> Row:
-        with self._open() as file:
-            found = {name: file[name][row] for name in ("image", "mask", "visibility") if name in file}
-            if self._family.name in CODED:
-                found |= {name: file[name][row].ravel() for name in LABELS if name in file}
+        found = {name: array[row] for name, array in self._arrays.items()}
+        found |= {name: found[name].ravel() for name in LABELS if name in found}
         try:
             height, width = found["image"].shape[:2]
             mask = found["mask"].reshape(-1, height, width)
@@ -154,12 +154,6 @@ class Hdf5Rows(Rows):
         if len(mask) == 1:  # numbers, as some ports have them
             mask = mask == np.arange(int(mask.max()) + 1)[:, None, None]
         return {**found, "mask": mask}
-
-    def _open(self) -> Any:
-        try:
-            return h5py.File(self._path, "r")
-        except (OSError, RuntimeError) as error:
-            raise DataError(f"{self._path}: {error}; copy or write this file again") from error
 
 
 class MultiObjectSource(Source):

@@ -33,9 +33,16 @@ class Place:
 
     def absolute(self) -> str:
         """The same location for a process with another working directory."""
+        return self._written(self.path.absolute(), self.options)
+
+    def adding(self, options: Mapping[str, str]) -> str:
+        """The same location, read with these options, too."""
+        return self._written(self.path, {**self.options, **options})
+
+    def _written(self, path: Path, options: Mapping[str, str]) -> str:
         before = f"{self.layout}:" if self.layout else ""
-        written = "&".join(f"{name}={value}" if value else name for name, value in self.options.items())
-        return f"{before}{self.path.absolute()}{'?' if written else ''}{written}"
+        written = "&".join(f"{name}={value}" if value else name for name, value in options.items())
+        return f"{before}{path}{'?' if written else ''}{written}"
 
     def choice(self, option: str, known: Collection[str], default: str) -> str:
         """The value of an option. ``UsageError`` where it is none of the known ones."""

@@ -18,7 +18,7 @@ class Reading:
     mask_colours: bool = False  # masks show each object in a colour
     # The number, or the colour 0xRRGGBB, of pixels whose truth is not known; `NO_LABEL` where there are none.
     ignore_label: int | None = None
-    frames_as: FramesAs | None = None  # images directly in a folder: one video, or one each; None: ask if unclear
+    frames_as: FramesAs | None = None  # images of a folder: one video, or one each; None: ask if unclear
 
     @classmethod
     def of(

@@ -16,6 +16,7 @@ from featcache.sources.video import Size
 
 MOST = 255  # objects that numbers of 8 bits tell apart
 OVERLAPS = ("ignored", "painted")
+CROWDS = ("ignored", "background", "objects")  # the first is usual; the others are those of published evaluations
 
 Region = npt.NDArray[np.bool_]
 

@@ -40,6 +40,8 @@ class Scan:
     left_out: Mapping[str, int]  # files of other kinds, by suffix
     stray_masks: tuple[Path, ...] = ()  # images in masks/ that belong to no frame
     sequence: tuple[Path, ...] = ()  # images in the folder itself that look like frames of one video
+    album: tuple[Path, ...] = ()  # images of a folder below, taken for one video, that do not look like its frames
+    series: tuple[Entry, ...] = ()  # folders of images that were taken for videos unasked
 
 
 def split_roots(root: Path) -> dict[str, Path]:
@@ -62,7 +64,8 @@ def natural(path: Path) -> list[tuple[int, int, str]]:
 def scan(base: Path, frames_as: FramesAs | None = None) -> Scan:
     """The videos below a split's folder. No pixel is decoded.
 
-    Images directly in the folder are a video each, or one together with ``frames_as="video"``.
+    With ``frames_as="video"`` the images of a folder are one video, with ``"images"`` each is one; without, the former
+    in folders below, the latter in the folder itself. ``DataError`` for masks at the wrong place.
     """
     if base.is_file():
         if not (is_video(base) or is_image(base)):
@@ -73,8 +76,11 @@ def scan(base: Path, frames_as: FramesAs | None = None) -> Scan:
     entries: list[Entry] = []
     left_out: Counter[str] = Counter()
     sequence: tuple[Path, ...] = ()
+    album: tuple[Path, ...] = ()
+    series: list[Entry] = []
     for here, files in _folders(base, masks):
         relative = here.relative_to(base)
+        _refuse_masks(base, relative, files)
         clips, stills = [], []
         for path in sorted(files, key=natural):
             if is_video(path) or (is_image(path) and has_pages(path)):
@@ -86,14 +92,18 @@ def scan(base: Path, frames_as: FramesAs | None = None) -> Scan:
         for path in clips:
             of_clip = _masks_of_clip(masks / relative, path) if with_masks else None
             entries.append(Entry((relative / path.name).as_posix(), path, (), of_clip))
-        together = here != base or frames_as == "video"
+        together = frames_as == "video" or (frames_as is None and here != base)
         for group in [stills] if together else [[path] for path in stills]:
             if group:
                 name = (relative.as_posix() if here != base else base.name) if together else group[0].name
+                name = name if together else (relative / name).as_posix()
                 of_images = tuple(_mask_file(masks / relative, p) for p in group) if with_masks else None
                 entries.append(Entry(name, None, tuple(group), of_images))
-        if here == base and frames_as is None and _counts_up(stills):
+        if frames_as is None and here == base and _counts_up(stills):
             sequence = tuple(stills)
+        elif frames_as is None and here != base and stills[1:]:
+            series.append(entries[-1])
+            album = album or (() if _alike(stills) else tuple(stills))
     used = {mask for entry in entries for mask in entry.masks or () if mask}
     if with_masks and entries and not used:
         raise DataError(
@@ -102,7 +112,14 @@ def scan(base: Path, frames_as: FramesAs | None = None) -> Scan:
         )
     stray = [p for _, files in _folders(masks) for p in files if is_image(p) and p not in used] if with_masks else []
     order = sorted(entries, key=lambda entry: natural(Path(entry.id)))
-    return Scan(tuple(order), dict(sorted(left_out.items())), tuple(sorted(stray, key=natural)), sequence)
+    return Scan(
+        tuple(order),
+        dict(sorted(left_out.items())),
+        tuple(sorted(stray, key=natural)),
+        sequence,
+        album,
+        tuple(series),
+    )
 
 
 def _folders(base: Path, without: Path | None = None) -> Iterator[tuple[Path, list[Path]]]:
@@ -130,6 +147,28 @@ def _folders(base: Path, without: Path | None = None) -> Iterator[tuple[Path, li
                         files.append(path)
             yield here, files
         level = links
+
+
+def _refuse_masks(base: Path, relative: Path, files: Sequence[Path]) -> None:
+    """``DataError`` where a folder below the base's own holds masks, which would be read as videos."""
+    parts = relative.parts
+    at = next((place for place, part in enumerate(parts) if part.lower() == MASKS), None)
+    if at is not None and any(is_image(path) or is_video(path) for path in files):
+        right = base.joinpath(MASKS, *parts[:at], *parts[at + 1 :])
+        raise DataError(
+            f"{base / relative}: masks of {base} lie directly in {base / MASKS}; move these to {right}, or give the "
+            f"folder another name if they are no masks"
+        )
+
+
+def _alike(images: Sequence[Path]) -> bool:
+    """Whether images have one size, and names that differ in numbers alone, as the frames of a video do."""
+    if len({re.sub(r"\d+", "0", path.name) for path in images}) > 1:
+        return False
+    try:
+        return len({frame_size(path) for path in images}) == 1
+    except DataError:
+        return True  # reading it will say what is wrong
 
 
 def _counts_up(images: Sequence[Path]) -> bool:

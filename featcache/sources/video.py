@@ -69,6 +69,7 @@ class Source(Protocol):
     """
 
     location: str  # ``open_source(location)`` opens the same source again
+    edition: str = ""  # of a data set that comes in several: its year, variant or letter
 
     @abstractmethod
     def splits(self) -> tuple[str, ...]:

@@ -1,13 +1,13 @@
 """Reads one video file through PyAV (FFmpeg): every frame, upright, or an error.
 
 FFmpeg plays on after damage: it fills lost areas from their neighbours, skips what it cannot decode, and ends where a
-file was cut off. So a file is refused if FFmpeg logs an error, marks a packet or a frame as corrupt, or returns clearly
-fewer frames than the container promises.
+file was cut off. So a file is refused if FFmpeg logs an error or a warning of damage, marks a packet or a frame as
+corrupt, reads another JPEG than libjpeg, or returns clearly fewer frames than the container promises.
 """
 
 from __future__ import annotations
 
-import io
+import re
 import struct
 import threading
 from collections.abc import Iterator
@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from featcache.errors import DataError
-from featcache.sources import gif
+from featcache.sources import gif, mjpeg, mp4, nal
 from featcache.sources.images import errors_named, stack
 from featcache.sources.video import Size
 
@@ -33,12 +32,15 @@ SUFFIXES = frozenset(
 )
 # Codecs with one packet per shown frame, so that frames are counted without decoding. VP8 and packed MPEG-4 hide or
 # join frames.
-PACKET_IS_FRAME = frozenset(("h264", "hevc", "vp9", "av1", "mjpeg", "gif", "prores", "ffv1"))
+PACKET_IS_FRAME = frozenset(("h264", "hevc", "vp9", "av1", "mjpeg", "prores", "ffv1"))
 NO_PROMISE = frozenset(("mpegts", "mpeg"))  # streams whose header does not record their length
 ORDERED = frozenset(("mp4", "matroska"))  # containers that keep the time at which each frame is shown
 REMEDY = "copy it again, encode it anew (ffmpeg -i FILE new.mp4), or extract without it (--skip-damaged)"
 SKEW = 0.0175  # skew of a display matrix, about one degree, below which it is rounding, as in ffmpeg
-ERROR = 16  # FFmpeg's log level of errors
+ERROR, WARNING = 16, 24  # FFmpeg's log levels
+# Warnings of damage among many harmless ones. Corrupt packets are marked, and may be another stream's.
+OF_DAMAGE = re.compile(r"(?!Packet corrupt).*(corrupt|truncat|reached eof)", re.IGNORECASE | re.DOTALL)
+MOST_DELAY = 16.0  # seconds beyond a video's length by which a frame may follow its data: a frame a second, 16 ahead
 MAX_BYTES = 4 << 30  # of decoded frames: a video is read whole, and extraction holds several
 
 
@@ -48,8 +50,11 @@ def count_frames(path: Path) -> int:
     ``DataError`` if the container or its duration promises clearly more than there is.
     """
     with _opened(path) as clip:
+        if clip.is_gif:
+            return len(list(clip.packets()))
         counts = clip.codec in PACKET_IS_FRAME
         shown = held = 0
+        delay = 0.0  # the most seconds from decoding a frame to showing it; several frames, unless a table is damaged
         begin, end, before, gap = float("inf"), float("-inf"), None, 0.0  # seconds; `gap` between two frames
         seen, hides = 0.0, False  # seconds that are shown; whether an edit list hides others
         for packet in clip.container.demux():
@@ -63,6 +68,8 @@ def count_frames(path: Path) -> int:
                 shown += not packet.is_discard if counts else 0
                 seen += 0.0 if packet.is_discard else float((packet.duration or 0) * packet.time_base)
                 hides = hides or packet.is_discard
+                if packet.dts is not None and packet.pts is not None:
+                    delay = max(delay, float(abs(packet.pts - packet.dts) * packet.time_base))
                 if packet.dts is not None:
                     now = float(packet.dts * packet.time_base)
                     gap, before = max(gap, now - (now if before is None else before)), now
@@ -71,13 +78,17 @@ def count_frames(path: Path) -> int:
         promised, length = clip.stream.frames, (clip.container.duration or 0) / 1e6
         name = clip.container.format.name
         meant = float((clip.stream.duration or 0) * clip.stream.time_base)  # by the edit list, where there is one
-    if name == "gif" and not gif.whole(path):
-        raise DataError(f"{path}: is damaged (its blocks do not join up to its end); {REMEDY}")
+    if "mov" in name and (broken := mp4.broken_table(path)):
+        raise DataError(f"{path}: is damaged ({broken}); {REMEDY}")
+    if length and delay > length + MOST_DELAY:
+        raise DataError(f"{path}: is damaged (a frame is shown {delay:.0f} seconds off its place); {REMEDY}")
     if promised and held < promised - max(1, promised // 50):
         # An edit list that shows a part of a film may keep the rest from being read at all.
         held = max(held, _packets_behind_edit_lists(path)) if "mov" in name else held
         if held < promised - max(1, promised // 50):
             raise DataError(f"{path}: holds {held} of the {promised} frames that it promises; {REMEDY}")
+    if hides and not meant:
+        raise DataError(f"{path}: is damaged (it hides frames, and does not say how long it is); {REMEDY}")
     if hides and seen < 0.98 * meant - 2 * gap:
         raise DataError(f"{path}: shows {seen:.1f} of the {meant:.1f} seconds that it promises; {REMEDY}")
     if not promised and name not in NO_PROMISE and end - begin < 0.98 * length - 2 * gap:
@@ -92,7 +103,7 @@ def count_frames(path: Path) -> int:
 def frame_size(path: Path) -> Size:
     """Height and width of the first frame, upright; its rotation is stored with the frame, not in the header."""
     with _opened(path) as clip:
-        for packet in clip.container.demux(clip.stream):
+        for packet in clip.packets():
             for frame in clip.decode(packet):
                 shape = _upright(np.empty((frame.height, frame.width, 0), np.uint8), _display_matrix(frame), path).shape
                 clip.heard.clear()  # damage is judged when all frames are read
@@ -106,7 +117,7 @@ def read_frames(path: Path) -> npt.NDArray[np.uint8]:
     frames: list[npt.NDArray[np.uint8]] = []
     with _opened(path) as clip:
         ordered, last = not ORDERED.isdisjoint(clip.container.format.name.split(",")), None
-        for packet in clip.container.demux(clip.stream):
+        for packet in clip.packets():
             for frame in clip.decode(packet):
                 if ordered and last is not None and frame.pts is not None and frame.pts < last:
                     second = float(frame.pts * clip.stream.time_base)
@@ -160,7 +171,7 @@ class _Clip:
     path: Path
     container: Any
     stream: Any  # its first video stream
-    heard: list[tuple[int, str, str]]  # FFmpeg's errors: level, who, message
+    heard: list[tuple[int, str, str]]  # FFmpeg's errors and warnings: level, who, message
 
     @property
     def codec(self) -> str:
@@ -168,32 +179,68 @@ class _Clip:
         name: str = self.stream.codec_context.codec.canonical_name
         return name
 
+    @property
+    def is_gif(self) -> bool:
+        return bool(self.container.format.name == "gif")
+
+    def packets(self) -> Iterator[Any]:
+        """The packets of the video stream."""
+        if not self.is_gif:
+            yield from self.container.demux(self.stream)
+            return
+        import av
+
+        try:
+            pictures = gif.pictures(self.path.read_bytes())
+        except ValueError as error:
+            raise DataError(f"{self.path}: is damaged ({error}); {REMEDY}") from error
+        if not pictures:
+            raise DataError(f"{self.path}: holds no frame; record or copy it again")
+        for data in pictures:
+            packet = av.Packet(data)
+            packet.stream = self.stream
+            yield packet
+
     def decode(self, packet: Any) -> Iterator[Any]:
         """The packet's frames. Errors of a packet that an edit list hides are ignored."""
         if not packet.size and packet.dts is not None:  # repeats the last frame, as ffmpeg does itself
             return
         before = len(self.heard)
-        if self.codec == "mjpeg" and packet.size and not packet.is_discard:
-            with errors_named(str(self.path)):  # FFmpeg shows something where a picture's head is broken
-                Image.open(io.BytesIO(packet)).close()
+        in_units = self.codec in nal.CODECS and packet.size and not packet.is_discard
+        if in_units and nal.has_hole(bytes(packet), self.stream.codec_context.extradata, self.codec):
+            raise self._damaged(packet)
         frames = packet.decode()
         if packet.is_discard:
             del self.heard[before:]
         for damaged in (packet, *frames):
             if damaged.is_corrupt and not (damaged is packet and packet.is_discard):
-                second = float((damaged.pts or damaged.dts or 0) * self.stream.time_base)
-                raise DataError(f"{self.path}: is damaged near second {second:.1f}; {REMEDY}")
+                raise self._damaged(damaged)
+        if self.codec == "mjpeg" and not packet.is_discard:
+            for frame in frames:
+                with errors_named(str(self.path)):
+                    if not mjpeg.is_alike(bytes(packet), frame):
+                        raise self._damaged(frame)
         yield from frames
 
+    def _damaged(self, item: Any) -> DataError:
+        """The error of a packet or a frame."""
+        second = float((item.pts or item.dts or 0) * self.stream.time_base)
+        return DataError(f"{self.path}: is damaged near second {second:.1f}; {REMEDY}")
+
     def complaint(self) -> str:
-        """FFmpeg's first error message, unless it is about another stream."""
+        """FFmpeg's first message of an error or of damage, unless it is about another stream."""
         others = {
             stream.codec_context.name
             for stream in self.container.streams
             if stream is not self.stream and stream.codec_context is not None
         }
         return next(
-            (f"{name}: {text.strip()}" for level, name, text in self.heard if level <= ERROR and name not in others), ""
+            (
+                f"{name}: {text.strip()}"
+                for level, name, text in self.heard
+                if (level <= ERROR or OF_DAMAGE.match(text)) and name not in others
+            ),
+            "",
         )
 
 
@@ -231,7 +278,7 @@ _before: tuple[Any, bool] = (None, True)  # log level and skipping of repeats, b
 
 @contextmanager
 def _listening() -> Iterator[list[tuple[int, str, str]]]:
-    """FFmpeg's error messages in this thread; for much damage they are the only sign.
+    """FFmpeg's errors and warnings in this thread; for much damage they are the only sign.
 
     PyAV's log level holds for the whole process, and by default a message that repeats the last one is dropped.
     """
@@ -243,7 +290,7 @@ def _listening() -> Iterator[list[tuple[int, str, str]]]:
         if _listeners == 1:
             _before = logging.get_level(), logging.get_skip_repeated()
             logging.set_skip_repeated(False)
-            logging.set_level(max(_before[0] or 0, logging.ERROR))
+            logging.set_level(max(_before[0] or 0, WARNING))
     try:
         with logging.Capture() as heard:
             yield heard

@@ -68,7 +68,8 @@ class VocSource(ListedSource[VocItem]):
         years = _years(place.path)
         if not years:
             raise DataError(f"{place.path}: no {LISTS} in it or in a VOC2012 below it; give the folder VOCdevkit")
-        self._root = years[place.choice("year", years, next(iter(years)))]
+        self.edition = place.choice("year", years, next(iter(years)))
+        self._root = years[self.edition]
         lists = sorted((self._root / LISTS).glob("*.txt"))
         self._names = {path.stem: [words[0] for words in read_list(path)] for path in lists}
         if not self._names:

@@ -32,7 +32,7 @@ from featcache.errors import DataError, UsageError
 from featcache.sources.listed import PARTIAL, Item, ItemT, ListedSource, Truth, laid, of_categories, read_masks
 from featcache.sources.place import Layout, Place
 from featcache.sources.reading import Reading
-from featcache.sources.regions import OVERLAPS, Canvas, decode_region, read_json, require_coco, require_few
+from featcache.sources.regions import CROWDS, OVERLAPS, Canvas, decode_region, read_json, require_coco, require_few
 from featcache.sources.scan import natural
 
 SPLITS = ("train", "valid", "test")
@@ -90,6 +90,7 @@ class YouTubeVisSource(YouTubeSource[VisItem]):
 
     def __init__(self, place: Place, reading: Reading) -> None:
         self.overlaps = place.choice("overlaps", OVERLAPS, OVERLAPS[0])
+        self.crowds = place.choice("crowds", CROWDS, CROWDS[0])
         self._files = _annotations(place.path)
         if not self._files:
             raise DataError(f"{place.path}: no train/{INSTANCES} or train.json beside train/{IMAGES}; copy it there")
@@ -140,10 +141,13 @@ class YouTubeVisSource(YouTubeSource[VisItem]):
 
     def written(self, item: VisItem) -> Iterator[bytes | str]:
         yield from (self.overlaps, json.dumps(item.annotations, sort_keys=True))
+        if self.crowds != CROWDS[0]:
+            yield self.crowds
 
     def truth(self, split: str, item: VisItem, shape: tuple[int, int, int]) -> Truth:
         where = f"{self._files['train' if split == HELD_OUT else split]}: video {item.id}"
-        objects = [k for k, each in enumerate(item.annotations) if not each.get("iscrowd")]
+        taken = self.crowds == "objects"
+        objects = [k for k, each in enumerate(item.annotations) if taken or not each.get("iscrowd")]
         require_few(len(objects), where)
         frames = []
         for frame in range(shape[0]):
@@ -156,7 +160,7 @@ class YouTubeVisSource(YouTubeSource[VisItem]):
             for number, k in enumerate(objects, start=1):
                 if k in regions:
                     canvas.lay(number, regions[k])
-            for k in regions.keys() - set(objects):
+            for k in regions.keys() - set(objects) if self.crowds == "ignored" else ():
                 canvas.leave_out(regions[k])
             frames.append(canvas.finish())
         numbers, ignore = (np.stack(parts) for parts in zip(*frames, strict=True))
@@ -217,5 +221,7 @@ def open_vis(place: Place, reading: Reading) -> YouTubeVisSource:
     return YouTubeVisSource(place, reading)
 
 
-VIS = Layout("ytvis", "YouTube-VIS", lambda path: bool(_annotations(path)), open_vis, (HELD_OUT, "overlaps", PARTIAL))
+VIS = Layout(
+    "ytvis", "YouTube-VIS", lambda path: bool(_annotations(path)), open_vis, (HELD_OUT, "overlaps", "crowds", PARTIAL)
+)
 VOS = Layout("ytvos", "YouTube-VOS", lambda path: bool(_masks(path)), YouTubeVosSource, (HELD_OUT, "frames", PARTIAL))

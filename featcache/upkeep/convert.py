@@ -7,8 +7,8 @@ where it stopped; an HDF5 file appears only when it is complete.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -108,14 +108,9 @@ class _StoreOrigin:
         self.splits = {name: _StoreSplit(store[name]) for name in store.splits}
 
 
-@contextmanager
-def open_origin(path: Path) -> Iterator[Origin]:
+def open_origin(path: Path) -> Origin:
     """Open a store, or an HDF5 file with the layout of :mod:`featcache.upkeep.hdf5_copy`, as the origin of a copy."""
-    if path.is_file():
-        with Hdf5Origin.open(path) as origin:
-            yield origin
-    else:
-        yield _StoreOrigin(FeatureStore.open(path))
+    return Hdf5Origin(path) if path.is_file() else _StoreOrigin(FeatureStore.open(path))
 
 
 def convert(
@@ -134,15 +129,15 @@ def convert(
         raise UsageError(f"{out}: is the store or file to copy; choose another OUT")
     if form == "hdf5" and options.shard_videos:
         raise UsageError("--shard-videos: an HDF5 file has no shards; leave it out")
-    with open_origin(path) as origin:
-        names = _chosen("split", options.splits, origin.splits, path)
-        spec = copied_spec(origin, options)
-        specs = [origin.splits[name].spec for name in names]
-        copies = [replace(s, statistics_videos=0, shard_chunks=_shard_chunks(spec, s, options)) for s in specs]
-        with Hdf5Writer.create(out, spec) if form == "hdf5" else StoreWriter(out, spec) as writer:
-            for name, copy in zip(names, copies, strict=True):
-                with closing(_Target(writer, name, copy)) as target:
-                    _copy_split(origin, name, target, spec, progress)
+    origin = open_origin(path)
+    names = _chosen("split", options.splits, origin.splits, path)
+    spec = copied_spec(origin, options)
+    specs = [origin.splits[name].spec for name in names]
+    copies = [replace(s, statistics_videos=0, shard_chunks=_shard_chunks(spec, s, options)) for s in specs]
+    with Hdf5Writer.create(out, spec) if form == "hdf5" else StoreWriter(out, spec) as writer:
+        for name, copy in zip(names, copies, strict=True):
+            with closing(_Target(writer, name, copy)) as target:
+                _copy_split(origin, name, target, spec, progress)
 
 
 class _Target:

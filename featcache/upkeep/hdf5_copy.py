@@ -38,7 +38,7 @@ import numpy.typing as npt
 
 from featcache.errors import DataError, UsageError
 from featcache.moments import Moments
-from featcache.sources.hdf5 import opened
+from featcache.sources.hdf5_file import Group, opened
 from featcache.sources.masks import as_mask
 from featcache.sources.video import Instance
 from featcache.store.durable import TEMPORARY, cannot_write, make_directory, sync_directory
@@ -157,10 +157,11 @@ class Hdf5SplitWriter:
 class Hdf5Origin:
     """A file with the layout above, open for reading."""
 
-    def __init__(self, file: Any, path: Path) -> None:
-        self._file = file
+    def __init__(self, path: Path) -> None:
+        """Open a file. ``DataError`` if it is damaged or has another layout."""
         self.path = path
-        groups = [name for name, item in file.items() if isinstance(item, h5py.Group) and "features" in item]
+        self._file = file = opened(path)
+        groups = [name for name, item in file.items() if isinstance(item, Group) and "features" in item]
         self.splits = {name: _Hdf5Split(file[name], path) for name in sorted(groups)}
         if not groups and "features" in file:
             self.splits = {"train": _Hdf5Split(file, path)}
@@ -168,16 +169,9 @@ class Hdf5Origin:
             raise DataError(f"{path}: no group holds features/<tap>; see docs/store.md for the layout")
         self.spec = self._spec(next(iter(self.splits.values())))
 
-    @classmethod
-    @contextmanager
-    def open(cls, path: Path) -> Iterator[Hdf5Origin]:
-        """Open a file. ``DataError`` if it is damaged or has another layout."""
-        with opened(path) as file:
-            yield cls(file, path)
-
     def _spec(self, first: _Hdf5Split) -> StoreSpec:
-        if ATTRIBUTE in self._file.attrs:
-            return StoreSpec.from_json(json.loads(self._file.attrs[ATTRIBUTE]))
+        if kept := self._file.attribute(ATTRIBUTE):
+            return StoreSpec.from_json(json.loads(kept))
         taps = {}
         for tap, shape in first.taps.items():
             side = math.isqrt(shape[1])
@@ -189,9 +183,10 @@ class Hdf5Origin:
 class _Hdf5Split:
     """Random access to the videos of one group."""
 
-    def __init__(self, group: Any, path: Path) -> None:
+    def __init__(self, group: Group, path: Path) -> None:
         self.group = group
         self._where = f"{path}: {group.name}"
+        self._small: dict[str, Any] = {}  # small arrays, each read once
         self.taps = {tap: tuple(array.shape) for tap, array in group["features"].items()}
         for needed in ("video", "video_offsets"):
             if needed not in group:
@@ -205,7 +200,7 @@ class _Hdf5Split:
             if len(shape) != 3 or shape[0] != frames:
                 raise DataError(f"{self._where}: {name} is {shape}; expected ({frames}, patch, feature)")
         self._check_pictures(frames)
-        kept = json.loads(group.attrs[ATTRIBUTE]) if ATTRIBUTE in group.attrs else {}
+        kept = json.loads(group.attribute(ATTRIBUTE) or "{}")
         known: dict[str, Any] = {
             "source_fingerprint": f"{path.name}:{path.stat().st_size}",
             "chunk_frames": int(min(lengths.max(), MAX_CHUNK_FRAMES)),
@@ -216,8 +211,7 @@ class _Hdf5Split:
         }
         if "video_fingerprints" in group:
             videos = range(len(lengths))
-            known["names"] = [self._text("video_names", video) for video in videos]
-            known["fingerprints"] = [self._text("video_fingerprints", video) for video in videos]
+            known |= {key: [self._text(f"video_{key}", video) for video in videos] for key in ("names", "fingerprints")}
         self.spec = SplitSpec.from_json({**known, "lengths": lengths.tolist()})
 
     def token_dtypes(self) -> dict[str, str]:
@@ -241,10 +235,10 @@ class _Hdf5Split:
         rows = slice(int(self._offsets[video]), int(self._offsets[video + 1]))
         arrays: Arrays = {}
         for name in names:
-            if name not in self.group:
+            if (array := self.group.get(name)) is None:
                 raise DataError(f"{self._where}: lacks {name}")
-            arrays[name] = self.group[name][rows]
-            sums = self.group.get(f"checksums/{name}")
+            arrays[name] = array[rows]
+            sums = self._whole(f"checksums/{name}")
             if sums is not None and int(sums[video]) != _checksum(arrays[name]):
                 raise DataError(f"{self._where}/{name}: video {video} has another checksum; copy the file again")
             if name == "segmentations":
@@ -252,16 +246,25 @@ class _Hdf5Split:
             if name == "ignored":
                 arrays[name] = arrays[name] != 0
         name = self._text("video_ids", video) or f"{self.group.name.strip('/') or 'train'}_{video:05d}"
-        instances = json.loads(self._text("instances", video) or "[]")
-        known = tuple(Instance(**{**item, "visibility": tuple(item["visibility"])}) for item in instances)
+        try:
+            instances = json.loads(self._text("instances", video) or "[]")
+            known = tuple(Instance(**{**item, "visibility": tuple(item["visibility"])}) for item in instances)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{self._where}/instances: video {video} is damaged; copy the file again") from error
         fingerprint = self.spec.fingerprints[video] if self.spec.fingerprints else ""
         return Row(video, name, rows.stop - rows.start, {}, known, fingerprint), arrays
 
     def _text(self, name: str, video: int) -> str:
-        if name not in self.group:
-            return ""
-        value = self.group[name][video]
+        texts = self._whole(name)
+        value = "" if texts is None else texts[video]
         return os.fsdecode(value) if isinstance(value, bytes) else str(value)
+
+    def _whole(self, name: str) -> Any:
+        """All of a small array; None without it."""
+        if name not in self._small:
+            array = self.group.get(name)
+            self._small[name] = None if array is None else array[...]
+        return self._small[name]
 
 
 def _checksum(values: npt.NDArray[Any]) -> int:

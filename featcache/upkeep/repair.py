@@ -178,18 +178,17 @@ def _origins(folder: Path, split: SplitSpec, lost: list[int], source: Source, st
 
 def _prepare_copy(store: FeatureStore, names: list[str], means: Means, progress: Progress) -> Callable[[], object]:
     origin_path = _origin_path(store, means)
-    jobs = []
-    with open_origin(origin_path) as origin:
-        for name in names:
-            split = read_split_spec(store.path / name)
-            chosen = split.shard_chunks == fitting_shards(store.spec, split)
-            videos = None if chosen else split.shard_chunks // -(-max(split.lengths) // split.chunk_frames)
-            options = ConvertOptions(store.spec.dtype, tuple(store.spec.taps), (name,), videos)
-            jobs.append(options)
-            refuse_if_different(store.path, store.spec.identity(), copied_spec(origin, options).identity())
-            there = origin.splits[name].spec if name in origin.splits else None
-            kept = {"source_fingerprint": split.source_fingerprint, "lengths": split.lengths}
-            refuse_if_different(store.path / name, kept, {key: getattr(there, key, None) for key in kept})
+    origin, jobs = open_origin(origin_path), []
+    for name in names:
+        split = read_split_spec(store.path / name)
+        chosen = split.shard_chunks == fitting_shards(store.spec, split)
+        videos = None if chosen else split.shard_chunks // -(-max(split.lengths) // split.chunk_frames)
+        options = ConvertOptions(store.spec.dtype, tuple(store.spec.taps), (name,), videos)
+        jobs.append(options)
+        refuse_if_different(store.path, store.spec.identity(), copied_spec(origin, options).identity())
+        there = origin.splits[name].spec if name in origin.splits else None
+        kept = {"source_fingerprint": split.source_fingerprint, "lengths": split.lengths}
+        refuse_if_different(store.path / name, kept, {key: getattr(there, key, None) for key in kept})
 
     def copy() -> None:
         for options in jobs:
@@ -238,10 +237,10 @@ def _rebuilt_spec(store: FeatureStore, folder: Path, means: Means) -> SplitSpec:
         shard_chunks=video.shards[0] // frames if video.shards else 0,
     )
     if spec.exported_from:
-        with open_origin(_origin_path(store, means)) as origin:
-            if name not in origin.splits:
-                raise DataError(f"{origin.path}: has no split {name}; name the store's origin with --data")
-            made = replace(origin.splits[name].spec, **bare.form())
+        origin = open_origin(_origin_path(store, means))
+        if name not in origin.splits:
+            raise DataError(f"{origin.path}: has no split {name}; name the store's origin with --data")
+        made = replace(origin.splits[name].spec, **bare.form())
     else:
         made = arranged(bare, rows, Found(means.source(store), name, spec.frame_stride))
     ends = made.starts[1:].tolist()

@@ -84,7 +84,9 @@ def bench_extract(
     from slotlab.commands import terminal
     from slotlab.commands.tables import plain_table
 
-    source = open_source(data, Reading(frames_as="images"))
+    source = open_source(data)
+    if source.question():
+        source = open_source(data, Reading(frames_as="images"))  # what they are matters little to the rate
     model = load_backbone(backbone, weights, (), parse_size("--input-size", input_size), pick_device(device))
     options = ExtractOptions(
         splits=(split or source.splits()[0],), max_videos=videos, batch_size=batch_size, precision=precision

@@ -11,6 +11,7 @@ import typer
 
 from featcache.errors import IncompatibleError, UsageError
 from slotlab.commands.options import Device, Json, print_json
+from slotlab.protocols.published import asked
 from slotlab.words import Floors, Refinement
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ def evaluate(
     floors: Annotated[
         Floors, typer.Option(help="Floors to measure: usual, or all, which adds normalised cuts.")
     ] = "usual",
+    protocol: Annotated[
+        list[str] | None,
+        typer.Option(help="Published protocol to score by as well: dinosaur, spot, davis-unsupervised ..., or all."),
+    ] = None,
     against: Annotated[Path | None, typer.Option(help="Run to test this one against, video by video.")] = None,
     device: Device = "auto",
     as_json: Json = False,
@@ -41,8 +46,11 @@ def evaluate(
     """Score a run: FG-ARI, ARI, mBO, mIoU by frame, video and material, beside a ceiling and floors."""
     from featcache.machine import pick_device
     from slotlab.commands import terminal
+    from slotlab.commands.protocols import protocols_table
     from slotlab.commands.splits import chosen_split
     from slotlab.commands.tables import gains_table, outlines_table, paired_table, scores_table
+    from slotlab.protocols.scorer import ProtocolScorer
+    from slotlab.protocols.store import apply_all
     from slotlab.runs.folder import keep_result
     from slotlab.runs.loaded import load_run
     from slotlab.scoring.evaluate import evaluate as run_evaluate
@@ -50,6 +58,7 @@ def evaluate(
     from slotlab.scoring.paired import paired
     from slotlab.scoring.tables import require_truth
 
+    wanted = asked(protocol or ())
     if sheet and sheet.suffix.lower() != ".png":
         raise UsageError(f"--sheet {sheet}: is drawn as PNG; name a file that ends in .png")
     loaded = load_run(run, cache, pick_device(device))
@@ -58,6 +67,10 @@ def evaluate(
     if fine := boundaries or refine is not None or bool(binarise):
         outlines = OutlineScorer(loaded, chosen, refine, binarise or ())
         also.append(outlines.add)
+    applied, left_out = apply_all(wanted, chosen)
+    protocols = ProtocolScorer(chosen, applied, loaded.model.slots)
+    if applied:
+        also.append(protocols.add)
     if sheet:
         from slotlab.pictures.sheet import draw_sheet
         from slotlab.pictures.still import Stills, pick_videos
@@ -67,6 +80,9 @@ def evaluate(
     found = run_evaluate(loaded, chosen.name, also=also, floors=floors)
     if fine:
         found = replace(found, fine=outlines.result())
+    if wanted:
+        told = protocols.result() | {name: {"left_out": why} for name, why in left_out.items()}
+        found = replace(found, fine={**found.fine, "protocols": told})
     result = found.as_dict()
     terminal.warn(keep_result(run, loaded.store, result))
     if sheet:
@@ -81,6 +97,9 @@ def evaluate(
         terminal.warn(found.warnings)
         if fine:
             terminal.out.print(outlines_table(found), gains_table(found))
+        if wanted:
+            terminal.out.print(protocols_table(found))
+            terminal.warn([f"not scored: {line}" for line in left_out.values()])
         if compared:
             terminal.out.print(paired_table(compared))
 

@@ -20,7 +20,7 @@ Precision = Literal["auto", words.Precision]
 Cache = Annotated[Path, typer.Option("--cache", help="Store made by slotlab extract.", show_default=False)]
 MaskColours = Annotated[bool, typer.Option("--mask-colours", help="Masks by colour: each colour is one object.")]
 IgnoreLabel = Annotated[str | None, typer.Option(help="Number of void pixels in masks; a colour: #rrggbb; or none.")]
-AsFrames = Annotated[FramesAs | None, typer.Option(help="Meaning of numbered images in the folder itself.")]
+AsFrames = Annotated[FramesAs | None, typer.Option(help="Meaning of the images of a folder: one video, or one each.")]
 
 
 def parse_size(option: str, text: str | None) -> int | tuple[int, int] | None:

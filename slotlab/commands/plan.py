@@ -43,7 +43,7 @@ def plan(
         raise UsageError("plan: name the data by one of --cache STORE, --data SOURCE and --videos N")
     settings = load_config(preset, config, override or (), optim__batch_size=batch_size)
     from featcache.backbones.backbone import outline
-    from featcache.sources import Reading, open_source
+    from featcache.sources import open_source
     from featcache.store.encoding import ENCODINGS
     from featcache.store.reading import FeatureStore
     from slotlab.planning.data import DataSet
@@ -57,7 +57,7 @@ def plan(
     else:
         tower = outline(backbone, tuple(tap or ()), parse_size("--input-size", input_size))
         if data is not None:
-            of = DataSet.of_source(open_source(data, Reading(frames_as="images")), tower)
+            of = DataSet.of_source(open_source(data), tower)
         else:
             size = parse_size("--frame-size", frame_size)
             assert videos is not None and size is not None

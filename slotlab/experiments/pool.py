@@ -59,7 +59,7 @@ def carry_out(runs: Sequence[Run], places: Sequence[str], watcher: Watcher) -> N
     """
     waiting = deque(runs)
     busy: dict[Any, tuple[_Worker, Run]] = {}  # by connection
-    workers = [_Worker(device) for device in places]
+    workers = [_Worker(device, places.count(device)) for device in places]
 
     def give(worker: _Worker) -> None:
         if waiting:
@@ -97,6 +97,7 @@ class _Worker:
     """A process and the connection to it; a fresh process replaces one that died."""
 
     device: str
+    sharers: int  # workers on that device
     _process: SpawnProcess | None = None
     _link: Connection | None = None
 
@@ -112,7 +113,7 @@ class _Worker:
         self.stop()
         context = multiprocessing.get_context("spawn")
         self._link, theirs = context.Pipe()
-        self._process = context.Process(target=work, args=(theirs, self.device))
+        self._process = context.Process(target=work, args=(theirs, self.device, self.sharers))
         with _without_interrupts(), _threads(self.device):
             self._process.start()
         theirs.close()  # so that its death closes the connection

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from featcache.errors import FeatcacheError
+from featcache.machine import share_memory
 from featcache.store.reading import FeatureStore
 from slotlab.experiments.plan import ERROR, Run
 from slotlab.runs import checkpoint
@@ -28,8 +29,8 @@ from slotlab.training.train import train
 OUTPUT = "output.txt"  # what a run printed, if anything
 
 
-def work(link: Connection, device: str) -> None:
-    """Carry out the runs that arrive through ``link`` until it closes.
+def work(link: Connection, device: str, sharers: int) -> None:
+    """Carry out the runs that arrive through ``link`` until it closes; ``sharers`` processes use the device.
 
     Sends ``("row", row)`` for each logged row and ``("ended", error or None)`` for each run. A run that fails
     leaves its error in its folder; this process goes on with the next.
@@ -37,6 +38,7 @@ def work(link: Connection, device: str) -> None:
     threading.Thread(target=_die_with_parent, daemon=True).start()
     if torch.device(device).type == "cpu":
         torch.set_num_threads(1)  # many processes share the cores, and one thread makes a run repeatable
+    share_memory(torch.device(device), sharers)  # else two that start together count on the same free memory
     known: KnownReferences = {}  # ceilings and floors, which many runs share
     while True:
         try:

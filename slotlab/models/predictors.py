@@ -1,6 +1,7 @@
 """Predictors: from the slots of one frame to the initial slots of the next.
 
-``active`` is False for padded slots.
+``active`` is False for padded slots. A predictor treats the samples of a batch apart, and draws nothing at random: its
+parameters get their gradients from a second call (:mod:`slotlab.models.repeated`).
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -10,7 +12,8 @@ from slotlab.config.model import RecurrentConfig, SlotAttentionConfig
 from slotlab.models.initializers import INITIALIZERS
 from slotlab.models.predictors import PREDICTORS
 from slotlab.models.randomness import Draws
-from slotlab.models.slot_attention import Attended, SlotAttention
+from slotlab.models.repeated import Repeated
+from slotlab.models.slot_attention import Attended, Projected, SlotAttention
 
 
 class Recurrence(nn.Module):
@@ -38,23 +41,77 @@ class Recurrence(nn.Module):
         self.predict = PREDICTORS[predictor.kind](config.slot_dim, predictor) if predictor else None
 
     def forward(self, tokens: Float[Tensor, "B T N S"], clustered: Float[Tensor, "B T N D"], draws: Draws) -> Attended:
-        """Slots of all frames, (B * T, ...), each clip's in order; initialisers cluster the tokens ``clustered``."""
-        projected = self.attend.project(tokens)
-        active = self._drawn(len(tokens), draws, tokens.device)
-        frames: list[Attended] = []
-        for index in range(tokens.shape[1]):
-            fresh = self.predict is None or self._starts(index)
-            if fresh:
-                slots = self.initialize(tokens[:, index], clustered[:, index], draws)
+        """Slots of all frames, (B * T, ...), each clip's in order; initialisers cluster the tokens ``clustered``.
+
+        All is float32, under autocast too: slots are sums over many rounds, and their products are small.
+        """
+        with torch.autocast(tokens.device.type, enabled=False):
+            tokens = tokens.float()
+            projected = self.attend.project(tokens).frames()
+            active = self._drawn(len(tokens), draws, tokens.device)
+            starts = {
+                index: self.initialize(*frame, draws)
+                for index, frame in enumerate(zip(tokens.unbind(1), clustered.unbind(1), strict=True))
+                if self.predict is None or self._starts(index)
+            }
+            apart = self.config.predictor is not None and self.config.predictor.stop_gradient
+            if apart and torch.is_grad_enabled() and len(starts) < len(projected):
+                frames = self._at_once(projected, starts, active)
             else:
-                slots = self._next(frames[-1].slots, active)
-            frames.append(self.attend.refine(projected.frame(index), slots, self._iterations(fresh), active))
+                frames = self._in_turn(projected, starts, active)
+        if len(frames) == 1:
+            return frames[0]
         return Attended(
             torch.stack([frame.slots for frame in frames], 1).flatten(0, 1),
             torch.stack([frame.attention for frame in frames], 1).flatten(0, 1),
             torch.stack([frame.logits for frame in frames], 1).flatten(0, 1),
             None if active is None else active.repeat_interleave(len(frames), 0),
         )
+
+    def _in_turn(
+        self, projected: Sequence[Projected], starts: Mapping[int, Tensor], active: Bool[Tensor, "B K"] | None
+    ) -> list[Attended]:
+        """Frame by frame, from given slots ``starts`` (B, K, S) or those predicted by the frame before."""
+        layers = self.attend.layers(sum(self._iterations(index in starts) for index in range(len(projected))))
+        predict = None if self.predict is None else Repeated(self.predict, len(projected) - len(starts))
+        frames: list[Attended] = []
+        for index, frame in enumerate(projected):
+            if index in starts:
+                slots = starts[index]
+            else:
+                assert predict is not None and self.config.predictor is not None
+                before = frames[-1].slots
+                slots = predict(before.detach() if self.config.predictor.stop_gradient else before, active)
+            frames.append(self.attend.refine(frame, layers, slots, self._iterations(index in starts), active))
+        return frames
+
+    def _at_once(
+        self, projected: Sequence[Projected], starts: Mapping[int, Tensor], active: Bool[Tensor, "B K"] | None
+    ) -> list[Attended]:
+        """The same where no gradient passes from a frame to the next: in turn without gradients, for the slots that the
+        predictor gets, and then with them, all frames at once."""
+        assert self.predict is not None
+        with torch.no_grad():
+            before = [frame.slots for frame in self._in_turn(projected[:-1], starts, active)]
+        later = [index for index in range(len(projected)) if index not in starts]
+        given = torch.cat([before[index - 1] for index in later])  # (frames * B, K, S)
+        slots = dict(starts)
+        slots |= zip(later, self.predict(given, _for_each(later, active)).chunk(len(later)), strict=True)
+        groups: dict[int, list[int]] = {}  # frames by their iterations
+        for index in range(len(projected)):
+            groups.setdefault(self._iterations(index in starts), []).append(index)
+        layers = self.attend.layers(sum(groups))
+        frames: dict[int, Attended] = {}
+        for iterations, group in groups.items():
+            together = Projected(
+                *(torch.cat([getattr(projected[i], name) for i in group]) for name in ("key", "value"))
+            )
+            of_all = _for_each(group, active)
+            found = self.attend.refine(together, layers, torch.cat([slots[i] for i in group]), iterations, of_all)
+            parts = (part.chunk(len(group)) for part in (found.slots, found.attention, found.logits))
+            for index, slots_of, attention, logits in zip(group, *parts, strict=True):
+                frames[index] = Attended(slots_of, attention, logits, active)
+        return [frames[index] for index in range(len(projected))]
 
     def _drawn(self, batch: int, draws: Draws, device: torch.device) -> Bool[Tensor, "B K"] | None:
         """Random slots of each clip that take part, the same in all frames; None if all always do."""
@@ -72,7 +129,7 @@ class Recurrence(nn.Module):
         predictor = self.config.predictor
         return predictor.first_iterations if predictor is not None and fresh else self.config.iterations
 
-    def _next(self, slots: Float[Tensor, "B K S"], active: Bool[Tensor, "B K"] | None) -> Float[Tensor, "B K S"]:
-        assert self.predict is not None and self.config.predictor is not None
-        predicted: Tensor = self.predict(slots.detach() if self.config.predictor.stop_gradient else slots, active)
-        return predicted
+
+def _for_each(frames: Sequence[int], active: Bool[Tensor, "B K"] | None) -> Bool[Tensor, "F K"] | None:
+    """What holds for the clips, for that many frames of each, one frame of all clips after the other."""
+    return None if active is None else active.repeat(len(frames), 1)

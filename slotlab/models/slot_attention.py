@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from slotlab.config.model import Gradient
+from slotlab.models.repeated import Repeated
 
 EPSILON = 1e-8  # keeps the mean of a slot without patches finite
 NEVER = -1e9  # a logit whose softmax is 0; finite, so that a frame without any active slot gives no NaN
@@ -17,14 +19,23 @@ NEVER = -1e9  # a logit whose softmax is 0; finite, so that a frame without any 
 
 @dataclass(frozen=True)
 class Projected:
-    """Key and value of every patch that slots attend to."""
+    """What slots attend to: of every patch a key, which holds the map of the queries and the scale too, and a value."""
 
     key: Float[Tensor, "*B N S"]
     value: Float[Tensor, "*B N S"]
 
-    def frame(self, index: int) -> Projected:
-        """Keys and values of frame ``index`` of clips (B, T, N, S)."""
-        return Projected(self.key[:, index], self.value[:, index])
+    def frames(self) -> list[Projected]:
+        """Those of each frame, of clips (B, T, N, S)."""
+        return [Projected(*frame) for frame in zip(self.key.unbind(1), self.value.unbind(1), strict=True)]
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What is applied to the slots in every round."""
+
+    norm: Callable[[Tensor], Tensor]
+    gru: Callable[[Tensor, Tensor], Tensor]
+    mlp: Callable[[Tensor], Tensor] | None
 
 
 @dataclass(frozen=True)
@@ -95,16 +106,26 @@ class SlotAttention(nn.Module):
         active: Bool[Tensor, "B K"] | None = None,
     ) -> Attended:
         """Slots and attention after ``iterations`` >= 1 rounds from initial slots; ``active``: False for padding."""
-        return self.refine(self.project(inputs), slots, iterations, active)
+        return self.refine(self.project(inputs), self.layers(iterations), slots, iterations, active)
 
     def project(self, inputs: Float[Tensor, "*B N D"]) -> Projected:
-        """Keys and values of all tokens, for example of all frames of a clip at once."""
+        """Keys and values of all tokens, for example of all frames of a clip at once.
+
+        A logit is (W_q q) . (W_k x), which is q . (W_q^T W_k x): the queries' map is applied here, once.
+        """
         inputs = self.norm_inputs(inputs)
-        return Projected(self.to_key(inputs), self.to_value(inputs))
+        keys = self.to_query.weight.T @ self.to_key.weight * self.scale  # (S, D)
+        return Projected(F.linear(inputs, keys), self.to_value(inputs))
+
+    def layers(self, rounds: int) -> Layers:
+        """The layers for that many rounds in one pass."""
+        mlp = None if self.mlp is None else Repeated(self.mlp, rounds)
+        return Layers(Repeated(self.norm_slots, rounds), Repeated(self.gru, rounds), mlp)
 
     def refine(
         self,
         projected: Projected,
+        layers: Layers,
         slots: Float[Tensor, "B K S"],
         iterations: int,
         active: Bool[Tensor, "B K"] | None = None,
@@ -113,24 +134,22 @@ class SlotAttention(nn.Module):
         initial, passes = slots, self.gradient == "full"
         with torch.set_grad_enabled(torch.is_grad_enabled() and passes):
             for _ in range(iterations - 1):
-                slots = self._iterate(projected, slots, active).slots
+                slots = self._iterate(projected, layers, slots, active).slots
         if not passes:
             slots = slots.detach()
         if self.gradient == "bilevel":
             slots = slots + initial - initial.detach()  # value of slots, gradient to initial
-        return self._iterate(projected, slots, active)
+        return self._iterate(projected, layers, slots, active)
 
-    def _iterate(self, projected: Projected, slots: Tensor, active: Tensor | None) -> Attended:
-        query = self.to_query(self.norm_slots(slots))  # (B, K, S)
-        logits = torch.einsum("bks,bns->bkn", query * self.scale, projected.key).float()
-        logits = hide_padding(logits, active)
+    def _iterate(self, projected: Projected, layers: Layers, slots: Tensor, active: Tensor | None) -> Attended:
+        logits = hide_padding(layers.norm(slots) @ projected.key.transpose(1, 2), active)  # (B, K, N)
         attention = logits.softmax(dim=1)  # the slots compete for each patch
-        weights = attention + EPSILON
-        weights = weights / weights.sum(-1, keepdim=True)  # a weighted mean over the patches
-        updates = torch.einsum("bkn,bns->bks", weights.to(projected.value.dtype), projected.value)
-        updated: Tensor = self.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
-        if self.mlp is not None:
-            updated = updated + self.mlp(updated)
+        # A weighted mean over the patches. By logarithms: the gradient of a quotient takes three times the operations.
+        weights = (attention + EPSILON).log().softmax(-1)
+        updates = weights @ projected.value  # (B, K, S)
+        updated = layers.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+        if layers.mlp is not None:
+            updated = updated + layers.mlp(updated)
         return Attended(updated, attention, logits, active)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -53,8 +55,11 @@ class Attention(nn.Module):
 
     def _heads(self, tokens: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, heads, M, D / heads), keys and values (B, heads, K, D / heads)."""
-        parts = (self.to_query(tokens), self.to_key(memory), self.to_value(memory))
-        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        if tokens is memory:
+            parts = applied((self.to_query, self.to_key, self.to_value), tokens)
+        else:
+            parts = (self.to_query(tokens), *applied((self.to_key, self.to_value), memory))
+        query, key, value = (part.view(*part.shape[:-1], self.heads, -1).transpose(1, 2) for part in parts)
         return query, key, value
 
     def _merge(self, mixed: Tensor) -> Tensor:
@@ -136,6 +141,12 @@ class CausalCrossBlock(nn.Module):
         normed = self.norm_past(tokens)
         seen: Tensor = tokens + self.to_past(normed, normed, causal=True)
         return seen
+
+
+def applied(layers: Sequence[nn.Linear], tokens: Float[Tensor, "*B D"]) -> tuple[Tensor, ...]:
+    """The results of linear layers of one width, by one product."""
+    weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    return F.linear(tokens, weight, bias).chunk(len(layers), -1)
 
 
 def xavier(module: torch.nn.Module) -> None:

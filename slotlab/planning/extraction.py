@@ -61,4 +61,4 @@ def count_pass(backbone: Backbone, frames: int, precision: Precision) -> Cost:
         tally.restart()
         with autocast(CPU, precision):
             ready(images)
-        return Cost(dict(tally.work), tally.peak - images.nbytes, state, 0)
+        return tally.cost(tally.peak - images.nbytes, state)

@@ -127,8 +127,8 @@ def check_store(run: Path, store: FeatureStore) -> None:
     if tap == VIDEO:
         return
     noted, name = trained_on(run), store.tap(tap)
-    # How features are stored, not what they mean.
-    ignored = ("dtype", "precision", "frame_stride", "taps.", "schema")
+    # How features are stored and which part of a frame they are of, not what they mean.
+    ignored = ("dtype", "precision", "frame_stride", "taps.", "schema", "preprocessing.fit", "preprocessing.margin")
 
     def deciding(identity: Mapping[str, Any], taps: Mapping[str, Any]) -> dict[str, Any]:
         kept = {key: value for key, value in identity.items() if not key.startswith(ignored)}

@@ -15,7 +15,7 @@ from featcache.store import encoding
 DECIDE = (
     Path(moments.__file__),
     Path(encoding.__file__),
-    *(Path(__file__).parent.parent / room for room in ("config", "models", "masks", "scoring")),
+    *(Path(__file__).parent.parent / room for room in ("config", "models", "masks", "scoring", "protocols")),
 )
 
 

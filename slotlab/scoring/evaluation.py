@@ -13,7 +13,7 @@ from slotlab.scoring.groups import Confidence, Groups
 from slotlab.scoring.references import References
 from slotlab.scoring.scores import Summary, Values
 
-_FINE = ("boundaries", "refined", "binarised")
+_FINE = ("boundaries", "refined", "binarised", "protocols")
 _DIAGNOSTICS = (*NAMES, "kept_slots")
 
 
@@ -38,7 +38,7 @@ class Evaluation:
     largest_activation_by_slot: Sequence[float]  # (K,)
     warnings: Sequence[str]
     groups: Groups
-    fine: Mapping[str, Any] = field(default_factory=dict)  # results of slotlab.scoring.fine, if asked for
+    fine: Mapping[str, Any] = field(default_factory=dict)  # of slotlab.scoring.fine and .protocols, if asked for
     content: str = ""  # hash of the split's videos; "" in evaluations of earlier versions
 
     @property

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -57,6 +57,7 @@ class Cost:
     peak: int  # the most bytes that are held at one time, the batch left out
     state: int  # of them those that stay between steps: parameters, buffers, gradients, optimiser
     parameters: int  # trained numbers
+    operators: Mapping[str, int] = field(default_factory=dict)  # the operations of ``work`` by torch's names
 
     @property
     def flops(self) -> int:
@@ -100,7 +101,7 @@ def count_step(config: Config, inputs: ModelInput, batch: Format, *, on_gpu: boo
         tally.restart()
         step(features)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return Cost(dict(tally.work), tally.peak - batch.bytes, tally.live - batch.bytes, parameters)
+        return tally.cost(tally.peak - batch.bytes, tally.live - batch.bytes, parameters)
 
 
 class Fake(FakeTensorMode):  # type: ignore[no-untyped-call]
@@ -116,13 +117,19 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.work: Counter[Work] = Counter()
+        self.operators: Counter[str] = Counter()
         self.live = self.peak = 0  # bytes
         self._held: set[int] = set()  # storages, by address
 
     def restart(self) -> None:
         """Forget the operations so far, and the highest memory; what is held stays."""
         self.work.clear()
+        self.operators.clear()
         self.peak = self.live
+
+    def cost(self, peak: int, state: int, parameters: int = 0) -> Cost:
+        """All that was noted, with the memory and the parameters that the caller knows of."""
+        return Cost(dict(self.work), peak, state, parameters, dict(self.operators))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -146,6 +153,7 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
             flops = 0 if count is None else int(count(*args, **kwargs, out_val=result))
             moved = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*operands, *results))
             self.work[Work(flops, moved, operands[0].dtype if flops else None)] += 1
+            self.operators[func._overloadpacket.__name__] += 1
         return result
 
     def _hold(self, storage: torch.UntypedStorage) -> None:

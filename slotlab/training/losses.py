@@ -42,9 +42,9 @@ def temporal_similarity(output: Output, config: LossConfig) -> Tensor:
     shift = config.similarity_shift
     predicted = output.similarity[:, :-shift].float()  # (B, T - shift, M, N)
     with torch.no_grad(), torch.autocast(predicted.device.type, enabled=False):
-        here = F.normalize(output.decoded_target[:, :-shift].float(), dim=-1)
-        later = F.normalize(output.target[:, shift:].float(), dim=-1)
-        closeness = here @ later.transpose(-2, -1)  # (B, T - shift, M, N)
+        unit = F.normalize(output.target.float(), dim=-1)  # (B, T, N, D)
+        decoded = unit if output.positions is None else unit[..., output.positions, :]
+        closeness = decoded[:, :-shift] @ unit[:, shift:].transpose(-2, -1)  # (B, T - shift, M, N)
         away = closeness < 0
         lost = away.all(-1, keepdim=True)
         logits = closeness.masked_fill(away, -torch.inf).masked_fill(lost, 0.0) / config.similarity_temperature
@@ -64,8 +64,8 @@ def slot_contrast(output: Output, config: LossConfig) -> Tensor:
         frames = F.normalize(output.slots.float(), dim=-1).transpose(0, 1).flatten(1, 2)  # (T, B K, S)
         before = gathered(frames[:-1]).transpose(0, 1)  # (T - 1, R, B K, S)
         logits = frames[1:] @ before.flatten(1, 2).transpose(-2, -1) / config.contrast_temperature  # (.., B K, R B K)
-    first = rank() * frames.shape[1]
-    return -logits.log_softmax(-1).diagonal(first, dim1=-2, dim2=-1).mean()
+    itself = torch.arange(frames.shape[1], device=logits.device) + rank() * frames.shape[1]  # (B K,)
+    return F.cross_entropy(logits.flatten(0, 1), itself.repeat(len(logits)))
 
 
 def assignment(output: Output, config: LossConfig) -> Tensor:
@@ -123,5 +123,5 @@ def losses(output: Output, config: LossConfig) -> dict[str, Tensor]:
 def total(components: dict[str, Tensor], config: LossConfig) -> Tensor:
     """The weighted sum of the losses, a scalar."""
     weights = config.weights()
-    first, *rest = (weights[name] * value for name, value in components.items())
+    first, *rest = (value if weights[name] == 1 else weights[name] * value for name, value in components.items())
     return sum(rest, first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from featcache.machine import limited_executor
 from featcache.store.reading import FeatureStore
 from slotlab.config.schema import Config
 from slotlab.models.base import Model
@@ -25,6 +27,9 @@ from slotlab.training.processes import Ranks
 from slotlab.training.schedule import learning_rate, make_schedule, plain_state, update_average
 
 NEVER = torch.iinfo(torch.int64).max
+
+# Where a thread draws what the next step needs while this one is computed. On a CPU the cores are the trainer's.
+DRAWN_BESIDE = ("cuda",)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,9 @@ class TrainStep:
             model.before_compiling()
             self.forward = torch.compile(self.forward, mode="reduce-overhead" if optim.cuda_graphs else "default")
         self._requests: list[Request] | None = None  # draws of a forward pass, once they are known
+        self._drawing = limited_executor("slotlab-draws") if ranks.device.type in DRAWN_BESIDE else None
+        self._drawn: dict[tuple[int, int], Future[Draws]] = {}  # by step and part
+        self._share = torch.full((), 1 / optim.accumulate, device=ranks.device)  # of a part in the gradient
         self._bad_since = torch.full((), NEVER, device=ranks.device)
 
     @classmethod
@@ -89,10 +97,12 @@ class TrainStep:
     def __call__(self, features: Tensor) -> Taken:
         """Train on this rank's share of a batch, stored features (B, ...). Returns before the device has finished."""
         components = self.gradients(features)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
+        # Named, as torch takes the slow way for tensors of other classes, such as fake ones.
+        foreach = self.ranks.device.type != "mps" or None
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm, foreach=foreach)
         taken = Taken(components, norm, float(self.schedule.get_last_lr()[0]))
         self.count += 1
-        finite = torch.isfinite(norm) & torch.isfinite(total(components, self.config.loss))
+        finite = (norm + total(components, self.config.loss)).abs() < torch.inf  # nor NaN
         self._bad_since = torch.where(finite, self._bad_since, self._bad_since.clamp(max=self.count))
         self.optimizer.step()
         self.schedule.step()
@@ -108,19 +118,26 @@ class TrainStep:
         self.optimizer.zero_grad(set_to_none=True)
         if optim.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
-        components: dict[str, Tensor] = {}
+        parts: list[dict[str, Tensor]] = []
         if optim.compile and self.forward is not self.model and self._requests is None:
             self._requests = self._rehearse(features)
         for part, some in enumerate(features.chunk(optim.accumulate)):
             last = part == optim.accumulate - 1  # ranks exchange gradients once, with the last part
             apart = nullcontext() if last or self.ranks.count == 1 else self.forward.no_sync()
+            draws = self._draws(part)
             with apart, matrix_products(optim.precision):
                 with self._autocast():
-                    found = losses(self.forward(some, self._draws(part)), loss)
-                (total(found, loss) / optim.accumulate).backward()  # type: ignore[no-untyped-call]
-            for name, value in found.items():
-                components[name] = components.get(name, 0.0) + value.detach() / optim.accumulate
-        return components
+                    found = losses(self.forward(some, draws), loss)
+                total(found, loss).backward(self._share)  # type: ignore[no-untyped-call]
+            parts.append({name: value.detach() for name, value in found.items()})
+        if self._drawing is not None:
+            if self._requests is None:
+                self._requests = draws.requests
+            following = [(self.count + 1, part) for part in range(optim.accumulate)]
+            self._drawn = {which: self._drawing.submit(self._draw, *which) for which in following}
+        if optim.accumulate == 1:
+            return parts[0]
+        return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
     @torch.no_grad()
     def loss(self, features: Tensor) -> Tensor:
@@ -147,9 +164,14 @@ class TrainStep:
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=bfloat16)
 
     def _draws(self, part: int) -> Draws:
+        """What a part of this step draws, each value given once."""
+        ahead = self._drawn.pop((self.count, part), None)
+        return self._draw(self.count, part) if ahead is None else ahead.result()
+
+    def _draw(self, step: int, part: int) -> Draws:
         parts = self.config.optim.accumulate
         share = Share(self.ranks.rank * parts + part, self.ranks.count * parts)
-        draws = self.source.of_step(self.config.seed, self.count, share)
+        draws = self.source.of_step(self.config.seed, step, share)
         return draws if self._requests is None else DrawnAhead(draws, self._requests)
 
     # -- checkpoints -----------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import repeat
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -13,8 +16,8 @@ from slotlab.models.decoders.base import Decoded, Decoder, Heads, Sizes, hidden_
 from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import Attended, hide_padding
 
-# Rows of hidden activations (one for each slot and patch) that pass the layers at a time: few enough for a CPU's
-# cache, and enough to fill a GPU.
+# Rows of hidden activations (one for each slot and patch) that pass the layers at a time, or nearly as many: few enough
+# for a CPU's cache, and enough to fill a GPU.
 ROWS_ON_CPU, ROWS = 1 << 11, 1 << 18
 
 
@@ -54,23 +57,25 @@ class MLPDecoder(Decoder):
             shape = (len(slots), len(from_position), slots.shape[1])
             noise = -draws.exponential(shape, slots.device).log()  # (B, M, K), of Gumbel's distribution
         parts = []
-        step = self._patches_at_a_time(slots)
-        for start in range(0, len(from_position), step):
-            some = slice(start, start + step)
-            given = (from_slots, from_position[some], None if noise is None else noise[:, some], active)
+        step = self._patches_at_a_time(slots, len(from_position))
+        noises = repeat(None) if noise is None else torch.split(noise, step, 1)
+        for some, of_some in zip(torch.split(from_position, step), noises, strict=False):
+            given = (from_slots, some, of_some, active)
             if self.config.recompute and torch.is_grad_enabled():
                 parts.append(checkpoint(self._mix, *given, use_reentrant=False, preserve_rng_state=False))
             else:
                 parts.append(self._mix(*given))
-        mixed, masks = (torch.cat(part, 1) for part in zip(*parts, strict=True))  # (B, M, H), (B, M, K)
+        # (B, M, H), (B, M, K)
+        mixed, masks = parts[0] if len(parts) == 1 else (torch.cat(part, 1) for part in zip(*parts, strict=True))
         tokens, similarity = self.heads(mixed)
         return Decoded(tokens, masks.transpose(1, 2), similarity, positions)
 
-    def _patches_at_a_time(self, slots: Float[Tensor, "B K S"]) -> int:
+    def _patches_at_a_time(self, slots: Float[Tensor, "B K S"], patches: int) -> int:
         # torch.compile unrolls the loop, so take as few turns there as memory allows, on a CPU too.
         cached = slots.device.type == "cpu" and not torch.compiler.is_compiling()
         rows = self.rows or (ROWS_ON_CPU if cached else ROWS)
-        return max(1, rows // (slots.shape[0] * slots.shape[1]))
+        turns = max(1, round(patches * slots.shape[0] * slots.shape[1] / rows))
+        return math.ceil(patches / turns)
 
     def _mix(
         self,
@@ -82,7 +87,7 @@ class MLPDecoder(Decoder):
         """Hidden vectors averaged over the slots by the masks, and these masks."""
         # With slots in the last dimension but one, the average over them is a matrix product without a copy.
         hidden = self.hidden[2:](self._second_layer(from_slots, from_position))  # (B, M, K, H)
-        logits = self.mask(hidden)[..., 0].float()  # (B, M, K)
+        logits = self.mask(hidden).squeeze(-1).float()  # (B, M, K)
         logits = hide_padding(logits.transpose(1, 2), active).transpose(1, 2)
         masks = self._masks(logits if noise is None else logits + noise)
         return (masks.unsqueeze(2).to(hidden.dtype) @ hidden).squeeze(2), masks
@@ -107,7 +112,8 @@ class MLPDecoder(Decoder):
         return hidden
 
     def _masks(self, logits: Float[Tensor, "B M K"]) -> Float[Tensor, "B M K"]:
-        soft = (logits / self.config.mask_temperature).softmax(-1)
+        temperature = self.config.mask_temperature
+        soft = (logits if temperature == 1 else logits / temperature).softmax(-1)
         if not self.training or self.config.masks == "soft":
             return soft
         hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)

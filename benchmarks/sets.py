@@ -1,0 +1,154 @@
+"""One preset on many sets: training-free segments, the model untrained and trained, with and without guided edges.
+
+    python -m benchmarks.sets --home STORE NAME=STORE[:SPLIT] ... [--own NAME=STORE[:SPLIT] ...] [--last NAME=N ...]
+        [--preset objects] [--seeds 0 1 2] [--folder runs/sets] [--json]
+
+``carried`` is trained on the store ``--home`` alone and scored on every set as it is; ``own`` is trained on the set's
+own videos of ``--own``, which must not be among those scored: ``--last moving=4`` scores the last 4 of a split alone.
+Runs are kept in the folder and used again. FG-ARI is a mean over frames of two objects or more, mBO over all frames
+with objects; both at the store's frame size, of soft masks upsampled and of the same after a guided filter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import report
+from featcache.store.reading import FeatureStore, Split
+from slotlab.config.load import load_config
+from slotlab.masks.refine import refine
+from slotlab.models.normalise import Normaliser
+from slotlab.models.segments import SHRINKAGE, soft_segments
+from slotlab.runs.loaded import LoadedRun, load_run
+from slotlab.scoring.follow import follow
+from slotlab.scoring.metrics import adjusted_rand_index, mean_best_overlap
+from slotlab.scoring.tables import count_labels, ground_truth, labelled_frames, mask_tables, require_truth
+from slotlab.training.train import train
+
+EDGES = ("", ", guided")
+
+
+def split_of(place: str) -> Split:
+    """``STORE:SPLIT``, or ``STORE`` for the split that a configuration evaluates, or the only one."""
+    path, _, name = place.rpartition(":") if not Path(place).exists() else (place, "", "")
+    store = FeatureStore.open(Path(path))
+    return store[name or ("validation" if "validation" in store.splits else next(iter(store.splits)))]
+
+
+def trained(preset: str, place: str, folder: Path, *overrides: str) -> Path:
+    """The run of a preset on a split, made unless it is there."""
+    if not (folder / "metrics.jsonl").exists():
+        split = split_of(place)
+        options = [f"data.train_split={split.name}", f"data.eval_split={split.name}", *overrides]
+        train(load_config(preset, None, options), split.store, folder)
+    return folder
+
+
+def model_masks(loaded: LoadedRun, split: Split, videos: Iterable[int]) -> Iterator[Tensor]:
+    """Published masks (T, K, rows, columns) of each video."""
+    for followed in follow(loaded, split, videos):
+        yield followed.masks
+
+
+def free_masks(split: Split, videos: Iterable[int]) -> Iterator[Tensor]:
+    """Training-free segments' masks, whitened by the split's own statistics."""
+    tap = next(iter(split.store.spec.taps))
+    normaliser = Normaliser.from_moments("whiten", split.statistics(tap), SHRINKAGE, "channel")
+    rows, columns = split.store.spec.taps[tap].grid
+    for video in videos:
+        masks = soft_segments(normaliser(split.tokens(tap, video).float()), (rows, columns))
+        yield masks.reshape(*masks.shape[:2], rows, columns)
+
+
+def scores(masks: Iterable[Tensor], split: Split, videos: list[int]) -> dict[str, tuple[float, float]]:
+    """FG-ARI and mBO of plain masks and, as ", guided", of refined ones."""
+    labels = count_labels(split)
+    tables: dict[str, list[Tensor]] = {edges: [] for edges in EDGES}
+    for video, found in zip(videos, masks, strict=True):
+        truth = ground_truth(split, video)
+        known = labelled_frames(truth)
+        fine = refine(found[known], torch.from_numpy(split.video(video))[known], "guided")
+        for edges, each in zip(EDGES, (found[known], fine), strict=True):
+            tables[edges] += mask_tables(each, truth[known], labels)
+    return {edges: mean_scores(of_frames) for edges, of_frames in tables.items()}
+
+
+def mean_scores(tables: list[Tensor]) -> tuple[float, float]:
+    several = [table for table in tables if int((table[1:].sum(-1) > 0).sum()) > 1]
+    ari = [float(adjusted_rand_index(table[None], foreground=True)) for table in several]
+    overlap = torch.cat([mean_best_overlap(table[None]) for table in tables])
+    return statistics.fmean(ari) if ari else float("nan"), float(overlap.nanmean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sets", nargs="+", metavar="NAME=STORE[:SPLIT]")
+    parser.add_argument("--home", required=True)
+    parser.add_argument("--own", nargs="*", default=[], metavar="NAME=STORE[:SPLIT]")
+    parser.add_argument("--last", nargs="*", default=[], metavar="NAME=N")
+    parser.add_argument("--preset", default="objects")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--folder", type=Path, default=Path("runs/sets"))
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    places, own, last = (dict(pair.split("=", 1) for pair in pairs) for pairs in (args.sets, args.own, args.last))
+    found = {}
+    for name, place in places.items():
+        split = require_truth(split_of(place))
+        videos = list(range(len(split.manifest)))[-int(last.get(name, 0)) :]
+        training = {
+            "untrained": (args.home, "home", ["optim.steps=1", "optim.learning_rate=1e-12"]),
+            "carried": (args.home, "home", []),
+        }
+        if name in own:
+            training["own"] = (own[name], name, [])
+        found[name] = measured(split, videos, args.preset, training, args.seeds, args.folder)
+        if not args.json:
+            print(line(name, found[name]), flush=True)
+    if args.json:
+        report("sets", found)
+
+
+def measured(
+    split: Split,
+    videos: list[int],
+    preset: str,
+    training: dict[str, tuple[str, str, list[str]]],
+    seeds: list[int],
+    folder: Path,
+) -> dict[str, list[tuple[float, float]]]:
+    """FG-ARI and mBO of each row and kind of edges, by seed. ``training`` has a store, its name and settings by row."""
+    rows: dict[str, list[tuple[float, float]]] = {}
+
+    def add(row: str, masks: Iterable[Tensor]) -> None:
+        for edges, pair in scores(masks, split, videos).items():
+            rows.setdefault(row + edges, []).append(pair)
+
+    add("tfs", free_masks(split, videos))
+    for seed in seeds:
+        for row, (place, home, options) in training.items():
+            run = trained(preset, place, folder / f"{preset}-{row}-{home}-{seed}", f"seed={seed}", *options)
+            add(row, model_masks(load_run(run, split.store.path), split, videos))
+    return rows
+
+
+def line(name: str, rows: dict[str, list[tuple[float, float]]]) -> str:
+    """A row of Markdown: FG-ARI/mBO, means over seeds and the spread of each."""
+    cells = []
+    for row, pairs in rows.items():
+        if pairs:
+            means, spreads = zip(
+                *((statistics.fmean(x), max(x) - min(x)) for x in zip(*pairs, strict=True)), strict=True
+            )
+            cells.append(f"{row} {means[0]:.3f}/{means[1]:.3f} (±{spreads[0] / 2:.3f}/{spreads[1] / 2:.3f})")
+    return f"| {name} | {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
