@@ -12,17 +12,20 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from dask.callbacks import Callback
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
 from featcache.errors import DataError
 from featcache.moments import BUCKETS, RELATIVE_ACCURACY, Moments, NonFiniteTokensError
+from featcache.scale import recompute
 from featcache.scale.quantities import effective_rank, scale_report
-from featcache.scale.recompute import reduce_moments
+from featcache.scale.recompute import recomputed_statistics, reduce_moments
 from featcache.scale.report import StoreReport
 from featcache.store.encoding import ENCODINGS
 from slotlab.commands.tables import render
+from tests.synthetic import DiscSource, make_store
 
 DIM = 6
 da: Any = dask.array  # untyped
@@ -362,6 +365,31 @@ def test_blockwise_never_reads_blocks_without_valid_rows(tmp_path: Path) -> None
     valid[8:12] = False
     assert reduce_moments(path, valid=valid).frames == 24
     assert reduce_moments(path, valid=np.zeros(36, bool)).tokens == 0
+
+
+def test_a_task_takes_many_videos_and_motion_stays_within_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = (*[1] * 50, 4, 3, *[1] * 10, 5)
+    split = make_store(tmp_path / "s.zarr", DiscSource({"train": lengths}), chunk_frames=2)["train"]
+    ran: list[object] = []
+    with Callback(pretask=lambda key, *_: ran.append(key)):
+        together = recomputed_statistics(split, "block1")
+    assert len(ran) < 10  # not one for each of 63 videos
+    assert_same(together, split.statistics("block1"))
+    assert together.motion_tokens == split.statistics("block1").motion_tokens == 9 * 16
+    np.testing.assert_allclose(together.motion, split.statistics("block1").motion, rtol=1e-10)
+    for rows in (1, 3, 7):  # blocks of one long video, and of a few short ones
+        monkeypatch.setattr(recompute, "BLOCK_BYTES", rows * 16 * 12 * 2)
+        in_blocks = recomputed_statistics(split, "block1")
+        assert_same(in_blocks, together)
+        np.testing.assert_allclose(in_blocks.motion, together.motion, rtol=1e-10)
+
+
+def test_a_video_that_is_not_there_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "features"
+    zarr.create_array(str(path), data=tokens(12).numpy().astype(np.float16), chunks=(2, 5, DIM))
+    (path / "c" / "3" / "0" / "0").write_bytes(b"torn")
+    valid = np.repeat([True, True, True, False, True, True], 2)
+    assert reduce_moments(path, valid=valid, videos=[2, 4, 2, 4]).frames == 10
 
 
 def test_blockwise_refuses_what_is_no_array(tmp_path: Path) -> None:
