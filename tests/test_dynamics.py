@@ -294,10 +294,14 @@ def test_it_learns_the_discs_drift(tmp_path: Path, shared_tracks: FeatureStore) 
 def test_what_cannot_be_predicted_is_one_line(
     tmp_path: Path, shared_store: FeatureStore, shared_tracks: FeatureStore
 ) -> None:
-    with pytest.raises(IncompatibleError, match=r"has no tracks, .* slotlab slots RUN, or name a run with --run$"):
+    with pytest.raises(
+        IncompatibleError, match=r"has no tracks, .* slotlab slots RUN, or name a run with --run \(train\)"
+    ):
         train(small(preset="dynamics"), shared_store, tmp_path / "run")
     with pytest.raises(UsageError, match=r"the longest video has 6 frames, and data.clip = 9 \(model.burn_in = 3 of"):
         train(small("data.clip=9", preset="dynamics"), shared_tracks, tmp_path / "run")
+    with pytest.raises(UsageError, match=r"train with --set data.clip=6 --set model.burn_in=5$"):
+        train(small("data.clip=9", "model.burn_in=8", preset="dynamics"), shared_tracks, tmp_path / "run")
     with pytest.raises(UsageError, match="data.clip must be above model.burn_in"):
         small("data.clip=3", preset="dynamics")
     with pytest.raises(UsageError, match="needs data.normalize = channel and data.center"):

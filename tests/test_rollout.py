@@ -25,6 +25,7 @@ from slotlab.dynamics.rows import ROWS, Clip, Predicted, copy, oracle, rollout, 
 from slotlab.dynamics.tracks import Identity, make_tracks, store_identity
 from slotlab.masks.labels import masks_to_labels
 from slotlab.models.dynamics.state import PLACE
+from slotlab.pictures.strip import Strips
 from slotlab.runs.folder import store_path
 from slotlab.runs.loaded import LoadedRun, load_run
 from slotlab.training.train import train
@@ -103,7 +104,7 @@ def test_identity_counts_objects_whose_slot_stays() -> None:
     assert Identity().accuracy is None and found + Identity(1, 1, 0) == Identity(7, 6, 4)
 
 
-def test_without_ground_truth_there_is_no_identity(tmp_path: Path) -> None:
+def test_without_ground_truth_there_is_no_identity(tmp_path: Path, slotlab: Slotlab) -> None:
     class Unlabelled(DiscSource):
         masks = False
 
@@ -119,6 +120,16 @@ def test_without_ground_truth_there_is_no_identity(tmp_path: Path) -> None:
     found = roll_out(load_dynamics(made), load_run(run).store, store["validation"]).as_dict()
     assert found["tracks"]["identity"] is None and list(found["rows"]["copy"]).count("mbo") == 0
     assert found["rows"]["copy"]["mse"]["mean"] > 0
+    drawn = slotlab("rollout", made, "--sheet", tmp_path / "sheet.png")
+    assert drawn.code == 0 and Image.open(tmp_path / "sheet.png").size[0] > 500
+
+
+def test_the_first_video_is_drawn_where_none_of_those_chosen_is_rolled_out(loaded: LoadedRun, tmp_path: Path) -> None:
+    split = loaded.store["validation"]
+    strips = Strips(split, [])
+    roll_out(loaded, features_of(loaded), split, also=[strips.add])
+    with Image.open(strips.draw(tmp_path / "sheet.png")) as drawn:
+        assert drawn.size[1] < 1200  # one strip
 
 
 # -- scores ------------------------------------------------------------------------------------------------
@@ -250,6 +261,8 @@ def test_slots_as_files(slotlab: Slotlab, tracked_run: Path, tmp_path: Path) -> 
     assert 0 < told["splits"]["validation"]["identity"] <= 1 and told["out"].endswith("tracks.zarr")
     assert "slots keep their object in" in slotlab("slots", tracked_run).out.splitlines()[0]
     assert slotlab("slots", tracked_run, "--format", "npz").code == 2
+    ended = slotlab("slots", tracked_run, "--format", "npz", "--out", ".")
+    assert ended.code == 3 and ended.said.splitlines()[-1] == "slotlab: .: is a folder; name a file in it, such as NAME"
     for form, name in (("npz", "s.npz"), ("hdf5", "s.h5")):
         assert slotlab("slots", tracked_run, "--format", form, "--out", tmp_path / name).code == 0
     tracks = FeatureStore.open(told["out"])["validation"]
@@ -301,6 +314,63 @@ def test_a_world_model_from_run_to_rollout(slotlab: Slotlab, tracked_run: Path, 
 def test_mistakes_are_one_line(slotlab: Slotlab, tracked_run: Path, arguments: tuple[str, ...], told: str) -> None:
     ended = slotlab(*(str(tracked_run) if part == "RUN" else part for part in arguments))
     assert ended.code in (2, 3) and told in ended.said and ended.said.strip().count("\n") == 0
+
+
+def test_a_world_model_that_is_given_what_it_cannot_use_says_what_it_can(
+    slotlab: Slotlab, tracked_run: Path, predicting: Path, shared_store: FeatureStore, tmp_path: Path
+) -> None:
+    def told(*arguments: object) -> tuple[int, str]:
+        ended = slotlab(*arguments)
+        assert ended.out == "" and ended.said.strip().count("\n") == 0
+        return ended.code, ended.said
+
+    code, said = told("rollout", predicting, "--tracks", shared_store.path)
+    assert code == 4 and "has no tracks" in said and "slotlab slots RUN" in said
+    code, said = told("rollout", predicting, "--tracks", "gone.zarr")
+    assert code == 3 and "make it with: slotlab slots RUN --out gone.zarr" in said
+    code, said = told("rollout", predicting, "--cache", "gone.zarr")
+    assert code == 3 and "gone.zarr: no such store" in said
+    other = make_store(tmp_path / "other.zarr", DiscSource({"train": (3,), "validation": (9, 9, 9)}))
+    code, said = told("rollout", predicting, "--cache", other.path)
+    assert code == 3 and "not the videos of" in said and "--cache" in said
+    code, said = told("slots", predicting)
+    assert code == 2 and "finds no slots, it predicts" in said
+    code, said = told("robustness", predicting)
+    assert code == 2 and f"name that run instead: {tracked_run.resolve()}" in said
+    moved = shutil.copytree(predicting, tmp_path / "moved")
+    noted = json.loads((moved / "store.json").read_text())
+    (moved / "store.json").write_text(json.dumps(noted | {"path": str(tmp_path / "away"), "from_run": None}))
+    code, said = told("rollout", moved)
+    assert code == 3 and "say where its store is with --tracks" in said
+
+
+def test_slots_elsewhere_are_trained_on_from_there(slotlab: Slotlab, tracked_run: Path, tmp_path: Path) -> None:
+    place = tmp_path / "elsewhere.zarr"
+    assert (
+        f"Next: slotlab train --preset dynamics --cache {place}\n" in slotlab("slots", tracked_run, "--out", place).out
+    )
+    small_ones = ("--set", "data.clip=5", "--set", "model.burn_in=3", "--steps", 1)
+    assert (
+        slotlab("train", "--preset", "dynamics", "--cache", place, *small_ones, "--out", tmp_path / "world").code == 0
+    )
+
+
+def test_features_that_are_not_finite_are_told_before_they_are_used(
+    slotlab: Slotlab, tracked_run: Path, tmp_path: Path
+) -> None:
+    """The default preset's tracker and its calibration meet them first."""
+    store = FeatureStore.open(shutil.copytree(store_path(tracked_run), tmp_path / "nan.zarr"))
+    for split in store.splits:
+        chunk = min((store.path / split / "features/block1").glob("c.0.*"))
+        chunk.write_bytes(b"\x00\x7e" * (len(chunk.read_bytes()) // 2))
+    for command in (
+        ("eval", tracked_run, "--cache", store.path),
+        ("slots", tracked_run, "--cache", store.path, "--out", tmp_path / "t.zarr"),
+        ("train", "--cache", store.path, "--set", "data.normalize=slow=8", "--set", "data.clip=2"),
+    ):
+        ended = slotlab(*command)
+        assert ended.code == 3 and "features are not finite" in ended.said, ended
+        assert f"slotlab verify {store.path}" in ended.said
 
 
 def test_damaged_tracks_are_told(tmp_path: Path, shared_tracks: FeatureStore) -> None:

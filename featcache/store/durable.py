@@ -52,6 +52,8 @@ def write_durably(path: Path, data: bytes, synced: bool = True) -> None:
 
 def write_output(path: Path, data: bytes | str) -> None:
     """Write a picture, a page or a table, and the folder that it lies in: all of it, or ``DataError`` and nothing."""
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; name a file in it, such as {path / 'NAME'}")
     make_directory(path.absolute().parent)
     write_durably(path, printable(data, lines=True).encode() if isinstance(data, str) else data, synced=False)
 

@@ -43,14 +43,14 @@ def rollout(
     if sheet:
         from slotlab.pictures.strip import Strips, pick_strips
 
-        strips = Strips(pick_strips(chosen))
+        strips = Strips(chosen, pick_strips(chosen))
         also.append(strips.add)
     rows = ROWS if dense is None else ROWS | {"dense": load_dense(dense, loaded, features)}
     found = roll_out(loaded, features, chosen, rows, without_entering=without_entering, also=also)
     result = found.as_dict()
     terminal.warn(keep_result(run, loaded.store, result, "rollout"))
     if sheet:
-        strips.draw(chosen, sheet)
+        strips.draw(sheet)
     if as_json:
         print_json(result)
         return

@@ -56,12 +56,17 @@ def slots(
         }
         print_json({"run": str(run), "out": str(written), "format": form, "splits": told})
         return
-    terminal.out.print(f"{written}: slots written. Next: slotlab train --preset dynamics --run {run}")
+    source = f"--run {run}" if place == tracks_path(run) else f"--cache {place}"
+    videos = any(length > 1 for name in store.splits for length in store[name].spec.lengths)
+    then = f" Next: slotlab train --preset dynamics {source}" if videos else ""  # single images have no next frame
+    terminal.out.print(f"{written}: slots written.{then}")
 
 
 def _said(of: Identity | None) -> str:
-    if of is None or of.accuracy is None or of.covered is None:
+    if of is None or of.covered is None:
         return "no ground truth to compare the tracks with"
+    if of.accuracy is None:
+        return "no object is held by a slot in any frame"
     return (
         f"slots keep their object in {of.accuracy:.1%} of the frames in which they hold one; "
         f"{of.covered:.1%} of visible objects are held"

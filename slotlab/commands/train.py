@@ -11,6 +11,8 @@ import typer
 from featcache.errors import DataError, UsageError
 from slotlab.commands.options import Device
 
+NEXT = {"dynamics": "rollout {run}", "dense": "rollout WORLD --dense {run}"}  # the command after training, by kind
+
 
 def train(
     context: typer.Context,
@@ -30,7 +32,9 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Number of optimiser steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples in a step: frames, or clips.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all random numbers; default: the configuration's.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/STORE-PRESET-SEED.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder; default: runs/NAME-PRESET-SEED, NAME of the store or run.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continuation of the run from its checkpoint.")] = False,
     init_from: Annotated[Path | None, typer.Option(help="Run whose parameters training starts from.")] = None,
     tensorboard: Annotated[
@@ -94,8 +98,8 @@ def train(
 
     run_train(settings, store, run, resume=resume, init_from=init_from, device=place, report=tell, remark=remark)
     if is_leader():
-        then = "rollout" if settings.model.kind == "dynamics" else "eval"
-        terminal.out.print(f"{run}: trained. Next: slotlab {then} {run}")
+        then = NEXT.get(settings.model.kind, "eval {run}").format(run=run)
+        terminal.out.print(f"{run}: trained. Next: slotlab {then}")
 
 
 def _store(cache: Path | None, run: Path | None, kind: str, device: str) -> Path:

@@ -20,6 +20,7 @@ from slotlab.models.dynamics.model import DynamicsModel
 from slotlab.models.dynamics.motion import on_grid
 from slotlab.models.inputs import Tracks
 from slotlab.runs import checkpoint
+from slotlab.runs.folder import store_path
 from slotlab.runs.loaded import LoadedRun, load_run
 from slotlab.scoring.groups import ATTRIBUTES, objects_by
 from slotlab.scoring.intervals import Bootstrap
@@ -203,12 +204,20 @@ def load_dynamics(run: Path, tracks: Path | None = None, device: torch.device | 
     ``UsageError`` for a run of another kind.
     """
     kind = checkpoint.load_run_config(run).model.kind
+    if kind == "dense":
+        raise UsageError(
+            f"{run}: predicts without slots; show it beside a world model: slotlab rollout RUN --dense {run}"
+        )
     if kind != "dynamics":
         raise UsageError(
             f"{run}: predicts nothing (model.kind = {kind}); train a world model on its slots with "
             f"slotlab train --preset dynamics --run {run}"
         )
-    return load_run(run, tracks, device)
+    place = store_path(run, "--tracks") if tracks is None else tracks
+    if not place.exists():
+        raise DataError(f"{place}: no such store of tracks; make it with: slotlab slots RUN --out {place}")
+    Tracks.in_store(FeatureStore.open(place))
+    return load_run(run, place, device)
 
 
 def load_dense(run: Path, beside: LoadedRun, features: FeatureStore) -> tuple[str, Row]:
@@ -225,7 +234,7 @@ def load_dense(run: Path, beside: LoadedRun, features: FeatureStore) -> tuple[st
 def features_of(loaded: LoadedRun, cache: Path | None = None) -> FeatureStore:
     """The store of the features that a run's tracks are of. ``DataError`` if it is gone."""
     path = Path(loaded.store.spec.exported_from) if cache is None else cache
-    if not path.exists():
+    if cache is None and not path.exists():
         raise DataError(f"{loaded.path}: its tracks are of {path}, which is not there; name that store with --cache")
     return FeatureStore.open(path)
 
@@ -252,7 +261,10 @@ def roll_out(
     assert isinstance(inputs, Tracks) and isinstance(model, DynamicsModel)
     dense = features[split.name].require_complete()
     if dense.spec.content != split.spec.content:
-        raise DataError(f"{features.path}: not the videos of {split.path}; make the tracks again with slotlab slots")
+        raise DataError(
+            f"{features.path}: not the videos of {split.path}; name the store that these tracks are of with --cache, "
+            "or make them again: slotlab slots RUN --out NEW, then --tracks NEW"
+        )
     labels = count_labels(split) if split.has_truth else 0
     named = (
         {name: of for attribute in ATTRIBUTES for name, of in objects_by(split, labels, attribute).items()}

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from featcache.errors import DataError
+from featcache.errors import DataError, UsageError
 from featcache.moments import Moments
 from featcache.sources.video import Video
 from featcache.store.encoding import ENCODINGS
@@ -26,6 +26,7 @@ from featcache.store.reading import FeatureStore, Split
 from featcache.store.spec import StoreSpec, TapSpec
 from featcache.store.writing import SplitWriter, StoreWriter
 from featcache.stream.stream import VIDEO
+from slotlab.config.model import ForecastConfig
 from slotlab.models.base import Model, Output
 from slotlab.models.dynamics.motion import on_grid
 from slotlab.models.inputs import TRACKS, Tracks
@@ -62,8 +63,14 @@ def tracks_of(output: Output, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 def make_tracks(loaded: LoadedRun, out: Path, progress: Progress = lambda *_: None) -> FeatureStore:
     """Follow every video of the run's store, and store its slots. What is finished is kept; a finished store is opened.
 
-    ``IncompatibleError`` if ``out`` holds another run's, ``DataError`` if the store is incomplete or the disk full.
+    ``UsageError`` for a run that predicts, ``IncompatibleError`` if ``out`` holds another run's, ``DataError`` if the
+    store is incomplete or the disk full.
     """
+    if isinstance(loaded.config.model, ForecastConfig):
+        raise UsageError(
+            f"{loaded.path}: finds no slots, it predicts (model.kind = {loaded.config.model.kind}); name a run of "
+            "another kind, such as --preset default"
+        )
     splits = [loaded.store[name].require_complete() for name in loaded.store.splits]
     if not splits:
         raise DataError(f"{loaded.store.path}: has no videos; extract some with slotlab extract")

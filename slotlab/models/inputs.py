@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from featcache.errors import IncompatibleError, UsageError
+from featcache.errors import DataError, IncompatibleError, UsageError
 from featcache.moments import Moments
 from featcache.store.reading import FeatureStore, Split
 from featcache.stream.stream import VIDEO
@@ -62,9 +62,18 @@ class ModelInput(ABC):
             clip = min(clip, max(split.spec.lengths))
         return config.model_copy(update={"data": config.data.model_copy(update={"tap": self.tap, "clip": clip})})
 
-    @abstractmethod
     def read(self, split: Split, video: int) -> Tensor:
-        """One whole video, in the form that the stream gives: tokens (T, N, D), or frames (T, H, W, 3) uint8."""
+        """One whole video, in the form that the stream gives: tokens (T, N, D), or frames (T, H, W, 3) uint8.
+
+        ``DataError`` if tokens are not finite: no extraction stores such.
+        """
+        tokens = split.tokens(self.tap, video)
+        if not bool(tokens.isfinite().all()):
+            raise DataError(
+                f"{split.path}: video {split.names[video]}, tap {self.tap}: features are not finite, the store is "
+                f"damaged; see what can be repaired with slotlab verify {split.store.path}"
+            )
+        return tokens
 
     @abstractmethod
     def tokens(self, split: Split, video: int) -> Float[Tensor, "T N D"]:
@@ -90,9 +99,6 @@ class ModelInput(ABC):
 
 class Features(ModelInput):
     """A tap's patch tokens."""
-
-    def read(self, split: Split, video: int) -> Tensor:
-        return split.tokens(self.tap, video)
 
     def tokens(self, split: Split, video: int) -> Float[Tensor, "T N D"]:
         return self.read(split, video).float()
@@ -122,7 +128,7 @@ class Tracks(ModelInput):
         if TRACKS not in store.spec.taps:
             raise IncompatibleError(
                 f"{store.path}: has no tracks, which model.kind = dynamics predicts; make them with slotlab slots RUN, "
-                "or name a run with --run"
+                "or name a run with --run (train) or a store of tracks with --tracks (rollout)"
             )
         of, model = store.spec.taps[TRACKS], store.spec.model
         grid = (model["grid"][0], model["grid"][1])
@@ -133,14 +139,14 @@ class Tracks(ModelInput):
         config, longest = super().settle(config, split), max(split.spec.lengths)
         if config.data.clip > longest:
             assert isinstance(config.model, DynamicsConfig)
+            seen = config.model.burn_in
+            shorter = f"--set data.clip={longest} --set model.burn_in={min(seen, longest - 1)}"
             raise UsageError(
                 f"{split.path}: the longest video has {longest} frames, and data.clip = {config.data.clip} "
-                f"(model.burn_in = {config.model.burn_in} of them are seen); set shorter ones with --set"
+                f"(model.burn_in = {seen} of them are seen); "
+                + (f"train with {shorter}" if longest > 1 else "single images have no next frame, name a run on videos")
             )
         return config.model_copy(update={"model": config.model.model_copy(update={"slots": self.slots})})
-
-    def read(self, split: Split, video: int) -> Tensor:
-        return split.tokens(self.tap, video)
 
     def tokens(self, split: Split, video: int) -> Float[Tensor, "T N D"]:
         tokens = self.read(split, video).float()
@@ -151,7 +157,9 @@ class Tracks(ModelInput):
         return split.statistics(self.features)
 
     def from_frames(self, store: FeatureStore, weights: str | None, device: torch.device) -> FromFrames:
-        raise UsageError("tracks come from a run, not from frames alone")
+        raise UsageError(
+            f"{store.path}: tracks come from a run, not from frames alone; name that run instead: {store.spec.source}"
+        )
 
 
 class Frames(ModelInput):

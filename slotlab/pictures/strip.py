@@ -38,27 +38,31 @@ class Strip:
 
 
 class Strips:
-    """Keeps the strips of some videos as they are rolled out."""
+    """Keeps the strips of some videos of a split as they are rolled out, of the first one in any case."""
 
-    def __init__(self, videos: Iterable[int]) -> None:
+    def __init__(self, split: Split, videos: Iterable[int]) -> None:
+        self._split = split
         self._videos = tuple(videos)
         self._found: list[Strip] = []
 
     def add(self, clip: Clip, truth: Truth | None, predicted: Mapping[str, Predicted], video: int) -> None:
-        if video not in self._videos or truth is None:
+        if self._found and video not in self._videos:
             return
-        size = (truth.labels.shape[1], truth.labels.shape[2])
 
         def labelled(masks: Tensor) -> npt.NDArray[np.int64]:
-            return np.asarray(masks_to_labels(on_grid(masks, clip.model.grid), size).numpy())
+            return np.asarray(masks_to_labels(on_grid(masks, clip.model.grid), self._split.spec.frame_size).numpy())
 
         labels = {row: labelled(of.masks) for row, of in predicted.items() if row in SHOWN and of.masks is not None}
-        objects = {slot: item for item, slot in enumerate(truth.own.tolist()) if slot >= 0}
+        own = [] if truth is None else truth.own.tolist()
+        objects = {slot: item for item, slot in enumerate(own) if slot >= 0}
         self._found.append(Strip(video, clip.last, labels, objects))
 
-    def draw(self, split: Split, path: Path) -> Path:
-        """Write the strips as PNG. Objects and the slots that held them share a colour; muted slots hold none."""
-        return draw_strips(split, self._found, path)
+    def draw(self, path: Path) -> Path:
+        """Write the strips as PNG. Objects and the slots that held them share a colour; muted slots hold none.
+
+        Where the truth is not known, slots take all colours in turn.
+        """
+        return draw_strips(self._split, self._found, path)
 
 
 def pick_strips(split: Split) -> tuple[int, ...]:
@@ -75,16 +79,18 @@ def draw_strips(split: Split, strips: Sequence[Strip], path: Path) -> Path:
     for axis in axes.flat:
         axis.axis("off")
     for place, strip in enumerate(strips):
-        video, truth = split.video(strip.video), split.segmentations(strip.video)
+        video, known = split.video(strip.video), split.has_truth
+        truth = split.segmentations(strip.video) if known else None
         ignored = split.ignored(strip.video)
         rows = axes[place * lines : (place + 1) * lines]
         slots = 1 + max(int(labels.max()) for labels in strip.labels.values())
-        colours = slot_colours(slots, strip.objects) / 255
+        colours = slot_colours(slots, strip.objects if known else None) / 255
         for column, ahead in enumerate(HORIZONS):
             at = strip.last + ahead
             if at >= len(video):
                 continue
-            rows[0][column].imshow(over(video[at], truth_colours(truth[at], ignored[at]) / 255))
+            shown = video[at] if truth is None else over(video[at], truth_colours(truth[at], ignored[at]) / 255)
+            rows[0][column].imshow(shown)
             rows[0][column].set_title("last seen" if ahead == 0 else f"+{ahead}", fontsize=7)
             for line, row in enumerate(SHOWN, 1):
                 if ahead and row in strip.labels:

@@ -128,6 +128,8 @@ def _remedy(protocol: Protocol, terms: Terms, split: Split) -> str:
     spec = split.store.spec
     if "size" not in spec.preprocessing:
         return "it was imported: extract the features from their frames instead"
+    if not spec.source:
+        return "it records no source to make another store from: extract the features of its videos again"
     out = split.store.path.with_name(f"{split.store.path.stem}-{protocol.name}.zarr")
     words = ["slotlab", "extract", "--backbone", spec.backbone]
     if spec.source != SAMPLE:

@@ -107,8 +107,11 @@ def begun_from(run: Path, init_from: Path | None) -> Path | None:
     return None if noted is None else Path(noted)
 
 
-def store_path(run: Path) -> Path:
-    """The path of the store that a run was trained on, relative to here if below. ``DataError`` if it is gone."""
+def store_path(run: Path, option: str = "--cache") -> Path:
+    """The path of the store that a run was trained on, relative to here if below.
+
+    ``DataError`` if it is gone, with the ``option`` that names another.
+    """
     noted = trained_on(run)
     places = [Path(noted["path"])]
     if noted["from_run"]:
@@ -116,7 +119,7 @@ def store_path(run: Path) -> Path:
     for path in places:
         if path.exists():
             return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    raise DataError(f"{run}: was trained on {places[0]}, which is not there; say where its store is with --cache")
+    raise DataError(f"{run}: was trained on {places[0]}, which is not there; say where its store is with {option}")
 
 
 def check_store(run: Path, store: FeatureStore) -> None:
