@@ -223,11 +223,10 @@ def load_dynamics(run: Path, tracks: Path | None = None, device: torch.device | 
 def load_dense(run: Path, beside: LoadedRun, features: FeatureStore) -> tuple[str, Row]:
     """The row of a run of ``model.kind = dense``. ``UsageError`` for another kind, ``IncompatibleError`` for one on
     other features."""
+    if (kind := checkpoint.load_run_config(run).model.kind) != "dense":
+        raise UsageError(f"--dense {run}: is of model.kind = {kind}; name one of --preset dynamics-dense")
     other = load_run(run, features.path, beside.model.place.device)  # type: ignore[arg-type]
-    if not isinstance(other.model, DenseModel):
-        raise UsageError(
-            f"--dense {run}: is of model.kind = {other.config.model.kind}; name one of --preset dynamics-dense"
-        )
+    assert isinstance(other.model, DenseModel)
     return dense(other.model)
 
 

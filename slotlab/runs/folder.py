@@ -130,6 +130,10 @@ def check_store(run: Path, store: FeatureStore) -> None:
     tap = checkpoint.load_run_config(run).data.tap
     if tap == VIDEO:
         return
+    remedy = "name its own store, or one made the same way, with --cache"
+    if tap is not None and tap not in store.spec.taps:
+        has = ", ".join(store.spec.taps)
+        raise IncompatibleError(f"{store.path}: no tap {tap!r}; it has: {has}; of {run}, {remedy}")
     noted, name = trained_on(run), store.tap(tap)
     # How features are stored and which part of a frame they are of, not what they mean.
     ignored = ("dtype", "precision", "frame_stride", "taps.", "schema", "preprocessing.fit", "preprocessing.margin")
@@ -144,7 +148,7 @@ def check_store(run: Path, store: FeatureStore) -> None:
         raise IncompatibleError(
             f"{store.path}: not the features that {run} was trained on",
             differences,
-            "name its own store, or one made the same way, with --cache",
+            remedy,
         )
 
 
