@@ -144,8 +144,7 @@ def _measure(config: Config, store: FeatureStore, device: torch.device, steps: i
     stream = training_stream(config, store, Ranks(device))
     part = stream.batch_seconds(2 * RING)
     batches = iter(stream)
-    resident = next(batches).features.clone()
-    flops = flops_of(step, resident)
+    flops = flops_of(step, next(batches).features)
     waits: list[float] = []
 
     def train(features: Iterator[Tensor]) -> int:
@@ -171,9 +170,11 @@ def _measure(config: Config, store: FeatureStore, device: torch.device, steps: i
     gpu = GpuMonitor(device)
     train(from_store(WARM_UP))
     reset_peak_memory(device)
+    train(from_store(RING))
+    peak = peak_memory(device)  # of training alone: what the measurement itself holds comes after
+    resident = next(batches).features.clone()
     jobs = {"stream": streamed, "resident": on_resident, "matmul": matmul_rate(device, optim.precision)}
     rates = alternate(jobs, rounds)
-    peak = peak_memory(device)
     batches.close()  # type: ignore[attr-defined]
 
     medians = {name: statistics.median(values) for name, values in rates.items()}
