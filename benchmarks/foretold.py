@@ -2,8 +2,8 @@
 
     python -m benchmarks.foretold --cache STORE [--device cuda] [PRESET:BATCH:PRECISION ...]
 
-A JSON object a line, each as soon as it is known: the device, the stream from each residence, the extraction, and a step
-of each training. A card that a plan knows by its data sheet gets those figures, any other device what is measured here.
+A JSON object a line, each as soon as it is known: the device, the stream from each residence, the extraction, and a
+step of each training. A card that a plan knows has the figures of its data sheet, any other device those measured here.
 """
 
 from __future__ import annotations
