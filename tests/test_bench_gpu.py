@@ -22,9 +22,17 @@ from slotlab.training.cost import Cost, Work
 
 CUDA = torch.device("cuda")
 RATE = {
-    "batch_size": 64, "samples_per_s": 640.0, "frames_per_s": 1280.0, "bound": "compute",
-    "peak_memory_bytes": 3 * 10**9, "flops_per_s": 1e12, "flop_utilisation": 0.3, "precision": "bfloat16", "wait_share": 0.0, "gpu_utilisation": None,
-}  # fmt: skip
+    "batch_size": 64,
+    "samples_per_s": 640.0,
+    "frames_per_s": 1280.0,
+    "bound": "compute",
+    "peak_memory_bytes": 3 * 10**9,
+    "flops_per_s": 1e12,
+    "flop_utilisation": 0.3,
+    "precision": "bfloat16",
+    "wait_share": 0.0,
+    "gpu_utilisation": None,
+}
 TOLD = {"key": "default:64:bfloat16", "seconds": 0.05, "frames_per_s": 2560, "memory_bytes": 2 * 10**9, "bound_by": "x"}
 
 
