@@ -200,7 +200,8 @@ def training_figures(found: Found, foretold: Found, *, on_gpu: bool) -> Iterator
     for rate in found["patterns"]:
         bound = f"bound by {rate['bound']}" + (f", foretold {foretold['bound_by']}" if foretold else "")
         yield Figure("a step", rate["batch_size"] / rate["samples_per_s"], foretold.get("seconds"), "s", bound)
-        yield Figure("frames/s", rate["frames_per_s"], foretold.get("frames_per_s"), "frames/s")
+        told = rate["batch_size"] / foretold["seconds"] if foretold else None
+        yield Figure("samples/s", rate["samples_per_s"], told, "samples/s", f"clips of {rate['clip']}")
         counted = rate["peak_memory_bytes"] if on_gpu else None
         note = "" if on_gpu else "torch counts it on a GPU alone"
         yield Figure("peak memory", counted, foretold.get("memory_bytes"), "bytes", note)

@@ -24,7 +24,7 @@ CUDA = torch.device("cuda")
 RATE = {
     "batch_size": 64,
     "samples_per_s": 640.0,
-    "frames_per_s": 1280.0,
+    "clip": 2,
     "bound": "compute",
     "peak_memory_bytes": 3 * 10**9,
     "flops_per_s": 1e12,
@@ -61,7 +61,7 @@ def test_a_training_stands_beside_the_plan_of_its_own_preset_batch_and_precision
     kept.keep(Result(name, "", "done", found={"patterns": [RATE]}), part_named(name))
     found = figures(tmp_path, 1)
     assert found["a step"]["measured"] == pytest.approx(0.1) and found["a step"]["ratio"] == pytest.approx(2)
-    assert found["frames/s"]["ratio"] == pytest.approx(0.5)
+    assert found["samples/s"]["ratio"] == pytest.approx(0.5)
     assert found["peak memory"]["ratio"] == pytest.approx(1.5)
     assert "nvidia-ml-py" in found["GPU busy"]["note"], "a figure that could not be had is said"
     assert "| | a step | 100 ms, bound by compute, foretold x | 50 ms | 2 |" in (tmp_path / "gpu.md").read_text()

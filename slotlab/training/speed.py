@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from featcache.errors import UsageError, out_of_memory
 from featcache.machine import alternate, paired_ratio, timed
 from featcache.store.reading import FeatureStore
 from featcache.stream.residence import RING
 from slotlab.config.schema import Config
-from slotlab.training.cost import CORRECTED
+from slotlab.training.cost import Tally
 from slotlab.training.processes import Ranks
 from slotlab.training.step import TrainStep, matrix_products
 from slotlab.training.train import training_stream
@@ -106,9 +105,9 @@ def flops_of(step: TrainStep, features: Tensor) -> int:
     """FLOPs of one step on a batch (B, ...), from the operators that torch calls. The step is taken."""
     as_written = copy(step)
     as_written.forward = step.model  # compiled code is not counted
-    with FlopCounterMode(display=False, custom_mapping=CORRECTED) as counter:
+    with Tally() as tally:  # torch's counter follows modules by hooks, which fail where one is called again and again
         as_written(features)
-    return int(counter.get_total_flops())
+    return tally.cost(peak=0, state=0).flops
 
 
 def measure_training(
