@@ -137,7 +137,7 @@ def test_training_is_reported_with_what_bounds_it(store: FeatureStore, capsys: p
     report = run_command(capsys, "train", "--cache", str(store.path), "--preset", "dinosaur", *SETS, *sizes, *fast)
     two, four = report["patterns"]
     assert [two["batch_size"], four["batch_size"]] == [2, 4]
-    assert four["flops_per_step"] == pytest.approx(2 * two["flops_per_step"], rel=0.01)
+    assert four["flops_per_step"] == pytest.approx(2 * two["flops_per_step"], rel=0.02)  # some are of parameters alone
     for pattern in (two, four):
         assert pattern["ratio"] == pytest.approx(pattern["frames_per_s"] / pattern["limit_frames_per_s"])
         assert pattern["flops_per_s"] == pytest.approx(
