@@ -23,7 +23,7 @@ from featcache.sources.clips import listed
 from featcache.sources.images import MOST_PIXELS, decoded_smaller, size_text
 from featcache.sources.video import Size, Source, Video
 from featcache.store.encoding import ENCODINGS
-from featcache.store.layout import array_bytes, array_layouts
+from featcache.store.layout import array_bytes, array_layouts, fitting_shards
 from featcache.store.reading import FeatureStore, Split
 from featcache.store.spec import MAX_CHUNK_FRAMES, SCHEMA, SplitSpec, StoreSpec, TapSpec, refuse_if_different
 from featcache.text import bytes_text, printable
@@ -149,6 +149,7 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
             masks=probe.segmentations is not None,
             ignored=probe.segmentations is not None and spec.schema > 1,
         )
+        fresh = replace(fresh, shard_chunks=fitting_shards(spec, fresh))
         settled = settle(fresh, found, present.get(name), options.max_videos, options.grow, options.prune)
         split_spec = settled.spec
         lines = settled.changes.lines(str(path / name), source.location)
