@@ -107,7 +107,8 @@ def flops_of(step: TrainStep, features: Tensor) -> int:
     as_written.forward = step.model  # compiled code is not counted
     with Tally() as tally:  # torch's counter follows modules by hooks, which fail where one is called again and again
         as_written(features)
-    return tally.cost(peak=0, state=0).flops
+    flops: int = tally.cost(peak=0, state=0).flops
+    return flops
 
 
 def measure_training(
