@@ -81,7 +81,7 @@ PRECISION = {True: (), False: ("--set", "optim.precision=bfloat16")}  # on a CPU
 LADDER = (  # preset, batch sizes, whether with CUDA graphs, too
     ("default", (64, 256), True),
     ("dinosaur", (64, 256, 1024), True),
-    ("log-2026", (8, 64), True),
+    ("log-2026-video", (8, 64), True),
     ("videosaur", (64,), True),
     ("slotcontrast", (64,), True),
     ("savi-dinosaur", (64,), True),
