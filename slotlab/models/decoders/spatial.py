@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -44,8 +46,8 @@ class SpatialBroadcastDecoder(Decoder):
         for _ in range(config.layers - 1):
             layers += [nn.Conv2d(width, width, KERNEL, padding="same"), nn.ReLU()]
         self.hidden = nn.Sequential(*layers)
-        self.outputs = [sizes.dim, 1, sizes.patches if sizes.similarity else 0]  # channels: token, logit, similarity
-        self.last = nn.Conv2d(width, sum(self.outputs), 3, padding="same")
+        channels = sizes.dim + (sizes.patches if sizes.similarity else 0)  # of a token, and of its similarities
+        self.last = nn.Conv2d(width, channels + 1, 3, padding="same")  # the mask logit is the last
         y, x = torch.meshgrid(*(torch.linspace(-1, 1, side) for side in sizes.grid), indexing="ij")
         self.register_buffer("coordinates", torch.stack([x, y])[None], persistent=False)
 
@@ -54,14 +56,14 @@ class SpatialBroadcastDecoder(Decoder):
         if not (self.config.recompute and torch.is_grad_enabled()):
             mixed, masks = self._mix(slots, active)
         else:
-            actives = [None] * len(slots) if active is None else active.split(FRAMES)
+            actives = repeat(None) if active is None else torch.split(active, FRAMES)
             parts = [
                 checkpoint(self._mix, *given, use_reentrant=False, preserve_rng_state=False)
-                for given in zip(slots.split(FRAMES), actives, strict=False)
+                for given in zip(torch.split(slots, FRAMES), actives, strict=False)
             ]
             mixed, masks = (torch.cat(part) for part in zip(*parts, strict=True))
-        tokens, similarity = mixed.transpose(1, 2).split([self.sizes.dim, mixed.shape[1] - self.sizes.dim], -1)
-        return Decoded(tokens, masks, similarity if self.sizes.similarity else None)
+        tokens, similarity = mixed[:, : self.sizes.dim], mixed[:, self.sizes.dim :]
+        return Decoded(tokens.mT, masks, similarity.mT if self.sizes.similarity else None)
 
     def _mix(
         self, slots: Float[Tensor, "B K H"], active: Bool[Tensor, "B K"] | None
@@ -69,15 +71,14 @@ class SpatialBroadcastDecoder(Decoder):
         """Channels averaged over the slots by the masks, tokens first, and these masks."""
         hidden = self.hidden(self._first(slots.flatten(0, 1)))  # (B K, H, rows, columns)
         decoded = self.last(hidden).flatten(2).unflatten(0, slots.shape[:2])  # (B, K, C + 1, N)
-        tokens, logits, similarity = decoded.split(self.outputs, 2)
-        logits = (logits.squeeze(2).float() / self.config.mask_temperature).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+        channels, logits = decoded[:, :, :-1], decoded[:, :, -1].float()
+        logits = (logits / self.config.mask_temperature).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
         masks = hide_padding(logits, active).softmax(1)  # (B, K, N)
-        channels = torch.cat([tokens, similarity], 2) if self.sizes.similarity else tokens
         return (masks.unsqueeze(2).to(channels.dtype) * channels).sum(1), masks
 
     def _first(self, slots: Float[Tensor, "F H"]) -> Float[Tensor, "F H rows columns"]:
         """The first convolution, of slots at every patch beside its coordinates."""
-        of_slots, of_place = self.first.weight.split([slots.shape[1], 2], 1)
+        of_slots, of_place = self.first.weight[:, :-2], self.first.weight[:, -2:]
         small = [min(side, KERNEL) for side in self.sizes.grid]
         convolved = F.conv2d(slots[:, :, None, None].expand(-1, -1, *small), of_slots, padding="same")
         for axis, side in zip((2, 3), self.sizes.grid, strict=True):
@@ -90,5 +91,5 @@ def repeat_middle(values: Tensor, axis: int, length: int) -> Tensor:
     if length <= KERNEL:
         return values
     border = KERNEL // 2
-    before, middle, after = values.split([border, 1, border], axis)
+    before, middle, after = torch.split(values, [border, 1, border], axis)
     return torch.cat([before, middle.repeat_interleave(length - 2 * border, axis), after], axis)
