@@ -9,7 +9,7 @@ demo: $(VENV)/.installed
 	$(BIN)/slotlab demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

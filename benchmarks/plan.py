@@ -24,7 +24,7 @@ from featcache.stream.staging import Format
 from slotlab.config.load import load_config, presets
 from slotlab.config.schema import Config
 from slotlab.models.build import empty_model
-from slotlab.models.inputs import Features, Frames, ModelInput
+from slotlab.models.inputs import Features, Frames, ModelInput, Tracks
 from slotlab.models.randomness import Draws
 from slotlab.planning.bound import UTILISATION, Bound
 from slotlab.planning.devices import measured
@@ -80,6 +80,10 @@ def sizes(config: Config, side: int, dim: int) -> tuple[ModelInput, Format]:
     if config.model.kind == "pixel":
         pixels = config.model.resolution
         return Frames("video", (pixels, pixels), 3), Format((*samples, 256, 256, 3), torch.uint8)
+    if config.model.kind == "dynamics":
+        slots = 13
+        tokens = Format((*samples, slots, dim + side**2), torch.float16)
+        return Tracks("tracks", (side, side), dim, "block12", slots), tokens
     return Features("block12", (side, side), dim), Format((*samples, side**2, dim), torch.float16)
 
 

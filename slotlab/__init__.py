@@ -17,8 +17,9 @@ __all__ = ["__version__", "load", "training_free"]
 
 
 def load(run: str | Path, *, device: str | torch.device = "auto", weights: str | None = None) -> RunSegmenter:
-    """A segmenter of your own pictures from a run folder; see :func:`slotlab.segment.load`."""
-    from slotlab.segment import load as open_run
+    """A segmenter of your own pictures from a run folder, which also predicts if the run is a world model; see
+    :func:`slotlab.forecast.load`."""
+    from slotlab.forecast import load as open_run
 
     return open_run(run, device=device, weights=weights)
 

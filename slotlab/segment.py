@@ -47,6 +47,17 @@ class Segmentation:
     slots: Tensor  # (T, K, S) float32
 
 
+@dataclass(frozen=True)
+class Future:
+    """H frames to come, as a world model predicts them (:mod:`slotlab.forecast`), on the host."""
+
+    slots: Tensor  # (H, K, S) float32, vectors as slotlab.models.dynamics.state has them
+    masks: Tensor  # (H, K, height, width) float32, sum to one over the slots; of the frame that the model sees
+    places: Tensor  # (H, K, 2) float32, row and column of each slot's centre in pixels of these masks
+    features: Tensor  # (H, N, D) float32, in the units of the backbone's tokens
+    active: Tensor  # (K,) bool: the slots that held anything in the seen frames
+
+
 class Segmenter(ABC):
     """Finds slots in pictures outside any store. :func:`load` and :func:`training_free` make one."""
 
@@ -100,6 +111,16 @@ class RunSegmenter(Segmenter):
         super().__init__(model.slots, preprocessing)
         self.config, self.model = config, model
         self._read = read
+
+    def rollout(self, frames: Frames, steps: int) -> Future:
+        """The frames after a video's, if this is a world model (:class:`slotlab.forecast.Forecaster`).
+
+        ``UsageError`` for a run of another kind.
+        """
+        raise UsageError(
+            f"a run of model.kind = {self.config.model.kind} predicts nothing; train a world model on its slots with "
+            "slotlab train --preset dynamics --run RUN, and load that"
+        )
 
     @torch.no_grad()
     def _found(self, pictures: npt.NDArray[np.uint8]) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,7 +21,7 @@ install_import_hook(["slotlab.models", "slotlab.training.losses", "featcache.sto
 from featcache.store.reading import FeatureStore
 from tests.commands import Slotlab, call
 from tests.synthetic import make_store
-from tests.training import small
+from tests.training import small, tracked, tracks_of
 
 torch.set_num_threads(1)
 os.fsync = lambda fd: None  # what a test writes need not outlive a power cut; tests of durability put their own here
@@ -45,6 +45,24 @@ def shared_run(shared_store: FeatureStore, tmp_path_factory: pytest.TempPathFact
     from slotlab.training.train import train
 
     return train(small(), shared_store, tmp_path_factory.mktemp("shared") / "run")
+
+
+@pytest.fixture(scope="session")
+def tracked_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that follows objects, which the tests only read."""
+    return tracked(tmp_path_factory.mktemp("tracked"))
+
+
+@pytest.fixture(scope="session")
+def shared_tracks(tracked_run: Path) -> FeatureStore:
+    """Its tracks, which the tests only read."""
+    return tracks_of(tracked_run)
+
+
+@pytest.fixture
+def store_of(store: FeatureStore, shared_tracks: FeatureStore) -> Callable[[str], FeatureStore]:
+    """A preset's kind of store: features, or tracks."""
+    return lambda preset: shared_tracks if preset == "dynamics" else store
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """The training loop looked at from inside, in a process of its own.
 
-    python -m tests.steps STORE < CASES
+    python -m tests.steps STORE TRACKS < CASES
 
 A case is a list of a preset and its overrides. Prints, as JSON, for each case:
 
@@ -255,10 +255,13 @@ def sent_to_cuda(values: Tensor, device: torch.device | None) -> Tensor:
 
 
 def main() -> None:
-    store = FeatureStore.open(Path(sys.argv[1]))
+    features, tracks = (FeatureStore.open(Path(path)) for path in sys.argv[1:])
     cases = json.load(sys.stdin)
+    stores = [tracks if case[0] == "dynamics" else features for case in cases]
     found: dict[str, list[Any]] = {}
-    found["recompiled"], found["pieces"] = map(list, zip(*(compiled(store, *case) for case in cases), strict=True))
+    found["recompiled"], found["pieces"] = map(
+        list, zip(*(compiled(store, *case) for store, case in zip(stores, cases, strict=True)), strict=True)
+    )
     kernels = add_missing_kernels()
     able = {"torch.cuda.amp.common.amp_definitely_not_available": False, "torch.cuda.is_bf16_supported": True}
     with contextlib.ExitStack() as stack:
@@ -266,10 +269,13 @@ def main() -> None:
             stack.enter_context(patch(question, lambda *_, answer=answer, **__: answer))
         found["on_cuda"] = [on_cuda(store, *case) for case in cases]
     _setup_privateuseone_for_python_backend(GPU.partition(":")[0], backend_module=Backend())
-    found["waits"] = [waits(store, 3, *case) for case in cases]
+    found["waits"] = [waits(store, 3, *case) for store, case in zip(stores, cases, strict=True)]
     with patch("slotlab.models.randomness.send", lambda values, device: values.to(device)):
         first = {case[0]: case for case in reversed(cases)}  # of each preset: a variant draws no otherwise
-        found["careless"] = [waits(store, 2, *case) if case is first[case[0]] else [[], []] for case in cases]
+        found["careless"] = [
+            waits(store, 2, *case) if case is first[case[0]] else [[], []]
+            for store, case in zip(stores, cases, strict=True)
+        ]
     del kernels
     print(json.dumps(found))
 

@@ -160,4 +160,5 @@ def fitted(preset: str) -> list[str]:
     data = load_config(preset).data
     kind, reduces, _ = data.normalize.partition("=")
     fewer = [f"data.normalize={kind}=8"] if reduces else []
-    return ["model.slots=4", f"data.clip={min(data.clip, 2)}", "optim.batch_size=2", *fewer]
+    seen = ["model.burn_in=1"] if preset.startswith("dynamics") else []
+    return [*seen, "model.slots=4", f"data.clip={min(data.clip, 2)}", "optim.batch_size=2", *fewer]

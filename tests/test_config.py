@@ -17,6 +17,7 @@ from slotlab.models import flow
 from slotlab.models.build import MODELS
 from slotlab.models.clustering import tracking
 from slotlab.models.decoders import DECODERS
+from slotlab.models.dynamics.blocks import BLOCKS
 from slotlab.models.initializers import INITIALIZERS
 from slotlab.models.normalise import RECIPES
 from slotlab.models.predictors import PREDICTORS
@@ -78,6 +79,7 @@ REGISTRIES: dict[str, Any] = {
     "model.initializer": INITIALIZERS,
     "model.predictor.kind": PREDICTORS,
     "model.decoder.kind": DECODERS,
+    "model.attention": BLOCKS,
 }
 SWITCHES = {  # words that choose between a few lines, which stand together
     *("data.center", "data.residence", "model.projection", "model.gradient", "model.decoder.masks"),

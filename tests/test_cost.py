@@ -16,7 +16,7 @@ from featcache.stream.staging import Format
 from slotlab.config.load import load_config, presets
 from slotlab.config.schema import Config
 from slotlab.models.build import empty_model
-from slotlab.models.inputs import Features, Frames, ModelInput
+from slotlab.models.inputs import Features, Frames, ModelInput, Tracks
 from slotlab.models.randomness import Draws, Request, Share, Undrawn
 from slotlab.training.cost import Cost, Tally, Work, count_step
 from slotlab.training.processes import Ranks
@@ -34,6 +34,9 @@ def inputs_of(config: Config, side: int = 8, dim: int = 64) -> tuple[ModelInput,
         pixels = config.model.resolution
         shape = (*batch_samples(config), 2 * pixels, 2 * pixels, 3)
         return Frames("video", (pixels, pixels), 3), Format(shape, torch.uint8)
+    if config.model.kind == "dynamics":
+        shape = (*batch_samples(config), 4, dim + side**2)
+        return Tracks("tracks", (side, side), dim, "block1", 4), Format(shape, torch.float16)
     return Features("block1", (side, side), dim), Format((*batch_samples(config), side**2, dim), torch.float16)
 
 
@@ -178,6 +181,7 @@ def test_a_gpu_launches_fewer_for_a_recurrent_cell() -> None:
     assert counted(config, on_gpu=True).flops == counted(config).flops
 
 
+@pytest.mark.slow
 def test_settings_that_change_its_memory_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slotlab.training.cost.ROWS", 1 << 10)  # what is computed again is a part of all
 

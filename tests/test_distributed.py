@@ -24,7 +24,7 @@ from featcache.extraction.plan import ExtractOptions, ExtractPlan, plan
 from featcache.scale.recompute import recomputed_statistics
 from featcache.sources import open_source
 from featcache.sources.video import Video
-from featcache.store import manifest
+from featcache.store import layout, manifest
 from featcache.store.reading import FeatureStore
 from featcache.upkeep.verify import verify
 from tests import growing
@@ -248,6 +248,19 @@ def test_a_source_that_changed_is_followed_alike(tmp_path: Path, backbone: Backb
     extract_distributed(todo, open_source(source), client, weights="random", device="cpu")
     growing.run(path, source, backbone, growing.PRUNE)
     assert files(there) == files(path) and verify(there) == []
+
+
+def test_workers_write_whole_shards(
+    tmp_path: Path, backbone: Backbone, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "SHARDED", 2)
+    monkeypatch.setattr(layout, "SHARD_CHUNKS", (2, 2))
+    source, path = growing.videos(tmp_path / "v", "abcde"), tmp_path / "s.zarr"
+    todo = plan(tmp_path / "there.zarr", open_source(source), backbone, growing.OPTIONS)
+    there = extract_distributed(todo, open_source(source), client, weights="random", device="cpu")
+    assert there["train"].spec.shard_chunks == 2 and verify(there.path) == []
+    growing.run(path, source, backbone)
+    assert files(there.path) == files(path)
 
 
 def test_videos_that_always_kill_their_worker_are_named(tmp_path: Path, backbone: Backbone, client: Client) -> None:

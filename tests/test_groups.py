@@ -179,8 +179,7 @@ def test_videos_average_to_the_totals_when_equally_long(tmp_path: Any) -> None:
 
 
 def test_without_instances_there_are_no_groups(split: Split) -> None:
-    for video, row in list(split.manifest.items()):
-        split.manifest[video] = type(row)(row.video, row.id, row.frames, row.crc32c, ())
+    split.manifest = {video: replace(row, instances=()) for video, row in split.manifest.items()}
     assert objects_by(split, OBJECTS, "material") == {}
     found = subgroup_scores(scores_of(split), split, Bootstrap(resamples=10)).summaries
     assert found["by_material"] == {} and found["by_objects"]

@@ -25,8 +25,8 @@ ROOMS = {
         "extraction", "upkeep", "bench", "library",
     ),
     "slotlab": (
-        "words", "config", "models", "masks", "runs", "scoring", "protocols", "training", "planning", "pictures",
-        "segment", "report", "experiments", "commands",
+        "words", "config", "models", "masks", "runs", "scoring", "protocols", "dynamics", "training", "planning",
+        "pictures", "segment", "forecast", "report", "experiments", "commands",
     ),
 }  # fmt: skip
 FOREIGN = {"featcache": {"slotlab", "cli"}, "slotlab": {"cli"}}
@@ -56,6 +56,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "slotlab.experiments.worker": "sends what a run prints to a file as it comes",
         "slotlab.training.speed": "asks Linux to measure memory anew",
         "slotlab.pictures.painted": "draws into memory",
+        "slotlab.dynamics.files": "packs an archive in memory",
     },
 }
 

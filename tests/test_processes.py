@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,12 +32,13 @@ UNREACHED = ("loss.feature_mse=0", "loss.temporal_similarity=0")  # by a loss: t
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "parts"),
-    [("dinosaur", PARTS[0]), ("dinosaur", PARTS[2]), ("videosaur", ()), ("videosaur", UNREACHED)],
+    [("dinosaur", PARTS[0]), ("dinosaur", PARTS[2]), ("videosaur", ()), ("videosaur", UNREACHED), ("dynamics", ())],
 )
 def test_two_ranks_train_the_run_of_one(
-    tmp_path: Path, store: FeatureStore, preset: str, parts: tuple[str, ...]
+    tmp_path: Path, store_of: Callable[[str], FeatureStore], preset: str, parts: tuple[str, ...]
 ) -> None:
     """The video model's slots are also told from the other rank's (slot_contrast); that alone trains no decoder."""
+    store = store_of(preset)
     config = small(*parts, "checkpoint_every=5", preset=preset, optim__steps=10)
     one = train(config, store, tmp_path / "one")
     (tmp_path / "config.toml").write_text(config.to_toml())

@@ -15,6 +15,7 @@ import torch
 from slotlab.config.load import load_config, presets
 from slotlab.config.model import RecurrentConfig
 from tests.synthetic import fitted, make_store
+from tests.training import tracked, tracks_of
 
 pytestmark = pytest.mark.slow
 
@@ -44,9 +45,10 @@ def shortened(preset: str) -> list[str]:
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """What :mod:`tests.steps` finds: name of the finding -> case -> finding."""
-    store = make_store(tmp_path_factory.mktemp("step") / "store.zarr")
+    folder = tmp_path_factory.mktemp("step")
+    store, tracks = make_store(folder / "store.zarr"), tracks_of(tracked(folder))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.steps", str(store.path)],
+        [sys.executable, "-m", "tests.steps", str(store.path), str(tracks.path)],
         input=json.dumps([[case[0], *fitted(case[0]), *shortened(case[0]), *case[1:]] for case in CASES + ON_HOST]),
         capture_output=True,
         text=True,
@@ -69,7 +71,7 @@ def test_the_loop_waits_for_the_gpu_at_logged_steps_alone(case: list[str], found
 
 def test_a_wait_would_be_seen(found: dict[str, dict[str, Any]]) -> None:
     waiting = {case[0] for case in CASES if found["careless"][str(case)][1]}
-    idle = {"default", "image", "slotcontrast", "savi-dinosaur"}  # which draw nothing in a pass
+    idle = {"default", "image", "slotcontrast", "savi-dinosaur", "dynamics-dense"}  # which draw nothing in a pass
     assert waiting == {case[0] for case in CASES} - idle
 
 

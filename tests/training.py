@@ -7,13 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from featcache.store.reading import FeatureStore
 from slotlab.config.load import load_config
 from slotlab.config.schema import Config
+from slotlab.dynamics.tracks import make_tracks
+from slotlab.runs.folder import tracks_path
+from slotlab.runs.loaded import load_run
+from slotlab.training.train import train
+from tests.synthetic import DiscSource, make_store
 
 SMALL = {
     "dinosaur": ("model.slot_dim=8", "model.decoder.hidden=16", "model.slot_mlp_hidden=16", "optim.learning_rate=1e-3"),
     "default": ("model.slot_dim=6", "model.hidden=16", "data.normalize=slow=8"),
     "objects": ("model.slot_dim=6", "model.hidden=16", "data.normalize=whiten=8"),
+    "dynamics": ("data.clip=5", "model.burn_in=3", "model.width=16", "model.heads=2"),
     "videosaur": (
         "data.clip=2",
         "model.slot_dim=8",
@@ -36,6 +43,17 @@ def small(*overrides: str, preset: str = "dinosaur", **shorthands: Any) -> Confi
     defaults = {"optim__steps": 12, "optim__batch_size": 4, "model__slots": 4}
     common = ("log_every=1", "optim.warmup_steps=3")
     return load_config(preset, None, [*common, *SMALL[preset], *overrides], **(defaults | shorthands))
+
+
+def tracked(folder: Path) -> Path:
+    """A run of twelve steps whose model follows objects through videos of six frames."""
+    source = DiscSource({"train": (6, 6, 5, 6), "validation": (6, 6, 6)})
+    return train(small(preset="default"), make_store(folder / "synthetic.zarr", source), folder / "run")
+
+
+def tracks_of(run: Path) -> FeatureStore:
+    """The tracks of a run."""
+    return make_tracks(load_run(run), tracks_path(run))
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:

@@ -283,7 +283,7 @@ def measure_cold(split: Split, tap: str, rounds: int) -> list[Rate]:
     if not files or still_cached(files):
         return []
     frame_bytes = window.tokens.nbytes // split.spec.rows  # as stored
-    whole = np.array([split.rows(video).start for video in split.videos], np.int64)
+    whole = split.spec.starts[list(split.videos)]
     longest = max(split.spec.lengths)
     patterns = {
         "cold frames": (window.starts(1), Access(1024, 1)),

@@ -104,7 +104,7 @@ def settle(
     """Settle a split that is extracted for the first time (``split`` is None), or again.
 
     ``fresh`` is what the source alone would make of it. Raises ``IncompatibleError`` where the store's videos are not
-    the source's, or lie in shards.
+    the source's.
     """
     if split is None or not split.manifest:
         return _fresh(fresh, found, max_videos)
@@ -116,14 +116,7 @@ def settle(
         return Settled(present, tuple(everything), Changes(len(everything)), frozenset(everything))
     if not present.fingerprints:
         present = _adopted(split.path, present, found)
-    settled = _Merge(present, split, found, max_videos, grow, prune).settled()
-    if present.shard_chunks and (settled.spec != present or not split.complete):
-        origin = split.store.spec.exported_from
-        raise IncompatibleError(
-            f"{split.path}: is a copy in shards, which extraction does not change; extract to "
-            f"{origin or 'the store that it was copied from'} and export that again"
-        )
-    return settled
+    return _Merge(present, split, found, max_videos, grow, prune).settled()
 
 
 def _fresh(fresh: SplitSpec, found: Found, max_videos: int | None) -> Settled:

@@ -164,8 +164,7 @@ def _run_split(writer: SplitWriter, job: SplitJob, work: bytes, client: Client, 
             for future in completed.next_batch():
                 number = pending.pop(future)
                 result = _result(future, job, groups[number])
-                for row in result.rows:
-                    writer.append(row)
+                writer.append(*result.rows)
                 if result.error:
                     raise result.error
                 early[number] = result.statistics
@@ -200,8 +199,7 @@ def _keep_finished(pending: Mapping[Future[_GroupResult], int], writer: SplitWri
     for future in pending:
         if future.status == "finished":
             with suppress(Exception):  # its worker or the scheduler may be gone; the group then runs again
-                for row in future.result(timeout=CONNECT_SECONDS).rows:
-                    writer.append(row)
+                writer.append(*future.result(timeout=CONNECT_SECONDS).rows)
 
 
 def _lost(client: Client, error: Exception) -> bool:
@@ -270,8 +268,8 @@ def _run_group(work: bytes, group: range, done: frozenset[int]) -> _GroupResult:
             tokens = job.forward(backbone, videos) if videos else []
         _require_permit(task.permit)
         statistics = job.measure(group, done, tokens)
-        for row in job.store_group(group, done, videos, tokens):
-            rows.append(row)
+        for durable in job.store_group(group, done, videos, tokens):
+            rows += durable
     except FeatcacheError as error:
         return _GroupResult(rows, {}, error)
     return _GroupResult(rows, statistics)

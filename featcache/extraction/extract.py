@@ -83,8 +83,8 @@ def _extract_split(writer: SplitWriter, job: SplitJob, source: Source, backbone:
     def record(group: range, videos: Sequence[Shown], tokens: Sequence[Tokens], moments: TapMoments) -> None:
         """Write a group; called in order, in the writing thread."""
         nonlocal frames_done
-        for row in job.store_group(group, done, videos, tokens, chunks.map):
-            writer.append(row)
+        for rows in job.store_group(group, done, videos, tokens, chunks.map):
+            writer.append(*rows)
         merge(statistics, moments)
         frames_done += sum(job.spec.lengths[index] for index in group)
         progress(job.name, frames_done, total)

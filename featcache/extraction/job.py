@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +21,12 @@ from featcache.extraction.fit import recounted
 from featcache.extraction.plan import ExtractPlan, SplitPlan, read_shown
 from featcache.moments import Moments, NonFiniteTokensError
 from featcache.sources.video import Source, Video
+from featcache.store.chunks import Encoded, OpenShard, encoded_video, write_chunks
 from featcache.store.encoding import ENCODINGS, FEATURES, Stored
 from featcache.store.manifest import Row
 from featcache.store.reading import FeatureStore, Split
 from featcache.store.spec import SplitSpec, StoreSpec
-from featcache.store.writing import SplitWriter, write_chunks
+from featcache.store.writing import SplitWriter
 
 Tokens = Mapping[str, Stored]  # tap -> tokens of one video, in the store's form
 
@@ -60,10 +63,19 @@ class SplitJob:
         return cls(path, writer.name, plan.spec, spec, source.location, plan.resize_frames, split.origins)
 
     def groups(self) -> list[range]:
-        """Videos that share batches; only their position, the batch size and the size of the frames decide."""
-        size = max(1, min(self.store.batch_size // self.spec.chunk_frames, GROUP_BYTES // self.chunk_bytes))
-        videos = len(self.spec.lengths)
-        return [range(i, min(i + size, videos)) for i in range(0, videos, size)]
+        """Videos that share batches; only their position, the batch size and the size of the frames decide.
+
+        A group has its files to itself: videos that share a shard are in one.
+        """
+        size = min(self.store.batch_size // self.spec.chunk_frames, GROUP_BYTES // self.chunk_bytes)
+        file_rows = self.spec.chunk_frames * max(1, self.spec.shard_chunks)
+        begins = np.flatnonzero(self.spec.starts[:-1] % file_rows == 0).tolist()  # videos that begin a file
+        groups, first = [], 0
+        for begin, end in pairwise([*begins, len(self.spec.lengths)]):
+            if end - first > size and begin > first:
+                groups.append(range(first, begin))
+                first = begin
+        return [*groups, range(first, len(self.spec.lengths))]
 
     @property
     def chunk_bytes(self) -> int:
@@ -100,30 +112,49 @@ class SplitJob:
         done: Container[int],
         videos: Sequence[Shown],
         tokens: Sequence[Tokens],
-        each: Callable[[Callable[[int], Row], Sequence[int]], Iterator[Row]] = map,
-    ) -> Iterator[Row]:
-        """Make the chunks of the group's new videos durable; yields the manifest rows to append, in order.
+        each: Callable[[Callable[[int], Any], Sequence[int]], Iterator[Any]] = map,
+    ) -> Iterator[Sequence[Row]]:
+        """Make the chunks of the group's new videos durable; yields the manifest rows to append, in order: those of
+        videos that became durable together.
 
-        ``each`` may be the ``map`` of an executor, which writes several videos at a time.
+        ``each`` may be the ``map`` of an executor, which writes or encodes several videos at a time.
         """
+        new = [position for position, index in enumerate(group) if index not in done]
 
-        def store(position: int) -> Row:
-            return write_chunks(
-                self.path, self.store, self.spec, group[position], videos[position].stored, tokens[position]
-            )
+        def encode(position: int) -> Encoded:
+            return encoded_video(self.store, self.spec, group[position], videos[position].stored, tokens[position])
 
-        return each(store, [position for position, index in enumerate(group) if index not in done])
+        def write(position: int) -> Sequence[Row]:
+            video = videos[position].stored
+            return (write_chunks(self.path, self.store, self.spec, group[position], video, tokens[position]),)
+
+        return self._fill_shards(each(encode, new)) if self.spec.shard_chunks else each(write, new)
+
+    def _fill_shards(self, videos: Iterable[Encoded]) -> Iterator[Sequence[Row]]:
+        shard = OpenShard(self.path, self.store, self.spec)
+        for video in videos:
+            yield shard.put(video)
+        yield shard.flush()
 
     @cached_property
     def _stored(self) -> Split:
         return Split(FeatureStore.open(self.path.parent), self.path.name)
 
+    def _stored_tokens(self, group: range, tap: str) -> list[torch.Tensor]:
+        """The tokens (T, N, D) of each video of a finished group, by one read: a shard has many of them."""
+        starts = self.spec.starts[group.start : group.stop + 1].tolist()
+        rows = self._stored.read_tokens(tap, slice(starts[0], starts[-1]))
+        return [rows[at - starts[0] :][: self.spec.lengths[i]] for at, i in zip(starts[:-1], group, strict=True)]
+
     def _moments(self, group: range, tap: str, done: Container[int], tokens: Sequence[Tokens]) -> Moments:
         decode = ENCODINGS[self.store.dtype].decode
-        stored = [
-            self._stored.tokens(tap, index) if index in done else decode(tokens[position][tap])
-            for position, index in enumerate(group)
-        ]
+        if tokens:
+            stored = [
+                self._stored.tokens(tap, index) if index in done else decode(tokens[position][tap])
+                for position, index in enumerate(group)
+            ]
+        else:
+            stored = self._stored_tokens(group, tap)
         device = tokens[0][tap][FEATURES].device if tokens else "cpu"
         lengths = [self.spec.lengths[index] for index in group]
         try:

@@ -23,10 +23,10 @@ from featcache.sources.clips import listed
 from featcache.sources.images import MOST_PIXELS, decoded_smaller, size_text
 from featcache.sources.video import Size, Source, Video
 from featcache.store.encoding import ENCODINGS
-from featcache.store.layout import array_bytes, array_layouts
+from featcache.store.layout import array_bytes, array_layouts, fitting_shards
 from featcache.store.reading import FeatureStore, Split
 from featcache.store.spec import MAX_CHUNK_FRAMES, SCHEMA, SplitSpec, StoreSpec, TapSpec, refuse_if_different
-from featcache.text import bytes_text
+from featcache.text import bytes_text, printable
 from featcache.words import Dtype, Fit, Precision
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
         raise UsageError(question)
     remarks = _remarks(source, names)
     for line in remarks:
-        logger.warning("%s", line)
+        logger.warning("%s", printable(line))
     preprocessing = {**backbone.preprocessing, **fitting(options.fit, backbone.spec.mean)}
     present = {name: store[name] for name in names if store and name in store.splits}
     stored = {name: _stored_size(source, name, backbone, options, present.get(name)) for name in names}
@@ -149,11 +149,12 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
             masks=probe.segmentations is not None,
             ignored=probe.segmentations is not None and spec.schema > 1,
         )
+        fresh = replace(fresh, shard_chunks=fitting_shards(spec, fresh))
         settled = settle(fresh, found, present.get(name), options.max_videos, options.grow, options.prune)
         split_spec = settled.spec
         lines = settled.changes.lines(str(path / name), source.location)
         for line in lines:
-            logger.warning("%s", line)
+            logger.warning("%s", printable(line))
         remarks += tuple(lines)
         lengths = tuple(n for i, n in enumerate(split_spec.lengths) if i not in settled.finished)
         left = replace(split_spec, lengths=lengths)

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from featcache.errors import DataError
 from featcache.sources.splits import check_index
 from featcache.sources.video import Size, Source, Video
+from featcache.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class SoundVideos(Source):
         """Frames of each sound video, by its position in the source. ``DataError`` if no video is sound."""
         if split in self._sound:
             return self._sound[split]
-        logger.warning("%s: reading every video of %s once, to find the damaged ones", self.location, split)
+        logger.warning("%s: reading every video of %s once, to find the damaged ones", printable(self.location), split)
         with ThreadPoolExecutor(READERS, "look") as readers:
             found = list(readers.map(lambda index: self._frames(split, index), range(self._source.videos(split))))
         names = self._source.names(split)

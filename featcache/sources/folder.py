@@ -34,6 +34,7 @@ from featcache.sources.scan import Entry, scan, split_roots
 from featcache.sources.splits import check_index, check_split
 from featcache.sources.truth import check_sizes, read_truth, unclear_turns
 from featcache.sources.video import Size, Source, Video
+from featcache.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ class FolderSource(Source):
         truth = read_truth(entry, (len(frames), *(size if shrink == 1 else check_sizes(entry))), self.reading)
         masks = truth.masks.resized(size)
         if masks.remark and self._is_new(masks.remark):
-            logger.warning("%s", masks.remark)
+            logger.warning("%s", printable(masks.remark))
         return Video(entry.id, frames, masks.numbers, unlabelled_instances(masks.numbers), masks.ignore, truth.labelled)
 
     def _is_new(self, remark: str) -> bool:

@@ -23,6 +23,7 @@ from featcache.sources.place import Layout
 from featcache.sources.reading import Reading
 from featcache.sources.splits import check_index, check_split, split_folders
 from featcache.sources.video import Size, Source, Video
+from featcache.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class Hdf5Source(Source):
         )
         if found.remark and not self._remarked:
             self._remarked = True
-            logger.warning("%s", found.remark)
+            logger.warning("%s", printable(found.remark))
         return Video(name, frames, found.numbers, unlabelled_instances(found.numbers), found.ignore)
 
     def _add(self, split: str, group: Group) -> None:

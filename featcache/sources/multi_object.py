@@ -35,6 +35,7 @@ from featcache.sources.place import Layout, Place
 from featcache.sources.reading import Reading
 from featcache.sources.splits import check_index, check_split
 from featcache.sources.video import Instance, Size, Source, Video
+from featcache.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +96,7 @@ class RecordRows(Rows):
         self._records, self._family = GzipRecords(path), family
 
     def look(self, visible: bool) -> list[tuple[str, int | None]]:
-        logger.warning("%s: reading all of it once, to find its scenes", self._records.path)
+        logger.warning("%s: reading all of it once, to find its scenes", printable(str(self._records.path)))
         return [
             (f"{crc:08x}", _objects(_floats(features(data), "visibility"), self._family) if visible else None)
             for data, crc in self._records.walk()

@@ -119,9 +119,9 @@ class Lines:
         except OSError as error:
             raise cannot_write(path, error) from error
 
-    def add(self, line: str) -> None:
-        """Append a line; where lines are synced it is durable on return. No part of one that failed is left."""
-        data = line.encode() + b"\n"
+    def add(self, *lines: str) -> None:
+        """Append lines; where lines are synced they are durable on return. No part of what failed is left."""
+        data = b"".join(line.encode() + b"\n" for line in lines)
         at = self._end
         try:
             while data:

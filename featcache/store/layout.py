@@ -8,7 +8,7 @@ zarr-python in memory, so that they are its own, and written by `featcache.store
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,23 @@ def array_bytes(layout: ArrayLayout, split: SplitSpec) -> int:
     return frames * int(np.prod(layout.shape)) * np.dtype(layout.dtype).itemsize
 
 
+# A split of many small chunks has them in shards, so that it has few files. A shard is made durable as a whole: a kill
+# loses the videos of those that are not full.
+SHARD_BYTES = 64 << 20  # of a shard's values, at most
+SHARD_CHUNKS = (16, 256)  # in a shard; where fewer fit, each chunk has a file that is large enough
+SHARDED = 1024  # chunks from which a split counts as one of many
+
+
+def fitting_shards(store: StoreSpec, split: SplitSpec) -> int:
+    """``shard_chunks`` of a split that is made of these videos: a power of two, so that batches fit, or 0."""
+    if split.rows < SHARDED * split.chunk_frames:
+        return 0
+    frame = max(int(np.prod(a.shape)) * np.dtype(a.dtype).itemsize for a in array_layouts(store, split))
+    least, most = SHARD_CHUNKS
+    fitting = SHARD_BYTES // (split.chunk_frames * frame)
+    return 0 if fitting < least else min(most, 1 << (fitting.bit_length() - 1))
+
+
 def chunk_numbers(split: SplitSpec, video: int) -> range:
     """Chunks along the first axis that hold one video."""
     return range(int(split.starts[video]) // split.chunk_frames, int(split.starts[video + 1]) // split.chunk_frames)
@@ -109,7 +126,7 @@ def split_metadata(store: StoreSpec, split: SplitSpec) -> Files:
     """Every zarr.json of a split's groups and per-frame arrays; the split's own, which vouches for them, last."""
 
     def build(group: zarr.Group) -> None:
-        group.attrs.put({"featcache": asdict(split)})
+        group.attrs.put({"featcache": split.to_json()})
         for layout in array_layouts(store, split):
             chunk = (split.chunk_frames, *layout.shape)
             shard = (split.chunk_frames * split.shard_chunks, *layout.shape)

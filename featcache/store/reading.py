@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ class Split:
             self.spec = SplitSpec.from_json(self.group.attrs["featcache"])  # type: ignore[arg-type]
         except Exception as error:  # zarr raises many kinds for a damaged document
             raise self._damaged(f"{name}/zarr.json") from error
-        self.manifest = manifest.read(self.path)
+        self.manifest: Mapping[int, manifest.Row] = manifest.read(self.path)
 
     def __repr__(self) -> str:
         return f"Split({str(self.path)!r}, {len(self.manifest)}/{len(self.spec.lengths)} videos)"
@@ -130,17 +131,30 @@ class Split:
     @property
     def frames(self) -> int:
         """Number of real frames in finished videos."""
-        return sum(self.manifest[video].frames for video in self.manifest)
+        return sum(self.spec.lengths[video] for video in self.manifest)
 
     def rows(self, video: int) -> slice:
         """Rows of the arrays that hold this video's frames."""
         start = int(self.spec.starts[video])
         return slice(start, start + self.spec.lengths[video])
 
+    def clip_starts(self, clip: int) -> npt.NDArray[np.int64]:
+        """First row of every run of ``clip`` consecutive frames of a finished video, in order: (clips,)."""
+        videos = np.fromiter(self.manifest, np.int64, len(self.manifest))
+        clips = np.maximum(self.spec.frames[videos] - clip + 1, 0)  # of each video
+        skipped = self.spec.starts[videos] - (np.cumsum(clips) - clips)
+        return np.repeat(skipped, clips) + np.arange(clips.sum())
+
     def valid_rows(self) -> npt.NDArray[np.int64]:
         """Rows of all finished videos' frames, padding left out, in order: (frames,)."""
-        parts = [np.arange(self.rows(v).start, self.rows(v).stop) for v in self.videos]
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        return self.clip_starts(1)
+
+    def spans(self, most: int) -> list[slice]:
+        """`valid_rows` as runs without a gap, each of at most ``most`` rows."""
+        rows = self.valid_rows()
+        runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1) if len(rows) else []
+        ends = [(int(run[0]), int(run[-1]) + 1) for run in runs]
+        return [slice(at, min(at + most, end)) for begin, end in ends for at in range(begin, end, most)]
 
     def array(self, path: str) -> zarr.Array[Any]:
         """The array at ``path`` below the split. ``DataError`` if it is missing or damaged."""

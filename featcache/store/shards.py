@@ -25,19 +25,24 @@ ABSENT = 2**64 - 1  # both numbers of a chunk that the shard does not have
 
 def pack(chunks: Mapping[int, bytes], count: int) -> bytes:
     """A shard of ``count`` places from the chunks at some of them."""
-    index = np.full((count, 2), ABSENT, "<u8")
+    there = sorted(chunks.items())
+    return b"".join([*(data for _, data in there), index({place: len(data) for place, data in there}, count)])
+
+
+def index(sizes: Mapping[int, int], count: int) -> bytes:
+    """The end of a shard of ``count`` places whose chunks, by ascending place, are of these sizes."""
+    places = np.full((count, 2), ABSENT, "<u8")
     offset = 0
-    for place, data in sorted(chunks.items()):
-        index[place] = offset, len(data)
-        offset += len(data)
-    tail = index.tobytes()
-    return b"".join([*(data for _, data in sorted(chunks.items())), tail, _checksum(tail)])
+    for place, size in sizes.items():
+        places[place] = offset, size
+        offset += size
+    return places.tobytes() + _checksum(places.tobytes())
 
 
 def unpack(shard: bytes, count: int) -> dict[int, bytes]:
     """Inverse of `pack`. ``ValueError`` if the index is damaged."""
-    index = read_index(io.BytesIO(shard), count).tolist()
-    return {place: shard[at : at + size] for place, (at, size) in enumerate(index) if at != ABSENT}
+    places = read_index(io.BytesIO(shard), count).tolist()
+    return {place: shard[at : at + size] for place, (at, size) in enumerate(places) if at != ABSENT}
 
 
 def read_index(shard: BinaryIO, count: int) -> npt.NDArray[np.uint64]:
@@ -69,5 +74,5 @@ def read_chunk(array: Path, split: SplitSpec, number: int, ndim: int) -> bytes |
         return None
 
 
-def _checksum(index: bytes) -> bytes:
-    return int(google_crc32c.value(index)).to_bytes(4, "little")
+def _checksum(places: bytes) -> bytes:
+    return int(google_crc32c.value(places)).to_bytes(4, "little")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -92,9 +92,14 @@ class SplitSpec:
     skipped: tuple[str, ...] = ()  # names of videos that were left out because they were damaged
 
     @cached_property
+    def frames(self) -> npt.NDArray[np.int64]:
+        """``lengths`` as an array: (videos,)."""
+        return np.asarray(self.lengths, np.int64)
+
+    @cached_property
     def starts(self) -> npt.NDArray[np.int64]:
         """First row of each video, and the number of rows at the end: (videos + 1,)."""
-        chunks = -(-np.asarray(self.lengths, np.int64) // self.chunk_frames)
+        chunks = -(-self.frames // self.chunk_frames)
         return np.concatenate([[0], np.cumsum(chunks)]) * self.chunk_frames
 
     @property
@@ -114,7 +119,10 @@ class SplitSpec:
 
     def form(self) -> dict[str, Any]:
         """What holds for every video of the split, whichever they are."""
-        return {key: value for key, value in asdict(self).items() if key not in _OF_VIDEOS}
+        return {key: value for key, value in self.to_json().items() if key not in _OF_VIDEOS}
+
+    def to_json(self) -> dict[str, Any]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}  # asdict copies every video's values
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> SplitSpec:

@@ -2,28 +2,26 @@
 
 Everything depends on the order: chunks are durable before their manifest row, tables and statistics before the
 split's attributes say that it is complete, a split's arrays before its manifest exists, the root before any
-split. Chunks are encoded here rather than through zarr-python because zarr-python does not sync, and because
-the bytes that are checked are then the bytes that are written.
+split.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import google_crc32c
-import numpy.typing as npt
 import torch
 
 from featcache.errors import DataError, IncompatibleError
 from featcache.moments import Moments
 from featcache.sources.video import Video
-from featcache.store import manifest, shards
+from featcache.store import manifest
+from featcache.store.chunks import Arrays, OpenShard, encoded, write_arrays, write_chunks
 from featcache.store.durable import (
     TEMPORARY,
     lock,
@@ -31,16 +29,11 @@ from featcache.store.durable import (
     replace_directory,
     settle_directories,
     sync_directory,
-    write_durably,
     write_tree,
 )
-from featcache.store.encoding import ENCODINGS, Stored
+from featcache.store.encoding import ENCODINGS
 from featcache.store.layout import (
     METADATA,
-    ArrayLayout,
-    array_layouts,
-    chunk_numbers,
-    chunk_path,
     root_metadata,
     split_metadata,
     summary_files,
@@ -50,8 +43,6 @@ from featcache.store.rearrange import rearranged
 from featcache.store.spec import SplitSpec, StoreSpec, refuse_if_different
 
 SUMMARIES = ("instances", "statistics")  # folders that `SplitWriter.finish` makes
-
-Arrays = Mapping[str, npt.NDArray[Any]]  # one video's rows as stored, by array
 
 
 class StoreWriter:
@@ -115,7 +106,7 @@ class SplitWriter:
             self.spec = self._rearrange(spec) if rearrange and spec.fingerprints else self._grow(spec)
         self._appender = manifest.Appender(self.path)
         self.done = set(manifest.read(self.path))
-        self._shard = _OpenShard(self.path, self.spec, array_layouts(self.store_spec, self.spec))
+        self._shard = OpenShard(self.path, self.store_spec, self.spec)
 
     def close(self) -> None:
         """Close the split. Videos that wait for their shard to fill are lost, unless `finish` was called."""
@@ -210,24 +201,23 @@ class SplitWriter:
         In a sharded split the video is finished when its last shard is full, or by `finish`.
         """
         if not self.spec.shard_chunks:
-            self.append(_write_arrays(self.path, self.store_spec, self.spec, row, arrays))
+            self.append(write_arrays(self.path, self.store_spec, self.spec, row, arrays))
             return
-        for finished in self._shard.put(row, arrays):
-            self.append(finished)
+        self.append(*self._shard.put(encoded(self.store_spec, self.spec, row, arrays)))
 
-    def append(self, row: manifest.Row) -> None:
-        """Declare a video finished; its chunks must be durable, whichever process wrote them."""
-        self._appender.append(row)
-        self.done.add(row.video)
+    def append(self, *rows: manifest.Row) -> None:
+        """Declare videos finished; their chunks must be durable, whichever process wrote them."""
+        if rows:
+            self._appender.append(*rows)
+            self.done.update(row.video for row in rows)
 
     # -- the end ---------------------------------------------------------------------------------------
 
     def finish(self, statistics: Mapping[str, Moments]) -> None:
         """Write tables and statistics once every video is there; marks the split complete."""
-        for row in self._shard.flush():
-            self.append(row)
+        self.append(*self._shard.flush())
         self.unfinish()
-        rows = manifest.read(self.path)
+        rows = dict(manifest.read(self.path))  # parsed once: each table looks at all of them
         for old in SUMMARIES:  # earlier ones may have had other arrays
             shutil.rmtree(self.path / old, ignore_errors=True)
         write_tree(self.path, summary_files(self.spec, rows, statistics))
@@ -246,103 +236,6 @@ class SplitWriter:
         self.spec = spec
 
 
-def write_chunks(
-    path: Path,
-    store: StoreSpec,
-    split: SplitSpec,
-    index: int,
-    video: Video,
-    tokens: Mapping[str, Stored],
-) -> manifest.Row:
-    """Make one video's chunks durable in the split at ``path``, and return its manifest row.
-
-    ``tokens`` maps each tap to its tokens in the store's form (`featcache.store.encoding`). Any process may call this;
-    only the one with the store's lock may append the row. Raises ``DataError`` when the disk is full; the videos
-    finished before stay.
-    """
-    assert not split.shard_chunks, "several videos share a shard: only `SplitWriter.write_arrays` fills them"
-    arrays: dict[str, npt.NDArray[Any]] = {"video": video.frames}
-    if split.masks:
-        assert video.segmentations is not None
-        arrays["segmentations"] = video.segmentations
-    if split.ignored:
-        arrays["ignored"] = video.ignored
-    for array in ENCODINGS[store.dtype].arrays:
-        arrays |= {array.path(tap): stored[array.folder].cpu().numpy() for tap, stored in tokens.items()}
-    fingerprint = split.fingerprints[index] if split.fingerprints else ""
-    row = manifest.Row(index, video.id, len(video.frames), {}, video.instances, fingerprint)
-    return _write_arrays(path, store, split, row, arrays)
-
-
-def _write_arrays(path: Path, store: StoreSpec, split: SplitSpec, row: manifest.Row, arrays: Arrays) -> manifest.Row:
-    crc32c = {}
-    for layout in array_layouts(store, split):
-        sums = []
-        for number, data in _chunks(layout, split, row.video, arrays[layout.name]):
-            write_durably(chunk_path(path / layout.name, number, layout.ndim), data)
-            sums.append(google_crc32c.value(data))
-        crc32c[layout.name] = tuple(sums)
-        sync_directory(path / layout.name)
-    return replace(row, crc32c=crc32c)
-
-
-def _chunks(layout: ArrayLayout, split: SplitSpec, video: int, values: npt.NDArray[Any]) -> Iterable[tuple[int, bytes]]:
-    """Numbers and encoded bytes of the chunks of one video's rows."""
-    assert len(values) == split.lengths[video], (layout.name, video, len(values))
-    frames = split.chunk_frames
-    for place, number in enumerate(chunk_numbers(split, video)):
-        yield number, layout.encode(values[place * frames : (place + 1) * frames], frames)
-
-
-class _OpenShard:
-    """The shard that is being filled, the same one of every array, and the videos that wait for it."""
-
-    def __init__(self, path: Path, split: SplitSpec, layouts: list[ArrayLayout]) -> None:
-        self._path, self._split, self._layouts = path, split, layouts
-        self._number: int | None = None
-        self._chunks: dict[str, dict[int, bytes]] = {}
-        self._waiting: list[manifest.Row] = []
-
-    def put(self, row: manifest.Row, arrays: Arrays) -> list[manifest.Row]:
-        """Add a video; return the rows that became durable on the way."""
-        finished: list[manifest.Row] = []
-        encoded = {
-            layout.name: list(_chunks(layout, self._split, row.video, arrays[layout.name])) for layout in self._layouts
-        }
-        for place, chunk in enumerate(chunk_numbers(self._split, row.video)):
-            number, within = divmod(chunk, self._split.shard_chunks)
-            if number != self._number:
-                finished += self.flush()
-                self._open(number)
-            for name, chunks in encoded.items():
-                self._chunks[name][within] = chunks[place][1]
-        crc32c = {name: tuple(google_crc32c.value(data) for _, data in chunks) for name, chunks in encoded.items()}
-        self._waiting.append(replace(row, crc32c=crc32c))
-        return finished
-
-    def flush(self) -> list[manifest.Row]:
-        """Write the open shard; return the rows that became durable."""
-        if self._number is None:
-            return []
-        for layout in self._layouts:
-            folder = self._path / layout.name
-            data = shards.pack(self._chunks[layout.name], self._split.shard_chunks)
-            write_durably(chunk_path(folder, self._number, layout.ndim), data)
-            sync_directory(folder)
-        finished, self._waiting, self._number = self._waiting, [], None
-        return finished
-
-    def _open(self, number: int) -> None:
-        """Continue the shard with the chunks that an earlier run, or a video that began in it, left there."""
-        self._number = number
-        for layout in self._layouts:
-            file = chunk_path(self._path / layout.name, number, layout.ndim)
-            try:
-                self._chunks[layout.name] = shards.unpack(file.read_bytes(), self._split.shard_chunks)
-            except (FileNotFoundError, ValueError):
-                self._chunks[layout.name] = {}
-
-
 def read_split_spec(path: Path) -> SplitSpec:
     """The specification in a split's zarr.json. ``DataError`` if it is missing or damaged."""
     try:
@@ -354,7 +247,7 @@ def read_split_spec(path: Path) -> SplitSpec:
 def save_split_spec(path: Path, spec: SplitSpec) -> None:
     """Replace the specification in a split's zarr.json, durably."""
     document = json.loads((path / METADATA).read_bytes())
-    document["attributes"]["featcache"] = asdict(spec)  # other programs may have left attributes here
+    document["attributes"]["featcache"] = spec.to_json()  # other programs may have left attributes here
     write_tree(path, {METADATA: json.dumps(document, indent=2).encode()})
 
 

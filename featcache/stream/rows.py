@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +34,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     name: getattr(torch, name) for name in ("uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64")
 }
 MAPS = 1 << 14  # files mapped at a time: a quarter of what Linux allows a process (vm.max_map_count)
+LOADED = 64 << 20  # bytes that are loaded at a time into memory
 STAY_COLD = 16  # batches that are requested ahead after the last one that came from the disk
 
 Int64 = npt.NDArray[np.int64]
@@ -207,13 +208,13 @@ class ResidentRows:
 
     @classmethod
     def load(
-        cls, source: Rows, array: zarr.Array[Any], spans: Iterable[slice], device: torch.device, threads: int = 1
+        cls, source: Rows, array: zarr.Array[Any], split: Split, device: torch.device, threads: int = 1
     ) -> ResidentRows:
-        """Load the rows of ``array`` in ``spans`` to ``device``; the other rows are undefined."""
+        """Load the rows of the split's finished videos to ``device``; the other rows are undefined."""
         dtype = TORCH_DTYPES[str(array.dtype)]
         on_host = device.type == "cpu"
         rows = pages.host_empty(array.shape, dtype) if on_host else torch.empty(array.shape, dtype=dtype, device=device)
-        for span in spans:
+        for span in split.spans(max(1, LOADED // rows[:1].nbytes)):
             target = rows[span].unsqueeze(0)
             part = target if on_host else torch.empty_like(target, device="cpu")
             source.gather(np.array([span.start]), part)

@@ -240,12 +240,11 @@ def open_readers(split: Split, tap: str, home: torch.device | None, threads: int
     All arrays except the first are held in memory in any case: int8's scales are half a kilobyte per frame, and such
     small copies from files would take as long as those of the codes.
     """
-    spans = [split.rows(video) for video in split.videos]
     readers: dict[str, Rows] = {}
     for name, array in feature_arrays(split, tap).items():
         reader = open_rows(split, array.path, threads)
         keep = torch.device("cpu") if home is None and readers else home
-        readers[name] = reader if keep is None else ResidentRows.load(reader, array, spans, keep, threads)
+        readers[name] = reader if keep is None else ResidentRows.load(reader, array, split, keep, threads)
     return readers
 
 
@@ -276,10 +275,7 @@ def _home(split: Split, tap: str, residence: Residence, needs: int, device: torc
 
 def clip_starts(split: Split, clip: int) -> npt.NDArray[np.int64]:
     """First row of every run of ``clip`` consecutive frames in a finished video: (samples,). ``UsageError`` if none."""
-    parts = [
-        np.arange(split.rows(video).start, split.rows(video).stop - clip + 1, dtype=np.int64) for video in split.videos
-    ]
-    starts = np.concatenate(parts) if parts else np.empty(0, np.int64)
+    starts = split.clip_starts(clip)
     if not len(starts):
         longest = max(split.spec.lengths, default=0)
         raise UsageError(f"{split.path}: no clips of {clip} frames; the longest video has {longest}")

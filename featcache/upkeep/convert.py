@@ -22,7 +22,7 @@ import torch
 from featcache.errors import DataError, UsageError
 from featcache.moments import Moments
 from featcache.store.encoding import ENCODINGS
-from featcache.store.layout import array_layouts
+from featcache.store.layout import array_layouts, fitting_shards
 from featcache.store.manifest import Row
 from featcache.store.reading import FeatureStore, Split
 from featcache.store.spec import SplitSpec, StoreSpec
@@ -42,10 +42,11 @@ class ConvertOptions:
     dtype: Dtype | None = None
     taps: tuple[str, ...] = ()
     splits: tuple[str, ...] = ()
-    shard_videos: int = 0  # videos that share a file of a zarr store; 0: no shards
+    # Videos that share a file of a zarr store; 0: none; None: as an extraction would choose.
+    shard_videos: int | None = None
 
     def __post_init__(self) -> None:
-        if self.shard_videos < 0:
+        if self.shard_videos is not None and self.shard_videos < 0:
             raise UsageError(f"--shard-videos {self.shard_videos}: must be at least 1, or 0 for no shards")
 
 
@@ -132,7 +133,7 @@ def convert(
     names = _chosen("split", options.splits, origin.splits, path)
     spec = copied_spec(origin, options)
     specs = [origin.splits[name].spec for name in names]
-    copies = [replace(s, statistics_videos=0, shard_chunks=_shard_chunks(s, options)) for s in specs]
+    copies = [replace(s, statistics_videos=0, shard_chunks=_shard_chunks(spec, s, options)) for s in specs]
     with Hdf5Writer.create(out, spec) if form == "hdf5" else StoreWriter(out, spec) as writer:
         for name, copy in zip(names, copies, strict=True):
             with closing(_Target(writer, name, copy)) as target:
@@ -155,11 +156,13 @@ class _Target:
 def _copy_split(origin: Origin, name: str, target: _Target, spec: StoreSpec, progress: Progress) -> None:
     split = origin.splits[name]
     lengths = split.spec.lengths
+    total = sum(lengths)
     if target.complete:
-        progress(name, sum(lengths), sum(lengths))
+        progress(name, total, total)
         return
     wanted = [layout.name for layout in array_layouts(replace(origin.spec, taps=spec.taps), split.spec)]
     statistics: dict[str, Moments] = {}
+    copied = 0
     for video in range(len(lengths)):
         row, arrays = split.read(video, wanted)
         for tap in spec.taps:
@@ -171,7 +174,8 @@ def _copy_split(origin: Origin, name: str, target: _Target, spec: StoreSpec, pro
             statistics[tap] = statistics[tap] + moments if tap in statistics else moments
         if video not in target.done:
             target.split.write_arrays(row, arrays)
-        progress(name, sum(lengths[: video + 1]), sum(lengths))
+        copied += lengths[video]
+        progress(name, copied, total)
     target.split.finish(statistics)
 
 
@@ -211,6 +215,8 @@ def _chosen(what: str, asked: Sequence[str], known: Mapping[str, Any], path: Pat
     return tuple(asked) or tuple(known)
 
 
-def _shard_chunks(spec: SplitSpec, options: ConvertOptions) -> int:
+def _shard_chunks(store: StoreSpec, spec: SplitSpec, options: ConvertOptions) -> int:
     """Number of chunks in a shard, so that it holds ``shard_videos`` of the longest videos; 0 for no shards."""
+    if options.shard_videos is None:
+        return fitting_shards(store, spec)
     return options.shard_videos * -(-max(spec.lengths) // spec.chunk_frames)

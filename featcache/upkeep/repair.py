@@ -28,7 +28,7 @@ from featcache.sources import Reading, open_source
 from featcache.sources.video import Source
 from featcache.store import manifest
 from featcache.store.durable import write_tree
-from featcache.store.layout import array_layouts, split_metadata
+from featcache.store.layout import array_layouts, fitting_shards, split_metadata
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import SplitSpec, StoreSpec, refuse_if_different
 from featcache.store.writing import StoreWriter, read_split_spec, save_split_spec
@@ -181,7 +181,8 @@ def _prepare_copy(store: FeatureStore, names: list[str], means: Means, progress:
     origin, jobs = open_origin(origin_path), []
     for name in names:
         split = read_split_spec(store.path / name)
-        videos = split.shard_chunks // -(-max(split.lengths) // split.chunk_frames)
+        chosen = split.shard_chunks == fitting_shards(store.spec, split)
+        videos = None if chosen else split.shard_chunks // -(-max(split.lengths) // split.chunk_frames)
         options = ConvertOptions(store.spec.dtype, tuple(store.spec.taps), (name,), videos)
         jobs.append(options)
         refuse_if_different(store.path, store.spec.identity(), copied_spec(origin, options).identity())

@@ -26,7 +26,9 @@ from slotlab.commands import (
     plan,
     report,
     robustness,
+    rollout,
     settings,
+    slots,
     stores,
     train,
 )
@@ -64,6 +66,8 @@ app.command()(doctor.doctor)
 app.command()(masks.masks)
 app.command()(masks.segment)
 app.command()(robustness.robustness)
+app.command()(slots.slots)
+app.command()(rollout.rollout)
 app.command()(report.report)
 app.command()(report.view)
 app.command()(experiments.compare)

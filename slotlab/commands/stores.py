@@ -109,7 +109,9 @@ def export(
     dtype: Annotated[Dtype | None, typer.Option(help="Form of the copied tokens; default: as they are.")] = None,
     tap: Annotated[list[str] | None, typer.Option(help="Tap to copy; repeatable; default: every tap.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Split to copy; repeatable; default: every split.")] = None,
-    shard_videos: Annotated[int, typer.Option(help="Number of videos that share a file, where inodes are scarce.")] = 0,
+    shard_videos: Annotated[
+        int | None, typer.Option(help="Number of videos that share a file; 0: none. Default: by their number and size.")
+    ] = None,
 ) -> None:
     """Copy a store in another dtype, with fewer taps, in shards, or as HDF5. Never loads it; checks as it reads."""
     from featcache.upkeep.convert import ConvertOptions, convert
@@ -127,7 +129,9 @@ def import_file(
     dtype: Annotated[Dtype | None, typer.Option(help="Form of the copied tokens; default: as they are.")] = None,
     tap: Annotated[list[str] | None, typer.Option(help="Tap to copy; repeatable; default: every tap.")] = None,
     split: Annotated[list[str] | None, typer.Option(help="Split to copy; repeatable; default: every split.")] = None,
-    shard_videos: Annotated[int, typer.Option(help="Number of videos that share a file, where inodes are scarce.")] = 0,
+    shard_videos: Annotated[
+        int | None, typer.Option(help="Number of videos that share a file; 0: none. Default: by their number and size.")
+    ] = None,
 ) -> None:
     """Make a store of the features in an HDF5 file."""
     if not file.is_file():

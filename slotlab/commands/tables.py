@@ -12,6 +12,7 @@ from rich.text import Text
 
 from featcache.scale.report import ROWS, StoreReport
 from featcache.text import printable
+from slotlab.dynamics.rollout import HORIZONS, Rollout
 from slotlab.scoring.evaluation import Evaluation
 from slotlab.scoring.fine import GAINS
 from slotlab.scoring.metrics import shown, title_of
@@ -184,4 +185,33 @@ def experiment_table(table: Mapping[str, Any]) -> Table:
         name, *values = row_of(table, cell)
         shown.add_row(name, *(value.replace(" (", "\n").removesuffix(")") for value in values))
     shown.caption, shown.caption_justify = SPREAD.replace("(", "and ").replace(")", ""), "left"
+    return shown
+
+
+ROLLED_OUT = {  # measures that `slotlab rollout` prints: title, and digits
+    "mse": ("feature MSE", 3),
+    "mbo": ("mBO", 3),
+    "mbo_moving": ("mBO, moved objects", 3),
+    "mbo_still": ("mBO, other objects", 3),
+    "fg_ari": ("FG-ARI", 3),
+    "miou": ("FG-mIoU", 3),
+    "centre": ("centre error, px", 1),
+    "identity": ("identity", 3),
+}
+
+
+def rollout_tables(found: Rollout) -> list[Table]:
+    """A table for each measure of a rollout: a row for each prediction, a column for each horizon in frames."""
+    shown = []
+    for key, (title, digits) in ROLLED_OUT.items():
+        rows = []
+        for row, of in found.rows.items():
+            if key not in of:
+                continue
+            values = found.means(row, key)
+            chosen = [*(values[h - 1] for h in HORIZONS if h <= len(values)), found.mean(row, key)]
+            rows.append((found.titles[row], *(None if v is None else f"{v:.{digits}f}" for v in chosen)))
+        if rows:
+            columns = (title, *(str(h) for h in HORIZONS if h <= found.steps), "mean")
+            shown.append(plain_table(columns, rows))
     return shown

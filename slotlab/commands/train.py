@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from slotlab.commands.options import Cache, Device
+from featcache.errors import DataError, UsageError
+from slotlab.commands.options import Device
 
 
 def train(
     context: typer.Context,
-    cache: Cache,
+    cache: Annotated[Path | None, typer.Option(help="Store made by slotlab extract.", show_default=False)] = None,
+    run_of: Annotated[
+        Path | None,
+        typer.Option("--run", help="Run whose slots are predicted (--preset dynamics), in place of a store."),
+    ] = None,
     preset: Annotated[str, typer.Option(help="Name of a shipped configuration.")] = "default",
     config: Annotated[Path | None, typer.Option(help="TOML file, laid over the preset.")] = None,
     override: Annotated[
@@ -51,7 +57,9 @@ def train(
     from slotlab.training.processes import is_leader
     from slotlab.training.train import train as run_train
 
-    run = out or Path("runs") / f"{cache.stem}-{preset}-{settings.seed}"
+    cache = _store(cache, run_of, settings.model.kind, device)
+    name = cache.stem if run_of is None else run_of.resolve().name
+    run = out or Path("runs") / f"{name}-{preset}-{settings.seed}"
     store, place = FeatureStore.open(cache), pick_device(device)
     for idle in settings.unread() if is_leader() else ():
         terminal.err.print(f"note: {idle}")
@@ -86,4 +94,30 @@ def train(
 
     run_train(settings, store, run, resume=resume, init_from=init_from, device=place, report=tell, remark=remark)
     if is_leader():
-        terminal.out.print(f"{run}: trained. Next: slotlab eval {run}")
+        then = "rollout" if settings.model.kind == "dynamics" else "eval"
+        terminal.out.print(f"{run}: trained. Next: slotlab {then} {run}")
+
+
+def _store(cache: Path | None, run: Path | None, kind: str, device: str) -> Path:
+    """The store to train on: the one named, or the tracks of a run, which are made where they are not there yet."""
+    if (cache is None) == (run is None):
+        raise UsageError("name a store with --cache, or, for --preset dynamics, a run with --run")
+    if cache is not None:
+        return cache
+    assert run is not None
+    if kind != "dynamics":
+        raise UsageError(f"--run {run}: only a world model is trained on a run's slots; add --preset dynamics")
+    from featcache.machine import pick_device
+    from slotlab.commands import terminal
+    from slotlab.dynamics.tracks import make_tracks
+    from slotlab.runs.folder import tracks_path
+    from slotlab.runs.loaded import load_run
+
+    place = tracks_path(run)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # one process writes a store
+        if not place.exists():
+            raise DataError(f"{run}: its slots are not stored yet; first run: slotlab slots {run}")
+    else:
+        with terminal.ExtractProgress() as progress:
+            make_tracks(load_run(run, None, pick_device(device)), place, progress)
+    return place

@@ -377,5 +377,51 @@ class AgglomerativeConfig(KindConfig):
         return self.tracking
 
 
-ModelConfig = SlotAttentionConfig | ClusteringConfig | AgglomerativeConfig | PixelConfig
+class ForecastConfig(KindConfig):
+    """What predictors of later frames share."""
+
+    burn_in: int = Field(6, ge=1, description="Frames that are seen before the first predicted one")
+    layers: int = Field(2, ge=1, description="Blocks of attention")
+    width: int = Field(64, ge=2, description="Width of its tokens")
+    heads: int = Field(4, ge=1, description="Heads of each attention")
+
+    @property
+    def recurrent(self) -> bool:
+        return True
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> ForecastConfig:
+        if self.width % self.heads:
+            raise ValueError(f"heads {self.heads} do not divide width {self.width}")
+        return self
+
+
+class DynamicsConfig(ForecastConfig):
+    """A predictor of the next frames' slots from those of the last ones (slotlab.models.dynamics.model)."""
+
+    kind: Literal["dynamics"] = "dynamics"
+    slots: int = Field(2, ge=2, le=MOST_SLOTS, description="Number of slots in a frame; set to that of the tracks")
+    attention: Literal["joint", "sequential", "parallel"] = Field(
+        "joint", description="Attention over slots and frames together, by turns, or by both at once"
+    )
+    channels: int = Field(48, ge=1, description="Directions of most variance in which a slot's feature is kept")
+    kinematics: bool = Field(True, description="Velocity and acceleration as inputs; predictions are changes of speed")
+    masked_slots: int = Field(0, ge=0, description="Slots of a training clip that are hidden after its first frame")
+    mirror: bool = Field(True, description="Half of the training clips mirrored, left for right")
+
+    @property
+    def carries(self) -> bool:
+        return True
+
+
+class DenseConfig(ForecastConfig):
+    """A predictor of patch tokens, without slots, to compare with (slotlab.models.dynamics.dense)."""
+
+    kind: Literal["dense"] = "dense"
+    slots: int = Field(1, ge=1, le=MOST_SLOTS, description="Not used: it finds no slots")
+    burn_in: int = Field(3, ge=1, description="Frames that are seen before the first predicted one")
+    width: int = Field(128, ge=2, description="Width of its tokens")
+
+
+ModelConfig = SlotAttentionConfig | ClusteringConfig | AgglomerativeConfig | PixelConfig | DynamicsConfig | DenseConfig
 MODEL_KINDS: tuple[str, ...] = tuple(part.model_fields["kind"].default for part in get_args(ModelConfig))

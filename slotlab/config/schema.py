@@ -10,7 +10,15 @@ from pydantic import Field, field_validator, model_validator
 
 from featcache.errors import UsageError
 from featcache.words import Residence
-from slotlab.config.model import Masks, ModelConfig, ReadBy, RecurrentConfig, Section, SlotAttentionConfig
+from slotlab.config.model import (
+    ForecastConfig,
+    Masks,
+    ModelConfig,
+    ReadBy,
+    RecurrentConfig,
+    Section,
+    SlotAttentionConfig,
+)
 
 Center = Literal["channel", "position"]
 
@@ -98,6 +106,7 @@ class LossConfig(Section):
     temporal_similarity: float = _weight(0.0, "Temporal similarity", "the temporal similarity (VideoSAUR)")
     slot_contrast: float = _weight(0.0, "Slot contrast", "the slot contrast (SlotContrast)")
     assignment: float = _weight(0.0, "Assignment", "the cross-entropy of the slot that a patch belongs to")
+    slot_mse: float = _weight(0.0, "Slot MSE", "the squared error of predicted slots, in units of their variance")
     diversity: float = _weight(0.0, "Diversity", "the mean cosine between masks")
     slot_diversity: float = _weight(0.0, "Slot diversity", "the mean cosine between slots")
     sharpness: float = _weight(0.0, "Sharpness", "the masks' entropy")
@@ -190,6 +199,12 @@ class Config(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         recurrent = self.model.recurrent
+        if isinstance(self.model, ForecastConfig):
+            if self.data.clip <= self.model.burn_in:
+                raise ValueError("data.clip must be above model.burn_in: the frames after it are predicted")
+            if (self.data.normalize, self.data.center) != ("channel", "position"):
+                needs = "data.normalize = channel and data.center = position"
+                raise ValueError(f"model.kind = {self.model.kind} needs {needs}, in which its errors are told")
         if self.data.clip > 1 and not recurrent and self.model.frames_a_step is None:
             raise ValueError("data.clip above 1 needs a video model: set model.predictor.kind")
         if recurrent and self.data.clip == 1:
@@ -210,6 +225,8 @@ class Config(Section):
             raise ValueError("loss.slot_contrast needs all slots in every sample: leave out model.fewest_slots")
         if self.loss.assignment and self.model.kind != "agglomerative":
             raise ValueError("loss.assignment needs model.kind = agglomerative, whose segments are what is assigned")
+        if self.loss.slot_mse and self.model.kind != "dynamics":
+            raise ValueError("loss.slot_mse needs model.kind = dynamics, which predicts slots")
         hard = self.model.kind == "slot_attention" and self.model.decoder.hard
         if hard and (self.loss.diversity or self.loss.sharpness):
             raise ValueError(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from featcache.errors import DataError
+from featcache.moments import Moments
 from slotlab.config.model import Masks
 from slotlab.config.schema import Config
 from slotlab.models.normalise import Normaliser
@@ -35,6 +36,8 @@ class Output:
     positions: Int[Tensor, M] | None = None  # (M,) indices of decoded patches; None: all
     similarity: Float[Tensor, "*B M N"] | None = None  # logits over the patches of a later frame
     assigned: Int[Tensor, "*B N"] | None = None  # the slot that each patch should go to, NO_SLOT for none
+    future: Float[Tensor, "*B K S"] | None = None  # of predicted slots: what they should have been
+    present: Bool[Tensor, "*B K"] | None = None  # which of these there were to be seen
 
     @property
     def decoded_target(self) -> Float[Tensor, "*B M D"]:
@@ -59,7 +62,9 @@ class Output:
     def sample(self, index: int) -> Output:
         """Sample ``index`` of the batch; its ``*B`` is () for frames, and (T,) for clips."""
         batched: tuple[str, ...] = ("slots", "attention", "logits", "masks", "reconstruction", "target")
-        batched += tuple(name for name in ("similarity", "assigned") if getattr(self, name) is not None)
+        batched += tuple(
+            name for name in ("similarity", "assigned", "future", "present") if getattr(self, name) is not None
+        )
         return replace(self, **{name: getattr(self, name)[index] for name in batched})
 
 
@@ -76,6 +81,9 @@ class Model(nn.Module):
     def of(cls, config: Config, normaliser: Normaliser, grid: tuple[int, int]) -> Model:
         """A fresh model by the configuration. ``UsageError`` if its sizes do not fit the grid."""
         raise NotImplementedError
+
+    def take(self, moments: Moments) -> None:
+        """Take constants from the moments of the features, beside those of the normaliser. Most models have none."""
 
     def calibrate(self, videos: Iterable[Tensor]) -> None:
         """Measure constants that are neither learnt nor statistics of the store, on the input (F, ...) of some videos.

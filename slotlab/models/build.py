@@ -7,6 +7,8 @@ from slotlab.config.schema import Config
 from slotlab.models.agglomerative.model import AgglomerativeModel
 from slotlab.models.base import Model
 from slotlab.models.clustering.model import ClusteringModel
+from slotlab.models.dynamics.dense import DenseModel
+from slotlab.models.dynamics.model import DynamicsModel
 from slotlab.models.inputs import ModelInput
 from slotlab.models.normalise import Normaliser
 from slotlab.models.pixel_model import PixelModel
@@ -17,6 +19,8 @@ MODELS: dict[str, type[Model]] = {  # by model.kind
     "clustering": ClusteringModel,
     "agglomerative": AgglomerativeModel,
     "pixel": PixelModel,
+    "dynamics": DynamicsModel,
+    "dense": DenseModel,
 }
 
 
@@ -26,8 +30,10 @@ def build_model(config: Config, store: FeatureStore) -> Model:
     ``IncompatibleError`` if the store lacks the tap, ``UsageError`` if sizes do not fit it.
     """
     data, inputs, split = config.data, ModelInput.of(config, store), store[config.data.train_split]
-    normaliser = Normaliser.from_moments(data.normalize, inputs.moments(split), data.shrinkage, data.center)
+    moments = inputs.moments(split)
+    normaliser = Normaliser.from_moments(data.normalize, moments, data.shrinkage, data.center)
     model = MODELS[config.model.kind].of(config, normaliser, inputs.grid)
+    model.take(moments)
     model.calibrate(inputs.sample(split))
     return model
 

@@ -13,12 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from featcache.errors import IncompatibleError, UsageError
 from featcache.moments import Moments
 from featcache.store.reading import FeatureStore, Split
 from featcache.stream.stream import VIDEO
-from slotlab.config.model import PixelConfig
+from slotlab.config.model import DynamicsConfig, PixelConfig
 from slotlab.config.schema import Config
 from slotlab.models.pixel_model import frame_tokens
+
+TRACKS = "tracks"  # the tap of tracked slots
 
 SAMPLE_VIDEOS, SAMPLE_FRAMES = 16, 64  # a model is calibrated on this many videos, and frames of each
 
@@ -36,6 +39,8 @@ class ModelInput(ABC):
     @staticmethod
     def of(config: Config, store: FeatureStore) -> ModelInput:
         """The input of this configuration's model in the store. ``IncompatibleError`` if the store lacks its tap."""
+        if isinstance(config.model, DynamicsConfig):
+            return Tracks.in_store(store)
         if isinstance(config.model, PixelConfig):  # the configuration allows it with data.tap = video alone
             return Frames(VIDEO, (config.model.resolution, config.model.resolution), dim=3)
         tap = store.tap(config.data.tap)
@@ -99,6 +104,54 @@ class Features(ModelInput):
         from featcache.extraction.store_backbone import token_maker  # backbones take seconds to import
 
         return token_maker(store, self.tap, weights, device)
+
+
+@dataclass(frozen=True)
+class Tracks(ModelInput):
+    """The slots that a run followed through every video (``slotlab slots``): each one's mean feature and mask.
+
+    ``grid`` and ``dim`` are those of the features that they are means of.
+    """
+
+    features: str  # the tap of these features
+    slots: int
+
+    @classmethod
+    def in_store(cls, store: FeatureStore) -> Tracks:
+        """The tracks of a store. ``IncompatibleError`` if it has none."""
+        if TRACKS not in store.spec.taps:
+            raise IncompatibleError(
+                f"{store.path}: has no tracks, which model.kind = dynamics predicts; make them with slotlab slots RUN, "
+                "or name a run with --run"
+            )
+        of, model = store.spec.taps[TRACKS], store.spec.model
+        grid = (model["grid"][0], model["grid"][1])
+        return cls(TRACKS, grid, of.dim - grid[0] * grid[1], model["tap"], of.patches)
+
+    def settle(self, config: Config, split: Split) -> Config:
+        """The configuration with the tap named, and the number of slots. ``UsageError`` if no video is long enough."""
+        config, longest = super().settle(config, split), max(split.spec.lengths)
+        if config.data.clip > longest:
+            assert isinstance(config.model, DynamicsConfig)
+            raise UsageError(
+                f"{split.path}: the longest video has {longest} frames, and data.clip = {config.data.clip} "
+                f"(model.burn_in = {config.model.burn_in} of them are seen); set shorter ones with --set"
+            )
+        return config.model_copy(update={"model": config.model.model_copy(update={"slots": self.slots})})
+
+    def read(self, split: Split, video: int) -> Tensor:
+        return split.tokens(self.tap, video)
+
+    def tokens(self, split: Split, video: int) -> Float[Tensor, "T N D"]:
+        tokens = self.read(split, video).float()
+        found: Tensor = tokens[..., self.dim :].mT @ tokens[..., : self.dim]
+        return found
+
+    def moments(self, split: Split) -> Moments:
+        return split.statistics(self.features)
+
+    def from_frames(self, store: FeatureStore, weights: str | None, device: torch.device) -> FromFrames:
+        raise UsageError("tracks come from a run, not from frames alone")
 
 
 class Frames(ModelInput):

@@ -144,6 +144,19 @@ class Normaliser(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             return self.recipe.apply(features.float(), self.shift, self.weight)
 
+    def of_means(self, means: Tensor, shares: Tensor) -> Tensor:
+        """Normalised means (..., K, D') over patches of raw ones (..., K, D).
+
+        ``shares`` (..., K, N) are the patches' weights in each mean, which sum to one. A normalisation that is linear
+        commutes with the mean, up to the shift of each patch.
+        """
+        shift = self.shift.expand(shares.shape[-1], -1)
+        return self.recipe.apply(means.float(), shares @ shift, self.weight)
+
+    def undone(self, normalised: Tensor) -> Tensor:
+        """Features (..., N, D) of normalised ones, of a kind that multiplies each channel; dead ones are the mean."""
+        return normalised * torch.where(self.weight > 0, 1 / self.weight, 0.0) + self.shift
+
     def extra_repr(self) -> str:
         return f"{self.kind!r}, {self.shift.shape[-1]} -> {self.dim}"
 

@@ -21,6 +21,7 @@ from slotlab.config.schema import Config
 from slotlab.runs import checkpoint
 
 STORE, LOG, SUMMARY = "store.json", "metrics.jsonl", "summary.json"
+TRACKS = "tracks.zarr"
 
 
 def trained_spec(run: Path) -> StoreSpec:
@@ -144,8 +145,13 @@ def check_store(run: Path, store: FeatureStore) -> None:
         )
 
 
+def tracks_path(run: Path) -> Path:
+    """Where the slots that a run follows are stored, unless another place is named."""
+    return run / TRACKS
+
+
 def result_path(run: Path, split: str, name: str = "eval") -> Path:
-    """The file of a run's result on a split; ``name`` is ``eval`` or ``robustness``."""
+    """The file of a run's result on a split; ``name`` is ``eval``, ``robustness`` or ``rollout``."""
     return run / f"{name}-{split}.json"
 
 

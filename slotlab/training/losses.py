@@ -88,6 +88,17 @@ def assignment(output: Output, config: LossConfig) -> Tensor:
     return F.cross_entropy(logits, assigned, ignore_index=NO_SLOT, reduction="sum") / assigned.numel()
 
 
+def slot_mse(output: Output, config: LossConfig) -> Tensor:
+    """Squared error of predicted slots in units of their variance, mean over all; one that is not present adds 0.
+
+    ``UsageError`` for the output of a model that predicts no slots.
+    """
+    if output.future is None or output.present is None:
+        raise UsageError("loss.slot_mse: needs model.kind = dynamics")
+    error = (output.slots.float() - output.future).square().mean(-1)
+    return (error * output.present).mean()
+
+
 def diversity(output: Output, config: LossConfig) -> Tensor:
     """Mean cosine between the masks of two slots of a frame, in [0, 1].
 
@@ -133,6 +144,7 @@ LOSSES: dict[str, Callable[[Output, LossConfig], Tensor]] = {
     "temporal_similarity": temporal_similarity,
     "slot_contrast": slot_contrast,
     "assignment": assignment,
+    "slot_mse": slot_mse,
     "diversity": diversity,
     "slot_diversity": slot_diversity,
     "sharpness": sharpness,

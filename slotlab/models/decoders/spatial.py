@@ -71,8 +71,8 @@ class SpatialBroadcastDecoder(Decoder):
         """Channels averaged over the slots by the masks, tokens first, and these masks."""
         hidden = self.hidden(self._first(slots.flatten(0, 1)))  # (B K, H, rows, columns)
         decoded = self.last(hidden).flatten(2).unflatten(0, slots.shape[:2])  # (B, K, C + 1, N)
-        channels, logits = decoded[:, :, :-1], decoded[:, :, -1].float()
-        logits = (logits / self.config.mask_temperature).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
+        channels, logits = torch.split(decoded, [decoded.shape[2] - 1, 1], 2)
+        logits = (logits.squeeze(2).float() / self.config.mask_temperature).clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
         masks = hide_padding(logits, active).softmax(1)  # (B, K, N)
         return (masks.unsqueeze(2).to(channels.dtype) * channels).sum(1), masks
 

@@ -1,0 +1,68 @@
+"""slotlab slots: a run's slots of every video, as data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from featcache.errors import UsageError
+from slotlab.commands.options import Device, Json, print_json
+from slotlab.words import SlotFormat
+
+if TYPE_CHECKING:
+    from slotlab.dynamics.tracks import Identity
+
+
+def slots(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    cache: Annotated[Path | None, typer.Option(help="Store of the same features, instead of the run's own.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Store of tracks, or file with --format; default: tracks.zarr in the run.")
+    ] = None,
+    form: Annotated[
+        SlotFormat, typer.Option("--format", help="zarr: a store, to train on; npz, hdf5: one file for other programs.")
+    ] = "zarr",
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Follow every video and store its slots: vectors, soft masks, centroids, areas, and the identity of each track."""
+    from featcache.machine import pick_device
+    from slotlab.commands import terminal
+    from slotlab.dynamics.files import write_file
+    from slotlab.dynamics.tracks import make_tracks, store_identity
+    from slotlab.runs.folder import tracks_path
+    from slotlab.runs.loaded import load_run
+
+    if form != "zarr" and out is None:
+        raise UsageError(f"--format {form}: name the file with --out FILE")
+    loaded = load_run(run, cache, pick_device(device))
+    place = out if out is not None and form == "zarr" else tracks_path(run)
+    with terminal.ExtractProgress() as progress:
+        store = make_tracks(loaded, place, progress)
+    found = {name: store_identity(store[name]) for name in store.splits}
+    if not as_json:
+        for name, of in found.items():
+            terminal.out.print(f"{name}: {_said(of)}")
+    if form != "zarr":
+        assert out is not None
+        write_file(store, out, form)
+    written = place if form == "zarr" else out
+    if as_json:
+        told = {
+            name: None if of is None else {"identity": of.accuracy, "covered": of.covered, "visible": of.visible}
+            for name, of in found.items()
+        }
+        print_json({"run": str(run), "out": str(written), "format": form, "splits": told})
+        return
+    terminal.out.print(f"{written}: slots written. Next: slotlab train --preset dynamics --run {run}")
+
+
+def _said(of: Identity | None) -> str:
+    if of is None or of.accuracy is None or of.covered is None:
+        return "no ground truth to compare the tracks with"
+    return (
+        f"slots keep their object in {of.accuracy:.1%} of the frames in which they hold one; "
+        f"{of.covered:.1%} of visible objects are held"
+    )

@@ -1,0 +1,1 @@
+"""A predictor of what tracked slots do next."""
