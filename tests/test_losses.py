@@ -40,6 +40,12 @@ def output(positions: Tensor | None = None, clips: bool = True, slots: int = K) 
     )
 
 
+def predicted(given: Output) -> Output:
+    """As a model that predicts slots gives it."""
+    future = draw(*given.slots.shape, seed=7)
+    return replace(given, future=future, present=future[..., 0] > 0)
+
+
 def value(name: str, given: Output, **options: float) -> float:
     return float(LOSSES[name](given, LossConfig(**options)))  # type: ignore[arg-type]
 
@@ -185,8 +191,17 @@ def test_assignment(clips: bool) -> None:
         value("assignment", replace(given, assigned=None))
 
 
+def test_slot_mse() -> None:
+    given = predicted(output())
+    assert given.future is not None and given.present is not None
+    error = ((given.slots.double() - given.future.double()) ** 2).numpy().mean(-1)
+    assert value("slot_mse", given) == pytest.approx((error * given.present.numpy()).mean(), rel=1e-5)
+    with pytest.raises(UsageError, match="slot_mse"):
+        value("slot_mse", replace(given, future=None))
+
+
 def test_all_losses_have_finite_gradients_and_add_up() -> None:
-    given = output()
+    given = predicted(output())
     given.masks[:] = torch.eye(K)[torch.arange(N) % K].T  # hard: where an entropy's slope is infinite
     leaves = [given.slots, given.masks, given.logits, given.reconstruction, given.similarity]
     for leaf in leaves:
