@@ -108,12 +108,13 @@ def slotlab(*args: object) -> tuple[str, ...]:
 LADDER = (
     ("default", (64, 256)),
     ("dinosaur", (64, 256, 1024)),
-    ("log-2026", (8, 64)),
+    ("log-2026-video", (8, 64)),
     ("videosaur", (64,)),
     ("slotcontrast", (64,)),
     ("savi-dinosaur", (64,)),
     ("dinosaur-ar", (64,)),
     ("mix", (64,)),
+    ("log-2026", (32,)),
 )
 GRAPHS = ("--set", "optim.compile=true", "--set", "optim.cuda_graphs=true")
 
@@ -133,7 +134,7 @@ def parts(device: str, cache: Path, small: bool) -> Iterator[Part]:
     """Every part that needs the store, the most valuable first."""
     if device != "cpu":
         lacks = "" if importlib.util.find_spec("pytest") else "pytest"
-        command = (sys.executable, "-m", "pytest", "tests/test_cuda.py", "-q", "-p", "no:xdist")
+        command = (sys.executable, "-m", "pytest", "tests/test_cuda.py", "-q", "-o", "addopts=")
         yield Part("tests on CUDA", command, 150, lacks=lacks)
     trainings = dict.fromkeys(training.key for training, _ in ladder(device, small))
     command = (sys.executable, "-m", "benchmarks.foretold", "--cache", str(cache), "--device", device, *trainings)
