@@ -267,7 +267,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         for question, answer in able.items():  # that autocast asks of a device that is not there
             stack.enter_context(patch(question, lambda *_, answer=answer, **__: answer))
-        found["on_cuda"] = [on_cuda(store, *case) for case in cases]
+        found["on_cuda"] = [on_cuda(store, *case) for store, case in zip(stores, cases, strict=True)]
     _setup_privateuseone_for_python_backend(GPU.partition(":")[0], backend_module=Backend())
     found["waits"] = [waits(store, 3, *case) for store, case in zip(stores, cases, strict=True)]
     with patch("slotlab.models.randomness.send", lambda values, device: values.to(device)):

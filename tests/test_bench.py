@@ -20,15 +20,18 @@ import cli
 from featcache.bench.stream import measure_stream
 from featcache.errors import UsageError
 from featcache.store.reading import FeatureStore
+from featcache.stream.staging import Format
 from featcache.stream.stream import FeatureStream
 from featcache.upkeep.convert import ConvertOptions, convert
 from slotlab.config.load import load_config
 from slotlab.config.schema import Config
-from slotlab.training.cost import CORRECTED
+from slotlab.models.inputs import ModelInput
+from slotlab.training.cost import CORRECTED, count_step
 from slotlab.training.processes import Ranks
 from slotlab.training.speed import DoesNotFit, GpuMonitor, Seconds, flops_of, measure_training
 from slotlab.training.step import Taken, TrainStep
-from tests.synthetic import DiscSource, make_store
+from slotlab.training.train import batch_samples
+from tests.synthetic import DiscSource, fitted, make_store
 
 CPU = torch.device("cpu")
 SMALL = (  # for the synthetic store: 12 channels, a 4x4 grid
@@ -110,13 +113,31 @@ def test_flops_are_counted_of_the_model_as_written(store: FeatureStore) -> None:
     assert counts[0] == counts[1] > 0
 
 
+@pytest.mark.parametrize("preset", ["dinosaur", "log-2026"])
+def test_flops_are_those_that_torch_counts(shared_store: FeatureStore, preset: str) -> None:
+    """Of modules that a pass calls again and again, torch's counter fails in the trained step: there a plan's count."""
+    config = load_config(preset, None, fitted(preset))
+    step = TrainStep.fresh(config, shared_store, Ranks(CPU))
+    samples = batch_samples(config)
+    features = torch.randn(*samples, 16, 12)
+    counted = flops_of(step, features[:, 0] if config.data.clip == 1 else features)
+    if preset == "dinosaur":
+        with FlopCounterMode(display=False, custom_mapping=CORRECTED) as counter:
+            step(features[:, 0])
+        assert counted == counter.get_total_flops() > 0
+    else:
+        inputs = ModelInput.of(config, shared_store)
+        batch = Format(tuple(features.shape), torch.float32)
+        assert counted == count_step(config, inputs, batch, on_gpu=False).flops > 0
+
+
 def test_training_is_reported_with_what_bounds_it(store: FeatureStore, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ("--batch-size", "2", "--batch-size", "4")
     fast = ("--steps", "2", "--rounds", "1", "--device", "cpu")
     report = run_command(capsys, "train", "--cache", str(store.path), "--preset", "dinosaur", *SETS, *sizes, *fast)
     two, four = report["patterns"]
     assert [two["batch_size"], four["batch_size"]] == [2, 4]
-    assert four["flops_per_step"] == pytest.approx(2 * two["flops_per_step"], rel=0.01)
+    assert four["flops_per_step"] == pytest.approx(2 * two["flops_per_step"], rel=0.02)  # some are of parameters alone
     for pattern in (two, four):
         assert pattern["ratio"] == pytest.approx(pattern["frames_per_s"] / pattern["limit_frames_per_s"])
         assert pattern["flops_per_s"] == pytest.approx(

@@ -60,7 +60,7 @@ def test_tf32_is_float32_with_shorter_products(tmp_path: Path, store: FeatureSto
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("preset", ["default", "dinosaur", "log-2026", "mix"])
+@pytest.mark.parametrize("preset", ["default", "dinosaur", "log-2026-video", "mix"])
 def test_graphs_change_nothing(tmp_path: Path, store: FeatureStore, preset: str) -> None:
     """Eight steps: a graph is recorded in the second or third."""
     runs = []

@@ -114,6 +114,13 @@ def test_mlp_decoder_keeps_few_activations() -> None:
     assert kept_values(build("mlp", hidden=width, recompute=True)) < 0.5 * rows
 
 
+def test_spatial_broadcast_keeps_no_activations_if_it_computes_them_again() -> None:
+    width = 64
+    rows = B * K * N * width
+    assert kept_values(build("spatial_broadcast", hidden=width)) > 3 * rows  # of three layers
+    assert kept_values(build("spatial_broadcast", hidden=width, recompute=True)) < 0.5 * rows
+
+
 @pytest.mark.parametrize("kind", list(DECODERS))
 def test_masks_share_out_every_patch(kind: str) -> None:
     decoded = decode(build(kind, similarity=True))

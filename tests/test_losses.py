@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -39,6 +40,12 @@ def output(positions: Tensor | None = None, clips: bool = True, slots: int = K) 
     )
 
 
+def predicted(given: Output) -> Output:
+    """As a model that predicts slots gives it."""
+    future = draw(*given.slots.shape, seed=7)
+    return replace(given, future=future, present=future[..., 0] > 0)
+
+
 def value(name: str, given: Output, **options: float) -> float:
     return float(LOSSES[name](given, LossConfig(**options)))  # type: ignore[arg-type]
 
@@ -53,6 +60,31 @@ def test_cosine(positions: Tensor | None) -> None:
                 x, y = given.reconstruction[b, t, m], given.target[b, t, n]
                 found.append(1 - float(x @ y / (x.norm() * y.norm())))
     assert value("cosine", given) == pytest.approx(sum(found) / len(found), rel=1e-5)
+
+
+@pytest.mark.parametrize("positions", [None, torch.tensor([1, 4, 8])])
+def test_layer_norm_mse_does_not_see_a_token_s_mean_and_scale(positions: Tensor | None) -> None:
+    given = output(positions)
+    true = given.target if positions is None else given.target[:, :, positions]
+    unit = [
+        (x - x.mean(-1, keepdim=True)) / x.std(-1, correction=0, keepdim=True) for x in (given.reconstruction, true)
+    ]
+    expected = float((unit[0] - unit[1]).square().mean())
+    assert value("layer_norm_mse", given) == pytest.approx(expected, rel=1e-3)
+    changed = replace(given, target=50 * given.target + 3)
+    assert value("layer_norm_mse", changed) == pytest.approx(expected, rel=1e-3)
+
+
+def test_slot_diversity() -> None:
+    given = output()
+    given.masks[0, 1, 2] = 0.0  # that slot holds nothing, and counts in no pair
+    found = []
+    for b in range(B):
+        for t in range(T):
+            slots = [given.slots[b, t, k] for k in range(K) if (b, t, k) != (0, 1, 2)]
+            pairs = [float(x @ y / (x.norm() * y.norm())) for x, y in itertools.combinations(slots, 2)]
+            found.append(sum(pairs) / len(pairs))
+    assert value("slot_diversity", given) == pytest.approx(sum(found) / len(found), rel=1e-5)
 
 
 @pytest.mark.parametrize("positions", [None, torch.tensor([1, 4, 8])])
@@ -159,8 +191,17 @@ def test_assignment(clips: bool) -> None:
         value("assignment", replace(given, assigned=None))
 
 
+def test_slot_mse() -> None:
+    given = predicted(output())
+    assert given.future is not None and given.present is not None
+    error = ((given.slots.double() - given.future.double()) ** 2).numpy().mean(-1)
+    assert value("slot_mse", given) == pytest.approx((error * given.present.numpy()).mean(), rel=1e-5)
+    with pytest.raises(UsageError, match="slot_mse"):
+        value("slot_mse", replace(given, future=None))
+
+
 def test_all_losses_have_finite_gradients_and_add_up() -> None:
-    given = output()
+    given = predicted(output())
     given.masks[:] = torch.eye(K)[torch.arange(N) % K].T  # hard: where an entropy's slope is infinite
     leaves = [given.slots, given.masks, given.logits, given.reconstruction, given.similarity]
     for leaf in leaves:

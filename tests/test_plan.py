@@ -22,6 +22,7 @@ from featcache.stream.stream import VIDEO
 from featcache.words import Dtype
 from slotlab.config.load import load_config
 from slotlab.models.inputs import ModelInput
+from slotlab.planning import devices
 from slotlab.planning.bound import LAUNCH, UTILISATION, Bound
 from slotlab.planning.data import DataSet
 from slotlab.planning.devices import DEVICES, HERE, Device, find_device, measured
@@ -202,6 +203,12 @@ def test_a_bound_is_the_longest_of_three_operation_by_operation() -> None:
     assert Bound.of(Cost(work, 0, 0, 0), DEVICE, "tf32").compute == pytest.approx(1.003)
 
 
+def test_the_largest_batch_is_looked_for_or_not(counted: None) -> None:
+    plans = [make_plan(load_config("image"), movi_a(1), CARD, ["int8"], largest=wanted) for wanted in (True, False)]
+    found, left = (plan.training[0] for plan in plans)
+    assert found.largest_batch and left == replace(found, largest_batch=None)
+
+
 def test_rates_follow_from_the_step(shared_store: FeatureStore, counted: None) -> None:
     """Of videos of 4, 4, 3, 4 and 2 frames."""
     overrides = (*fitted("savi-dinosaur"), "optim.steps=7200")
@@ -254,6 +261,15 @@ def test_this_machine_is_measured() -> None:
     assert device.flops["float32"] > 1e9 and device.bandwidth > 1e8
     assert device.free.device is None and not device.gpu and device.link is None
     assert device.source.startswith("measured here")
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_what_an_extraction_multiplies_is_measured_too(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor with instructions for bfloat16, or a GPU that no data sheet is known of."""
+    monkeypatch.setattr(devices, "fast_precision", lambda _: precision)
+    monkeypatch.setattr(devices, "matmul_rate", lambda _, kind: lambda: {"bfloat16": 2e10}.get(kind, 1e10))
+    halves = Cost({Work(2 * 10**10, 0, getattr(torch, precision)): 1}, peak=0, state=0, parameters=0)
+    assert Bound.of(halves, measured(CPU, "float32"), "float32").compute == pytest.approx(1)
 
 
 # -- the command -------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ VARIANTS = [
     ["dinosaur", "model.decoder.patches=5", "model.decoder.masks=gumbel"],
     ["dinosaur", "model.initializer=kmeans++", "model.gradient=bilevel", "model.decoder.masks=straight_through"],
     ["dinosaur-ar", "model.decoder.permuted=true"],
+    ["log-2026", "model.decoder.recompute=true", "loss.layer_norm_mse=1.0"],
     ["savi-dinosaur", "model.fewest_slots=2"],
     ["mix", "model.decoder.patches=5", "loss.cosine=1.0", "loss.diversity=0.1", "loss.sharpness=0.1"],
 ]

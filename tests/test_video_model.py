@@ -105,7 +105,7 @@ def test_refresh_forgets() -> None:
 
 
 @pytest.mark.parametrize("kind", list(PREDICTORS))
-@pytest.mark.parametrize("decoder", ["mlp", "mix", "slot_mixer", "transformer"])
+@pytest.mark.parametrize("decoder", ["mlp", "mix", "slot_mixer", "spatial_broadcast", "transformer"])
 def test_a_clip_trained_on_some_of_the_slots_has_no_others(kind: str, decoder: str) -> None:
     model = build({"kind": decoder}, kind=kind, initializer="learnt", fewest_slots=2)
     clips = draw(16, T, N, D)

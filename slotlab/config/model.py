@@ -11,7 +11,7 @@ MOST_SLOTS = 256  # a label is a byte
 Masks = Literal["decoder", "attention"]  # masks of the decoder, or of the attention that formed the slots
 MASKS: tuple[Masks, ...] = get_args(Masks)
 Gradient = Literal["full", "implicit", "bilevel"]
-Initializer = Literal["gaussian", "gaussian_per_slot", "learnt", "kmeans++", "kmeans"]
+Initializer = Literal["gaussian", "gaussian_means", "gaussian_per_slot", "learnt", "kmeans++", "kmeans"]
 ReadBy = Mapping[str, tuple[str, tuple[str, ...]]]
 Sign = Literal["one_slot", "same_masks", "flat_attention", "same_slots", "lost_slots"]  # signs of a collapse
 
@@ -75,11 +75,11 @@ class Section(BaseModel):
 class DecoderConfig(Section):
     """The decoder, from slots to patch tokens and masks (slotlab.models.decoders)."""
 
-    kind: Literal["mlp", "mix", "slot_mixer", "transformer"] = Field(
+    kind: Literal["mlp", "mix", "slot_mixer", "spatial_broadcast", "transformer"] = Field(
         "mix", description="Decoder, from slots to tokens and masks"
     )
     hidden: int = Field(256, ge=1, description="Width of its hidden layers, or of its tokens in a transformer")
-    layers: int = Field(2, ge=1, description="Hidden layers of its MLP")
+    layers: int = Field(2, ge=1, description="Hidden layers of its MLP, or convolutions before the last one")
     blocks: int = Field(2, ge=1, description="Blocks of attention")
     heads: int = Field(4, ge=1, description="Heads of each attention")
     mask_temperature: float = Field(
@@ -95,14 +95,14 @@ class DecoderConfig(Section):
     )
 
     read_by: ClassVar[ReadBy] = {
-        "layers": ("kind", ("mlp", "mix", "slot_mixer")),
+        "layers": ("kind", ("mlp", "mix", "slot_mixer", "spatial_broadcast")),
         "blocks": ("kind", ("slot_mixer", "transformer")),
         "heads": ("kind", ("slot_mixer", "transformer")),
-        "mask_temperature": ("kind", ("mlp",)),
+        "mask_temperature": ("kind", ("mlp", "spatial_broadcast")),
         "masks": ("kind", ("mlp",)),
         "permuted": ("kind", ("transformer",)),
         "patches": ("kind", ("mlp", "mix", "slot_mixer")),
-        "recompute": ("kind", ("mlp",)),
+        "recompute": ("kind", ("mlp", "spatial_broadcast")),
     }
 
     @property
@@ -265,7 +265,7 @@ class PixelConfig(RecurrentConfig):
     kind: Literal["pixel"] = "pixel"
     resolution: int = Field(64, ge=16, description="Pixels a side that the model sees")
     slot_dim: int = Field(64, ge=1)
-    initializer: Literal["gaussian", "gaussian_per_slot", "learnt"] = "gaussian"
+    initializer: Literal["gaussian", "gaussian_means", "gaussian_per_slot", "learnt"] = "gaussian"
     slot_mlp_hidden: int = Field(128, ge=0)
     encoder_channels: int = Field(64, ge=1, description="Channels of the encoder")
     decoder_channels: int = Field(64, ge=1, description="Channels of the decoder")

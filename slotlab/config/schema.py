@@ -101,12 +101,14 @@ class LossConfig(Section):
     feature_mse: float = _weight(
         1.0, "Feature MSE", "the squared error; of standardised features, 1 is the mean predictor"
     )
+    layer_norm_mse: float = _weight(0.0, "Feature MSE, LayerNorm", "the squared error of tokens after a LayerNorm")
     cosine: float = _weight(0.0, "Cosine", "one minus the cosine")
     temporal_similarity: float = _weight(0.0, "Temporal similarity", "the temporal similarity (VideoSAUR)")
     slot_contrast: float = _weight(0.0, "Slot contrast", "the slot contrast (SlotContrast)")
     assignment: float = _weight(0.0, "Assignment", "the cross-entropy of the slot that a patch belongs to")
     slot_mse: float = _weight(0.0, "Slot MSE", "the squared error of predicted slots, in units of their variance")
     diversity: float = _weight(0.0, "Diversity", "the mean cosine between masks")
+    slot_diversity: float = _weight(0.0, "Slot diversity", "the mean cosine between slots")
     sharpness: float = _weight(0.0, "Sharpness", "the masks' entropy")
     similarity_shift: int = Field(1, ge=1, description="Frames that the temporal similarity looks ahead")
     similarity_temperature: float = Field(0.075, gt=0, description="Divisor of the temporal similarity's cosines")
@@ -115,7 +117,7 @@ class LossConfig(Section):
     @property
     def reconstructs(self) -> bool:
         """Whether a loss uses the reconstruction."""
-        return self.feature_mse > 0 or self.cosine > 0
+        return self.feature_mse > 0 or self.layer_norm_mse > 0 or self.cosine > 0
 
     def weights(self) -> dict[str, float]:
         """The weights of the losses in use, by name."""

@@ -2,7 +2,7 @@
 
 ::
 
-    preset = "log-2026"            # optional: config = "FILE.toml" over it, as in slotlab train
+    preset = "log-2026-video"      # optional: config = "FILE.toml" over it, as in slotlab train
     cache = "cache/dinov2.zarr"
     seeds = 3                      # 0, 1, 2; or a list of them
 

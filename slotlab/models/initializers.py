@@ -26,12 +26,19 @@ class Gaussian(nn.Module):
         return self.mean + self.log_std.exp() * draws.normal(shape, tokens.device)
 
 
-class GaussianPerSlot(Gaussian):
-    """One learnt Gaussian for each slot."""
+class GaussianMeans(Gaussian):
+    """A learnt mean for each slot, and one learnt spread for all."""
 
     def __init__(self, slots: int, slot_dim: int, kmeans_rounds: int) -> None:
         super().__init__(slots, slot_dim, kmeans_rounds)
         self.mean = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, slots, slot_dim)))
+
+
+class GaussianPerSlot(GaussianMeans):
+    """One learnt Gaussian for each slot."""
+
+    def __init__(self, slots: int, slot_dim: int, kmeans_rounds: int) -> None:
+        super().__init__(slots, slot_dim, kmeans_rounds)
         self.log_std = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, slots, slot_dim)))
 
 
@@ -79,6 +86,7 @@ class KMeans(nn.Module):
 
 INITIALIZERS = {
     "gaussian": Gaussian,
+    "gaussian_means": GaussianMeans,
     "gaussian_per_slot": GaussianPerSlot,
     "learnt": Learnt,
     "kmeans++": KMeansPlusPlus,

@@ -39,7 +39,7 @@ class TrainingPlan:
     frames: int  # of a sample
     cost: Cost  # of a step
     ring: int  # bytes of the batches that are read ahead
-    largest_batch: int  # that fits with the features where they live; 0: none
+    largest_batch: int | None  # that fits with the features where they live; 0: none; None: not looked for
     bound: Bound
     data: float  # seconds in which a batch's bytes arrive, at best
     data_by: str
@@ -116,9 +116,17 @@ class Plan:
 
 
 def make_plan(
-    config: Config, data: DataSet, device: Device, forms: Sequence[Dtype], backbone: Backbone | None = None
+    config: Config,
+    data: DataSet,
+    device: Device,
+    forms: Sequence[Dtype],
+    backbone: Backbone | None = None,
+    *,
+    largest: bool = True,
 ) -> Plan:
     """Plan a training on some stored forms of the data, and, given a backbone, the extraction.
+
+    Without ``largest``, the largest batch that fits is not looked for, which takes three times as long as the rest.
 
     ``UsageError`` for a split, a batch size or other settings that the data set or the model do not allow.
     """
@@ -131,12 +139,12 @@ def make_plan(
         data,
         config.optim.precision,
         data.frame_bytes(),
-        [_training(config, data.stored_as(dtype), device) for dtype in forms],
+        [_training(config, data.stored_as(dtype), device, largest) for dtype in forms],
         None if backbone is None else plan_extraction(backbone, data.frames, device),
     )
 
 
-def _training(config: Config, data: DataSet, device: Device) -> TrainingPlan:
+def _training(config: Config, data: DataSet, device: Device, largest: bool) -> TrainingPlan:
     split = config.data.train_split
     inputs = ModelInput.of(config, data.opened)
     size = data.stream_bytes(split, inputs.tap)
@@ -160,12 +168,8 @@ def _training(config: Config, data: DataSet, device: Device) -> TrainingPlan:
     room = memory - SPARE - (size if home.residence == "device" else 0)
     unit = math.lcm(UNIT, config.optim.accumulate)
     batch_bytes = sum(array.bytes for array in data.formats(split, inputs.tap, (sampled, frames))[0])
-    arrives = {
-        "device": {"host link": 0.0},
-        "host": {"host link": batch_bytes / (device.link or device.bandwidth / 2)},
-    }
-    arrives["disk"] = arrives["host"] | {"disk": batch_bytes / DISK}
-    data_by, seconds = max(arrives[home.residence].items(), key=lambda item: item[1])
+    arrives = {name: batch_bytes / rate for name, rate in device.arrival(home.residence).items()}
+    data_by, seconds = max(arrives.items(), key=lambda item: item[1], default=("host link", 0.0))
     lengths = np.asarray(data.splits[split].lengths)
     return TrainingPlan(
         dtype=data.spec.dtype,
@@ -176,7 +180,7 @@ def _training(config: Config, data: DataSet, device: Device) -> TrainingPlan:
         frames=frames,
         cost=cost(sampled),
         ring=ring(sampled),
-        largest_batch=largest_batch(needs, sampled, room, unit),
+        largest_batch=largest_batch(needs, sampled, room, unit) if largest else None,
         bound=Bound.of(cost(sampled), device, config.optim.precision),
         data=seconds,
         data_by=data_by,

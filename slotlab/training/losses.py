@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from featcache.errors import UsageError
@@ -23,6 +23,15 @@ def feature_mse(output: Output, config: LossConfig) -> Tensor:
     predicting the mean scores about 1.
     """
     return F.mse_loss(output.reconstruction.float(), output.decoded_target)
+
+
+def layer_norm_mse(output: Output, config: LossConfig) -> Tensor:
+    """Mean squared error of the tokens after a LayerNorm without weights, so that their scale does not count.
+
+    "channel_norm" of Menserve/Object-centric-representation (commit 6a307c5).
+    """
+    found, true = output.reconstruction.float(), output.decoded_target
+    return F.mse_loss(F.layer_norm(found, found.shape[-1:]), F.layer_norm(true, true.shape[-1:]))
 
 
 def cosine(output: Output, config: LossConfig) -> Tensor:
@@ -96,11 +105,15 @@ def diversity(output: Output, config: LossConfig) -> Tensor:
     Slots that hold nothing, such as padding, are left out.
     """
     masks = _frames(output.masks)
-    unit = F.normalize(masks, dim=-1)
-    slots = (masks.amax(-1) > 0).sum(1)  # (F,)
-    # sum over i != j of <u_i, u_j> = |sum of u|^2 - sum of |u|^2
-    pairs = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
-    return (pairs.clamp_min(0) / (slots * (slots - 1)).clamp_min(1)).mean()
+    return _mean_cosine(masks, masks.amax(-1) > 0).clamp_min(0).mean()
+
+
+def slot_diversity(output: Output, config: LossConfig) -> Tensor:
+    """Mean cosine between two slots of a frame, in [-1, 1]. Slots whose mask holds nothing are left out.
+
+    Menserve/Object-centric-representation (commit 6a307c5).
+    """
+    return _mean_cosine(_frames(output.slots), _frames(output.masks).amax(-1) > 0).mean()
 
 
 def sharpness(output: Output, config: LossConfig) -> Tensor:
@@ -110,19 +123,30 @@ def sharpness(output: Output, config: LossConfig) -> Tensor:
     return entropy.mean() / math.log(max(2, masks.shape[1]))
 
 
-def _frames(masks: Float[Tensor, "*B K M"]) -> Float[Tensor, "F K M"]:
+def _frames(values: Float[Tensor, "*B K M"]) -> Float[Tensor, "F K M"]:
     """Frames of all clips, in float32."""
-    return masks.float().reshape(-1, *masks.shape[-2:])
+    return values.float().reshape(-1, *values.shape[-2:])
+
+
+def _mean_cosine(vectors: Float[Tensor, "F K M"], kept: Bool[Tensor, "F K"]) -> Tensor:
+    """Mean cosine (F,) of the pairs of vectors that are kept; 0 where there are no two."""
+    unit = F.normalize(vectors, dim=-1) * kept.unsqueeze(-1)
+    count = kept.sum(1)
+    # sum over i != j of <u_i, u_j> = |sum of u|^2 - sum of |u|^2
+    pairs = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
+    return pairs / (count * (count - 1)).clamp_min(1)
 
 
 LOSSES: dict[str, Callable[[Output, LossConfig], Tensor]] = {
     "feature_mse": feature_mse,
+    "layer_norm_mse": layer_norm_mse,
     "cosine": cosine,
     "temporal_similarity": temporal_similarity,
     "slot_contrast": slot_contrast,
     "assignment": assignment,
     "slot_mse": slot_mse,
     "diversity": diversity,
+    "slot_diversity": slot_diversity,
     "sharpness": sharpness,
 }
 

@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from featcache.errors import UsageError, out_of_memory
 from featcache.machine import alternate, paired_ratio, timed
 from featcache.store.reading import FeatureStore
 from featcache.stream.residence import RING
 from slotlab.config.schema import Config
-from slotlab.training.cost import CORRECTED
+from slotlab.training.cost import Tally
 from slotlab.training.processes import Ranks
 from slotlab.training.step import TrainStep, matrix_products
 from slotlab.training.train import training_stream
@@ -106,9 +105,10 @@ def flops_of(step: TrainStep, features: Tensor) -> int:
     """FLOPs of one step on a batch (B, ...), from the operators that torch calls. The step is taken."""
     as_written = copy(step)
     as_written.forward = step.model  # compiled code is not counted
-    with FlopCounterMode(display=False, custom_mapping=CORRECTED) as counter:
+    with Tally() as tally:  # torch's counter follows modules by hooks, which fail where one is called again and again
         as_written(features)
-    return int(counter.get_total_flops())
+    flops: int = tally.cost(peak=0, state=0).flops
+    return flops
 
 
 def measure_training(
@@ -144,8 +144,7 @@ def _measure(config: Config, store: FeatureStore, device: torch.device, steps: i
     stream = training_stream(config, store, Ranks(device))
     part = stream.batch_seconds(2 * RING)
     batches = iter(stream)
-    resident = next(batches).features.clone()
-    flops = flops_of(step, resident)
+    flops = flops_of(step, next(batches).features)
     waits: list[float] = []
 
     def train(features: Iterator[Tensor]) -> int:
@@ -171,9 +170,11 @@ def _measure(config: Config, store: FeatureStore, device: torch.device, steps: i
     gpu = GpuMonitor(device)
     train(from_store(WARM_UP))
     reset_peak_memory(device)
+    train(from_store(RING))
+    peak = peak_memory(device)  # of training alone: what the measurement itself holds comes after
+    resident = next(batches).features.clone()
     jobs = {"stream": streamed, "resident": on_resident, "matmul": matmul_rate(device, optim.precision)}
     rates = alternate(jobs, rounds)
-    peak = peak_memory(device)
     batches.close()  # type: ignore[attr-defined]
 
     medians = {name: statistics.median(values) for name, values in rates.items()}

@@ -6,6 +6,7 @@ from slotlab.models.decoders.autoregressive import TransformerDecoder
 from slotlab.models.decoders.base import Decoded, Decoder, Sizes
 from slotlab.models.decoders.broadcast import MLPDecoder
 from slotlab.models.decoders.mixing import MixDecoder, SlotMixerDecoder
+from slotlab.models.decoders.spatial import SpatialBroadcastDecoder
 
 __all__ = [
     "DECODERS",
@@ -15,6 +16,7 @@ __all__ = [
     "MixDecoder",
     "Sizes",
     "SlotMixerDecoder",
+    "SpatialBroadcastDecoder",
     "TransformerDecoder",
 ]
 
@@ -22,5 +24,6 @@ DECODERS: dict[str, type[Decoder]] = {
     "mlp": MLPDecoder,
     "mix": MixDecoder,
     "slot_mixer": SlotMixerDecoder,
+    "spatial_broadcast": SpatialBroadcastDecoder,
     "transformer": TransformerDecoder,
 }
