@@ -268,7 +268,8 @@ def test_videos_that_always_kill_their_worker_are_named(tmp_path: Path, backbone
         dask_scheduler.allowed_failures = 0  # type: ignore[attr-defined]
 
     client.run_on_scheduler(allow_none)
-    with pytest.raises(DataError, match="the workers that ran train videos 2 to 3 died 1 times.*--batch-size"):
+    # Of the two groups that the worker had been given, dask reports one or the other first.
+    with pytest.raises(DataError, match="the workers that ran train videos (2 to 3|4 to 4) died 1 times.*--batch-size"):
         run(tmp_path / "s.zarr", backbone, client, Deadly(tmp_path / "died", again=True))
     assert 3 not in manifest.read(tmp_path / "s.zarr" / "train")
 
