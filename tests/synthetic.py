@@ -157,8 +157,9 @@ def arrays_of(path: Path) -> dict[str, bytes]:
 
 def fitted(preset: str) -> list[str]:
     """Overrides under which a preset trains on such a store: two to four frames a video, 12 channels."""
-    data = load_config(preset).data
+    config = load_config(preset)
+    data, slots = config.data, [] if config.model.kind == "dense" else ["model.slots=4"]  # which has none
     kind, reduces, _ = data.normalize.partition("=")
     fewer = [f"data.normalize={kind}=8"] if reduces else []
     seen = ["model.burn_in=1"] if preset.startswith("dynamics") else []
-    return [*seen, "model.slots=4", f"data.clip={min(data.clip, 2)}", "optim.batch_size=2", *fewer]
+    return [*seen, *slots, f"data.clip={min(data.clip, 2)}", "optim.batch_size=2", *fewer]

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from featcache.errors import DataError, UsageError
-from slotlab.config.model import MODEL_KINDS, Section
+from slotlab.config.model import MODEL_KINDS
 from slotlab.config.schema import Config
+from slotlab.config.section import Section
 
 
 def presets() -> tuple[str, ...]:

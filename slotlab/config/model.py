@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from slotlab.config.section import Gone, ReadBy, Section
 
 MOST_SLOTS = 256  # a label is a byte
 Masks = Literal["decoder", "attention"]  # masks of the decoder, or of the attention that formed the slots
 MASKS: tuple[Masks, ...] = get_args(Masks)
 Gradient = Literal["full", "implicit", "bilevel"]
 Initializer = Literal["gaussian", "gaussian_means", "gaussian_per_slot", "learnt", "kmeans++", "kmeans"]
-ReadBy = Mapping[str, tuple[str, tuple[str, ...]]]
 Sign = Literal["one_slot", "same_masks", "flat_attention", "same_slots", "lost_slots"]  # signs of a collapse
 
 
@@ -25,51 +26,6 @@ class Remedy(NamedTuple):
 
 
 Remedies = Mapping[Sign, tuple[Remedy, ...]]
-
-
-class Gone(NamedTuple):
-    """A setting of earlier versions: its values that match what this version does, and what became of it."""
-
-    values: tuple[Any, ...]
-    now: str
-
-    @classmethod
-    def fixed(cls, value: Any) -> Gone:
-        return cls((value,), f"is fixed at {value} now")
-
-
-class Section(BaseModel):
-    """A frozen, closed section of the configuration."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    # Key -> another key of the section, and the values of that other key with which the first has an effect.
-    read_by: ClassVar[ReadBy] = {}
-    gone: ClassVar[Mapping[str, Gone]] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_what_is_gone(cls, values: Any) -> Any:
-        """Drop settings of earlier versions with their fixed values; other values stay, and are refused as unknown."""
-        if not isinstance(values, Mapping):
-            return values
-        return {key: value for key, value in values.items() if key not in cls.gone or value not in cls.gone[key].values}
-
-    def chosen(self, key: str) -> str:
-        """The value of a key in the form that :attr:`read_by` uses."""
-        return str(getattr(self, key))
-
-    def unread(self, where: str = "") -> list[str]:
-        """A sentence for each changed setting without effect; ``where`` is the section's key with a dot at its end."""
-        found = []
-        for name, (deciding, values) in self.read_by.items():
-            chosen = self.chosen(deciding)
-            given, default = getattr(self, name), type(self).model_fields[name].default
-            if given != default and chosen not in values:
-                found.append(f"{where}{name} = {given} has no effect with {where}{deciding} = {chosen}")
-        for name in type(self).model_fields:
-            if isinstance(part := getattr(self, name), Section):
-                found += part.unread(f"{where}{name}.")
-        return found
 
 
 class DecoderConfig(Section):
@@ -418,7 +374,7 @@ class DenseConfig(ForecastConfig):
     """A predictor of patch tokens, without slots, to compare with (slotlab.models.dynamics.dense)."""
 
     kind: Literal["dense"] = "dense"
-    slots: int = Field(1, ge=1, le=MOST_SLOTS, description="Not used: it finds no slots")
+    slots: Literal[1] = Field(1, description="It finds no slots: its one mask is the frame")
     burn_in: int = Field(3, ge=1, description="Frames that are seen before the first predicted one")
     width: int = Field(128, ge=2, description="Width of its tokens")
 

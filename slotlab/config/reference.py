@@ -12,8 +12,9 @@ from pydantic.fields import FieldInfo
 
 from featcache.errors import UsageError
 from slotlab.config.load import Key, dotted, preset_values, presets, walk
-from slotlab.config.model import MODEL_KINDS, Section
+from slotlab.config.model import MODEL_KINDS
 from slotlab.config.schema import Config
+from slotlab.config.section import Section
 
 HEAD = """# Settings
 

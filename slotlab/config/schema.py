@@ -14,11 +14,10 @@ from slotlab.config.model import (
     ForecastConfig,
     Masks,
     ModelConfig,
-    ReadBy,
     RecurrentConfig,
-    Section,
     SlotAttentionConfig,
 )
+from slotlab.config.section import ReadBy, Section
 
 Center = Literal["channel", "position"]
 
