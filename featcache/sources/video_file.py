@@ -41,6 +41,7 @@ SKEW = 0.0175  # skew of a display matrix, about one degree, below which it is r
 ERROR, WARNING = 16, 24  # FFmpeg's log levels
 # Warnings of damage among many harmless ones. Corrupt packets are marked, and may be another stream's.
 OF_DAMAGE = re.compile(r"(?!Packet corrupt).*(corrupt|truncat|reached eof)", re.IGNORECASE | re.DOTALL)
+ALONE = 0.5  # seconds in place of the time between two frames, where there is but one
 MOST_DELAY = 16.0  # seconds beyond a video's length by which a frame may follow its data: a frame a second, 16 ahead
 
 
@@ -80,6 +81,9 @@ def count_frames(path: Path) -> int:
         promised, length = clip.stream.frames, (clip.container.duration or 0) / 1e6
         name = clip.container.format.name
         meant = float((clip.stream.duration or 0) * clip.stream.time_base)  # by the edit list, where there is one
+        gap = gap if held > 1 else ALONE
+        if name == "avi" and before and clip.stream.time_base:  # promises empty packets, too: they repeat a frame
+            held = max(held, round((before + gap) / float(clip.stream.time_base)))
     if "mov" in name and (broken := mp4.broken_table(path)):
         raise DataError(f"{path}: is damaged ({broken}); {REMEDY}")
     if unfinished := ends.unfinished(path, name, last):
@@ -122,6 +126,7 @@ def read_frames(path: Path, shrink: float = 1.0) -> npt.NDArray[np.uint8]:
     """
     expected = count_frames(path)
     frames: list[npt.NDArray[np.uint8]] = []
+    first = None  # the display matrix
     with _opened(path) as clip:
         ordered, last = not ORDERED.isdisjoint(clip.container.format.name.split(",")), None
         for packet in clip.packets():
@@ -130,7 +135,15 @@ def read_frames(path: Path, shrink: float = 1.0) -> npt.NDArray[np.uint8]:
                     second = float(frame.pts * clip.stream.time_base)
                     raise DataError(f"{path}: its frames are out of order near second {second:.1f}; {REMEDY}")
                 last = frame.pts if frame.pts is not None else last
-                image = _upright(frame.to_ndarray(format="rgb24"), _display_matrix(frame), path)
+                matrix = _display_matrix(frame)
+                first = first if frames else matrix
+                if matrix != first:  # H.264 and HEVC may hold one for each frame
+                    second = float((frame.pts or 0) * clip.stream.time_base)
+                    raise DataError(
+                        f"{path}: its display matrix changes near second {second:.1f}; encode it with one "
+                        "(ffmpeg -noautorotate -i FILE new.mp4 leaves it out)"
+                    )
+                image = _upright(frame.to_ndarray(format="rgb24"), matrix, path)
                 image = image if shrink < 2 else as_rgb(Image.fromarray(image), str(path), turn=False, shrink=shrink)
                 if image.nbytes * expected > MAX_BYTES:
                     raise DataError(
