@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from scipy.stats import wilcoxon
 
 from featcache.errors import IncompatibleError
 from featcache.sources.video import Video
+from featcache.store import manifest
 from featcache.store.reading import FeatureStore, Split
 from slotlab.scoring.evaluation import Evaluation
 from slotlab.scoring.groups import ATTRIBUTES, objects_by, subgroup_scores
@@ -178,8 +180,9 @@ def test_videos_average_to_the_totals_when_equally_long(tmp_path: Any) -> None:
     assert {"fg_ari", "mbo", "miou", "mbo_metal", "miou_small"} <= next(iter(videos.values())).keys()
 
 
-def test_without_instances_there_are_no_groups(split: Split) -> None:
-    split.manifest = {video: replace(row, instances=()) for video, row in split.manifest.items()}
+def test_without_instances_there_are_no_groups(split: Split, tmp_path: Path) -> None:
+    manifest.replace_rows(tmp_path, {video: replace(row, instances=()) for video, row in split.manifest.items()})
+    split.manifest = manifest.read(tmp_path)
     assert objects_by(split, OBJECTS, "material") == {}
     found = subgroup_scores(scores_of(split), split, Bootstrap(resamples=10)).summaries
     assert found["by_material"] == {} and found["by_objects"]

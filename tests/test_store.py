@@ -180,6 +180,22 @@ def test_a_broken_manifest_line_is_named(store: FeatureStore) -> None:
         manifest.read(path.parent)
 
 
+@pytest.mark.parametrize(
+    "name", ["a", 'b","frames":9', '{"video":7,"id":"x",', "\\", '\\"', '"visibility":', "\udcff\n\u2028", "été"]
+)
+def test_names_and_numbers_of_objects_are_those_of_the_parsed_rows(tmp_path: Path, name: str) -> None:
+    """They are read out of the text of rows, and a name may hold anything."""
+    rows = {
+        k: manifest.Row(k, f"{name}{k}", 2, {"video": (1,)}, (Instance(category=name, visibility=(1, 2)),) * k)
+        for k in (0, 3, 2)
+    }
+    manifest.replace_rows(tmp_path, rows)
+    read = manifest.read(tmp_path)
+    assert read.ids() == {k: row.id for k, row in read.items()} == {k: f"{name}{k}" for k in (0, 2, 3)}
+    assert read.most_instances() == 3
+    assert all(read[k] == row for k, row in rows.items())
+
+
 def test_verify_names_damaged_and_missing_chunks(store: FeatureStore) -> None:
     assert verify(store.path) == []
     damaged = chunk_path(store.path / "train/features/block1", 1, 3)

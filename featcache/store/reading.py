@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,7 @@ class Split:
             self.spec = SplitSpec.from_json(self.group.attrs["featcache"])  # type: ignore[arg-type]
         except Exception as error:  # zarr raises many kinds for a damaged document
             raise self._damaged(f"{name}/zarr.json") from error
-        self.manifest: Mapping[int, manifest.Row] = manifest.read(self.path)
+        self.manifest = manifest.read(self.path)
 
     def __repr__(self) -> str:
         return f"Split({str(self.path)!r}, {len(self.manifest)}/{len(self.spec.lengths)} videos)"
@@ -111,8 +110,9 @@ class Split:
     @cached_property
     def names(self) -> dict[int, str]:
         """The source's name for each finished video, followed by the position if several have the same name."""
-        counts = Counter(row.id for row in self.manifest.values())
-        return {v: row.id if counts[row.id] == 1 else f"{row.id}#{v}" for v, row in self.manifest.items()}
+        ids = self.manifest.ids()
+        counts = Counter(ids.values())
+        return {video: name if counts[name] == 1 else f"{name}#{video}" for video, name in ids.items()}
 
     @property
     def complete(self) -> bool:

@@ -41,7 +41,7 @@ def labelled_frames(truth: Tensor) -> Tensor:
 
 def count_labels(split: Split) -> int:
     """Number of ground-truth labels in a split, background included."""
-    labels = max(len(split.instances(video)) for video in split.videos) + 1
+    labels = split.manifest.most_instances() + 1
     if labels == 1:  # a source with masks but without instance tables
         labels = max(int(split.segmentations(video).max()) for video in split.videos) + 1
     return labels
