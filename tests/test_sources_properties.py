@@ -66,6 +66,7 @@ def _overlap(frame: np.ndarray, mask: np.ndarray) -> float:
     return float((red & (mask == 1)).sum() / (red | (mask == 1)).sum())
 
 
+@pytest.mark.slow
 @needs_ffmpeg
 @settings(max_examples=80, deadline=None)
 @given(
