@@ -67,6 +67,7 @@ def busy(workers: int) -> Iterator[None]:
             process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "precision"), [(4, "float32"), (3, "bfloat16"), (16, "float32")])
 def test_a_store_lends_what_it_was_made_with(
     tmp_path: Path, backbone: Backbone, batch_size: int, precision: Precision

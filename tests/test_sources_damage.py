@@ -226,6 +226,7 @@ def _flipped(packet: bytes, rng: np.random.Generator) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.slow
 @needs_ffmpeg
 @pytest.mark.parametrize("container", ["mov", "avi", "mkv"])
 def test_a_damaged_jpeg_is_refused_or_read_as_libjpeg_reads_it(tmp_path: Path, container: str) -> None:

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
@@ -70,6 +71,7 @@ def _overlap(frame: np.ndarray, mask: np.ndarray) -> float:
     return float((red & (mask == 1)).sum() / (red | (mask == 1)).sum())
 
 
+@pytest.mark.slow
 @needs_ffmpeg
 @settings(max_examples=80, deadline=None)
 @given(
