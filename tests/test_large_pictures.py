@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -147,6 +149,28 @@ def test_a_video_holds_no_more_than_its_smaller_frames(
     assert np.abs(small - plain).mean() < 1
     np.testing.assert_array_equal(read_path(clip, 48).shape, (3, 48, 64, 3))
     assert np.abs(read_path(clip, 48) - plain).mean() < 1
+
+
+def test_decoded_frames_do_not_pile_up(tmp_path: Path, photo: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyAV's frames refer to themselves, and large ones would fill the memory before a collection comes by itself."""
+    frame = np.asarray(photo.resize((64, 48)))
+    clip = save_movie(tmp_path / "a.mp4", "libx264", np.tile(frame, (12, 1, 1, 1)))
+
+    def left() -> int:
+        monkeypatch.undo()
+        gc.collect()
+        gc.disable()
+        try:
+            monkeypatch.setattr(video_file, "UNFREED", limit)
+            video_file.read_frames(clip, 8.0)
+            return sum(isinstance(each, av.VideoFrame) for each in gc.get_objects())
+        finally:
+            gc.enable()
+
+    limit = 1 << 30
+    assert left() == 12, "else there is nothing to collect, and read_frames need not"
+    limit = 2 * frame.nbytes
+    assert left() <= 4
 
 
 def test_pages_are_decoded_smaller(tmp_path: Path, photo: Image.Image) -> None:

@@ -7,6 +7,7 @@ corrupt, reads another JPEG than libjpeg, or returns clearly fewer frames than t
 
 from __future__ import annotations
 
+import gc
 import re
 import struct
 import threading
@@ -41,6 +42,7 @@ SKEW = 0.0175  # skew of a display matrix, about one degree, below which it is r
 ERROR, WARNING = 16, 24  # FFmpeg's log levels
 # Warnings of damage among many harmless ones. Corrupt packets are marked, and may be another stream's.
 OF_DAMAGE = re.compile(r"(?!Packet corrupt).*(corrupt|truncat|reached eof)", re.IGNORECASE | re.DOTALL)
+UNFREED = 1 << 29  # bytes of frames that may wait for the garbage collector
 ALONE = 0.5  # seconds in place of the time between two frames, where there is but one
 MOST_DELAY = 16.0  # seconds beyond a video's length by which a frame may follow its data: a frame a second, 16 ahead
 
@@ -127,6 +129,7 @@ def read_frames(path: Path, shrink: float = 1.0) -> npt.NDArray[np.uint8]:
     expected = count_frames(path)
     frames: list[npt.NDArray[np.uint8]] = []
     first = None  # the display matrix
+    unfreed = 0
     with _opened(path) as clip:
         ordered, last = not ORDERED.isdisjoint(clip.container.format.name.split(",")), None
         for packet in clip.packets():
@@ -144,6 +147,10 @@ def read_frames(path: Path, shrink: float = 1.0) -> npt.NDArray[np.uint8]:
                         "(ffmpeg -noautorotate -i FILE new.mp4 leaves it out)"
                     )
                 image = _upright(frame.to_ndarray(format="rgb24"), matrix, path)
+                unfreed += image.nbytes
+                if unfreed > UNFREED:  # a frame of PyAV whose side data were read refers to itself
+                    gc.collect()
+                    unfreed = 0
                 image = image if shrink < 2 else as_rgb(Image.fromarray(image), str(path), turn=False, shrink=shrink)
                 if image.nbytes * expected > MAX_BYTES:
                     raise DataError(
