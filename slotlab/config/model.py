@@ -44,6 +44,12 @@ class DecoderConfig(Section):
     masks: Literal["soft", "gumbel", "straight_through"] = Field(
         "soft", description="Masks of training: soft, or hard with the gradient of soft ones"
     )
+    attention_temperature: float = Field(
+        1.0, gt=0, description="Divisor of its attention's logits, beside the root of a head's width"
+    )
+    source: Literal["slotlab", "dinosaur", "spot"] = Field(
+        "slotlab", description="Layers of the transformer: with positions, or as in the source of DINOSAUR or of SPOT"
+    )
     permuted: bool = Field(False, description="Training on several orders of the patches (SPOT)")
     patches: int | None = Field(None, ge=1, description="Number of random patches decoded in a step; unset: all")
     recompute: bool = Field(
@@ -51,11 +57,14 @@ class DecoderConfig(Section):
     )
 
     read_by: ClassVar[ReadBy] = {
+        "hidden": ("source", ("slotlab",)),
         "layers": ("kind", ("mlp", "mix", "slot_mixer", "spatial_broadcast")),
         "blocks": ("kind", ("slot_mixer", "transformer")),
         "heads": ("kind", ("slot_mixer", "transformer")),
         "mask_temperature": ("kind", ("mlp", "spatial_broadcast")),
         "masks": ("kind", ("mlp",)),
+        "attention_temperature": ("kind", ("slot_mixer",)),
+        "source": ("kind", ("transformer",)),
         "permuted": ("kind", ("transformer",)),
         "patches": ("kind", ("mlp", "mix", "slot_mixer")),
         "recompute": ("kind", ("mlp", "spatial_broadcast")),
@@ -76,6 +85,9 @@ class PredictorConfig(Section):
     )
     hidden: int = Field(512, ge=1, description="Width of its MLP")
     heads: int = Field(4, ge=1, description="Heads of its attention")
+    attention_temperature: float = Field(
+        1.0, gt=0, description="Divisor of its attention's logits, beside the root of a head's width"
+    )
     output_norm: bool = Field(False, description="LayerNorm after the predictor")
     stop_gradient: bool = Field(False, description="Stop-gradient between frames")
     refresh: int = Field(0, ge=0, description="Frames after which slots start afresh; 0: never")
@@ -84,6 +96,7 @@ class PredictorConfig(Section):
     read_by: ClassVar[ReadBy] = {
         "hidden": ("kind", ("mlp", "transformer")),
         "heads": ("kind", ("transformer",)),
+        "attention_temperature": ("kind", ("transformer",)),
         "output_norm": ("kind", ("mlp", "transformer")),
     }
 
@@ -175,8 +188,10 @@ class SlotAttentionConfig(RecurrentConfig):
     """DINOSAUR and its relatives, for images and, with a predictor, for video (slotlab.models.slot_model)."""
 
     kind: Literal["slot_attention"] = "slot_attention"
-    projection: Literal["mlp", "linear"] = Field(
-        "mlp", description="Map of tokens before slots attend: LN-Linear-ReLU-Linear, or one linear layer"
+    projection: Literal["mlp", "linear", "wide"] = Field(
+        "mlp",
+        description="Map of tokens before slots attend: LN-Linear-ReLU-Linear; one linear layer; "
+        "the first, as wide as the features (SPOT)",
     )
     projection_hidden: int | None = Field(
         None, ge=1, description="Hidden width of the projection; unset: the features' width"
@@ -188,7 +203,7 @@ class SlotAttentionConfig(RecurrentConfig):
 
     read_by: ClassVar[ReadBy] = {
         "kmeans_rounds": ("initializer", ("kmeans",)),
-        "projection_hidden": ("projection", ("mlp",)),
+        "projection_hidden": ("projection", ("mlp", "wide")),
     }
     remedies: ClassVar[Remedies] = {
         "one_slot": (
@@ -208,7 +223,9 @@ class SlotAttentionConfig(RecurrentConfig):
 
     @model_validator(mode="after")
     def _heads_fit(self) -> SlotAttentionConfig:
-        if self.decoder.kind in ("slot_mixer", "transformer"):
+        if self.projection == "wide" and self.initializer.startswith("kmeans"):
+            raise ValueError(f"initializer = {self.initializer} starts slots as projected tokens: projection = mlp")
+        if self.decoder.kind in ("slot_mixer", "transformer") and self.decoder.source == "slotlab":
             width = self.slot_dim if self.decoder.kind == "slot_mixer" else self.decoder.hidden
             if width % self.decoder.heads:
                 raise ValueError(f"decoder.heads {self.decoder.heads} do not divide its width of {width}")

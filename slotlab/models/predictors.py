@@ -45,7 +45,7 @@ class TransformerPredictor(nn.Module):
 
     def __init__(self, slot_dim: int, config: PredictorConfig) -> None:
         super().__init__()
-        self.move = SelfBlock(slot_dim, config.heads, config.hidden)
+        self.move = SelfBlock(slot_dim, config.heads, config.hidden, config.attention_temperature)
         self.norm = nn.LayerNorm(slot_dim) if config.output_norm else nn.Identity()
 
     def forward(

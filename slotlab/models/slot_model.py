@@ -41,13 +41,14 @@ class SlotModel(Model):
         dim, slot_dim = normaliser.dim, config.slot_dim
         self.normaliser = normaliser
         hidden = config.projection_hidden or dim
+        width = dim if config.projection == "wide" else slot_dim
         # Two layers cured a collapse that one linear map caused; the linear map stays for comparison.
         self.project: nn.Module = (
-            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, slot_dim))
-            if config.projection == "mlp"
-            else nn.Linear(dim, slot_dim)
+            nn.Linear(dim, width)
+            if config.projection == "linear"
+            else nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, width))
         )
-        self.recur = Recurrence(config, slot_dim)
+        self.recur = Recurrence(config, width)
         self.decode = DECODERS[config.decoder.kind](
             Sizes(slot_dim, grid, dim, reconstructs, similarity), config.decoder
         )

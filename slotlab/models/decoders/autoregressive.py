@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from featcache.errors import UsageError
 from slotlab.config.model import DecoderConfig
 from slotlab.models.decoders.base import Decoded, Decoder, Heads, Sizes, positions_parameter
 from slotlab.models.randomness import Draws
@@ -19,28 +20,51 @@ class TransformerDecoder(Decoder):
     A causal transformer predicts each token from the true ones before it and, by cross-attention, from the slots.
     The masks are the last block's cross-attention, averaged over the heads.
 
+    ``config.source`` says whose layers: those of ``slotlab`` have positions, a width of their own, and a last layer to
+    tokens. Those of DINOSAUR (amazon-science/object-centric-learning-framework 0a97292) and of SPOT
+    (gkakogeorgiou/spot 13c5926) are as wide as the tokens, which they give without a further layer: where a token lies
+    they read from the token. SPOT's attentions have no biases, its first block adds to its normed input, and a
+    LayerNorm ends it.
+
     ``permuted`` trains with a random scan of the patches at each step, from any corner along rows or columns, each with
     its start token, so that fewer patches can be predicted from their neighbours alone (SPOT, Kakogeorgiou et
-    al., 2024, arXiv:2312.00648). Without it, and when a trained model is used, patches come row by row.
+    al., 2024, arXiv:2312.00648); SPOT itself has a ninth, a spiral. Without it, and when a trained model is used,
+    patches come row by row.
     """
 
     orders: Tensor  # (O, N): patches in the order of each scan
 
     def __init__(self, sizes: Sizes, config: DecoderConfig) -> None:
         super().__init__(sizes, config)
-        width, slot_dim = config.hidden, sizes.slot_dim
-        orders = scan_orders(sizes.grid) if config.permuted else torch.arange(sizes.patches)[None]
+        own, spot = config.source == "slotlab", config.source == "spot"
+        width, slot_dim = config.hidden if own else sizes.dim, sizes.slot_dim
+        if width % config.heads:
+            raise UsageError(f"model.decoder.heads = {config.heads} do not divide the features' width of {width}")
+        orders = torch.arange(sizes.patches)[None]
+        if config.permuted:
+            orders = torch.cat(
+                [scan_orders(sizes.grid), spiral(sizes.grid)[None]] if spot else [scan_orders(sizes.grid)]
+            )
         self.register_buffer("orders", orders, persistent=False)
         self.begin = nn.Parameter(torch.randn(len(orders), width) * width**-0.5)
-        self.position = positions_parameter(sizes, width)
-        self.embed = nn.Linear(sizes.dim, width)
+        self.position = positions_parameter(sizes, width) if own else None
+        self.embed: nn.Module = (
+            nn.Linear(sizes.dim, width)
+            if own
+            else nn.Sequential(nn.Linear(width, width, bias=False), nn.LayerNorm(width))
+        )
         self.norm_slots = nn.Sequential(nn.Linear(slot_dim, width, bias=False), nn.LayerNorm(width))
-        blocks = [CausalCrossBlock(width, config.heads, 4 * width, width) for _ in range(config.blocks)]
+        blocks = [
+            CausalCrossBlock(width, config.heads, 4 * width, width, bias=not spot, opens=spot and index == 0)
+            for index in range(config.blocks)
+        ]
         self.blocks, self.last = nn.ModuleList(blocks[:-1]), blocks[-1]
-        self.norm = nn.LayerNorm(width)
+        self.norm: nn.Module = nn.Identity() if config.source == "dinosaur" else nn.LayerNorm(width)
         for part in (self.embed, self.blocks, self.last):
             part.apply(xavier)
         self.heads = Heads(width, sizes)
+        if not own:
+            self.heads.tokens = nn.Identity()
 
     def forward(self, attended: Attended, target: Float[Tensor, "B N D"], draws: Draws) -> Decoded:
         if self.training and len(self.orders) > 1:
@@ -48,9 +72,12 @@ class TransformerDecoder(Decoder):
             order, begin = self.orders[scan][0], self.begin[scan]  # (N,), (1, W)
         else:
             order, begin = self.orders[0], self.begin[:1]
-        before = self.embed(target[:, order[:-1]])  # (B, N - 1, W)
-        begin = begin.to(before.dtype).expand(len(target), 1, -1)
-        tokens = torch.cat([begin, before], 1) + self.position[order]  # the position of the token to predict
+        begin = begin.expand(len(target), 1, -1)
+        if self.position is None:
+            tokens = self.embed(torch.cat([begin.to(target.dtype), target[:, order[:-1]]], 1))  # (B, N, W)
+        else:
+            before = self.embed(target[:, order[:-1]])  # (B, N - 1, W)
+            tokens = torch.cat([begin.to(before.dtype), before], 1) + self.position[order]  # of the token to predict
         slots = self.norm_slots(attended.slots)
         for block in self.blocks:
             tokens = block(tokens, slots, attended.active)
@@ -65,3 +92,13 @@ def scan_orders(grid: tuple[int, int]) -> Int[Tensor, "8 N"]:
     cells = torch.arange(grid[0] * grid[1]).view(grid)
     flips = [cells.flip(axes) for axes in ((), (1,), (0,), (0, 1))]
     return torch.stack([way.flatten() for flip in flips for way in (flip, flip.T)])
+
+
+def spiral(grid: tuple[int, int]) -> Int[Tensor, N]:
+    """Indices of the patches from the middle outwards, the last of them up the right side."""
+    cells = torch.arange(grid[0] * grid[1]).view(grid).rot90()
+    rounds = []
+    while cells.numel():
+        rounds.append(cells[0])
+        cells = cells[1:].T.flip(0)
+    return torch.cat(rounds).flip(0)

@@ -46,7 +46,8 @@ class SlotMixerDecoder(Decoder):
         width = sizes.slot_dim
         self.position = positions_parameter(sizes, width)
         self.norm_slots = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(CrossBlock(width, config.heads, 4 * width, width) for _ in range(config.blocks))
+        sizes_of_block = (width, config.heads, 4 * width, width, config.attention_temperature)
+        self.blocks = nn.ModuleList(CrossBlock(*sizes_of_block) for _ in range(config.blocks))
         self.to_query = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width, bias=False))
         self.to_key = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width, bias=False))
         for part in (self.blocks, self.to_query, self.to_key):
