@@ -63,7 +63,7 @@ def test_presets_set_nothing_without_effect(preset: str) -> None:
         ("default", ["data.normalize=whiten=8", "data.shrinkage=0.2"], "data.shrinkage = 0.2 has no effect with"),
         ("default", ["optim.half_life=9"], "optim.half_life = 9 has no effect with optim.decay = cosine"),
         (
-            "videosaur",
+            "savi-dinosaur",
             ["model.predictor.kind=mlp", "model.predictor.heads=2"],
             "model.predictor.heads = 2 has no effect",
         ),
@@ -83,6 +83,7 @@ REGISTRIES: dict[str, Any] = {
 }
 SWITCHES = {  # words that choose between a few lines, which stand together
     *("data.center", "data.residence", "model.projection", "model.gradient", "model.gru_hidden"),
+    "model.decoder.source",
     *("model.decoder.masks", "optim.scaling", "optim.decay", "optim.precision", "published_masks"),
 }
 

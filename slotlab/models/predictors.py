@@ -9,7 +9,7 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from slotlab.config.model import PredictorConfig
+from slotlab.config.parts import PredictorConfig
 from slotlab.models.transformer import FeedForward, SelfBlock
 
 
@@ -59,4 +59,5 @@ PREDICTORS: dict[str, type[nn.Module]] = {
     "identity": IdentityPredictor,
     "mlp": MLPPredictor,
     "transformer": TransformerPredictor,
+    "hungarian": IdentityPredictor,  # frames start afresh: slotlab.models.recurrence matches their slots
 }

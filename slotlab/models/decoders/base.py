@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from slotlab.config.model import DecoderConfig
+from slotlab.config.parts import DecoderConfig
 from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import Attended
 

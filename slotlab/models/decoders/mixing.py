@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from slotlab.config.model import DecoderConfig
+from slotlab.config.parts import DecoderConfig
 from slotlab.models.decoders.base import Decoded, Decoder, Heads, Sizes, hidden_layers, positions_parameter, select
 from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import Attended, hide_padding
