@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.names import dinosaur
 from featcache.errors import UsageError
 from slotlab.config.model import SlotAttentionConfig
 from slotlab.config.parts import DecoderConfig
@@ -250,6 +251,28 @@ def test_the_transformers_of_the_sources_have_their_layers_and_no_others() -> No
         for source in expected
     }
     assert found == expected
+
+
+@torch.no_grad()
+def test_the_transformer_of_dinosaurs_source_is_torchs() -> None:
+    decoder = build("transformer", source="dinosaur", hidden=256, heads=4, blocks=2)
+    layer = nn.TransformerDecoderLayer(D, 4, 4 * D, 0.0, batch_first=True, norm_first=True)
+    peer = nn.TransformerDecoder(layer, 2)
+    for parameter in peer.parameters():
+        parameter.copy_(torch.randn(parameter.shape))
+    there = {f"object_decoder.decoder.{name}": parameter for name, parameter in peer.named_parameters()}
+    names, copied = dinosaur(SlotAttentionConfig(decoder=decoder.config)), 0
+    for name, parameter in decoder.named_parameters():
+        place = names.find(f"decode.{name}")
+        if place is not None and place.name in there:
+            parameter.copy_(place.of(there))
+            copied += parameter.numel()
+    assert copied == sum(parameter.numel() for parameter in peer.parameters())
+    assert isinstance(decoder, TransformerDecoder)
+    given, target = attended(), draw(B, N, D, seed=5)
+    before = decoder.embed(torch.cat([decoder.begin.expand(B, 1, -1), target[:, :-1]], 1))
+    expected = peer(before, decoder.norm_slots(given.slots), nn.Transformer.generate_square_subsequent_mask(N))
+    torch.testing.assert_close(decoder(given, target, Draws(0)).reconstruction, expected)
 
 
 def test_heads_must_divide_the_features() -> None:
