@@ -1,4 +1,4 @@
-"""Slot initialisers: each maps projected tokens (B, N, S) to initial slots (B, K, S)."""
+"""Slot initialisers: each maps projected tokens (B, N, W) to initial slots (B, K, S); those that take tokens, W = S."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Gaussian(nn.Module):
         self.log_std = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, 1, starts.slot_dim)))
 
     def forward(
-        self, tokens: Float[Tensor, "B N S"], clustered: Float[Tensor, "B N D"], draws: Draws
+        self, tokens: Float[Tensor, "B N W"], clustered: Float[Tensor, "B N D"], draws: Draws
     ) -> Float[Tensor, "B K S"]:
         shape = (len(tokens), self.slots, self.mean.shape[-1])
         return self.mean + self.log_std.exp() * draws.normal(shape, tokens.device)
@@ -63,7 +63,7 @@ class Learnt(nn.Module):
         self.queries = nn.Parameter(nn.init.xavier_uniform_(torch.empty(1, starts.slots, starts.slot_dim)))
 
     def forward(
-        self, tokens: Float[Tensor, "B N S"], clustered: Float[Tensor, "B N D"], draws: Draws
+        self, tokens: Float[Tensor, "B N W"], clustered: Float[Tensor, "B N D"], draws: Draws
     ) -> Float[Tensor, "B K S"]:
         return self.queries.expand(len(tokens), -1, -1)
 
@@ -119,7 +119,7 @@ class Saliency(nn.Module):
     def peaks(self, features: Float[Tensor, "B N D"]) -> Int[Tensor, "B K"]:
         """Indices of the patches that are taken, the most salient first."""
         unit = F.normalize(features, dim=-1)
-        around = F.avg_pool2d(unit.mT.unflatten(-1, self.grid), 3, stride=1, padding=1).flatten(2).mT
+        around = F.avg_pool2d(unit.mT.reshape(len(unit), -1, *self.grid), 3, stride=1, padding=1).flatten(2).mT
         whole = F.normalize(features.mean(1, keepdim=True), dim=-1)
         saliency = (unit * around).sum(-1) - self.weight * (unit * whole).sum(-1)  # (B, N)
         chosen = []

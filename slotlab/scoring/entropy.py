@@ -28,7 +28,8 @@ def entropy_maps(masks: Float[Tensor, "B K h w"]) -> Float[Tensor, "B K h w"]:
 
     Their sum over the slots is the entropy, from 0 (one slot has the place) to 1 (all have equal shares).
     """
-    return torch.special.entr(masks.float()) / math.log(max(2, masks.shape[1]))
+    parts: Tensor = torch.special.entr(masks.float())
+    return parts / math.log(max(2, masks.shape[1]))
 
 
 class EntropyScorer:

@@ -64,7 +64,7 @@ def structure(output: Output, config: LossConfig) -> Tensor:
 
 def _volumes(tokens: Float[Tensor, "*B N D"], grid: tuple[int, int]) -> Float[Tensor, "B D T rows columns"]:
     clips = tokens if tokens.ndim == 4 else tokens.unsqueeze(1)
-    return clips.unflatten(2, grid).permute(0, 4, 1, 2, 3)
+    return clips.reshape(*clips.shape[:2], *grid, -1).permute(0, 4, 1, 2, 3)
 
 
 def _window(volumes: Float[Tensor, "B D T rows columns"]) -> Float[Tensor, "B D t r c"]:
