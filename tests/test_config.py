@@ -82,8 +82,8 @@ REGISTRIES: dict[str, Any] = {
     "model.attention": BLOCKS,
 }
 SWITCHES = {  # words that choose between a few lines, which stand together
-    *("data.center", "data.residence", "model.projection", "model.gradient", "model.decoder.masks"),
-    *("optim.scaling", "optim.decay", "optim.precision", "published_masks"),
+    *("data.center", "data.residence", "model.projection", "model.gradient", "model.gru_hidden"),
+    *("model.decoder.masks", "optim.scaling", "optim.decay", "optim.precision", "published_masks"),
 }
 
 

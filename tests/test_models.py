@@ -11,7 +11,7 @@ from jaxtyping import TypeCheckError
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from slotlab.config.model import ClusteringConfig, SlotAttentionConfig
+from slotlab.config.model import ClusteringConfig, GRUHidden, SlotAttentionConfig
 from slotlab.config.schema import LossConfig
 from slotlab.models.clustering.model import ClusteringModel, otsu_threshold
 from slotlab.models.decoders import DECODERS
@@ -44,6 +44,20 @@ def test_slot_attention_ignores_the_order_of_patches() -> None:
     module, inputs, slots = SlotAttention(D, S, 16), draw(B, N, D), draw(B, K, S)
     order = torch.randperm(N)
     torch.testing.assert_close(module(inputs, slots, 2).slots, module(inputs[:, order], slots, 2).slots)
+
+
+@pytest.mark.parametrize("hidden", ["slots", "normalised"])
+def test_the_gru_starts_from_the_slots_or_from_their_layer_norm(hidden: GRUHidden) -> None:
+    """By one round of Locatello et al.'s algorithm 1; VideoSAUR's source normalises the slots in place."""
+    torch.manual_seed(0)
+    module, inputs, slots = SlotAttention(D, S, 0, gru_hidden=hidden), draw(B, N, D), 3 * draw(B, K, S)
+    normed, tokens = module.norm_slots(slots), module.norm_inputs(inputs)
+    attention = (module.to_query(normed) @ module.to_key(tokens).mT / S**0.5).softmax(1)
+    updates = attention / attention.sum(-1, keepdim=True) @ module.to_value(tokens)
+    before = {"slots": slots, "normalised": normed}[hidden]
+    for b in range(B):
+        expected = nn.GRUCell.forward(module.gru, updates[b], before[b])
+        torch.testing.assert_close(module(inputs, slots, 1).slots[b], expected)
 
 
 def test_low_temperature_sharpens() -> None:

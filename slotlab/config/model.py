@@ -13,6 +13,7 @@ MOST_SLOTS = 256  # a label is a byte
 Masks = Literal["decoder", "attention"]  # masks of the decoder, or of the attention that formed the slots
 MASKS: tuple[Masks, ...] = get_args(Masks)
 Gradient = Literal["full", "implicit", "bilevel"]
+GRUHidden = Literal["slots", "normalised"]
 Initializer = Literal["gaussian", "gaussian_means", "gaussian_per_slot", "learnt", "kmeans++", "kmeans"]
 Sign = Literal["one_slot", "same_masks", "flat_attention", "same_slots", "lost_slots"]  # signs of a collapse
 
@@ -125,6 +126,9 @@ class RecurrentConfig(KindConfig):
     )
     temperature: float = Field(
         1.0, gt=0, description="Divisor of the attention's logits; below 1 sharpens the competition"
+    )
+    gru_hidden: GRUHidden = Field(
+        "slots", description="Hidden state of the GRU: the slots, or their LayerNorm (VideoSAUR, SlotContrast)"
     )
     slot_mlp_hidden: int = Field(512, ge=0, description="Width of the residual MLP after the GRU; 0: none")
     predictor: PredictorConfig | None = Field(

@@ -35,7 +35,12 @@ class Recurrence(nn.Module):
         # At a fixed point no gradient reaches the first slots, and DDP fails on parameters without a gradient.
         self.initialize.requires_grad_(config.gradient != "implicit")
         self.attend = SlotAttention(
-            token_dim, config.slot_dim, config.slot_mlp_hidden, config.temperature, config.gradient
+            token_dim,
+            config.slot_dim,
+            config.slot_mlp_hidden,
+            config.temperature,
+            config.gradient,
+            config.gru_hidden,
         )
         predictor = config.predictor
         self.predict = PREDICTORS[predictor.kind](config.slot_dim, predictor) if predictor else None
