@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from featcache.backbones.backbone import input_size as preprocessed_size
 from featcache.backbones.backbone import outline
 from featcache.backbones.registry import get_spec
 from featcache.errors import IncompatibleError, UsageError
@@ -15,6 +16,7 @@ from featcache.store.reading import FeatureStore
 from featcache.store.spec import StoreSpec, TapSpec, flatten
 from slotlab.config.load import load_config
 from slotlab.config.schema import Config
+from slotlab.imported.oclf import OCLF
 from slotlab.imported.published import Published, read_published
 from slotlab.imported.source import Derived, Source, translate
 from slotlab.imported.videosaur import SLOTCONTRAST, VIDEOSAUR
@@ -25,7 +27,7 @@ from slotlab.runs import checkpoint
 from slotlab.runs.folder import create_imported
 from slotlab.runs.imported import wanted_store
 
-SOURCES: dict[str, Source] = {source.name: source for source in (VIDEOSAUR, SLOTCONTRAST)}
+SOURCES: dict[str, Source] = {source.name: source for source in (VIDEOSAUR, SLOTCONTRAST, OCLF)}
 
 
 @dataclass(frozen=True)
@@ -74,30 +76,38 @@ def import_run(
     table = SOURCES[source]
     published = read_published(path, table.spelling)
     derived = table.derive(published)
-    config = _config(published, derived, list(overrides))
+    overrides = list(overrides)
+    config = configuration(published, derived, overrides)
     wanted = _wanted(published, table, derived, config, backbone, input_size)
     ((tap, sizes),) = wanted.taps.items()
     model = empty_model(config, Features(tap, sizes.grid, sizes.dim))
     translate(table, published, derived, config, model)
 
     origin: dict[str, Any] = {"source": source, "repository": table.repository, "checkpoint": str(path.resolve())}
-    origin |= {"sha256": published.sha256, "step": published.step}
+    origin |= {"sha256": published.sha256, "step": published.step, "set": overrides, "backbone": wanted.backbone}
+    origin["input_size"] = list(preprocessed_size(wanted.preprocessing))
     create_imported(config, wanted, store, run, model, origin)
     values = flatten(config.model_dump())
-    assumed = {key: values[key] for key in derived.assumed if values.get(key) == derived.values[key]}
+    assumed = {key: values[key] for key in derived.assumed if key not in _given(overrides)}
+    if published.step is not None:
+        assumed.pop("optim.steps", None)
     return ImportedRun(run, config, wanted, origin, assumed, wanted_store(run, wanted)[0])
 
 
-def _config(published: Published, derived: Derived, overrides: list[str]) -> Config:
+def configuration(published: Published, derived: Derived, overrides: Sequence[str]) -> Config:
     """The configuration of the checkpoint's model. ``UsageError`` for a setting that is missing or wrong."""
-    given = {override.partition("=")[0].strip() for override in overrides}
     for key, usual in derived.needed.items():
-        if key not in given:
+        if key not in _given(overrides):
             raise UsageError(f"{published.path}: does not tell {key} (published: {usual}); add --set {key}=NUMBER")
-    told = {"data.normalize": "none", "model.kind": "slot_attention", "optim.ema": 0.0}
+    told = {"data.normalize": "none", "model.kind": "slot_attention", "optim.ema": 0.0, **derived.values}
     if published.step is not None:
         told["optim.steps"] = published.step
-    return load_config(derived.preset, None, overrides, found=told | dict(derived.values))
+    return load_config(derived.preset, None, overrides, found=told)
+
+
+def _given(overrides: Iterable[str]) -> set[str]:
+    """The keys of settings."""
+    return {override.partition("=")[0].strip() for override in overrides}
 
 
 def _wanted(

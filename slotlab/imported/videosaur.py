@@ -37,9 +37,10 @@ def _derive(published: Published, video: str) -> Derived:
         "model.projection_hidden": hidden,
         "model.gru_hidden": "normalised",
         "model.iterations": 2 if recurrent else 3,
+        "optim.steps": 100_000 if recurrent else 500_000,
         "model.slot_mlp_hidden": shape(f"{CORRECT}.mlp.layers.1.weight")[0] if published.has(f"{CORRECT}.mlp.") else 0,
     }
-    assumed, needed = ["data.tap", "model.iterations"], {}
+    assumed, needed = ["optim.steps", "data.tap", "model.iterations"], {}
     if published.has("initializer.slots"):
         values |= {"model.initializer": "learnt", "model.slots": shape("initializer.slots")[1]}
     else:
