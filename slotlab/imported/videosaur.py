@@ -145,6 +145,7 @@ VIDEOSAUR = Source(
     partial(_derive, video="videosaur"),
     _rules,
     "encoder.backbone.model.",
+    others=("target_encoder.",),  # of the loss alone
     spelling=_spelling,
 )
 SLOTCONTRAST = replace(
