@@ -1,174 +1,123 @@
-"""What our parameters are called in the public sources."""
+"""What our parameters are called in the public sources: the tables of ``import-run``, and what it does not import."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from slotlab.config.model import SlotAttentionConfig
+from slotlab.config.schema import Config
+from slotlab.imported.oclf import OCLF
+from slotlab.imported.source import BLOCK, Rule, targets_of
+from slotlab.imported.videosaur import SLOTCONTRAST, VIDEOSAUR
 
 QKV = ("query", "key", "value")
 
 
-@dataclass(frozen=True)
-class Place:
-    """A parameter of a source, or some of its rows: from a share of them to another, or counted from the end."""
+class Names(NamedTuple):
+    """A source's table, and how the names of :mod:`benchmarks.sources` are spelled there."""
 
-    name: str
-    part: int = 0
-    parts: int = 1
-    last: int | None = None  # this many rows from the end; below 0: all but so many
-
-    def of(self, tensors: dict[str, Tensor]) -> Tensor:
-        whole = tensors[self.name]
-        if self.last is not None:
-            return whole[-self.last :] if self.last > 0 else whole[: self.last]
-        return whole.chunk(self.parts)[self.part] if self.parts > 1 else whole
+    rules: Callable[[Config], Sequence[Rule]]
+    spelling: Callable[[str], str] = str
 
 
-@dataclass
-class Places:
-    """Places of our modules and parameters, by name; a module's parameters are called alike there."""
-
-    places: dict[str, Place] = field(default_factory=dict)
-
-    def __call__(self, ours: str, theirs: str, part: int = 0, parts: int = 1, last: int | None = None) -> None:
-        self.places[ours] = Place(theirs, part, parts, last)
-
-    def find(self, name: str) -> Place | None:
-        """The place of a parameter of ours, by the longest name that is given; None if there is none."""
-        above = name
-        while above not in self.places:
-            above, dot, _ = above.rpartition(".")
-            if not dot:
-                return None
-        place, rest = self.places[above], name.removeprefix(above)
-        there = place.name + (rest.replace(".", "_") if place.name.endswith("in_proj") else rest)
-        return Place(there, place.part, place.parts, place.last)
+def parts(names: Names, config: Config, theirs: dict[str, Tensor], ours: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter of ours that the source has, by its name: the rows of theirs that it is."""
+    here, rules = dict(ours.named_parameters()), names.rules(config)
+    for name, tensor in theirs.items():
+        targets = [target for target in targets_of(rules, names.spelling(name))[1] if target in here]
+        used = [target for target in targets if here[target].requires_grad]
+        start = 0
+        for target in used:
+            rows = len(tensor) if len(used) == 1 else len(here[target])
+            yield target, tensor[start : start + rows]
+            start += rows
 
 
-Names = Callable[[SlotAttentionConfig], Places]
+def decoder_of(config: Config) -> SlotAttentionConfig:
+    assert isinstance(config.model, SlotAttentionConfig)
+    return config.model
 
 
-def attention(put: Places, ours: str, fused: str, out: str) -> None:
-    """An attention whose queries, keys and values are one layer there."""
-    for index, name in enumerate(QKV):
-        put(f"{ours}.to_{name}", fused, index, 3)
-    put(f"{ours}.out", out)
+def causal_blocks(config: Config) -> Iterator[tuple[int, str]]:
+    """The blocks of an autoregressive decoder by their numbers, ours."""
+    last = decoder_of(config).decoder.blocks - 1
+    for index in range(last + 1):
+        yield index, "decode.last" if index == last else f"decode.blocks.{index}"
 
 
-def feed_forward(put: Places, ours: str, norm: str, first: str, second: str) -> None:
+def feed_forward(ours: str, norm: str, first: str, second: str) -> Iterator[Rule]:
     for index, theirs in ((0, norm), (1, first), (3, second)):
-        put(f"{ours}.layers.{index}", theirs)
+        yield Rule(theirs, (f"{ours}.feed_forward.layers.{index}",))
 
 
-def mlp_decoder(put: Places, layers: int, theirs: str) -> None:
-    """The broadcast MLP, whose last layer gives tokens and the mask there."""
-    put("decode.first", f"{theirs}.0")
-    for index in range(1, layers):
-        put(f"decode.hidden.{2 * index - 1}", f"{theirs}.{2 * index}")
-    put("decode.heads.tokens", f"{theirs}.{2 * layers}", last=-1)
-    put("decode.mask", f"{theirs}.{2 * layers}", last=1)
+def oclf(config: Config) -> list[Rule]:
+    """The framework of DINOSAUR, its autoregressive decoder too, which is torch's."""
+    if decoder_of(config).decoder.kind == "mlp":
+        return list(OCLF.rules(config))
+    decoder = "models.object_decoder"
+    rules = [rule for rule in OCLF.rules(config) if not rule.theirs.startswith(decoder)]
+    rules += [
+        Rule(f"{decoder}.bos_token", ("decode.begin",)),
+        Rule(f"{decoder}.inp_transform.{BLOCK}", (f"decode.embed.{BLOCK}",)),
+        Rule(f"{decoder}.cond_transform.{BLOCK}", (f"decode.norm_slots.{BLOCK}",)),
+    ]
+    for index, ours in causal_blocks(config):
+        rules += torch_block(f"{decoder}.decoder.layers.{index}", ours)
+    return rules
 
 
-def videosaur(model: SlotAttentionConfig) -> Places:
-    """VideoSAUR, and SlotContrast, which has its modules."""
-    put, video = Places(), model.predictor is not None
-    over = ".module" if video else ""
-    for index in (0, 1, 3):
-        put(f"project.{index}", f"encoder{over}.output_transform.layers.{index}")
-    put("recur.initialize", "initializer")
-    put("recur.initialize.queries", "initializer.slots")
-    corrector = f"processor{over}.corrector"
-    put("recur.attend", corrector)
-    put("recur.attend.norm_inputs", f"{corrector}.norm_features")
-    for name, letter in zip(QKV, "qkv", strict=True):
-        put(f"recur.attend.to_{name}", f"{corrector}.to_{letter}")
-    put("recur.attend.mlp", f"{corrector}.mlp.layers")
-    encoder_block(put, "recur.predict.move", f"processor{over}.predictor.blocks.0")
-    decoder = f"decoder{over}"
-    put("decode.position", f"{decoder}.pos_emb")
-    if model.decoder.kind == "mlp":
-        mlp_decoder(put, model.decoder.layers, f"{decoder}.mlp.layers")
-        return put
-    put("decode.norm_slots", f"{decoder}.norm_memory")
-    for index in range(model.decoder.blocks):
-        encoder_block(put, f"decode.blocks.{index}", f"{decoder}.allocator.blocks.{index}")
-    for name in ("query", "key"):
-        put(f"decode.to_{name}.0", f"{decoder}.norm_{name[0]}")
-        put(f"decode.to_{name}.1", f"{decoder}.to_{name[0]}")
-    put("decode.render.layers", f"{decoder}.renderer.layers")
-    put("decode.render.heads.similarity", f"{decoder}.output_transform")
-    return put
+def torch_block(theirs: str, ours: str) -> Iterator[Rule]:
+    """A ``nn.TransformerDecoderLayer``."""
+    yield Rule(f"{theirs}.norm1", (f"{ours}.norm_past",))
+    yield Rule(f"{theirs}.norm2", (f"{ours}.norm_slots",))
+    for own, name in (("to_past", "self_attn"), ("to_slots", "multihead_attn")):
+        for kind in ("weight", "bias"):
+            yield Rule(f"{theirs}.{name}.in_proj_{kind}", tuple(f"{ours}.{own}.to_{part}.{kind}" for part in QKV))
+        yield Rule(f"{theirs}.{name}.out_proj", (f"{ours}.{own}.out",))
+    yield from feed_forward(ours, f"{theirs}.norm3", f"{theirs}.linear1", f"{theirs}.linear2")
 
 
-def encoder_block(put: Places, ours: str, theirs: str) -> None:
-    put(f"{ours}.norm", f"{theirs}.norm1")
-    attention(put, f"{ours}.attend", f"{theirs}.self_attn.qkv", f"{theirs}.self_attn.out_proj")
-    feed_forward(put, f"{ours}.feed_forward", f"{theirs}.norm2", f"{theirs}.linear1", f"{theirs}.linear2")
-
-
-def dinosaur(model: SlotAttentionConfig) -> Places:
-    """The framework of DINOSAUR."""
-    put, grouping, decoder = Places(), "perceptual_grouping.slot_attention", "object_decoder"
-    for index in (0, 1, 3):
-        put(f"project.{index}", f"project.{index}")
-    put("recur.initialize.mean", "conditioning.slots_mu")
-    put("recur.initialize.log_std", "conditioning.slots_logsigma")
-    put("recur.attend", grouping)
-    put("recur.attend.norm_inputs", f"{grouping}.norm_input")
-    for name, letter in zip(QKV, "qkv", strict=True):
-        put(f"recur.attend.to_{name}", f"{grouping}.to_{letter}")
-    put("recur.attend.mlp", f"{grouping}.ff_mlp.module")
-    if model.decoder.kind == "mlp":
-        put("decode.position", f"{decoder}.pos_embed")
-        mlp_decoder(put, model.decoder.layers, f"{decoder}.decoder")
-        return put
-    put("decode.begin", f"{decoder}.bos_token")
-    put("decode.embed", f"{decoder}.inp_transform")
-    put("decode.norm_slots", f"{decoder}.cond_transform")
-    for index in range(model.decoder.blocks):
-        ours, theirs = causal_block(model, index), f"{decoder}.decoder.layers.{index}"
-        put(f"{ours}.norm_past", f"{theirs}.norm1")
-        put(f"{ours}.norm_slots", f"{theirs}.norm2")
-        for own, name in (("to_past", "self_attn"), ("to_slots", "multihead_attn")):
-            attention(put, f"{ours}.{own}", f"{theirs}.{name}.in_proj", f"{theirs}.{name}.out_proj")
-        feed_forward(put, f"{ours}.feed_forward", f"{theirs}.norm3", f"{theirs}.linear1", f"{theirs}.linear2")
-    return put
-
-
-def causal_block(model: SlotAttentionConfig, index: int) -> str:
-    return "decode.last" if index == model.decoder.blocks - 1 else f"decode.blocks.{index}"
-
-
-def spot(model: SlotAttentionConfig) -> Places:
-    put, attend = Places(), "slot_attn.slot_attention"
-    put("project.0", "slot_attn.layer_norm")
-    put("project.1", "slot_attn.mlp.0")
-    put("project.3", "slot_attn.mlp.2")
-    put("recur.initialize.mean", "slot_attn.slot_mu")
-    put("recur.initialize.log_std", "slot_attn.slot_log_sigma")
-    put("recur.attend", attend)
-    for name, letter in zip(QKV, "qkv", strict=True):
-        put(f"recur.attend.to_{name}", f"{attend}.project_{letter}")
-    put("recur.attend.mlp.0", f"{attend}.norm_mlp")
-    put("recur.attend.mlp.1", f"{attend}.mlp.0")
-    put("recur.attend.mlp.3", f"{attend}.mlp.2")
-    put("decode.begin", "bos_tokens")
-    put("decode.embed", "input_proj")
-    put("decode.norm_slots", "slot_proj")
-    put("decode.norm", "dec.layer_norm")
-    for index in range(model.decoder.blocks):
-        ours, theirs = causal_block(model, index), f"dec.blocks.{index}"
+def spot(config: Config) -> list[Rule]:
+    attend = "slot_attn.slot_attention"
+    rules = [
+        Rule("slot_attn.layer_norm", ("project.0",)),
+        Rule("slot_attn.mlp.0", ("project.1",)),
+        Rule("slot_attn.mlp.2", ("project.3",)),
+        Rule("slot_attn.slot_mu", ("recur.initialize.mean",)),
+        Rule("slot_attn.slot_log_sigma", ("recur.initialize.log_std",)),
+        Rule(f"{attend}.norm_inputs", ("recur.attend.norm_inputs",)),
+        Rule(f"{attend}.norm_slots", ("recur.attend.norm_slots",)),
+        *(Rule(f"{attend}.project_{part[0]}", (f"recur.attend.to_{part}",)) for part in QKV),
+        Rule(f"{attend}.gru", ("recur.attend.gru",)),
+        Rule(f"{attend}.norm_mlp", ("recur.attend.mlp.0",)),
+        Rule(f"{attend}.mlp.0", ("recur.attend.mlp.1",)),
+        Rule(f"{attend}.mlp.2", ("recur.attend.mlp.3",)),
+        Rule("bos_tokens", ("decode.begin",)),
+        Rule(f"input_proj.{BLOCK}", (f"decode.embed.{BLOCK}",)),
+        Rule(f"slot_proj.{BLOCK}", (f"decode.norm_slots.{BLOCK}",)),
+        Rule("dec.layer_norm", ("decode.norm",)),
+    ]
+    for index, ours in causal_blocks(config):
+        theirs = f"dec.blocks.{index}"
         for own, name in (("past", "self_attn"), ("slots", "encoder_decoder_attn")):
-            put(f"{ours}.norm_{own}", f"{theirs}.{name}_layer_norm")
-            for ours_name, letter in (*zip(QKV, "qkv", strict=True), ("out", "o")):
-                which = f"{ours}.to_{own}.to_{ours_name}" if ours_name != "out" else f"{ours}.to_{own}.out"
-                put(which, f"{theirs}.{name}.proj_{letter}")
-        feed_forward(put, f"{ours}.feed_forward", f"{theirs}.ffn_layer_norm", f"{theirs}.ffn.0", f"{theirs}.ffn.2")
-    return put
+            rules.append(Rule(f"{theirs}.{name}_layer_norm", (f"{ours}.norm_{own}",)))
+            rules.append(Rule(f"{theirs}.{name}.proj_o", (f"{ours}.to_{own}.out",)))
+            rules += (Rule(f"{theirs}.{name}.proj_{part[0]}", (f"{ours}.to_{own}.to_{part}",)) for part in QKV)
+        rules += feed_forward(ours, f"{theirs}.ffn_layer_norm", f"{theirs}.ffn.0", f"{theirs}.ffn.2")
+    return rules
 
 
-NAMES: dict[str, Names] = {"videosaur": videosaur, "slotcontrast": videosaur, "ocl": dinosaur, "spot.py": spot}
+def oclf_spelling(name: str) -> str:
+    """A name of our :func:`benchmarks.sources.dinosaur`, which puts its parts together without Hydra."""
+    return f"models.{name}".replace("models.project.", "models.perceptual_grouping.positional_embedding.layers.1.")
+
+
+NAMES: dict[str, Names] = {
+    "videosaur": Names(VIDEOSAUR.rules, VIDEOSAUR.spelling),
+    "slotcontrast": Names(SLOTCONTRAST.rules, SLOTCONTRAST.spelling),
+    "ocl": Names(oclf, oclf_spelling),
+    "spot.py": Names(spot),
+}

@@ -15,8 +15,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from benchmarks.names import NAMES, Names
-from benchmarks.sources import Pass, Source, slots_of
+from benchmarks.names import NAMES, Names, parts
+from benchmarks.sources import Pass, Source
 from featcache.errors import DataError
 from slotlab.config.load import load_config
 from slotlab.config.schema import Config
@@ -128,29 +128,26 @@ def of_ours(
     config: Config, ours: nn.Module, theirs: nn.Module, features: Tensor, names: Names, scan: int
 ) -> dict[str, Tensor]:
     """The same of ours with the source's weights, gradients under the source's names."""
-    places = names(slots_of(config))
-    weights = dict(theirs.named_parameters())
+    weights, here = dict(theirs.named_parameters()), dict(ours.named_parameters())
     with torch.no_grad():
-        for name, parameter in ours.named_parameters():
-            if (place := places.find(name)) is not None:
-                parameter.copy_(place.of(weights).reshape(parameter.shape))
+        for name, rows in parts(names, config, weights, ours):
+            here[name].copy_(rows.reshape(here[name].shape))
     ours.zero_grad(set_to_none=True)
     torch.manual_seed(0)
     output = ours(features, SameDraws(scan))
     loss = total(losses(output, config.loss), config.loss)
     loss.backward()  # type: ignore[no-untyped-call]
     gradients = {name: torch.full_like(weight, torch.nan) for name, weight in weights.items()}
-    for name, parameter in ours.named_parameters():
-        if parameter.grad is None:
-            continue
-        place = places.find(name)
-        if place is None or place.name not in gradients:
-            raise DataError(f"{name} has a gradient and nothing in the source that it is compared with")
-        rows = place.of(gradients)
-        rows.copy_(parameter.grad.reshape(rows.shape))
-    parts = {"slots": output.slots, "attention": output.attention, "masks": output.masks, "loss": loss}
-    parts["reconstruction"] = output.reconstruction if output.similarity is None else output.similarity
-    return parts | {GRADIENT + name: gradient for name, gradient in gradients.items()}
+    met = set()
+    for name, rows in parts(names, config, gradients, ours):
+        met.add(name)
+        if (gradient := here[name].grad) is not None:
+            rows.copy_(gradient.reshape(rows.shape))
+    if missed := [name for name, parameter in here.items() if parameter.grad is not None and name not in met]:
+        raise DataError(f"{missed[0]} has a gradient and nothing in the source that it is compared with")
+    found = {"slots": output.slots, "attention": output.attention, "masks": output.masks, "loss": loss}
+    found["reconstruction"] = output.reconstruction if output.similarity is None else output.similarity
+    return found | {GRADIENT + name: gradient for name, gradient in gradients.items()}
 
 
 def between(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:

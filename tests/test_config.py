@@ -12,6 +12,7 @@ from featcache.errors import DataError, UsageError
 from slotlab.config.load import load_config, presets, read_toml, validate, walk
 from slotlab.config.model import MODEL_KINDS, ClusteringConfig, Logistic, Sign
 from slotlab.config.schema import LOSS_NAMES, NORMALISATIONS, Config
+from slotlab.imported.importing import SOURCES
 from slotlab.masks.refine import METHODS
 from slotlab.models import flow
 from slotlab.models.build import MODELS
@@ -23,7 +24,7 @@ from slotlab.models.normalise import RECIPES
 from slotlab.models.predictors import PREDICTORS
 from slotlab.scoring.collapse import COLLAPSES
 from slotlab.training import losses
-from slotlab.words import Refinement
+from slotlab.words import ModelSource, Refinement
 
 
 def test_command_line_over_file_over_preset(tmp_path: Path) -> None:
@@ -95,6 +96,7 @@ def test_every_word_of_the_configuration_has_its_part() -> None:
     assert set(NORMALISATIONS) == set(RECIPES)
     assert set(get_args(Sign)) == set(COLLAPSES)
     assert set(get_args(Refinement)) == set(METHODS)
+    assert set(get_args(ModelSource)) == set(SOURCES)
     found: dict[str, set[str]] = {}
     for kind in MODEL_KINDS:
         for key in walk(kind):

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.names import dinosaur
+from benchmarks.names import torch_block
 from featcache.errors import UsageError
 from slotlab.config.model import SlotAttentionConfig
 from slotlab.config.parts import DecoderConfig
+from slotlab.imported.source import targets_of
 from slotlab.models.decoders import DECODERS, broadcast
 from slotlab.models.decoders.autoregressive import TransformerDecoder, scan_orders, spiral
 from slotlab.models.decoders.base import Decoded, Decoder, Sizes
@@ -260,13 +261,14 @@ def test_the_transformer_of_dinosaurs_source_is_torchs() -> None:
     peer = nn.TransformerDecoder(layer, 2)
     for parameter in peer.parameters():
         parameter.copy_(torch.randn(parameter.shape))
-    there = {f"object_decoder.decoder.{name}": parameter for name, parameter in peer.named_parameters()}
-    names, copied = dinosaur(SlotAttentionConfig(decoder=decoder.config)), 0
-    for name, parameter in decoder.named_parameters():
-        place = names.find(f"decode.{name}")
-        if place is not None and place.name in there:
-            parameter.copy_(place.of(there))
-            copied += parameter.numel()
+    here, copied = dict(decoder.named_parameters()), 0
+    for index, ours in enumerate(("blocks.0", "last")):
+        rules = list(torch_block(f"layers.{index}", ours))
+        for name, parameter in peer.named_parameters():
+            targets = targets_of(rules, name)[1]
+            for target, rows in zip(targets, parameter.chunk(max(1, len(targets))), strict=False):
+                here[target].copy_(rows)
+                copied += rows.numel()
     assert copied == sum(parameter.numel() for parameter in peer.parameters())
     assert isinstance(decoder, TransformerDecoder)
     given, target = attended(), draw(B, N, D, seed=5)
