@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -152,7 +153,9 @@ def store_path(run: Path, option: str = "--cache") -> Path:
     noted = trained_on(run)
     if noted["imported"] and not noted["path"]:
         command, out = wanted_store(run, trained_spec(run))
-        raise DataError(f"{run}: was imported without a store; make one with: {command}; then add {option} {out}")
+        raise DataError(
+            f"{run}: was imported without a store; make one with: {command}; then add {option} {shlex.quote(str(out))}"
+        )
     places = [Path(noted["path"])]
     if noted["from_run"]:
         places.append(Path(os.path.normpath(run.resolve() / noted["from_run"])))
@@ -173,13 +176,9 @@ def check_store(run: Path, store: FeatureStore) -> None:
 
 
 def _check_features(run: Path, tap: str | None, noted: Mapping[str, Any], store: FeatureStore) -> None:
-    remedy = "name its own store, or one made the same way, with --cache"
-    if noted["imported"]:
-        command, out = wanted_store(run, StoreSpec.from_json(noted["spec"]), store)
-        remedy = f"make what it wants with: {command}; then add --cache {out}"
     if tap is not None and tap not in store.spec.taps:
         has = ", ".join(store.spec.taps)
-        raise IncompatibleError(f"{store.path}: no tap {tap!r}; it has: {has}; of {run}, {remedy}")
+        raise IncompatibleError(f"{store.path}: no tap {tap!r}; it has: {has}; of {run}, {_remedy(run, noted, store)}")
     name = store.tap(tap)
     # How features are stored and which part of a frame they are of, not what they mean.
     ignored = ("dtype", "precision", "frame_stride", "taps.", "schema", "preprocessing.fit", "preprocessing.margin")
@@ -197,8 +196,16 @@ def _check_features(run: Path, tap: str | None, noted: Mapping[str, Any], store:
         raise IncompatibleError(
             f"{store.path}: not the features that {run} was trained on",
             differences,
-            remedy,
+            _remedy(run, noted, store),
         )
+
+
+def _remedy(run: Path, noted: Mapping[str, Any], store: FeatureStore) -> str:
+    """What to do where a run was given a store that does not fit."""
+    if not noted["imported"]:
+        return "name its own store, or one made the same way, with --cache"
+    command, out = wanted_store(run, StoreSpec.from_json(noted["spec"]), store)
+    return f"make what it wants with: {command}; then add --cache {shlex.quote(str(out))}"
 
 
 def tracks_path(run: Path) -> Path:
