@@ -40,7 +40,11 @@ def draw_sheet(split: Split, stills: Sequence[Still], path: Path, entropy: bool 
         assigned = masks_to_labels(still.masks, truth.shape)[0].numpy()  # (H, W)
         known = truth_colours(truth, split.ignored(still.video)[still.frame]) / 255
         pictures = [frame, over(frame, known), over(frame, colours[assigned])]
-        shown = sorted(still.objects, key=still.objects.__getitem__)[:SINGLE_SLOTS]
+        shown = sorted(still.objects, key=still.objects.__getitem__)
+        if entropy:  # of slots that no object is matched with, too, the largest first
+            by_size = still.masks[0].sum((1, 2)).argsort(descending=True).tolist()
+            shown += [slot for slot in by_size if slot not in still.objects]
+        shown = shown[:SINGLE_SLOTS]
         fine = F.interpolate(still.masks.float(), size=truth.shape, mode="bilinear")[0].numpy()  # (K, H, W)
         pictures += [(frame / 255.0) * fine[s][..., None] + 0.93 * (1 - fine[s][..., None]) for s in shown]
         for cell, picture in zip(row, [*pictures, *[None] * (columns - len(pictures))], strict=True):
