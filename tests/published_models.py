@@ -58,7 +58,7 @@ def block(name: str) -> Shapes:
 
 
 def martius(dim: int, patches: int, *, video: bool, mixer: bool, learnt: bool, outputs: int | None = None) -> Shapes:
-    """A model of the VideoSAUR's repository, or SlotContrast's; ``outputs``: values that it decodes at a patch."""
+    """A model of VideoSAUR's source, or of SlotContrast's; ``outputs``: values that it decodes at a patch."""
     m = ".module" if video else ""
     enc, group, dec = f"encoder{m}.output_transform.layers", f"processor{m}.corrector", f"decoder{m}"
     found: Shapes = {"initializer.slots": (1, K, S)}

@@ -7,6 +7,8 @@ import os
 import re
 import shlex
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from featcache.errors import UsageError
+from featcache.errors import IncompatibleError, UsageError
 from featcache.store.reading import FeatureStore
 from slotlab.config.load import load_config
 from slotlab.imported.importing import SOURCES, configuration, import_run
@@ -30,12 +32,12 @@ from slotlab.models.slot_model import SlotModel
 from slotlab.report.gather import gather
 from slotlab.report.provenance import provenance
 from slotlab.runs import checkpoint
-from slotlab.runs.folder import trained_on, trained_spec
+from slotlab.runs.folder import check_store, trained_on, trained_spec
 from slotlab.runs.loaded import load_run
 from slotlab.training.train import train
 from tests.commands import Slotlab
 from tests.published_models import K, S, Sums, martius, oclf, tensors
-from tests.synthetic import DIM, GRID, make_store
+from tests.synthetic import DIM, GRID, DiscSource, make_store
 
 N = GRID[0] * GRID[1]
 SLOTS = f"model.slots={K}"
@@ -180,6 +182,17 @@ def test_another_store_says_which_extraction_it_wants(
     assert f"then add --cache {options['--out']}" in ended.said
     alone = slotlab("eval", imported)
     assert alone.code == 3 and "imported without a store; make one with: slotlab extract" in alone.said
+
+
+@pytest.mark.parametrize(("tag", "fits"), [("random", False), ("file:mine.pth", True)])
+def test_a_backbone_without_training_is_not_the_one_it_wants(
+    tag: str, fits: bool, imported: Path, tmp_path: Path
+) -> None:
+    spec = trained_spec(imported)
+    like = replace(spec, model={**spec.model, "weights_tag": tag, "weights_sha256": "0"})
+    store = make_store(tmp_path / "store.zarr", DiscSource({"validation": (1,)}), like=like)
+    with nullcontext() if fits else pytest.raises(IncompatibleError, match="weights_tag: store 'random', asked 'lvd"):
+        check_store(imported, store)
 
 
 def test_a_store_is_bound_if_it_fits(

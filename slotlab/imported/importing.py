@@ -140,7 +140,8 @@ def _wanted(
         )
     return StoreSpec(
         backbone=shape.spec.name,
-        model={key: value for key, value in shape.provenance.items() if not key.startswith("weights_")},
+        model={key: value for key, value in shape.provenance.items() if not key.startswith("weights_")}
+        | {"weights_tag": shape.spec.tag},
         preprocessing=shape.preprocessing,
         taps={tap: TapSpec(shape.grid, shape.dims[tap])},
     )

@@ -190,8 +190,10 @@ def _check_features(run: Path, tap: str | None, noted: Mapping[str, Any], store:
     spec = json.loads(json.dumps(store.spec.to_json()))
     now = deciding(json.loads(json.dumps(store.spec.identity())), spec["taps"])
     then = deciding(noted["identity"], noted["spec"]["taps"])
-    if noted["imported"]:  # a checkpoint's source says which backbone, not in which file its weights were
-        now = {key: value for key, value in now.items() if not key.startswith("model.weights")}
+    if noted["imported"]:  # a checkpoint says which weights the backbone had, not in which file they were
+        now.pop("model.weights_sha256", None)
+        if str(now.get("model.weights_tag")).startswith("file:"):
+            now["model.weights_tag"] = then["model.weights_tag"]
     if differences := compare_settings(now, then):
         raise IncompatibleError(
             f"{store.path}: not the features that {run} was trained on",
