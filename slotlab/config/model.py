@@ -14,6 +14,7 @@ Masks = Literal["decoder", "attention"]  # masks of the decoder, or of the atten
 MASKS: tuple[Masks, ...] = get_args(Masks)
 Gradient = Literal["full", "implicit", "bilevel"]
 Initializer = Literal["gaussian", "gaussian_means", "gaussian_per_slot", "learnt", "kmeans++", "kmeans"]
+ScoredBy = Literal["eval", "rollout"]  # commands that score a run, and names of their files in its folder
 Sign = Literal["one_slot", "same_masks", "flat_attention", "same_slots", "lost_slots"]  # signs of a collapse
 
 
@@ -98,6 +99,7 @@ class KindConfig(Section):
     remedies: ClassVar[Remedies] = {}
     frames_a_step: ClassVar[int | None] = None  # frames of a clip that a step reads, drawn anew each time; None: all
     on_host: ClassVar[bool] = False  # whether a step computes on the host, which then waits for the device
+    scored_by: ClassVar[ScoredBy] = "eval"
 
     @property
     def carries(self) -> bool:
@@ -335,6 +337,8 @@ class AgglomerativeConfig(KindConfig):
 
 class ForecastConfig(KindConfig):
     """What predictors of later frames share."""
+
+    scored_by: ClassVar[ScoredBy] = "rollout"
 
     burn_in: int = Field(6, ge=1, description="Frames that are seen before the first predicted one")
     layers: int = Field(2, ge=1, description="Blocks of attention")
