@@ -197,7 +197,7 @@ def test_predictions_are_fed_back() -> None:
     with torch.no_grad():
         both = made.roll_out(seen, 2)
         later = torch.cat([seen.vectors[:, 1:], both[:, :1]], 1)
-        then = made.roll_out(Seen(later, seen.masks, seen.active, seen.last), 1)
+        then = made.roll_out(Seen(later, seen.masks, seen.active, seen.last, seen.actions), 1)
     torch.testing.assert_close(then[:, 0], both[:, 1])
 
 

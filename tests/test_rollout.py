@@ -337,7 +337,7 @@ def test_a_page_shows_predictions_beside_their_rows(slotlab: Slotlab, predicting
     kept = json.loads((run / "rollout-validation.json").read_text())
     assert told["runs"][0]["evaluation"] is None and told["runs"][0]["rollout"] == kept
     drawn = page.read_text()
-    assert 'id="chart-ahead-skill"' in drawn and 'id="chart-ahead-mbo_moving"' in drawn and 'id="scores"' not in drawn
+    assert 'id="chart-ahead-skill"' in drawn and 'id="chart-ahead-mbo_still"' in drawn and 'id="scores"' not in drawn
     assert (tmp_path / "predictions.svg").exists()
     row = next(line for line in text.read_text().splitlines() if line.startswith("| constant velocity of masks"))
     assert row.split("|")[2].split()[0] == f"{kept['rows']['velocity_masks']['mse']['by_horizon'][0]:.3f}"

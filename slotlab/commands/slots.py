@@ -24,12 +24,17 @@ def slots(
     form: Annotated[
         SlotFormat, typer.Option("--format", help="zarr: a store, to train on; npz, hdf5: one file for other programs.")
     ] = "zarr",
+    actions: Annotated[
+        Path | None,
+        typer.Option(help="Actions to store beside the slots, a vector a frame: HDF5, or .npz with SPLIT/NAME."),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Follow every video and store its slots: vectors, soft masks, centroids, areas, and the identity of each track."""
     from featcache.machine import pick_device
     from slotlab.commands import terminal
+    from slotlab.dynamics.actions import read_actions
     from slotlab.dynamics.files import write_file
     from slotlab.dynamics.tracks import make_tracks, store_identity
     from slotlab.runs.folder import tracks_path
@@ -39,8 +44,9 @@ def slots(
         raise UsageError(f"--format {form}: name the file with --out FILE")
     loaded = load_run(run, cache, pick_device(device))
     place = out if out is not None and form == "zarr" else tracks_path(run)
+    pushes = None if actions is None else read_actions(actions, loaded.store)
     with terminal.ExtractProgress() as progress:
-        store = make_tracks(loaded, place, progress)
+        store = make_tracks(loaded, place, progress, pushes)
     found = {name: store_identity(store[name]) for name in store.splits}
     if not as_json:
         for name, of in found.items():

@@ -367,7 +367,10 @@ class DynamicsConfig(ForecastConfig):
     channels: int = Field(48, ge=1, description="Directions of most variance in which a slot's feature is kept")
     kinematics: bool = Field(True, description="Velocity and acceleration as inputs; predictions are changes of speed")
     masked_slots: int = Field(0, ge=0, description="Slots of a training clip that are hidden after its first frame")
-    mirror: bool = Field(True, description="Half of the training clips mirrored, left for right")
+    mirror: bool = Field(True, description="Half of the training clips mirrored, left for right; none with actions")
+    actions: int | None = Field(
+        None, ge=0, description="Numbers of a frame's action, which lead to the next; unset: the tracks', 0: none read"
+    )
 
     @property
     def carries(self) -> bool:

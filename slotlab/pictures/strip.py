@@ -46,7 +46,7 @@ class Strip:
         """Frame ``at`` with the ground truth laid over it, if that is known."""
         frame = split.video(self.video)[at]
         if not split.has_truth:
-            return frame / 255
+            return np.asarray(frame / 255)
         known = truth_colours(split.segmentations(self.video)[at], split.ignored(self.video)[at])
         return over(frame, known / 255)
 

@@ -1,7 +1,7 @@
 """Tracked slots as vectors: what each slot holds, where, and how large it is; all videos share one space.
 
 A token of the tap ``tracks`` (``slotlab slots``) is a slot of one frame: the mean feature of what it holds, as stored
-features are (D), and its mask (N). From these come its vector's parts::
+features are (D), its mask (N), and, if there are actions, that of its frame (A). From these come its vector's parts::
 
     place   2  rows and columns from the frame's middle, in patches
     side    1  logarithm of the square root of its area in patches
@@ -33,6 +33,7 @@ class Seen:
     masks: Float[Tensor, "B T K N"]
     active: Bool[Tensor, "B T K"]
     last: Int[Tensor, "B T K"]  # the frame that each vector is from
+    actions: Float[Tensor, "B T A"]  # of each frame; A is 0 without
 
     def masks_of(self, frame: int) -> Float[Tensor, "B K N"]:
         """The mask that each slot had when it was last seen, as of a frame; none if it came later."""
@@ -52,8 +53,9 @@ def see(
     basis: Float[Tensor, "D P"],
     place: Float[Tensor, "N 2"],
 ) -> Seen:
-    """The vectors and masks of stored tokens, C = D + N."""
-    features, masks = tokens[..., : -len(place)].float(), tokens[..., -len(place) :].float()
+    """The vectors, masks and actions of stored tokens, C = D + N + A."""
+    sizes = [normaliser.dim, len(place), tokens.shape[-1] - normaliser.dim - len(place)]
+    features, masks, actions = torch.split(tokens.float(), sizes, -1)
     area = masks.sum(-1)
     active = area >= LEAST_AREA
     share = masks / area.clamp_min(LEAST_AREA).unsqueeze(-1)
@@ -66,7 +68,7 @@ def see(
     last = last_active(active)
     vectors = torch.cat(parts, -1)
     vectors = vectors.gather(1, last.unsqueeze(-1).expand_as(vectors))
-    return Seen(vectors, masks, active, last)
+    return Seen(vectors, masks, active, last, actions[:, :, 0])
 
 
 def last_active(active: Bool[Tensor, "B T K"]) -> Int[Tensor, "B T K"]:
