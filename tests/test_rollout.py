@@ -22,6 +22,7 @@ from featcache.extraction.plan import ExtractOptions, plan
 from featcache.store.reading import FeatureStore
 from featcache.upkeep.verify import verify
 from slotlab.config.load import load_config
+from slotlab.dynamics.actions import Actions
 from slotlab.dynamics.measures import MEASURES, Truth, frame_values, object_centres
 from slotlab.dynamics.rollout import features_at, load_dynamics, roll_out
 from slotlab.dynamics.rows import ROWS, Clip, Predicted, copy, oracle, rollout, velocity_masks
@@ -504,6 +505,21 @@ def test_your_own_frames_are_rolled_out(tmp_path: Path) -> None:
         product.load(run, device="cpu").rollout(split.video(0), 2)
     with pytest.raises(UsageError, match="ask for at least one"):
         world.rollout(split.video(0), 0)
+    with pytest.raises(UsageError, match="no actions: it was trained without"):
+        world.rollout(split.video(0)[:3], 3, actions=np.zeros((5, 2)))
+
+    drawn = {name: {v: torch.randn(n, 2).half().float() for v, n in enumerate(store[name].spec.lengths)}
+             for name in store.splits}  # fmt: skip
+    pushed = make_tracks(load_run(run), tmp_path / "pushed.zarr", actions=Actions(2, drawn))
+    loaded = load_dynamics(train(small(preset="dynamics", optim__steps=2), pushed, tmp_path / "pushed"))
+    clip = Clip.of(loaded.model, loaded.inputs.read(pushed["validation"], 0), tokens)
+    world = product.load(tmp_path / "pushed", device="cpu")
+    pushes = drawn["validation"][0].numpy()
+    places = world.rollout(split.video(0)[:3], 3, actions=pushes[:5]).slots[..., PLACE]
+    torch.testing.assert_close(places, rollout(clip).places, atol=0.05, rtol=0.05)
+    assert not torch.allclose(world.rollout(split.video(0)[:3], 3, actions=-pushes[:5]).slots[..., PLACE], places)
+    with pytest.raises(UsageError, match=r"the model needs actions of shape \(5, 2\), finite"):
+        world.rollout(split.video(0)[:3], 3, actions=pushes[:4])
     shutil.rmtree(run)
     with pytest.raises(DataError, match="put that run back"):
         product.load(made, device="cpu")

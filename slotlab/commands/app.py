@@ -32,6 +32,7 @@ from slotlab.commands import (
     stores,
     train,
 )
+from slotlab.commands.start import INTERRUPTED
 
 app = typer.Typer(
     name="slotlab",
@@ -40,7 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-INTERRUPTED = 130
 
 
 @app.callback()

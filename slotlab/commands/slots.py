@@ -50,7 +50,7 @@ def slots(
     found = {name: store_identity(store[name]) for name in store.splits}
     if not as_json:
         for name, of in found.items():
-            terminal.out.print(f"{name}: {_said(of)}")
+            terminal.out.print(f"{name}: {_said(of, films=max(store[name].spec.lengths) > 1)}")
     if form != "zarr":
         assert out is not None
         write_file(store, out, form)
@@ -68,11 +68,13 @@ def slots(
     terminal.out.print(f"{written}: slots written.{then}")
 
 
-def _said(of: Identity | None) -> str:
+def _said(of: Identity | None, films: bool) -> str:
     if of is None or of.covered is None:
         return "no ground truth to compare the tracks with"
     if of.accuracy is None:
         return "no object is held by a slot in any frame"
+    if not films:
+        return f"{of.covered:.1%} of visible objects are held; single images have no identity to keep"
     return (
         f"slots keep their object in {of.accuracy:.1%} of the frames in which they hold one; "
         f"{of.covered:.1%} of visible objects are held"
