@@ -4,8 +4,6 @@ from typing import Any
 
 from slotlab.commands.start import main
 
-__all__ = ["app", "main"]
-
 
 def __getattr__(name: str) -> Any:
     """``app``, which takes a moment to import."""

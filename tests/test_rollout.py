@@ -395,6 +395,7 @@ def test_an_ablation_of_world_models_compares_predictions(
     [
         (("train", "--preset", "dynamics"), "name a store with --cache, or, for --preset dynamics, a run with --run"),
         (("train", "--run", "RUN"), "only a world model is trained on a run's slots; add --preset dynamics"),
+        (("compare", "--backbone", "dinov2", "--preset", "dynamics"), "where cache = RUN/tracks.zarr names the slots"),
         (("rollout", "RUN"), "predicts nothing (model.kind = clustering); train a world model on its slots with"),
         (("slots", "nowhere"), "not a run"),
     ],

@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from slotlab.models.normalise import Normaliser
 PLACE, SIDE, DOUBT, FEATURE = slice(0, 2), 2, 3, slice(4, None)
 PARTS = 4  # numbers of a vector before its feature
 SEEN = -2.0  # doubt of what is seen: a softplus of an eighth of a patch
+LEAST_DOUBT = 0.02  # patches; no place is known better
 LEAST_AREA = 0.5  # patches; a slot with less has lost its object
 
 
@@ -33,7 +35,7 @@ class Seen:
     masks: Float[Tensor, "B T K N"]
     active: Bool[Tensor, "B T K"]
     last: Int[Tensor, "B T K"]  # the frame that each vector is from
-    actions: Float[Tensor, "B T A"]  # of each frame; A is 0 without
+    actions: Float[Tensor, "B F A"]  # of each frame, and of later ones where they are known; A is 0 without
 
     def masks_of(self, frame: int) -> Float[Tensor, "B K N"]:
         """The mask that each slot had when it was last seen, as of a frame; none if it came later."""
@@ -69,6 +71,16 @@ def see(
     vectors = torch.cat(parts, -1)
     vectors = vectors.gather(1, last.unsqueeze(-1).expand_as(vectors))
     return Seen(vectors, masks, active, last, actions[:, :, 0])
+
+
+def surprise(found: Float[Tensor, "*B S"], true: Float[Tensor, "*B S"]) -> Float[Tensor, "*B"]:
+    """Negative log-likelihood of true places, but for ln 2 pi: Laplace's law on the plane about the places found.
+
+    Its density falls as exp(-r / b) with the distance r in patches; b is the doubt.
+    """
+    apart = (found - true)[..., PLACE].square().sum(-1)
+    doubt = F.softplus(found[..., DOUBT]) + LEAST_DOUBT
+    return (apart + LEAST_DOUBT**2).sqrt() / doubt + 2 * doubt.log()
 
 
 def last_active(active: Bool[Tensor, "B T K"]) -> Int[Tensor, "B T K"]:
