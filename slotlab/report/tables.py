@@ -79,10 +79,10 @@ def state(run: RunData) -> str:
 def description(run: RunData) -> str:
     """Model and features of a run in a few words."""
     model = run.config.model.kind.replace("_", " ")
-    slots = run.config.model.slots
+    slots = "" if run.config.model.kind == "dense" else f", {run.config.model.slots} slots"
     grid = "" if run.loaded is None else " · {}×{} grid".format(*run.loaded.model.grid)
     source = "frames" if run.tap == "video" else f"{run.store.spec.backbone}, {run.tap}"
-    return f"{model}, {slots} slots · {source}{grid}"
+    return f"{model}{slots} · {source}{grid}"
 
 
 def summary(runs: Sequence[RunData]) -> Table | None:
