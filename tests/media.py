@@ -70,7 +70,11 @@ def save_clip(folder: Path, container: str, codec: str, frames: np.ndarray) -> P
     """A clip in any of ``CONTAINER_AND_CODEC``."""
     os.environ["SVT_LOG"] = "0"  # the AV1 encoder talks
     encoder, pixels, options = ENCODERS[codec]
-    return save_movie(folder / f"{codec}.{container}", encoder, frames, pixels, **options)
+    path = save_movie(folder / f"{codec}.{container}", encoder, frames, pixels, **options)
+    # Started by root, that encoder gives its caller a priority at which nothing else on the machine gets a turn.
+    if hasattr(os, "sched_setscheduler"):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    return path
 
 
 def set_display_matrix(path: Path, *abcd: float) -> None:

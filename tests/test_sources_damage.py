@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import subprocess
 from pathlib import Path
@@ -24,6 +25,14 @@ LENGTH = 18
 
 def _moving(frames: int = LENGTH) -> np.ndarray:
     return np.stack([np.roll(oblong(1)[0], 3 * t, axis=1) for t in range(frames)])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="priorities by process are Linux'")
+@pytest.mark.parametrize(("container", "codec"), CONTAINER_AND_CODEC)
+def test_writing_a_clip_leaves_the_priority_as_it_was(tmp_path: Path, container: str, codec: str) -> None:
+    """Else the tests after it, and the programs that they start, hold up every other one."""
+    save_clip(tmp_path, container, codec, _moving(3))
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
 
 
 @needs_ffmpeg
