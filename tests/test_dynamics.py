@@ -269,7 +269,8 @@ def test_the_surprise_is_of_a_density() -> None:
         found[:2], found[DOUBT] = torch.tensor([0.3, -0.7]), doubt
         density = (-surprise(found.expand_as(true), true)).exp() / (2 * np.pi)
         assert float(density.double().sum()) * 0.02**2 == pytest.approx(1, abs=5e-3)
-        assert float(density.argmax()) == float((true[..., PLACE] - found[PLACE]).norm(dim=-1).argmin())
+        best = true.flatten(0, 1)[density.argmax(), PLACE]
+        assert float((best - found[PLACE]).norm()) < 0.03
 
 
 def test_the_slot_likelihood_is_that_of_places_sizes_and_features() -> None:
@@ -284,9 +285,10 @@ def test_the_slot_likelihood_is_that_of_places_sizes_and_features() -> None:
     error = ((future - seen.vectors[:, 3:]) / made.scale).square().numpy()[0]  # (2, K, S)
     doubt = np.log1p(np.exp(future[0, ..., DOUBT].double().numpy())) + 0.02
     away = np.hypot(*np.moveaxis((future - seen.vectors[:, 3:])[0, ..., PLACE].double().numpy(), -1, 0))
+    away = np.hypot(away, 0.02)
     each = (error[..., SIDE] + error[..., FEATURE].mean(-1)) / 3 + 0.1 * (away / doubt + 2 * np.log(doubt))
     each[0, 1] = 0
-    assert float(slot_nll(output, LossConfig()).detach()) == pytest.approx(each.mean(), rel=1e-3)
+    assert float(slot_nll(output, LossConfig()).detach()) == pytest.approx(each.mean(), rel=1e-4)
 
 
 # -- training ----------------------------------------------------------------------------------------------

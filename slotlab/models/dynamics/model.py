@@ -197,7 +197,7 @@ class DynamicsModel(Model):
         used = seen.active[:, :burn_in].any(1)
         found: list[Tensor] = []
         for ahead in range(steps):
-            actions = seen.actions[:, ahead : ahead + burn_in]
+            actions = seen.actions[:, ahead : ahead + burn_in] if self.actions else None
             found.append(self.step(past, used, hidden, actions))
             past = torch.cat([past[:, 1:], found[-1].unsqueeze(1)], 1)
         return torch.stack(found, 1)
