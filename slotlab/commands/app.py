@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from featcache.errors import DataError, FeatcacheError, is_full, out_of_memory
+from featcache.errors import INTERRUPTED, DataError, FeatcacheError, is_full, out_of_memory
 from featcache.text import printable
 from slotlab.commands import (
     bench,
@@ -32,7 +32,6 @@ from slotlab.commands import (
     stores,
     train,
 )
-from slotlab.commands.start import INTERRUPTED
 
 app = typer.Typer(
     name="slotlab",
