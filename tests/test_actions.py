@@ -106,6 +106,7 @@ def test_actions_stand_beside_the_slots(pushed: tuple[Path, FeatureStore, Path],
     assert make_tracks(load_run(run), tracks.path).spec.model["actions"] == 2, "they stay"
 
 
+@pytest.mark.slow
 def test_what_a_block_does_next_is_known_from_its_push(followed: FeatureStore, tmp_path: Path) -> None:
     """The pushes are drawn at random: without them nothing can be known of the next places."""
     errors = {}

@@ -361,6 +361,7 @@ def test_a_page_on_what_has_no_slots_has_its_training(
     assert ended.code == 2 and f"slotlab rollout RUN --dense {run}" in ended.said
 
 
+@pytest.mark.slow
 def test_an_ablation_of_world_models_compares_predictions(
     slotlab: Slotlab, shared_tracks: FeatureStore, tmp_path: Path
 ) -> None:
