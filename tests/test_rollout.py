@@ -424,7 +424,7 @@ def test_a_world_model_that_is_given_what_it_cannot_use_says_what_it_can(
     other = make_store(tmp_path / "other.zarr", DiscSource({"train": (3,), "validation": (9, 9, 9)}))
     code, said = told("rollout", predicting, "--cache", other.path)
     assert code == 3 and "not the videos of" in said and "--cache" in said
-    code, said = told("eval", predicting, "--cache", shared_store.path)
+    code, said = told("masks", predicting, "--cache", shared_store.path, "--out", tmp_path / "masks")
     assert code == 4 and "no tap 'tracks'" in said and "name its own store" in said
     two = make_store(tmp_path / "two.zarr", taps=("block1", "block2"))
     elsewhere = train(small("data.tap=block2", preset="default", optim__steps=1), two, tmp_path / "elsewhere")
