@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -218,23 +219,24 @@ def test_the_commands(slotlab: Slotlab, whole: FeatureStore, tmp_path: Path, mon
 
 
 RUNS = """
-import sys
+import os, sys
 from pathlib import Path
 from featcache.errors import FeatcacheError
 from featcache.store.reading import FeatureStore
 from featcache.upkeep.ranks import own_store
 from slotlab.config.load import read_toml, validate
-from slotlab.training.processes import rank
 from slotlab.training.train import train
 
-here, whole, parts, other = (Path(argument) for argument in sys.argv[1:])
+here, rank = Path(sys.argv[1]), int(os.environ["RANK"])
 config = validate(read_toml(here / "config.toml"), "")
-train(config, FeatureStore.open(whole), here / "whole")
-train(config, FeatureStore.open(own_store(parts, rank(), 2)), here / "parts")
-try:
-    train(config, FeatureStore.open(own_store(other if rank() else parts, rank(), 2)), here / "mixed")
-except FeatcacheError as error:
-    (here / f"error-{rank()}").write_text(f"{type(error).__name__} {error}")
+for run in ("whole", "parts", "mixed"):
+    store, os.environ["MASTER_PORT"] = (here / run / "store").read_text().split()
+    if run == "mixed" and rank:
+        store = here / "stale"
+    try:
+        train(config, FeatureStore.open(own_store(Path(store), rank, 2)), here / run / "run")
+    except FeatcacheError as error:
+        (here / run / f"error-{rank}").write_text(f"{type(error).__name__} {error}")
 """
 
 
@@ -245,18 +247,30 @@ def test_two_ranks_on_their_own_stores_are_two_ranks_on_the_whole(
     """Bit for bit; and nearly the run of one process, which sums in another order. A stale export is found out."""
     config = small("data.shares=2", "checkpoint_every=5", preset="videosaur", optim__steps=8)
     (tmp_path / "config.toml").write_text(config.to_toml())
-    (tmp_path / "ranks.py").write_text(RUNS)
     changed = make_store(tmp_path / "c.zarr", DiscSource({"train": (*LENGTHS[:-1], 5), "validation": (4, 4)}))
-    export_for_ranks(changed.path, tmp_path / "other", ConvertOptions(), 2, besides=2)
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", str(tmp_path / "ranks.py"), str(tmp_path), str(whole.path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    ended = subprocess.run(
-        [sys.executable, *command, str(folder), str(tmp_path / "other")],
-        env=environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    whole_run, parts_run = tmp_path / "whole", tmp_path / "parts"
+    export_for_ranks(changed.path, tmp_path / "stale", ConvertOptions(), 2, besides=2)
+    for run, store in {"whole": whole.path, "parts": folder, "mixed": folder}.items():
+        (tmp_path / run).mkdir()
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            (tmp_path / run / "store").write_text(f"{store} {free.getsockname()[1]}")
+    fixed = {"MASTER_ADDR": "localhost", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **fixed, "PYTHONPATH": str(Path(__file__).parents[1])}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RUNS, str(tmp_path)],
+            env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        for process in ranks:
+            told = process.communicate(timeout=300)[1]
+            assert process.returncode == 0, told[-2000:]
+    finally:
+        for process in ranks:
+            process.kill()
+    whole_run, parts_run = tmp_path / "whole/run", tmp_path / "parts/run"
     assert rows_of(parts_run) == rows_of(whole_run) and len(rows_of(parts_run)) == 8
     saved = "checkpoint/model.safetensors"
     assert (parts_run / saved).read_bytes() == (whole_run / saved).read_bytes()
@@ -264,5 +278,6 @@ def test_two_ranks_on_their_own_stores_are_two_ranks_on_the_whole(
     losses = [[row["loss"] for row in rows_of(run)] for run in (one, parts_run)]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     assert json.loads((parts_run / "store.json").read_text())["path"].endswith("rank-0-of-2.zarr")
-    told = [(tmp_path / f"error-{rank}").read_text() for rank in range(2)]
-    assert all(t.startswith("IncompatibleError") and "rank 1 has other features or videos than rank 0" in t for t in told)
+    errors = [(tmp_path / f"mixed/error-{rank}").read_text() for rank in range(2)]
+    assert all("IncompatibleError" in e and "rank 1 has other features or videos than rank 0" in e for e in errors)
+    assert not (tmp_path / "mixed/run").exists()
