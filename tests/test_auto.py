@@ -54,8 +54,9 @@ def test_what_auto_settles_no_busy_moment_tips(
 
 @contextlib.contextmanager
 def busy(workers: int) -> Iterator[None]:
-    """That many processes that do nothing but compute."""
-    spin = [sys.executable, "-c", "print('on', flush=True)\nwhile True: sum(range(1000))"]
+    """That many processes that do nothing but compute; at the usual priority, or under one of real time none else ran."""
+    usual = "import os\nos.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))\n"
+    spin = [sys.executable, "-c", f"{usual}print('on', flush=True)\nwhile True: sum(range(1000))"]
     spinning = [subprocess.Popen(spin, stdout=subprocess.PIPE) for _ in range(workers)]
     try:
         for process in spinning:

@@ -288,8 +288,9 @@ def _run_group(run: Path, group: range, done: frozenset[int]) -> _GroupResult:
             return _GroupResult(rows, _stored(run, task, source, backbone, group, done, rows))
         except (FeatcacheError, OSError) as error:
             if last or isinstance(error, IncompatibleError) or run not in _known:
-                told = error if isinstance(error, FeatcacheError) else DataError(f"{run.parent}: {_address()}: {error}")
-                return _GroupResult(rows, error=told)
+                if isinstance(error, FeatcacheError):
+                    return _GroupResult(rows, error=error)
+                return _GroupResult(rows, error=DataError(f"{run.parent}: worker {_address()}: {error}"))
             if not _wait_for_files(run, task):
                 return _GroupResult(rows, lost=_address())
     raise AssertionError("the second error returns")
