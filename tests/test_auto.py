@@ -54,7 +54,7 @@ def test_what_auto_settles_no_busy_moment_tips(
 
 @contextlib.contextmanager
 def busy(workers: int) -> Iterator[None]:
-    """That many processes that do nothing but compute; at the usual priority, or under one of real time none else ran."""
+    """That many processes that only compute, at the usual priority: those of a real-time suite would let none else run."""
     usual = "import os\nos.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))\n"
     spin = [sys.executable, "-c", f"{usual}print('on', flush=True)\nwhile True: sum(range(1000))"]
     spinning = [subprocess.Popen(spin, stdout=subprocess.PIPE) for _ in range(workers)]
