@@ -70,7 +70,11 @@ def save_clip(folder: Path, container: str, codec: str, frames: np.ndarray) -> P
     """A clip in any of ``CONTAINER_AND_CODEC``."""
     os.environ["SVT_LOG"] = "0"  # the AV1 encoder talks
     encoder, pixels, options = ENCODERS[codec]
-    return save_movie(folder / f"{codec}.{container}", encoder, frames, pixels, **options)
+    path = save_movie(folder / f"{codec}.{container}", encoder, frames, pixels, **options)
+    # Started by root, that encoder gives its caller a priority at which nothing else on the machine gets a turn.
+    if hasattr(os, "sched_setscheduler"):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    return path
 
 
 def set_display_matrix(path: Path, *abcd: float) -> None:
@@ -80,6 +84,17 @@ def set_display_matrix(path: Path, *abcd: float) -> None:
     a, b, c, d = (round(value * 65536) for value in abcd)
     data[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
     path.write_bytes(data)
+
+
+def copied(clip: Path, path: Path) -> Path:
+    """The video stream of a file in another container, with its display matrix where that can hold one."""
+    with av.open(str(clip)) as source, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                container.mux(packet)
+    return path
 
 
 def oblong(frames: int = 3, height: int = 48, width: int = 64) -> np.ndarray:

@@ -207,6 +207,7 @@ def test_without_training_pictures_get_the_segments_of_their_whitened_tokens() -
     assert segmenter.segment(own[3], refine="guided").masks.shape == found.masks.shape
 
 
+@pytest.mark.slow
 def test_a_higher_cut_gives_fewer_segments() -> None:
     own = pictures(ENOUGH)
     counts = [training_free(own, cut=cut).segment(own[0]).masks.shape[1] for cut in (0.2, 0.6, 1.5)]

@@ -69,7 +69,8 @@ def read_path(path: Path, short: int | None = None) -> npt.NDArray[np.uint8]:
             "--frame-size 1024"
         )
     factor = max(1.0, min(size) / short) if short else 1.0
-    shrink = decoded_smaller(size, factor)
+    count = len(files) if path.is_dir() else clips.count_frames(path) if factor > 1 else 1
+    shrink = decoded_smaller(size, count, factor)
     frames = clips.read_images(files, shrink) if path.is_dir() else clips.read_frames(path, shrink)
     if factor > 1:
         smaller = round(size[1] / factor), round(size[0] / factor)
