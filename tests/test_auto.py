@@ -54,7 +54,7 @@ def test_what_auto_settles_no_busy_moment_tips(
 
 @contextlib.contextmanager
 def busy(workers: int) -> Iterator[None]:
-    """That many processes that only compute, at the usual priority: those of a real-time suite would let none else run."""
+    """That many processes that only compute; at the usual priority, as a suite of real-time priority would starve."""
     usual = "import os\nos.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))\n"
     spin = [sys.executable, "-c", f"{usual}print('on', flush=True)\nwhile True: sum(range(1000))"]
     spinning = [subprocess.Popen(spin, stdout=subprocess.PIPE) for _ in range(workers)]
