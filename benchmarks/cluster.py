@@ -249,10 +249,10 @@ def merged(rounds: int = 20) -> dict[str, float]:
     """Bytes of a task's moments for a ViT-S at 224 px, and how many the client unpacks and merges in a second."""
     moments = Moments.from_tokens(torch.randn(4, 256, 384))
     data, total = pickle.dumps({"block12": moments}), dict[str, Moments]()
-    began = time.perf_counter()
+    began = time.process_time()  # not of the clock: it computes, and waits for nothing
     for _ in range(rounds):
         merge(total, pickle.loads(data))
-    return {"bytes": len(data), "tasks_a_second": round(rounds / (time.perf_counter() - began))}
+    return {"bytes": len(data), "tasks_a_second": round(rounds / (time.process_time() - began))}
 
 
 def main() -> None:

@@ -26,9 +26,8 @@ FRAMES, SIDE = 24, 256
 def rows(device: str, preset: str, batches: list[int]) -> Iterator[tuple[str, ...]]:
     place = find_device(device, load_config(preset).optim.precision)
     for backbone in BACKBONES:
-        tower = outline(backbone, (), 224)
         for videos in VIDEOS:
-            made = {}
+            tower, made = outline(backbone, (), 224), {}  # a plan of an extraction uses its tower up
             for batch in batches:
                 config = load_config(preset, None, optim__batch_size=batch)
                 data = DataSet.of_counts(videos, FRAMES, (SIDE, SIDE), tower, config.data.train_split)
