@@ -115,6 +115,10 @@ def test_missing_files_and_sizes_that_differ_are_told(segmenter: RunSegmenter, t
         segmenter.segment(tmp_path / "none.png")
     with pytest.raises(DataError, match="no picture in it"):
         segmenter.segment(tmp_path)
+    for name, width in {"a.png": 5, "b.png": 4}.items():
+        Image.new("RGB", (width, 4)).save(tmp_path / name)
+    with pytest.raises(DataError, match=r"b.png: 4x4, but a.png in the same folder is 5x4, .* name the pictures"):
+        segmenter.segment(tmp_path)
     with pytest.raises(DataError, match="bring all frames of a video to one size"):
         segmenter.segment([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5, 3), np.uint8)])
 
