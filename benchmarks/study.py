@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from itertools import chain
 
 from featcache.backbones.backbone import outline
 from featcache.machine import readable
@@ -21,6 +22,10 @@ from slotlab.planning.plan import make_plan
 BACKBONES = ("dinov2_vits14", "dino_vits16", "clip_vitb16")  # at 224 px
 VIDEOS = (60, 9703)  # of the log, and of MOVi-A's training split
 FRAMES, SIDE = 24, 256
+
+
+def shown(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 99 else f"{seconds / 60:.1f} min"
 
 
 def rows(device: str, preset: str, batches: list[int]) -> Iterator[tuple[str, ...]]:
@@ -44,8 +49,8 @@ def rows(device: str, preset: str, batches: list[int]) -> Iterator[tuple[str, ..
                     readable(last_plan.stream_bytes),
                     last_plan.home.residence,
                     f"{last_plan.largest_batch}",
-                    *(f"{plan.epoch_seconds:.2g} s, {plan.bound_by}" for plan in plans),
-                    f"{3600 * extraction.hours:.0f} s" if form == 0 else "",
+                    *(f"{shown(plan.epoch_seconds)}, {plan.bound_by}" for plan in plans),
+                    shown(3600 * extraction.hours) if form == 0 else "",
                 )
 
 
@@ -57,7 +62,7 @@ def main() -> None:
     args = parser.parse_args()
     epochs = [f"epoch at batch {batch}" for batch in args.batches]
     head = ("backbone", "videos", "stored as", "features", "live on", "largest batch", *epochs, "extraction")
-    for line in (head, ("---",) * len(head), *rows(args.device, args.preset, args.batches)):
+    for line in chain((head, ("---",) * len(head)), rows(args.device, args.preset, args.batches)):
         print(f"| {' | '.join(line)} |", flush=True)
 
 
