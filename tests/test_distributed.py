@@ -179,14 +179,21 @@ def test_a_mount_that_is_lost_for_a_while_costs_nothing(
     assert files(store.path) == local and verify(store.path) == []
 
 
-def test_a_worker_whose_mount_stays_away_gives_its_videos_to_others(
+def test_late_workers_take_their_share_and_one_that_stays_without_files_gives_its_own_to_others(
     tmp_path: Path, backbone: Backbone, local: dict[str, bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with connect(workers=2) as client:
+    """Tasks name a file in the store: what a late worker needs is there."""
+    cluster = LocalCluster(n_workers=0, threads_per_worker=1, processes=True, memory_limit=0, dashboard_address=":0")
+    with cluster, Client(cluster) as client:
+        coming = threading.Timer(1.0, lambda: cluster.scale(2))
+        coming.start()
         store = run(tmp_path / "s.zarr", backbone, client, Blind(tmp_path / "blind"))
-        told = [record.getMessage() for record in caplog.records if "has lost it; others go on" in record.getMessage()]
-        assert len(told) == 1 and told[0].startswith(f"{store.path}: worker tcp://")
+        coming.join()
         assert len(client.nthreads()) == 1
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("no dask worker is connected; waiting for one" in line for line in said) == 1
+    told = [line for line in said if "has lost it; others go on" in line]
+    assert len(told) == 1 and told[0].startswith(f"{store.path}: worker tcp://")
     assert files(store.path) == local and verify(store.path) == []
 
 
@@ -214,17 +221,6 @@ def test_an_error_counts_when_it_comes_twice(
     (often := tmp_path / "often").mkdir()
     with pytest.raises(DataError, match=r"t.zarr: worker tcp://\S+: \[Errno 5\] Input/output error$"):
         run(tmp_path / "t.zarr", backbone, client, Glitch(often, 9))
-
-
-def test_a_worker_that_comes_late_takes_its_share(tmp_path: Path, backbone: Backbone, local: dict[str, bytes]) -> None:
-    """Tasks name a file in the store: what a late worker needs is there."""
-    cluster = LocalCluster(n_workers=0, threads_per_worker=1, processes=True, memory_limit=0, dashboard_address=":0")
-    with cluster, Client(cluster) as client:
-        coming = threading.Timer(1.0, lambda: cluster.scale(2))
-        coming.start()
-        store = run(tmp_path / "s.zarr", backbone, client)
-        coming.join()
-    assert files(store.path) == local
 
 
 def test_a_task_is_small_however_many_videos_there_are(
