@@ -70,6 +70,7 @@ class DataConfig(Section):
     shrinkage: float = Field(0.1, ge=0, le=1, description="Shrinkage of the covariance towards equal variances")
     residence: Residence = Field("auto", description="Place of the features while they stream; auto: where they fit")
     clip: int = Field(1, ge=1, description="Consecutive frames in a sample; more than 1 needs a video model")
+    shares: int = Field(1, ge=1, description="Shares of the videos that give equal parts of every batch, as of ranks")
 
     read_by: ClassVar[ReadBy] = {
         setting: ("normalize", tuple(form for form, read in NORMALISATIONS.items() if setting in read))

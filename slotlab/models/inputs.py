@@ -55,12 +55,18 @@ class ModelInput(ABC):
         """The configuration with its tap named, so that a store with more taps cannot change which one it means.
 
         A model that takes its frames from anywhere in a clip has clips no longer than the split's longest video: single
-        images train it by the same configuration.
+        images train it by the same configuration. A store for one of N ranks has N shares.
         """
-        clip = config.data.clip
+        clip, shares = config.data.clip, config.data.shares
         if config.model.frames_a_step is not None:
             clip = min(clip, max(split.spec.lengths))
-        return config.model_copy(update={"data": config.data.model_copy(update={"tap": self.tap, "clip": clip})})
+        if split.spec.part:
+            ranks = split.spec.part[1]
+            if shares not in (1, ranks):
+                raise IncompatibleError(f"{split.path}: is for {ranks} ranks; leave out data.shares = {shares}")
+            shares = ranks
+        settled = {"tap": self.tap, "clip": clip, "shares": shares}
+        return config.model_copy(update={"data": config.data.model_copy(update=settled)})
 
     def read(self, split: Split, video: int) -> Tensor:
         """One whole video, in the form that the stream gives: tokens (T, N, D), or frames (T, H, W, 3) uint8.
