@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Compiled modules are kept, whatever the shell says: a hundred processes that the tests start import them.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint bench bench-gpu clean
 

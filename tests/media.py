@@ -86,6 +86,17 @@ def set_display_matrix(path: Path, *abcd: float) -> None:
     path.write_bytes(data)
 
 
+def copied(clip: Path, path: Path) -> Path:
+    """The video stream of a file in another container, with its display matrix where that can hold one."""
+    with av.open(str(clip)) as source, av.open(str(path), "w") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                container.mux(packet)
+    return path
+
+
 def oblong(frames: int = 3, height: int = 48, width: int = 64) -> np.ndarray:
     """Frames (T, H, W, 3) that no turn and no mirror image leaves as they are."""
     return np.stack([np.tile(scene(i, 1)[0][0], (3, 3, 1))[:height, :width] for i in range(frames)])

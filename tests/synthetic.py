@@ -115,8 +115,12 @@ def make_store(
     chunk_frames: int | None = None,
     backbone: str = "synthetic",
     taps: tuple[str, ...] = ("block1",),
+    like: StoreSpec | None = None,
 ) -> FeatureStore:
-    """A finished store of synthetic tokens, by the product's own writer; negated in all taps but ``block1``."""
+    """A finished store of synthetic tokens, by the product's own writer; negated in all taps but ``block1``.
+
+    ``like`` is what the store says of itself, and of how large its tokens are, in place of the rest.
+    """
     source = source or DiscSource()
     spec = StoreSpec(
         backbone=backbone,
@@ -126,6 +130,8 @@ def make_store(
         dtype=dtype,  # type: ignore[arg-type]
         batch_size=4,
     )
+    if like is not None:
+        spec, taps = replace(like, batch_size=4), tuple(like.taps)
     with StoreWriter(path, spec) as writer:
         for name in source.splits():
             lengths = source.lengths(name)
@@ -133,10 +139,13 @@ def make_store(
             spec_of_split = SplitSpec(source.fingerprint(name), lengths, frames, (SIZE, SIZE), truth, ignored=truth)
             split = writer.split(name, spec_of_split)
             rounded = ENCODINGS[spec.dtype].rounded
-            moments = {tap: Moments.empty(GRID[0] * GRID[1], DIM) for tap in taps}
+            of = spec.taps[taps[0]]
+            moments = {tap: Moments.empty(of.patches, of.dim) for tap in taps}
             for index in range(len(lengths)):
                 video = source.read(name, index)
-                tokens = {tap: tokens_of(video, scale=scale) * (1 if tap == "block1" else -1) for tap in taps}
+                tokens = {
+                    tap: tokens_of(video, of.grid, of.dim, scale) * (1 if tap == "block1" else -1) for tap in taps
+                }
                 split.write(index, video, tokens)
                 for tap, values in tokens.items():
                     moments[tap] = moments[tap] + Moments.from_tokens(rounded(values))

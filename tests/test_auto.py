@@ -67,6 +67,7 @@ def busy(workers: int) -> Iterator[None]:
             process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "precision"), [(4, "float32"), (3, "bfloat16"), (16, "float32")])
 def test_a_store_lends_what_it_was_made_with(
     tmp_path: Path, backbone: Backbone, batch_size: int, precision: Precision
@@ -135,6 +136,11 @@ def test_the_error_is_measured_on_frames_of_several_videos(
     seen.clear()
     plan(tmp_path / "s.zarr", DiscSource({"train": (1, 1)}), backbone, AUTO)
     assert [len(frames) for frames in seen] == [1, 1]
+    seen.clear()
+    images = DiscSource({"train": (1,) * 320})
+    plan(tmp_path / "s.zarr", images, backbone, AUTO)
+    assert [len(frames) for frames in seen] == [1] * 32, "of all the set, and not of its first pictures"
+    assert all(np.array_equal(frame, images.read("train", 10 * at).frames) for at, frame in enumerate(seen))
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,7 @@ def test_what_is_measured_is_the_trainer_s_step(store: FeatureStore, monkeypatch
     assert rate.samples_per_s < 4 / 0.05 and rate.limit_frames_per_s < 4 / 0.05
 
 
+@pytest.mark.slow
 def test_flops_are_counted_of_the_model_as_written(store: FeatureStore) -> None:
     """And the step that is counted changes what a step changes."""
     counts = []
@@ -161,6 +162,7 @@ def test_a_table_is_printed_for_people(store: FeatureStore, capsys: pytest.Captu
     assert "batch 4" in printed and "bound by" in printed and "(float32)" in printed
 
 
+@pytest.mark.slow
 def test_a_size_that_does_not_fit_ends_no_ladder(
     store: FeatureStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

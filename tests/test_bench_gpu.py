@@ -90,6 +90,7 @@ def test_streams_stand_beside_the_link_and_cold_reads_beside_the_disk(tmp_path: 
     assert ratios == [None, 0.5, 2.0]
 
 
+@pytest.mark.slow
 def test_a_part_that_is_cut_off_keeps_its_whole_lines(tmp_path: Path) -> None:
     lines = ["one", "two"]
     code = (

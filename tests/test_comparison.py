@@ -65,6 +65,7 @@ def test_stores_that_fit_are_found_and_others_are_not(tmp_path: Path, discs: Dis
     assert missing(one) == [made]
 
 
+@pytest.mark.slow
 def test_an_earlier_plans_stores_are_kept_to(tmp_path: Path, discs: DiscSource) -> None:
     cache, out = tmp_path / "cache", tmp_path / "out"
     one = changed(backbones=("resnet18",))

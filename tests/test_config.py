@@ -12,6 +12,7 @@ from featcache.errors import DataError, UsageError
 from slotlab.config.load import load_config, presets, read_toml, validate, walk
 from slotlab.config.model import MODEL_KINDS, ClusteringConfig, Logistic, Sign
 from slotlab.config.schema import LOSS_NAMES, NORMALISATIONS, Config
+from slotlab.imported.importing import SOURCES
 from slotlab.masks.refine import METHODS
 from slotlab.models import flow
 from slotlab.models.build import MODELS
@@ -23,7 +24,7 @@ from slotlab.models.normalise import RECIPES
 from slotlab.models.predictors import PREDICTORS
 from slotlab.scoring.collapse import COLLAPSES
 from slotlab.training import losses
-from slotlab.words import Refinement
+from slotlab.words import ModelSource, Refinement
 
 
 def test_command_line_over_file_over_preset(tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_presets_set_nothing_without_effect(preset: str) -> None:
         ("default", ["data.normalize=whiten=8", "data.shrinkage=0.2"], "data.shrinkage = 0.2 has no effect with"),
         ("default", ["optim.half_life=9"], "optim.half_life = 9 has no effect with optim.decay = cosine"),
         (
-            "videosaur",
+            "savi-dinosaur",
             ["model.predictor.kind=mlp", "model.predictor.heads=2"],
             "model.predictor.heads = 2 has no effect",
         ),
@@ -82,8 +83,9 @@ REGISTRIES: dict[str, Any] = {
     "model.attention": BLOCKS,
 }
 SWITCHES = {  # words that choose between a few lines, which stand together
-    *("data.center", "data.residence", "model.projection", "model.gradient", "model.decoder.masks"),
-    *("optim.scaling", "optim.decay", "optim.precision", "published_masks"),
+    *("data.center", "data.residence", "model.projection", "model.gradient", "model.gru_hidden"),
+    "model.decoder.source",
+    *("model.decoder.masks", "optim.scaling", "optim.decay", "optim.precision", "published_masks"),
 }
 
 
@@ -94,6 +96,7 @@ def test_every_word_of_the_configuration_has_its_part() -> None:
     assert set(NORMALISATIONS) == set(RECIPES)
     assert set(get_args(Sign)) == set(COLLAPSES)
     assert set(get_args(Refinement)) == set(METHODS)
+    assert set(get_args(ModelSource)) == set(SOURCES)
     found: dict[str, set[str]] = {}
     for kind in MODEL_KINDS:
         for key in walk(kind):

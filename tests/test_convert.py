@@ -70,6 +70,7 @@ def assert_same(store: FeatureStore, other: FeatureStore) -> None:
 # -- round trips -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_hdf5_and_back_is_the_same_store(tmp_path: Path, dtype: str) -> None:
     store = make_store(tmp_path / "a.zarr", SOURCE, chunk_frames=3, dtype=dtype)
@@ -112,6 +113,7 @@ def test_statistics_are_those_of_the_copy(tmp_path: Path, store: FeatureStore) -
     assert not np.array_equal(small.statistics("block1").covariance, store["train"].statistics("block1").covariance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 @pytest.mark.parametrize("shard_videos", [1, 2, 50])
 def test_sharded_equals_raw_through_zarr_and_the_stream(tmp_path: Path, shard_videos: int, dtype: str) -> None:
@@ -319,6 +321,7 @@ def test_a_copy_is_repaired_from_its_origin(tmp_path: Path, store: FeatureStore,
     assert arrays_of(small.path) == before and verify(small.path) == []
 
 
+@pytest.mark.slow
 def test_the_commands_as_people_type_them(
     tmp_path: Path, store: FeatureStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from benchmarks.corruptions import BAD, KINDS, Reader, damaged, run, table
 from featcache.errors import DataError
 
 
+@pytest.mark.slow
 def test_a_few_of_every_kind(tmp_path: Path) -> None:
     reader = Reader(tmp_path, 1, KINDS)
     results = [reader.case(number) for number in range(2 * len(KINDS))]

@@ -126,6 +126,7 @@ SIZES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", SIZES)
 def test_its_memory_is_what_the_allocator_gives_out(preset: str) -> None:
     config = load_config(preset, None, SIZES[preset])
@@ -168,6 +169,7 @@ def test_no_preset_needs_more_operations_than_the_page_says() -> None:
         assert 0.9 * most < found <= most, f"{preset}: {found} operations; if that has to be, write it down"
 
 
+@pytest.mark.slow
 def test_operations_do_not_grow_with_the_batch_and_flops_do() -> None:
     one, two = (counted(load_config("mix", None, [f"optim.batch_size={size}"]), on_gpu=True) for size in (4, 8))
     assert one.operations == two.operations
@@ -175,6 +177,7 @@ def test_operations_do_not_grow_with_the_batch_and_flops_do() -> None:
     assert one.peak < two.peak < 2 * one.peak
 
 
+@pytest.mark.slow
 def test_a_gpu_launches_fewer_for_a_recurrent_cell() -> None:
     config = load_config("log-2026-video", None, ["optim.batch_size=2", "data.clip=2"])
     assert counted(config, on_gpu=True).operations < 0.8 * counted(config).operations

@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from slotlab.config.model import DecoderConfig, SlotAttentionConfig
+from benchmarks.names import torch_block
+from featcache.errors import UsageError
+from slotlab.config.model import SlotAttentionConfig
+from slotlab.config.parts import DecoderConfig
+from slotlab.imported.source import targets_of
 from slotlab.models.decoders import DECODERS, broadcast
-from slotlab.models.decoders.autoregressive import scan_orders
+from slotlab.models.decoders.autoregressive import TransformerDecoder, scan_orders, spiral
 from slotlab.models.decoders.base import Decoded, Decoder, Sizes
 from slotlab.models.decoders.broadcast import MLPDecoder
 from slotlab.models.normalise import Normaliser
@@ -188,13 +192,16 @@ def test_draws_do_not_depend_on_how_a_batch_is_split() -> None:
         torch.testing.assert_close(shared, whole[own])
 
 
+@pytest.mark.parametrize("source", ["slotlab", "dinosaur", "spot", "semantic"])
 @pytest.mark.parametrize("permuted", [False, True])
-def test_autoregression_sees_only_what_came_before(permuted: bool) -> None:
-    decoder = build("transformer", permuted=permuted)
+def test_autoregression_sees_only_what_came_before(permuted: bool, source: str) -> None:
+    options = {} if source == "slotlab" else {"source": source, "hidden": 256}
+    decoder = build("transformer", permuted=permuted, **options)
     given, target = attended(), draw(B, N, D, seed=5)
     order = list(range(N))
     if permuted:
-        order = scan_orders(GRID)[Draws(3).integers(8, 1)[0]].tolist()
+        assert isinstance(decoder, TransformerDecoder)
+        order = decoder.orders[Draws(3).integers(len(decoder.orders), 1)[0]].tolist()
         assert order != list(range(N))
     changed = 6  # th patch in the order
     other = target.clone()
@@ -219,6 +226,60 @@ def test_scans_are_permutations_between_neighbours() -> None:
     for order in orders.tolist():
         assert sorted(order) == list(range(15))
         assert abs(order[1] - order[0]) in (1, 5)
+
+
+def test_the_ninth_scan_of_spot_is_a_spiral_from_the_middle() -> None:
+    order = spiral((4, 4))
+    steps = (order[1:] - order[:-1]).abs()
+    assert sorted(order.tolist()) == list(range(16)) and bool(((steps == 1) | (steps == 4)).all())
+    assert sorted(order[:4].tolist()) == [5, 6, 9, 10] and order[-4:].tolist() == [15, 11, 7, 3]
+    decoder = build("transformer", source="spot", hidden=256, permuted=True)
+    assert isinstance(decoder, TransformerDecoder) and torch.equal(decoder.orders[8], order)
+
+
+def test_the_transformers_of_the_sources_have_their_layers_and_no_others() -> None:
+    """Counted by their own: two blocks of width 12, two heads, 16 patches, slots of 8."""
+    block = 4 * 12 * 12 * 2 + 2 * 12 * 48 + 48 + 12 + 6 * 12  # two attentions, the MLP, three LayerNorms
+    ends = 12 * 12 + 2 * 12 + 12 * 8 + 2 * 12 + 12  # of tokens and of slots into it, the start token
+    biases, positions = 2 * 4 * 12, 16 * 12
+    expected = {
+        "dinosaur": 2 * (block + biases) + ends,
+        "spot": 2 * block + ends + 2 * 12,  # a LayerNorm at the end
+        "semantic": 2 * (block + biases) + ends + positions + 12 * 12,
+    }
+    found = {
+        source: sum(p.numel() for p in build("transformer", source=source, hidden=256, heads=2).parameters())
+        for source in expected
+    }
+    assert found == expected
+
+
+@torch.no_grad()
+def test_the_transformer_of_dinosaurs_source_is_torchs() -> None:
+    decoder = build("transformer", source="dinosaur", hidden=256, heads=4, blocks=2)
+    layer = nn.TransformerDecoderLayer(D, 4, 4 * D, 0.0, batch_first=True, norm_first=True)
+    peer = nn.TransformerDecoder(layer, 2)
+    for parameter in peer.parameters():
+        parameter.copy_(torch.randn(parameter.shape))
+    here, copied = dict(decoder.named_parameters()), 0
+    for index, ours in enumerate(("blocks.0", "last")):
+        rules = list(torch_block(f"layers.{index}", ours))
+        for name, parameter in peer.named_parameters():
+            targets = targets_of(rules, name)[1]
+            for target, rows in zip(targets, parameter.chunk(max(1, len(targets))), strict=False):
+                here[target].copy_(rows)
+                copied += rows.numel()
+    assert copied == sum(parameter.numel() for parameter in peer.parameters())
+    assert isinstance(decoder, TransformerDecoder)
+    given, target = attended(), draw(B, N, D, seed=5)
+    before = decoder.embed(torch.cat([decoder.begin.expand(B, 1, -1), target[:, :-1]], 1))
+    expected = peer(before, decoder.norm_slots(given.slots), nn.Transformer.generate_square_subsequent_mask(N))
+    torch.testing.assert_close(decoder(given, target, Draws(0)).reconstruction, expected)
+
+
+def test_heads_must_divide_the_features() -> None:
+    with pytest.raises(UsageError, match="heads = 5 do not divide the features' width of 12"):
+        build("transformer", source="spot", hidden=256, heads=5)
 
 
 def test_attention_with_weights_is_the_same_attention() -> None:

@@ -105,6 +105,7 @@ def test_extraction_encodes_each_token_once_and_measures_what_it_stores(
     assert recomputed.abs_max == stored.abs_max
 
 
+@pytest.mark.slow
 def test_a_third_form_is_one_class(tmp_path: Path, float8: Encoding) -> None:
     """Extracted, verified, streamed, recomputed, repaired, copied both ways and through HDF5."""
     backbone = load_backbone("resnet18", weights="random", taps=("layer1",), input_size=SIZE)

@@ -116,6 +116,7 @@ def test_the_backbone_sees_what_is_stored(tmp_path: Path, backbone: Backbone, fi
         _store(tmp_path / "s.zarr", backbone, replace(FIXED, frame_size=frame_size))
 
 
+@pytest.mark.slow
 def test_a_frame_size_keeps_the_inputs_proportions(tmp_path: Path) -> None:
     wide = load_backbone("dinov2_vits14", weights="random", taps=("block2",), input_size=(28, 56))
     for number, (options, size) in enumerate(

@@ -67,6 +67,7 @@ def test_some_videos_in_the_order_asked(loaded: LoadedRun) -> None:
     assert [followed.video for followed in follow(loaded, loaded.split(), (2, 0))] == [2, 0]
 
 
+@pytest.mark.slow
 def test_one_video_is_held_at_a_time(loaded: LoadedRun) -> None:
     videos = follow(loaded, loaded.split())
     for _ in range(3):

@@ -84,6 +84,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n == "report" else ()) for n in COMMANDS])
 def test_what_a_command_leaves(slotlab: Slotlab, tmp_path: Path, run: Path, store: FeatureStore, name: str) -> None:
     words = [word.format(run=run, store=store.path) for word in COMMANDS[name]]

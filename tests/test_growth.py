@@ -257,6 +257,7 @@ def test_a_split_without_a_finished_video_is_laid_out_anew(tmp_path: Path, backb
     assert split.spec.chunk_frames == 9 and same_as_fresh(split, source, backbone)
 
 
+@pytest.mark.slow
 def test_a_video_that_was_skipped_comes_once_it_is_whole(tmp_path: Path, slotlab: Slotlab) -> None:
     source = videos(tmp_path / "v", "abcd")
     good = (source / "c/1.png").read_bytes()
@@ -284,6 +285,7 @@ def test_a_video_that_was_skipped_comes_once_it_is_whole(tmp_path: Path, slotlab
 # -- other sources -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_of_an_hdf5_file(tmp_path: Path, backbone: Backbone) -> None:
     frames = np.stack([scene(i)[0] for i in range(7)])
 
@@ -353,6 +355,7 @@ def test_stores_of_the_first_version_resume_and_grow_once_their_source_is_known(
     np.testing.assert_array_equal(split.video(1), scene(9)[0])
 
 
+@pytest.mark.slow
 def test_copies_follow_their_origin(tmp_path: Path, backbone: Backbone) -> None:
     source, path, copy, shards = videos(tmp_path / "v", "abcd"), *(tmp_path / f"{n}.zarr" for n in ("s", "c", "h"))
     run(path, source, backbone)
@@ -377,6 +380,7 @@ def test_copies_follow_their_origin(tmp_path: Path, backbone: Backbone) -> None:
     assert back.spec.videos == here.spec.videos and back.manifest == here.manifest
 
 
+@pytest.mark.slow
 def test_repair_of_a_store_whose_order_is_its_own(tmp_path: Path, backbone: Backbone) -> None:
     source, path = videos(tmp_path / "v", "cdef"), tmp_path / "s.zarr"
     run(path, source, backbone)

@@ -25,8 +25,8 @@ ROOMS = {
         "extraction", "upkeep", "bench", "library",
     ),
     "slotlab": (
-        "words", "config", "models", "masks", "runs", "scoring", "protocols", "dynamics", "training", "planning",
-        "pictures", "segment", "forecast", "report", "experiments", "commands",
+        "words", "config", "models", "masks", "runs", "imported", "scoring", "protocols", "dynamics", "training",
+        "planning", "pictures", "segment", "forecast", "report", "experiments", "commands",
     ),
 }  # fmt: skip
 FOREIGN = {"featcache": {"slotlab", "cli"}, "slotlab": {"cli"}}

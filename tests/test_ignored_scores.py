@@ -273,6 +273,7 @@ def test_the_page_holds_them(loaded: LoadedRun) -> None:
     assert len(found.runs[0].choices) == 2  # labelled videos
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_scored(slotlab: Slotlab, loaded: LoadedRun) -> None:
     told = slotlab("eval", loaded.path, "--sheet", "sheet.png", "--boundaries")
     words = "7 of 18 frames are labelled, 21.9% of their pixels are ignored"

@@ -20,7 +20,7 @@ from featcache.errors import DataError
 from featcache.extraction import plan as planning
 from featcache.extraction.extract import extract
 from featcache.extraction.plan import ExtractOptions, plan
-from featcache.sources import images, open_source
+from featcache.sources import images, open_source, video_file
 from featcache.sources.damaged import SoundVideos
 from featcache.store.reading import FeatureStore
 from featcache.words import Fit
@@ -29,6 +29,7 @@ from slotlab.pictures import frames as pictures
 from slotlab.pictures.frames import read_path
 from tests import published
 from tests.commands import Slotlab
+from tests.media import save_movie
 
 HEIGHT, WIDTH = 600, 800
 
@@ -125,6 +126,27 @@ def test_a_source_without_its_damaged_videos_decodes_smaller_too(
     (tmp_path / "a.jpg").write_bytes(b"none")
     video = SoundVideos(open_source(tmp_path)).read_smaller("train", 0, 8.0)
     assert video.id == "b.jpg" and video.frames.shape[1:3] == decoded[-1] == (75, 100)
+
+
+def test_a_video_holds_no_more_than_its_smaller_frames(
+    tmp_path: Path, photo: Image.Image, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its frames alone are small, and all of them are over the limit."""
+    moving = np.stack([np.roll(np.asarray(photo), 40 * t, axis=1) for t in range(3)])
+    (tmp_path / "clips").mkdir()
+    clip = save_movie(tmp_path / "clips" / "a.mp4", "libx264", moving, crf="1")
+    options = ExtractOptions(frame_size=(48, 64), precision="float32")
+    plain = make(clip.parent, tmp_path / "plain.zarr", backbone, options)["train"].video(0).astype(float)
+    for module in (images, video_file):
+        monkeypatch.setattr(module, "MAX_BYTES", moving.nbytes // 2)
+    for source in (open_source(clip.parent), SoundVideos(open_source(clip.parent))):
+        assert source.lengths("train") == (3,), "too large is not damaged"
+        with pytest.raises(DataError, match=r"a.mp4: 3 frames of 800x600 are over .* \(--frame-size 512\)"):
+            source.read("train", 0)
+    small = make(clip.parent, tmp_path / "small.zarr", backbone, options)["train"].video(0)
+    assert np.abs(small - plain).mean() < 1
+    np.testing.assert_array_equal(read_path(clip, 48).shape, (3, 48, 64, 3))
+    assert np.abs(read_path(clip, 48) - plain).mean() < 1
 
 
 def test_pages_are_decoded_smaller(tmp_path: Path, photo: Image.Image) -> None:

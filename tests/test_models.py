@@ -11,18 +11,20 @@ from jaxtyping import TypeCheckError
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from slotlab.config.model import ClusteringConfig, SlotAttentionConfig
+from slotlab.config.model import ClusteringConfig, GRUHidden, SlotAttentionConfig
 from slotlab.config.schema import LossConfig
 from slotlab.models.clustering.model import ClusteringModel, otsu_threshold
 from slotlab.models.decoders import DECODERS
-from slotlab.models.initializers import INITIALIZERS
+from slotlab.models.initializers import INITIALIZERS, Saliency, Starts
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import GRU, SlotAttention
 from slotlab.models.slot_model import SlotModel
+from slotlab.models.transformer import Attention
 from slotlab.training.losses import losses, total
 
 B, N, K, S, D = 3, 16, 5, 8, 12
+GRID = (4, 4)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -46,6 +48,20 @@ def test_slot_attention_ignores_the_order_of_patches() -> None:
     torch.testing.assert_close(module(inputs, slots, 2).slots, module(inputs[:, order], slots, 2).slots)
 
 
+@pytest.mark.parametrize("hidden", ["slots", "normalised"])
+def test_the_gru_starts_from_the_slots_or_from_their_layer_norm(hidden: GRUHidden) -> None:
+    """By one round of Locatello et al.'s algorithm 1; VideoSAUR's source normalises the slots in place."""
+    torch.manual_seed(0)
+    module, inputs, slots = SlotAttention(D, S, 0, gru_hidden=hidden), draw(B, N, D), 3 * draw(B, K, S)
+    normed, tokens = module.norm_slots(slots), module.norm_inputs(inputs)
+    attention = (module.to_query(normed) @ module.to_key(tokens).mT / S**0.5).softmax(1)
+    updates = attention / attention.sum(-1, keepdim=True) @ module.to_value(tokens)
+    before = {"slots": slots, "normalised": normed}[hidden]
+    for b in range(B):
+        expected = nn.GRUCell.forward(module.gru, updates[b], before[b])
+        torch.testing.assert_close(module(inputs, slots, 1).slots[b], expected)
+
+
 def test_low_temperature_sharpens() -> None:
     soft, sharp = (SlotAttention(D, S, 16, temperature=t) for t in (1.0, 0.3))
     sharp.load_state_dict(soft.state_dict())
@@ -56,7 +72,7 @@ def test_low_temperature_sharpens() -> None:
 @pytest.mark.parametrize("name", list(INITIALIZERS))
 def test_initial_slots_depend_on_the_generator_alone(name: str) -> None:
     torch.manual_seed(0)
-    initialize = INITIALIZERS[name](K, S, 4)
+    initialize = INITIALIZERS[name](Starts(K, S, GRID, 4))
     tokens, features = draw(B, N, S), draw(B, N, D)
     first, second = (initialize(tokens, features, Draws(3)) for _ in range(2))
     assert first.shape == (B, K, S)
@@ -68,11 +84,34 @@ def test_kmeans_slots_are_the_means_of_their_clusters() -> None:
     labels = torch.arange(N) % K
     features = (centres[labels] + 0.01 * draw(N, D)).expand(B, N, D)
     tokens = draw(N, S).expand(B, N, S)
-    slots = INITIALIZERS["kmeans"](K, S, 4)(tokens, features, Draws(0))
+    slots = INITIALIZERS["kmeans"](Starts(K, S, GRID, 4))(tokens, features, Draws(0))
     means = torch.stack([tokens[0, labels == k].mean(0) for k in range(K)])
     for sample in slots:
         distance = torch.cdist(sample, means)
         assert float(distance.min(1).values.max()) < 1e-5 and len(distance.argmin(1).unique()) == K
+
+
+def test_slots_start_at_what_stands_out_of_the_whole_frame() -> None:
+    """Two blobs on a plain floor: the first peaks lie within them, one in each."""
+    grid, floor, features = (6, 6), torch.eye(D)[0], torch.empty(6, 6, D)
+    features[:] = floor
+    features[:3, :3], features[3:, 4:] = torch.eye(D)[1], torch.eye(D)[2]
+    found = Saliency(Starts(3, S, grid, saliency_weight=1.0)).peaks(features.view(1, 36, D) + 0.01 * draw(1, 36, D))
+    places = [divmod(index, 6) for index in found[0].tolist()]
+    assert [row < 3 and column < 3 for row, column in places] == [True, False, False]
+    assert [row >= 3 and column >= 4 for row, column in places] == [False, True, False]
+
+
+def test_an_attentions_temperature_multiplies_its_queries() -> None:
+    torch.manual_seed(0)
+    sharp, plain = Attention(S, 2, temperature=0.25), Attention(S, 2)
+    plain.load_state_dict(sharp.state_dict())
+    with torch.no_grad():
+        for parameter in plain.to_query.parameters():
+            parameter *= 4
+    tokens, memory = draw(B, N, S), draw(B, K, S)
+    torch.testing.assert_close(sharp(tokens, memory), plain(tokens, memory))
+    torch.testing.assert_close(sharp.with_weights(tokens, memory)[1], plain.with_weights(tokens, memory)[1])
 
 
 def learns(**options: object) -> SlotModel:

@@ -39,6 +39,7 @@ def printed(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[dict[str
     return json.loads(out), err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["features", "pixels"])
 def test_every_command_takes_the_only_split_and_says_so(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], run: str

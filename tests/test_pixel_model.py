@@ -139,6 +139,7 @@ def test_a_run_on_frames_goes_with_any_store_of_them(tmp_path: Path, store: Feat
     assert evaluate(load_run(run, other.path)).values == evaluate(load_run(run)).values
 
 
+@pytest.mark.slow
 def test_loss_falls_below_the_mean_predictor(tmp_path: Path, store: FeatureStore) -> None:
     overrides = [*SMALL, "optim.warmup_steps=5", "optim.learning_rate=0.01"]
     run = train(load_config("pixel", None, overrides, optim__steps=150, optim__batch_size=6), store, tmp_path / "run")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from featcache.machine import pick_device
 from featcache.store.reading import FeatureStore
+from slotlab.config.schema import Config
 from slotlab.models.build import build_model
 from slotlab.models.randomness import Draws
 from slotlab.training.processes import Ranks, join
@@ -29,32 +30,66 @@ from tests.training import PARTS, rows_of, small
 UNREACHED = ("loss.feature_mse=0", "loss.temporal_similarity=0")  # by a loss: the decoder
 
 
+CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> preset, overrides
+    "batch": ("dinosaur", PARTS[0]),
+    "clips": ("dinosaur", PARTS[2]),
+    "video": ("videosaur", ()),
+    "unreached": ("videosaur", UNREACHED),
+    "tracks": ("dynamics", ()),
+}
+RANK = """
+import os, socket, sys, time
+from pathlib import Path
+from featcache.store.reading import FeatureStore
+from slotlab.config.load import read_toml, validate
+from slotlab.training.train import train
+
+os.environ.update(MASTER_ADDR="localhost", TORCHELASTIC_USE_AGENT_STORE="False")  # a store of keys for each case
+for case in sorted(Path(sys.argv[1]).iterdir()):
+    port = case / "port"
+    if os.environ["RANK"] == "0":
+        with socket.create_server(("localhost", 0)) as free:
+            port.with_suffix(".new").write_text(str(free.getsockname()[1]))
+        port.with_suffix(".new").rename(port)
+    while not port.exists():
+        time.sleep(0.01)
+    os.environ["MASTER_PORT"] = port.read_text()
+    train(validate(read_toml(case / "config.toml"), ""), FeatureStore.open(case / "store.zarr"), case / "two")
+"""
+
+
+def case_config(name: str) -> Config:
+    preset, parts = CASES[name]
+    return small(*parts, "checkpoint_every=5", preset=preset, optim__steps=10)
+
+
+@pytest.fixture(scope="module")
+def ranks(
+    shared_store: FeatureStore, shared_tracks: FeatureStore, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The runs of two processes, which train one case after the other: most of their time is their start."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for name, (preset, _) in CASES.items():
+        (folder / name).mkdir()
+        (folder / name / "config.toml").write_text(case_config(name).to_toml())
+        (folder / name / "store.zarr").symlink_to((shared_tracks if preset == "dynamics" else shared_store).path)
+    script = folder.with_suffix(".py")
+    script.write_text(RANK)
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=localhost:0", str(script), str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    ended = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=500)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    return {name: folder / name / "two" for name in CASES}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("preset", "parts"),
-    [("dinosaur", PARTS[0]), ("dinosaur", PARTS[2]), ("videosaur", ()), ("videosaur", UNREACHED), ("dynamics", ())],
-)
+@pytest.mark.parametrize("case", CASES)
 def test_two_ranks_train_the_run_of_one(
-    tmp_path: Path, store_of: Callable[[str], FeatureStore], preset: str, parts: tuple[str, ...]
+    tmp_path: Path, store_of: Callable[[str], FeatureStore], ranks: dict[str, Path], case: str
 ) -> None:
     """The video model's slots are also told from the other rank's (slot_contrast); that alone trains no decoder."""
-    store = store_of(preset)
-    config = small(*parts, "checkpoint_every=5", preset=preset, optim__steps=10)
-    one = train(config, store, tmp_path / "one")
-    (tmp_path / "config.toml").write_text(config.to_toml())
-    code = (
-        "import sys; from pathlib import Path; from slotlab.config.load import read_toml, validate; "
-        "from slotlab.training.train import train; from featcache.store.reading import FeatureStore; "
-        "here = Path(sys.argv[1]); "
-        "train(validate(read_toml(here / 'config.toml'), ''), FeatureStore.open(sys.argv[2]), here / 'two')"
-    )
-    (tmp_path / "ranks.py").write_text(code)
-    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=localhost:0", str(tmp_path / "ranks.py"), str(tmp_path), str(store.path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    ended = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=600)
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    two = tmp_path / "two"
+    one, two = train(case_config(case), store_of(CASES[case][0]), tmp_path / "one"), ranks[case]
     np.testing.assert_allclose([r["loss"] for r in rows_of(two)], [r["loss"] for r in rows_of(one)], rtol=1e-4)
     a, b = (load_file(run / "checkpoint/model.safetensors") for run in (one, two))
     assert a.keys() == b.keys()

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from slotlab.config.model import PredictorConfig, SlotAttentionConfig
+from slotlab.config.model import SlotAttentionConfig
+from slotlab.config.parts import PredictorConfig
 from slotlab.models.normalise import Normaliser
 from slotlab.models.predictors import TransformerPredictor
 from slotlab.models.randomness import Draws

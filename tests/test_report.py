@@ -98,6 +98,7 @@ def unpacked(text: str, dtype: str) -> np.ndarray[Any, Any]:
 # --- numbers ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_page_shows_the_numbers_of_eval(home: Path, tmp_path: Path) -> None:
     summary = write_report([home / "features", home / "pixels"], tmp_path / "report.html")
     page = Page((tmp_path / "report.html").read_text())
@@ -119,6 +120,7 @@ def kept_scores(run: Path) -> Evaluation:
     return found
 
 
+@pytest.mark.slow
 def test_scores_are_taken_from_the_file_only_while_they_are_the_checkpoints(home: Path) -> None:
     file = home / "features" / "eval-validation.json"
     gather([home / "features"])
@@ -194,6 +196,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.slow
 def test_a_report_runs_each_model_once_over_each_video(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +210,7 @@ def test_a_report_runs_each_model_once_over_each_video(
         assert seen == [4, 6, 4, 5] * 2
 
 
+@pytest.mark.slow
 def test_a_gallery_chosen_on_the_way_is_that_of_the_scores(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And never more is kept of videos than the gallery has."""
     most: list[int] = []
@@ -284,6 +288,7 @@ def test_quantised_masks_keep_their_order_however_flat(width: float) -> None:
     assert not flat.any()
 
 
+@pytest.mark.slow
 def test_figures_and_markdown_are_written(home: Path, tmp_path: Path) -> None:
     extras = Extras(tmp_path / "paper" / "report.md", tmp_path / "paper" / "figures")
     summary = write_report([home / "features"], tmp_path / "report.html", extras=extras, options=PageOptions(videos=2))
@@ -387,6 +392,7 @@ def get(address: str, host: str | None = None) -> tuple[int, str]:
         return error.code, ""
 
 
+@pytest.mark.slow
 def test_a_served_report_follows_its_run(tmp_path: Path) -> None:
     store = disc_store(tmp_path / "discs.zarr")
     run = make_run(tmp_path / "live", store, steps=4)
@@ -428,7 +434,7 @@ def test_view_ends_cleanly_at_ctrl_c(home: Path) -> None:
         try:
             assert get(address)[0] == 200
             process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=30) == 0
+            assert process.wait(timeout=120) == 0
         finally:
             process.kill()
         assert "Traceback" not in process.stderr.read()

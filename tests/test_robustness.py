@@ -142,6 +142,7 @@ def pixel_run(real: FeatureStore, tmp_path_factory: pytest.TempPathFactory) -> P
     return train(config, real, tmp_path_factory.mktemp("runs") / "pixel")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["features_run", "video_run", "pixel_run"])
 def test_every_kind_of_run_is_measured(kind: str, request: pytest.FixtureRequest) -> None:
     loaded = load_run(request.getfixturevalue(kind))
@@ -164,6 +165,7 @@ def test_every_kind_of_run_is_measured(kind: str, request: pytest.FixtureRequest
     json.dumps(result, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_before_is_what_the_evaluation_scored(features_run: Path) -> None:
     loaded = load_run(features_run)
     before, whole = robustness(loaded, max_videos=3, frames=4)["before"], evaluate(loaded)
@@ -171,6 +173,7 @@ def test_before_is_what_the_evaluation_scored(features_run: Path) -> None:
     assert before["slot_diversity"]["mean"] == pytest.approx(1 - whole.diagnostics["slot_similarity"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_keeps_its_result(features_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command(features_run, None, None, 2, 2, None, "cpu", True)
     printed: dict[str, Any] = json.loads(capsys.readouterr().out)

@@ -288,6 +288,7 @@ def test_slots_as_files(slotlab: Slotlab, tracked_run: Path, tmp_path: Path) -> 
         assert [name.decode() for name in group["names"][:]] == names
 
 
+@pytest.mark.slow
 def test_a_world_model_from_run_to_rollout(slotlab: Slotlab, tracked_run: Path, tmp_path: Path) -> None:
     options = [
         part for override in ("data.clip=5", "model.burn_in=3", "model.width=16") for part in ("--set", override)
@@ -391,6 +392,7 @@ def test_damaged_tracks_are_told(tmp_path: Path, shared_tracks: FeatureStore) ->
 # -- Python ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_your_own_frames_are_rolled_out(tmp_path: Path) -> None:
     source = DiscSource({"train": (6, 6, 5, 6), "validation": (6, 6)})
     backbone = load_backbone("resnet18", "random", input_size=64)

@@ -30,6 +30,7 @@ def test_counts_and_lengths() -> None:
     assert source.fingerprint("train") != source.fingerprint("validation")
 
 
+@pytest.mark.slow
 def test_every_video_reads_and_visibility_is_the_masks_pixel_count() -> None:
     source = open_source()
     names, materials = set(), {"train": 0, "validation": 0}

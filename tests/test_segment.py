@@ -115,6 +115,10 @@ def test_missing_files_and_sizes_that_differ_are_told(segmenter: RunSegmenter, t
         segmenter.segment(tmp_path / "none.png")
     with pytest.raises(DataError, match="no picture in it"):
         segmenter.segment(tmp_path)
+    for name, width in {"a.png": 5, "b.png": 4}.items():
+        Image.new("RGB", (width, 4)).save(tmp_path / name)
+    with pytest.raises(DataError, match=r"b.png: 4x4, but a.png in the same folder is 5x4, .* name the pictures"):
+        segmenter.segment(tmp_path)
     with pytest.raises(DataError, match="bring all frames of a video to one size"):
         segmenter.segment([np.zeros((4, 4, 3), np.uint8), np.zeros((4, 5, 3), np.uint8)])
 
@@ -207,6 +211,7 @@ def test_without_training_pictures_get_the_segments_of_their_whitened_tokens() -
     assert segmenter.segment(own[3], refine="guided").masks.shape == found.masks.shape
 
 
+@pytest.mark.slow
 def test_a_higher_cut_gives_fewer_segments() -> None:
     own = pictures(ENOUGH)
     counts = [training_free(own, cut=cut).segment(own[0]).masks.shape[1] for cut in (0.2, 0.6, 1.5)]

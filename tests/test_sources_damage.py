@@ -18,7 +18,16 @@ from featcache.sources import mjpeg, open_source
 from featcache.sources.damaged import SoundVideos
 from featcache.sources.video_file import count_frames, read_frames
 from slotlab.pictures.frames import read_path
-from tests.media import CONTAINER_AND_CODEC, ffmpeg_frames, needs_ffmpeg, oblong, save_clip, save_images, save_movie
+from tests.media import (
+    CONTAINER_AND_CODEC,
+    copied,
+    ffmpeg_frames,
+    needs_ffmpeg,
+    oblong,
+    save_clip,
+    save_images,
+    save_movie,
+)
 
 LENGTH = 18
 
@@ -92,6 +101,30 @@ def test_a_header_that_promises_more_is_not_believed(tmp_path: Path) -> None:
     (tmp_path / "mended.avi").write_bytes(short)
     with pytest.raises(DataError, match=r"mended.avi: holds 9 of the 18 frames that it promises"):
         count_frames(tmp_path / "mended.avi")
+
+
+@needs_ffmpeg
+def test_an_avi_that_repeats_frames_is_sound(tmp_path: Path) -> None:
+    """ffmpeg itself copies to twice the frame rate, each other packet empty."""
+    clip, avi = save_clip(tmp_path, "mp4", "h264", _moving()), tmp_path / "copy.avi"
+    subprocess.run(["ffmpeg", "-v", "error", "-i", clip, "-c", "copy", avi], check=True)
+    with av.open(str(avi)) as opened:
+        assert opened.streams.video[0].frames == 2 * LENGTH
+    np.testing.assert_array_equal(read_frames(avi), read_frames(clip))
+    np.testing.assert_array_equal(read_frames(avi), ffmpeg_frames(avi, 48, 64))
+    whole = avi.read_bytes()
+    for percent in (30, 60, 90):
+        avi.write_bytes(whole[: len(whole) * percent // 100])
+        with pytest.raises(DataError, match="copy.avi"):
+            read_frames(avi)
+
+
+@needs_ffmpeg
+def test_a_file_of_one_frame_is_sound(tmp_path: Path) -> None:
+    """Matroska may say how long the frame is shown by the length of the file alone."""
+    clip = save_movie(tmp_path / "a.mp4", "libvpx-vp9", _moving(1), deadline="realtime")
+    for suffix in ("mkv", "webm"):
+        assert len(read_frames(copied(clip, tmp_path / f"a.{suffix}"))) == 1
 
 
 def test_a_duration_that_promises_more_is_not_believed(tmp_path: Path) -> None:
@@ -193,6 +226,7 @@ def _flipped(packet: bytes, rng: np.random.Generator) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.slow
 @needs_ffmpeg
 @pytest.mark.parametrize("container", ["mov", "avi", "mkv"])
 def test_a_damaged_jpeg_is_refused_or_read_as_libjpeg_reads_it(tmp_path: Path, container: str) -> None:

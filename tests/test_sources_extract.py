@@ -86,6 +86,7 @@ def test_damaged_videos_are_refused_or_left_out_and_listed(slotlab: Run) -> None
     assert ended.out["splits"] == {"train": 10}
 
 
+@pytest.mark.slow
 def test_mixed_sizes_are_found_before_anything_is_computed(slotlab: Run) -> None:
     Path("clips").mkdir()
     for name, frames in (("a", oblong(2)), ("b", oblong(2)), ("z", oblong(2, 64, 48))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from featcache.errors import DataError
 from featcache.sources import open_source
 from featcache.sources.images import read_header
 from slotlab.pictures.frames import as_frames, read_path
-from tests.media import MATRICES, ffmpeg_frames, needs_ffmpeg, oblong, save_movie, set_display_matrix
+from tests.media import MATRICES, copied, ffmpeg_frames, needs_ffmpeg, oblong, save_movie, set_display_matrix
 
 ORIENTATIONS = range(1, 9)
 AREA = (slice(5, 20), slice(9, 40))  # off the middle, and neither square nor as the frame
@@ -53,6 +54,38 @@ def test_display_matrix_as_ffmpeg_shows_it(tmp_path: Path, orientation: int, suf
     picture = Image.fromarray(upright[0])
     picture.info["exif"] = exif.tobytes()
     np.testing.assert_array_equal(right[0], np.asarray(ImageOps.exif_transpose(picture)))  # one meaning everywhere
+
+
+@needs_ffmpeg
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_display_matrix_in_matroska(tmp_path: Path, orientation: int) -> None:
+    """It has no such matrix, but angles that say the same. ffmpeg before version 6 overlooks them, so what it shows of
+    the mp4 file counts whose packets and matrix are copied."""
+    clip = save_movie(tmp_path / "clip.mp4", "libvpx-vp9", oblong(2), deadline="realtime", **{"cpu-used": "8"})
+    set_display_matrix(clip, *MATRICES[orientation])
+    right = ffmpeg_frames(clip, *((64, 48) if orientation > 4 else (48, 64)))
+    for suffix in ("mkv", "webm"):
+        np.testing.assert_array_equal(read_path(copied(clip, tmp_path / f"copy.{suffix}")), right)
+
+
+@needs_ffmpeg
+def test_avi_holds_no_display_matrix_but_its_stream_may(tmp_path: Path) -> None:
+    clip, avi = save_movie(tmp_path / "clip.mp4", "libx264", oblong(), crf="10"), tmp_path / "clip.avi"
+    plain = read_path(clip)
+    set_display_matrix(clip, *MATRICES[6])
+    copy = ["ffmpeg", "-v", "error", "-y", "-i", clip, "-c", "copy"]
+    subprocess.run([*copy, avi], check=True)
+    np.testing.assert_array_equal(read_path(avi), plain)  # the turn is lost, for any reader
+    np.testing.assert_array_equal(ffmpeg_frames(avi, 48, 64), plain)
+    for words in ("rotate=90", "flip=vertical"):  # a message within H.264, which FFmpeg takes for one frame's
+        message = f"h264_metadata=display_orientation=insert:{words}"
+        subprocess.run([*copy, "-bsf:v", message, avi], check=True)
+        with pytest.raises(DataError, match=r"clip.avi: its display matrix changes near second 0\.\d; .*-noautorotate"):
+            read_path(avi)
+        subprocess.run([*copy, "-bsf:v", message, "-frames:v", "1", avi], check=True)
+        right = ffmpeg_frames(avi, *((64, 48) if words == "rotate=90" else (48, 64)))
+        np.testing.assert_array_equal(read_path(avi), right)
+        assert right.shape != plain[:1].shape or (right != plain[:1]).any()
 
 
 def test_a_display_matrix_that_is_no_quarter_turn_is_refused(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ def test_of_a_clip_only_the_frames_that_are_asked_for_are_read(
         assert torch.equal(found, clips[:, frames(3 * batch)])
 
 
+@pytest.mark.slow
 @given(
     dtype=st.sampled_from(["float16", "int8"]),
     residence=st.sampled_from(RESIDENCES),

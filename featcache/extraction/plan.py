@@ -32,7 +32,9 @@ from featcache.words import Dtype, Fit, Precision
 logger = logging.getLogger(__name__)
 
 
-PROBED_VIDEOS, PROBED_FRAMES = 4, 16  # most videos and frames that a number format's error is measured on
+# What a number format's error is measured on: most frames of videos; most frames that are decoded for it, unless a few
+# videos, the least that tell, have more. Of single images, so many are read.
+PROBED_FRAMES, PROBED_DECODED, PROBED_VIDEOS = 16, 32, 4
 
 
 @dataclass(frozen=True)
@@ -176,9 +178,10 @@ def some_frames(
     source: Source, split: str, max_videos: int | None, preprocessing: Mapping[str, Any], stored: Size | None
 ) -> list[npt.NDArray[np.uint8]]:
     """A few frames of a few videos, both evenly spaced: (T, H, W, 3) each; `read_shown`."""
-    videos = len(source.lengths(split)[:max_videos])
-    chosen = range(0, videos, -(-videos // PROBED_VIDEOS))
-    frames = PROBED_FRAMES // len(chosen)
+    lengths = source.lengths(split)[:max_videos]
+    most = max(PROBED_VIDEOS, PROBED_DECODED // max(lengths))
+    chosen = range(0, len(lengths), -(-len(lengths) // most))
+    frames = max(1, PROBED_FRAMES // len(chosen))
     shown = (read_shown(source, split, index, 1, preprocessing, stored).frames for index in chosen)
     return [video[:: -(-len(video) // frames)] for video in shown]
 
@@ -255,7 +258,8 @@ def read_shown(
     if stored and (size := source.size(split, index)):
         window, wanted = shown(preprocessing, size), input_size(preprocessing)
         sides = zip(window.size, stored, wanted, strict=True)
-        shrink = decoded_smaller(size, min(side / max(kept, taken) for side, kept, taken in sides))
+        frames = source.lengths(split)[index]
+        shrink = decoded_smaller(size, frames, min(side / max(kept, taken) for side, kept, taken in sides))
     return fitted(strided(source.read_smaller(split, index, shrink), stride), preprocessing)
 
 

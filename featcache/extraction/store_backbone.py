@@ -67,8 +67,9 @@ def refuse_other_backbone(store: FeatureStore, backbone: Backbone, taps: Sequenc
         preprocessing={**backbone.preprocessing, **fitting(fit_of(spec.preprocessing), backbone.spec.mean)},
         taps={tap: TapSpec(backbone.grid, backbone.dims[tap]) for tap in backbone.taps},
     )
-    kept = replace(spec, taps={tap: spec.taps[tap] for tap in taps or spec.taps})
-    if differences := compare_settings(_deciding(kept), _deciding(made)):
+    kept = _deciding(replace(spec, taps={tap: spec.taps[tap] for tap in taps or spec.taps}))
+    now = {key: value for key, value in _deciding(made).items() if key in kept or key != "model.weights_sha256"}
+    if differences := compare_settings(kept, now):  # a specification that no extraction made names no file of weights
         raise IncompatibleError(
             f"{store.path}: made with another backbone",
             differences,

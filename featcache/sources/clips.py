@@ -64,15 +64,15 @@ def frame_size(path: Path) -> Size:
 def read_frames(path: Path, shrink: float = 1.0) -> npt.NDArray[np.uint8]:
     """All frames of a file, upright -> (T, H, W, 3). ``DataError`` if it is damaged or too large.
 
-    The sides of images, but not of videos, may be up to ``shrink`` times smaller than the file's.
+    The sides may be up to ``shrink`` times smaller than the file's.
     """
     if is_video(path):
-        return video_file.read_frames(path)
+        return video_file.read_frames(path, shrink)
     header = images.read_header(path)
-    if 3 * header.pages * header.size[0] * header.size[1] / shrink**2 > video_file.MAX_BYTES:
+    if 3 * header.pages * header.size[0] * header.size[1] / shrink**2 > images.MAX_BYTES:
         raise DataError(
-            f"{path}: {header.pages} pages of {header.size[1]}x{header.size[0]} are over {video_file.MAX_BYTES >> 30} "
-            "GiB; save them as a folder of images"
+            f"{path}: {header.pages} pages of {header.size[1]}x{header.size[0]} are over {images.MAX_BYTES >> 30} "
+            "GiB; have them scaled down (--frame-size 512), or save them as a folder of images"
         )
     frames = images.decode_pages(read_bytes(path), str(path), shrink)
     return images.stack(frames, [f"{path}: page {i}" for i in range(len(frames))])

@@ -32,6 +32,7 @@ LYING = frozenset((5, 6, 7, 8))  # EXIF orientations that swap height and width
 MOST_PIXELS: int = Image.MAX_IMAGE_PIXELS or 1 << 26
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # who stores a picture looks at its size
 LARGE = 1 << 24  # pixels of a picture from which it is worth while to decode it smaller: 50 MB
+MAX_BYTES = 4 << 30  # of decoded frames: a video is read whole, and extraction holds several
 GAP = 2.0  # between a picture that is decoded smaller and what is made of it; as Pillow's own for thumbnails
 # Where EXIF may hide in PNG files besides its own chunk: keywords of text chunks.
 PNG_TEXTS_OF_EXIF = (b"Raw profile type exif", b"Raw profile type APP1", b"XML:com.adobe.xmp")
@@ -113,9 +114,11 @@ def _png_has_exif(file: BinaryIO) -> bool:
     return False
 
 
-def decoded_smaller(size: Size, factor: float) -> float:
-    """The ``shrink`` with which to decode pictures whose sides will be ``factor`` times smaller in the end."""
-    return max(1.0, factor / GAP) if size[0] * size[1] > LARGE else 1.0
+def decoded_smaller(size: Size, frames: int, factor: float) -> float:
+    """The ``shrink`` with which to decode a video's pictures, whose sides will be ``factor`` times smaller in the end:
+    1 where neither a picture nor all of them together are large."""
+    pixels = size[0] * size[1]
+    return max(1.0, factor / GAP) if pixels > LARGE or 3 * frames * pixels > MAX_BYTES else 1.0
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from featcache.errors import DataError
-from featcache.sources import gif, mjpeg, mp4, nal
-from featcache.sources.images import errors_named, stack
+from featcache.sources import ends, gif, mjpeg, mp4, nal
+from featcache.sources.images import MAX_BYTES, as_rgb, errors_named, stack
 from featcache.sources.video import Size
 
 SUFFIXES = frozenset(
@@ -40,8 +41,8 @@ SKEW = 0.0175  # skew of a display matrix, about one degree, below which it is r
 ERROR, WARNING = 16, 24  # FFmpeg's log levels
 # Warnings of damage among many harmless ones. Corrupt packets are marked, and may be another stream's.
 OF_DAMAGE = re.compile(r"(?!Packet corrupt).*(corrupt|truncat|reached eof)", re.IGNORECASE | re.DOTALL)
+ALONE = 0.5  # seconds in place of the time between two frames, where there is but one
 MOST_DELAY = 16.0  # seconds beyond a video's length by which a frame may follow its data: a frame a second, 16 ahead
-MAX_BYTES = 4 << 30  # of decoded frames: a video is read whole, and extraction holds several
 
 
 def count_frames(path: Path) -> int:
@@ -57,6 +58,7 @@ def count_frames(path: Path) -> int:
         delay = 0.0  # the most seconds from decoding a frame to showing it; several frames, unless a table is damaged
         begin, end, before, gap = float("inf"), float("-inf"), None, 0.0  # seconds; `gap` between two frames
         seen, hides = 0.0, False  # seconds that are shown; whether an edit list hides others
+        last = 0  # where the data of the last frame end
         for packet in clip.container.demux():
             if packet.pts is not None:
                 start = float(packet.pts * packet.time_base)
@@ -65,6 +67,7 @@ def count_frames(path: Path) -> int:
                 continue
             if packet.size:
                 held += 1
+                last = (packet.pos or 0) + packet.size
                 shown += not packet.is_discard if counts else 0
                 seen += 0.0 if packet.is_discard else float((packet.duration or 0) * packet.time_base)
                 hides = hides or packet.is_discard
@@ -78,8 +81,13 @@ def count_frames(path: Path) -> int:
         promised, length = clip.stream.frames, (clip.container.duration or 0) / 1e6
         name = clip.container.format.name
         meant = float((clip.stream.duration or 0) * clip.stream.time_base)  # by the edit list, where there is one
+        gap = gap if held > 1 else ALONE
+        if name == "avi" and before and clip.stream.time_base:  # promises empty packets, too: they repeat a frame
+            held = max(held, round((before + gap) / float(clip.stream.time_base)))
     if "mov" in name and (broken := mp4.broken_table(path)):
         raise DataError(f"{path}: is damaged ({broken}); {REMEDY}")
+    if unfinished := ends.unfinished(path, name, last):
+        raise DataError(f"{path}: is damaged ({unfinished}); {REMEDY}")
     if length and delay > length + MOST_DELAY:
         raise DataError(f"{path}: is damaged (a frame is shown {delay:.0f} seconds off its place); {REMEDY}")
     if promised and held < promised - max(1, promised // 50):
@@ -111,10 +119,14 @@ def frame_size(path: Path) -> Size:
     raise DataError(f"{path}: holds no frame; record or copy it again")
 
 
-def read_frames(path: Path) -> npt.NDArray[np.uint8]:
-    """All frames, turned upright -> (T, H, W, 3). ``DataError`` for damaged, changing or over-long videos."""
+def read_frames(path: Path, shrink: float = 1.0) -> npt.NDArray[np.uint8]:
+    """All frames, turned upright -> (T, H, W, 3); their sides are averaged to a ``shrink``-th where that is 2 or more.
+
+    ``DataError`` for damaged, changing or over-long videos.
+    """
     expected = count_frames(path)
     frames: list[npt.NDArray[np.uint8]] = []
+    first = None  # the display matrix
     with _opened(path) as clip:
         ordered, last = not ORDERED.isdisjoint(clip.container.format.name.split(",")), None
         for packet in clip.packets():
@@ -123,11 +135,20 @@ def read_frames(path: Path) -> npt.NDArray[np.uint8]:
                     second = float(frame.pts * clip.stream.time_base)
                     raise DataError(f"{path}: its frames are out of order near second {second:.1f}; {REMEDY}")
                 last = frame.pts if frame.pts is not None else last
-                image = _upright(frame.to_ndarray(format="rgb24"), _display_matrix(frame), path)
+                matrix = _display_matrix(frame)
+                first = first if frames else matrix
+                if matrix != first:  # H.264 and HEVC may hold one for each frame
+                    second = float((frame.pts or 0) * clip.stream.time_base)
+                    raise DataError(
+                        f"{path}: its display matrix changes near second {second:.1f}; encode it with one "
+                        "(ffmpeg -noautorotate -i FILE new.mp4 leaves it out)"
+                    )
+                image = _upright(frame.to_ndarray(format="rgb24"), matrix, path)
+                image = image if shrink < 2 else as_rgb(Image.fromarray(image), str(path), turn=False, shrink=shrink)
                 if image.nbytes * expected > MAX_BYTES:
                     raise DataError(
                         f"{path}: {expected} frames of {image.shape[1]}x{image.shape[0]} are over "
-                        f"{MAX_BYTES >> 30} GiB; cut it into clips "
+                        f"{MAX_BYTES >> 30} GiB; have them scaled down (--frame-size 512), or cut it into clips "
                         "(ffmpeg -i FILE -c copy -f segment -segment_time 10 clip%04d.mp4)"
                     )
                 frames.append(image)

@@ -22,6 +22,7 @@ from slotlab.commands import (
     evaluate,
     experiments,
     extract,
+    importing,
     masks,
     plan,
     report,
@@ -61,6 +62,7 @@ app.command()(demo.demo)
 app.command()(stores.verify)
 app.command()(stores.export)
 app.command("import")(stores.import_file)
+app.command()(importing.import_run)
 app.command()(stores.weights)
 app.command()(doctor.doctor)
 app.command()(masks.masks)

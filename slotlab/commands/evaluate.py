@@ -25,6 +25,9 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Split to score; default: the configuration's, validation.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="PNG to draw: frames, ground truth and slots.")] = None,
     boundaries: Annotated[bool, typer.Option("--boundaries", help="Boundary F and bleeding as well, by area.")] = False,
+    entropy: Annotated[
+        bool, typer.Option("--entropy", help="Entropy of the soft masks as well, by material and by spare slots.")
+    ] = False,
     refine: Annotated[
         Refinement | None,
         typer.Option(help="Method that refines masks along edges; refined and plain masks are scored."),
@@ -48,15 +51,16 @@ def evaluate(
     from slotlab.commands import terminal
     from slotlab.commands.protocols import protocols_table
     from slotlab.commands.splits import chosen_split
-    from slotlab.commands.tables import gains_table, outlines_table, paired_table, scores_table
+    from slotlab.commands.tables import entropy_table, gains_table, outlines_table, paired_table, scores_table
     from slotlab.protocols.scorer import ProtocolScorer
     from slotlab.protocols.store import apply_all
     from slotlab.runs.folder import keep_result
     from slotlab.runs.loaded import load_run
+    from slotlab.scoring.entropy import EntropyScorer
     from slotlab.scoring.evaluate import evaluate as run_evaluate
     from slotlab.scoring.fine import OutlineScorer
     from slotlab.scoring.paired import paired
-    from slotlab.scoring.tables import require_truth
+    from slotlab.scoring.tables import count_labels, require_truth
 
     wanted = asked(protocol or ())
     if sheet and sheet.suffix.lower() != ".png":
@@ -67,6 +71,9 @@ def evaluate(
     if fine := boundaries or refine is not None or bool(binarise):
         outlines = OutlineScorer(loaded, chosen, refine, binarise or ())
         also.append(outlines.add)
+    if entropy:
+        entropies = EntropyScorer(chosen, count_labels(chosen))
+        also.append(entropies.add)
     applied, left_out = apply_all(wanted, chosen)
     protocols = ProtocolScorer(chosen, applied, loaded.model.slots)
     if applied:
@@ -80,13 +87,15 @@ def evaluate(
     found = run_evaluate(loaded, chosen.name, also=also, floors=floors)
     if fine:
         found = replace(found, fine=outlines.result())
+    if entropy:
+        found = replace(found, fine={**found.fine, "entropy": entropies.result()})
     if wanted:
         told = protocols.result() | {name: {"left_out": why} for name, why in left_out.items()}
         found = replace(found, fine={**found.fine, "protocols": told})
     result = found.as_dict()
     terminal.warn(keep_result(run, loaded.store, result))
     if sheet:
-        draw_sheet(chosen, stills.result(), sheet)
+        draw_sheet(chosen, stills.result(), sheet, entropy)
     compared = None
     if against is not None:
         compared = paired(found, run_evaluate(_other(against, loaded, cache), chosen.name))
@@ -97,6 +106,8 @@ def evaluate(
         terminal.warn(found.warnings)
         if fine:
             terminal.out.print(outlines_table(found), gains_table(found))
+        if entropy:
+            terminal.out.print(entropy_table(found))
         if wanted:
             terminal.out.print(protocols_table(found))
             terminal.warn([f"not scored: {line}" for line in left_out.values()])

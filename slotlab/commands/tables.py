@@ -159,6 +159,21 @@ def outlines_table(found: Evaluation) -> Table:
     return plain_table(("outlines", *kinds), rows, f"within {boundaries['tolerance_px']} px")
 
 
+def entropy_table(found: Evaluation) -> Table:
+    """The table of the masks' entropy: everywhere, by material, by spare slots."""
+    entropy = found.fine["entropy"]
+    parts = {name: entropy[name] for name in ("all", "background", "objects")}
+    parts |= {f"  {name}": of for name, of in entropy["by_material"].items()}
+    parts |= {f"{name} spare slots": of for name, of in entropy["by_spare_slots"].items()}
+    rows = []
+    for name, of in parts.items():
+        bounds = None if of["interval"] is None else "{:.3f} to {:.3f}".format(*of["interval"])
+        rows.append((name, of["mean"], bounds, of["frames"]))
+    if (slope := entropy["per_spare_slot"]) is not None:
+        rows.append(("for each spare slot", f"{slope:+.4f}", None, None))
+    return plain_table(("entropy of the masks", "mean", "interval", "frames"), rows, f"in units of {entropy['unit']}")
+
+
 def gains_table(found: Evaluation) -> Table:
     """The table of the scores of refined and otherwise binarised masks, beside those of the plain ones."""
     plain = {**found.values, "boundary_f": found.fine["boundaries"]["boundary_f"]}

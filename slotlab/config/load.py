@@ -30,16 +30,23 @@ def preset_values(name: str) -> dict[str, Any]:
 
 
 def load_config(
-    preset: str = "default", file: Path | None = None, overrides: Iterable[str] = (), **shorthands: Any
+    preset: str = "default",
+    file: Path | None = None,
+    overrides: Iterable[str] = (),
+    *,
+    found: Mapping[str, Any] | None = None,
+    **shorthands: Any,
 ) -> Config:
     """A ``Config`` merged from preset, file and overrides (``section.key=value``, value as TOML or bare text).
 
-    ``shorthands`` are overrides with ``__`` for the dot; ``None`` sets nothing. ``UsageError`` names a key that is
-    unknown or invalid; ``DataError`` for a file that cannot be read.
+    ``found`` are values by dotted keys that lie over the preset: those of a checkpoint. ``shorthands`` are overrides
+    with ``__`` for the dot; ``None`` sets nothing. ``UsageError`` names a key that is unknown or invalid; ``DataError``
+    for a file that cannot be read.
     """
     if preset not in presets():
         raise UsageError(f"--preset {preset}: unknown; there are: {', '.join(presets())}")
     layers = [(f"preset {preset}", preset_values(preset))]
+    layers += [("checkpoint", _nested(key, value)) for key, value in (found or {}).items()]
     if file is not None:
         layers.append((str(file), read_toml(file)))
     for override in overrides:

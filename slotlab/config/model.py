@@ -7,13 +7,16 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from pydantic import Field, model_validator
 
+from slotlab.config.parts import DecoderConfig, PredictorConfig
 from slotlab.config.section import Gone, ReadBy, Section
 
 MOST_SLOTS = 256  # a label is a byte
 Masks = Literal["decoder", "attention"]  # masks of the decoder, or of the attention that formed the slots
 MASKS: tuple[Masks, ...] = get_args(Masks)
 Gradient = Literal["full", "implicit", "bilevel"]
-Initializer = Literal["gaussian", "gaussian_means", "gaussian_per_slot", "learnt", "kmeans++", "kmeans"]
+GRUHidden = Literal["slots", "normalised"]
+Initializer = Literal["gaussian", "gaussian_means", "gaussian_per_slot", "learnt", "kmeans++", "kmeans", "saliency"]
+FROM_TOKENS = ("kmeans++", "kmeans", "saliency")  # initializers that start slots at projected tokens
 Sign = Literal["one_slot", "same_masks", "flat_attention", "same_slots", "lost_slots"]  # signs of a collapse
 
 
@@ -28,66 +31,6 @@ class Remedy(NamedTuple):
 Remedies = Mapping[Sign, tuple[Remedy, ...]]
 
 
-class DecoderConfig(Section):
-    """The decoder, from slots to patch tokens and masks (slotlab.models.decoders)."""
-
-    kind: Literal["mlp", "mix", "slot_mixer", "spatial_broadcast", "transformer"] = Field(
-        "mix", description="Decoder, from slots to tokens and masks"
-    )
-    hidden: int = Field(256, ge=1, description="Width of its hidden layers, or of its tokens in a transformer")
-    layers: int = Field(2, ge=1, description="Hidden layers of its MLP, or convolutions before the last one")
-    blocks: int = Field(2, ge=1, description="Blocks of attention")
-    heads: int = Field(4, ge=1, description="Heads of each attention")
-    mask_temperature: float = Field(
-        1.0, gt=0, description="Divisor of the mask logits before the softmax over slots; below 1 sharpens"
-    )
-    masks: Literal["soft", "gumbel", "straight_through"] = Field(
-        "soft", description="Masks of training: soft, or hard with the gradient of soft ones"
-    )
-    permuted: bool = Field(False, description="Training on several orders of the patches (SPOT)")
-    patches: int | None = Field(None, ge=1, description="Number of random patches decoded in a step; unset: all")
-    recompute: bool = Field(
-        False, description="Activations computed again in the backward pass: far less memory, a third more time"
-    )
-
-    read_by: ClassVar[ReadBy] = {
-        "layers": ("kind", ("mlp", "mix", "slot_mixer", "spatial_broadcast")),
-        "blocks": ("kind", ("slot_mixer", "transformer")),
-        "heads": ("kind", ("slot_mixer", "transformer")),
-        "mask_temperature": ("kind", ("mlp", "spatial_broadcast")),
-        "masks": ("kind", ("mlp",)),
-        "permuted": ("kind", ("transformer",)),
-        "patches": ("kind", ("mlp", "mix", "slot_mixer")),
-        "recompute": ("kind", ("mlp", "spatial_broadcast")),
-    }
-
-    @property
-    def hard(self) -> bool:
-        """Whether masks are hard in training."""
-        return self.kind == "mlp" and self.masks != "soft"
-
-
-class PredictorConfig(Section):
-    """The predictor of the next frame's initial slots, which makes a model recurrent over clips."""
-
-    kind: Literal["identity", "mlp", "transformer"] = Field(
-        "transformer",
-        description="Map from a frame's slots to the next one's: identity; each slot alone; all together",
-    )
-    hidden: int = Field(512, ge=1, description="Width of its MLP")
-    heads: int = Field(4, ge=1, description="Heads of its attention")
-    output_norm: bool = Field(False, description="LayerNorm after the predictor")
-    stop_gradient: bool = Field(False, description="Stop-gradient between frames")
-    refresh: int = Field(0, ge=0, description="Frames after which slots start afresh; 0: never")
-    first_iterations: int = Field(3, ge=1, description="Rounds of slot attention where slots start")
-
-    read_by: ClassVar[ReadBy] = {
-        "hidden": ("kind", ("mlp", "transformer")),
-        "heads": ("kind", ("transformer",)),
-        "output_norm": ("kind", ("mlp", "transformer")),
-    }
-
-
 class KindConfig(Section):
     """A kind of model: what every one has, with what holds where the kind does not say otherwise."""
 
@@ -97,7 +40,11 @@ class KindConfig(Section):
     # What to try against a sign of collapse (slotlab.scoring.collapse).
     remedies: ClassVar[Remedies] = {}
     frames_a_step: ClassVar[int | None] = None  # frames of a clip that a step reads, drawn anew each time; None: all
-    on_host: ClassVar[bool] = False  # whether a step computes on the host, which then waits for the device
+
+    @property
+    def on_host(self) -> bool:
+        """Whether a step computes on the host, which then waits for the device."""
+        return False
 
     @property
     def carries(self) -> bool:
@@ -107,6 +54,11 @@ class KindConfig(Section):
     @property
     def recurrent(self) -> bool:
         """Whether it is trained on whole clips, a frame's slots starting from those of the frame before."""
+        return False
+
+    @property
+    def trains_on_frames(self) -> bool:
+        """Whether a recurrent model may be trained on single frames: nothing in it learns from the frame before."""
         return False
 
 
@@ -125,6 +77,9 @@ class RecurrentConfig(KindConfig):
     )
     temperature: float = Field(
         1.0, gt=0, description="Divisor of the attention's logits; below 1 sharpens the competition"
+    )
+    gru_hidden: GRUHidden = Field(
+        "slots", description="Hidden state of the GRU: the slots, or their LayerNorm (VideoSAUR, SlotContrast)"
     )
     slot_mlp_hidden: int = Field(512, ge=0, description="Width of the residual MLP after the GRU; 0: none")
     predictor: PredictorConfig | None = Field(
@@ -151,6 +106,14 @@ class RecurrentConfig(KindConfig):
     def recurrent(self) -> bool:
         return self.predictor is not None
 
+    @property
+    def trains_on_frames(self) -> bool:
+        return self.predictor is not None and self.predictor.kind == "identity"
+
+    @property
+    def on_host(self) -> bool:
+        return self.predictor is not None and self.predictor.kind == "hungarian"
+
     @model_validator(mode="after")
     def _recurrence_fits(self) -> RecurrentConfig:
         """Refuse parts that contradict each other, or that would never learn."""
@@ -163,10 +126,12 @@ class RecurrentConfig(KindConfig):
             )
         if predictor is not None and predictor.kind == "transformer" and self.slot_dim % predictor.heads:
             raise ValueError(f"predictor.heads {predictor.heads} do not divide slot_dim {self.slot_dim}")
+        if self.on_host and self.fewest_slots is not None:
+            raise ValueError("predictor.kind = hungarian needs all slots in every sample: leave out fewest_slots")
         if self.gradient == "implicit":
             if self.initializer == "learnt":
                 raise ValueError("gradient = implicit never reaches learnt slots; use gradient = bilevel")
-            if predictor is not None and predictor.kind != "identity":
+            if predictor is not None and predictor.kind not in ("identity", "hungarian"):
                 raise ValueError("gradient = implicit never reaches a predictor; use gradient = bilevel")
         return self
 
@@ -175,20 +140,35 @@ class SlotAttentionConfig(RecurrentConfig):
     """DINOSAUR and its relatives, for images and, with a predictor, for video (slotlab.models.slot_model)."""
 
     kind: Literal["slot_attention"] = "slot_attention"
-    projection: Literal["mlp", "linear"] = Field(
-        "mlp", description="Map of tokens before slots attend: LN-Linear-ReLU-Linear, or one linear layer"
+    projection: Literal["mlp", "linear", "wide"] = Field(
+        "mlp",
+        description="Map of tokens before slots attend: LN-Linear-ReLU-Linear; one linear layer; "
+        "the first, as wide as the features (SPOT)",
     )
     projection_hidden: int | None = Field(
         None, ge=1, description="Hidden width of the projection; unset: the features' width"
     )
     initializer: Initializer = "kmeans"
     kmeans_rounds: int = Field(8, ge=0, description="Rounds of k-means")
+    saliency_weight: float = Field(
+        0.5, ge=0, description="Weight of a patch's likeness to the whole frame, which makes it less salient"
+    )
+    first_slots: int | None = Field(
+        None,
+        ge=1,
+        description="Number of slots at first; half of all from a tenth of the steps, all from a quarter (SlotCurri); "
+        "unset: all",
+    )
+    there_and_back: bool = Field(
+        False, description="Videos gone through once more in use, from the last frame to the first (SlotCurri)"
+    )
     iterations: int = Field(1, ge=1)
     decoder: DecoderConfig = DecoderConfig()
 
     read_by: ClassVar[ReadBy] = {
         "kmeans_rounds": ("initializer", ("kmeans",)),
-        "projection_hidden": ("projection", ("mlp",)),
+        "saliency_weight": ("initializer", ("saliency",)),
+        "projection_hidden": ("projection", ("mlp", "wide")),
     }
     remedies: ClassVar[Remedies] = {
         "one_slot": (
@@ -207,8 +187,26 @@ class SlotAttentionConfig(RecurrentConfig):
     }
 
     @model_validator(mode="after")
+    def _curriculum_fits(self) -> SlotAttentionConfig:
+        if self.there_and_back and self.predictor is None:
+            raise ValueError("there_and_back needs slots carried over a video: set predictor.kind")
+        if self.there_and_back and self.on_host:
+            raise ValueError("there_and_back needs slots that one frame gives to the next: another predictor.kind")
+        if self.first_slots is None:
+            return self
+        if self.first_slots > self.slots // 2:
+            raise ValueError(f"first_slots = {self.first_slots} is more than half of slots = {self.slots}")
+        if self.initializer != "learnt":
+            raise ValueError("first_slots needs initializer = learnt: new slots start as those with a large error")
+        if self.fewest_slots is not None:
+            raise ValueError("first_slots and fewest_slots both say how many slots train: leave one out")
+        return self
+
+    @model_validator(mode="after")
     def _heads_fit(self) -> SlotAttentionConfig:
-        if self.decoder.kind in ("slot_mixer", "transformer"):
+        if self.projection == "wide" and self.initializer in FROM_TOKENS:
+            raise ValueError(f"initializer = {self.initializer} starts slots as projected tokens: projection = mlp")
+        if self.decoder.kind in ("slot_mixer", "transformer") and self.decoder.source == "slotlab":
             width = self.slot_dim if self.decoder.kind == "slot_mixer" else self.decoder.hidden
             if width % self.decoder.heads:
                 raise ValueError(f"decoder.heads {self.decoder.heads} do not divide its width of {width}")
@@ -326,7 +324,10 @@ class AgglomerativeConfig(KindConfig):
         "flat_attention": (Remedy("model.temperature", factor=0.5),),
     }
     frames_a_step: ClassVar[int | None] = 2
-    on_host: ClassVar[bool] = True  # segments are found there
+
+    @property
+    def on_host(self) -> bool:
+        return True  # segments are found there
 
     @property
     def carries(self) -> bool:

@@ -102,6 +102,7 @@ class LossConfig(Section):
     )
     layer_norm_mse: float = _weight(0.0, "Feature MSE, LayerNorm", "the squared error of tokens after a LayerNorm")
     cosine: float = _weight(0.0, "Cosine", "one minus the cosine")
+    structure: float = _weight(0.0, "Structure", "one minus the structural similarity of tokens and their neighbours")
     temporal_similarity: float = _weight(0.0, "Temporal similarity", "the temporal similarity (VideoSAUR)")
     slot_contrast: float = _weight(0.0, "Slot contrast", "the slot contrast (SlotContrast)")
     assignment: float = _weight(0.0, "Assignment", "the cross-entropy of the slot that a patch belongs to")
@@ -116,7 +117,7 @@ class LossConfig(Section):
     @property
     def reconstructs(self) -> bool:
         """Whether a loss uses the reconstruction."""
-        return self.feature_mse > 0 or self.layer_norm_mse > 0 or self.cosine > 0
+        return any((self.feature_mse, self.layer_norm_mse, self.cosine, self.structure))
 
     def weights(self) -> dict[str, float]:
         """The weights of the losses in use, by name."""
@@ -206,7 +207,7 @@ class Config(Section):
                 raise ValueError(f"model.kind = {self.model.kind} needs {needs}, in which its errors are told")
         if self.data.clip > 1 and not recurrent and self.model.frames_a_step is None:
             raise ValueError("data.clip above 1 needs a video model: set model.predictor.kind")
-        if recurrent and self.data.clip == 1:
+        if recurrent and self.data.clip == 1 and not self.model.trains_on_frames:
             raise ValueError("model.predictor needs clips: set data.clip to 2 or more")
         if self.loss.temporal_similarity and self.model.kind != "slot_attention":
             raise ValueError("loss.temporal_similarity needs model.kind = slot_attention, whose decoders predict it")
@@ -218,10 +219,12 @@ class Config(Section):
             raise ValueError(
                 "loss.slot_contrast needs optim.accumulate=1: it contrasts each slot with all others of the batch"
             )
-        if self.loss.slot_contrast and not recurrent:
+        if self.loss.slot_contrast and not (recurrent and self.data.clip > 1):
             raise ValueError("loss.slot_contrast needs slots carried over clips: set model.predictor.kind")
         if self.loss.slot_contrast and isinstance(self.model, RecurrentConfig) and self.model.fewest_slots is not None:
             raise ValueError("loss.slot_contrast needs all slots in every sample: leave out model.fewest_slots")
+        if isinstance(self.model, SlotAttentionConfig) and self.model.first_slots and not self.loss.reconstructs:
+            raise ValueError("model.first_slots needs the reconstruction, whose error says where slots are added")
         if self.loss.assignment and self.model.kind != "agglomerative":
             raise ValueError("loss.assignment needs model.kind = agglomerative, whose segments are what is assigned")
         if self.loss.slot_mse and self.model.kind != "dynamics":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from jaxtyping import Bool, Float, Int
@@ -35,6 +35,7 @@ class Output:
     grid: tuple[int, int]  # rows and columns of the N patches
     positions: Int[Tensor, M] | None = None  # (M,) indices of decoded patches; None: all
     similarity: Float[Tensor, "*B M N"] | None = None  # logits over the patches of a later frame
+    active: Bool[Tensor, "*B K"] | None = None  # slots that take part; the others have no mask; None: all
     assigned: Int[Tensor, "*B N"] | None = None  # the slot that each patch should go to, NO_SLOT for none
     future: Float[Tensor, "*B K S"] | None = None  # of predicted slots: what they should have been
     present: Bool[Tensor, "*B K"] | None = None  # which of these there were to be seen
@@ -63,7 +64,9 @@ class Output:
         """Sample ``index`` of the batch; its ``*B`` is () for frames, and (T,) for clips."""
         batched: tuple[str, ...] = ("slots", "attention", "logits", "masks", "reconstruction", "target")
         batched += tuple(
-            name for name in ("similarity", "assigned", "future", "present") if getattr(self, name) is not None
+            name
+            for name in ("similarity", "active", "assigned", "future", "present")
+            if getattr(self, name) is not None
         )
         return replace(self, **{name: getattr(self, name)[index] for name in batched})
 
@@ -95,6 +98,13 @@ class Model(nn.Module):
     def of_earlier_version(cls, tensors: dict[str, Tensor]) -> list[str]:
         """Remove a checkpoint's tensors that this version does not use; return a sentence for each change of result."""
         return []
+
+    def grow(self, step: int, steps: int, draws: Draws, mean: Callable[[Tensor], Tensor]) -> bool:
+        """Change what changes after this step of training, of ``steps``; whether anything did. Most models stay.
+
+        ``mean`` averages a tensor over the ranks, all of which draw alike.
+        """
+        return False
 
     def before_compiling(self) -> None:
         """Keep out of torch.compile's graphs what computes on the host. Most models have nothing of it."""

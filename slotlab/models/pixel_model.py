@@ -61,7 +61,7 @@ class PixelModel(Model):
         self.project = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, slot_dim), nn.ReLU(), nn.Linear(slot_dim, slot_dim)
         )
-        self.recur = Recurrence(config, slot_dim)
+        self.recur = Recurrence(config, slot_dim, grid)
         self.decode = BroadcastDecoder(config, normaliser.dim, grid)
 
     @classmethod
@@ -95,6 +95,9 @@ class PixelModel(Model):
             return super().segment(features, draws)
         output: Output = self(features.unsqueeze(0), draws)
         return output.sample(0)
+
+    def before_compiling(self) -> None:
+        self.recur.before_compiling()
 
     def tokens(self, pixels: Float[Tensor, "B N C"]) -> Float[Tensor, "B N S"]:
         """The tokens that slots attend to: convolved pixels with their position."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from slotlab.config.model import PredictorConfig
+from slotlab.config.parts import PredictorConfig
 from slotlab.models.transformer import FeedForward, SelfBlock
 
 
@@ -45,7 +45,7 @@ class TransformerPredictor(nn.Module):
 
     def __init__(self, slot_dim: int, config: PredictorConfig) -> None:
         super().__init__()
-        self.move = SelfBlock(slot_dim, config.heads, config.hidden)
+        self.move = SelfBlock(slot_dim, config.heads, config.hidden, config.attention_temperature)
         self.norm = nn.LayerNorm(slot_dim) if config.output_norm else nn.Identity()
 
     def forward(
@@ -59,4 +59,5 @@ PREDICTORS: dict[str, type[nn.Module]] = {
     "identity": IdentityPredictor,
     "mlp": MLPPredictor,
     "transformer": TransformerPredictor,
+    "hungarian": IdentityPredictor,  # frames start afresh: slotlab.models.recurrence matches their slots
 }

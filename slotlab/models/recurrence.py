@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from slotlab.config.model import RecurrentConfig, SlotAttentionConfig
-from slotlab.models.initializers import INITIALIZERS
+from slotlab.models.curriculum import Curriculum
+from slotlab.models.initializers import INITIALIZERS, Starts
 from slotlab.models.predictors import PREDICTORS
 from slotlab.models.randomness import Draws
 from slotlab.models.repeated import Repeated
@@ -25,23 +29,42 @@ class Recurrence(nn.Module):
     Args:
         config: configuration of the whole model.
         token_dim: width of the tokens that slots attend to.
+        grid: rows and columns of these tokens.
     """
 
-    def __init__(self, config: RecurrentConfig, token_dim: int) -> None:
+    def __init__(self, config: RecurrentConfig, token_dim: int, grid: tuple[int, int]) -> None:
         super().__init__()
-        rounds = config.kmeans_rounds if isinstance(config, SlotAttentionConfig) else 0
+        starts = Starts(config.slots, config.slot_dim, grid)
+        self.curriculum: Curriculum | None = None
+        if isinstance(config, SlotAttentionConfig):
+            starts = starts._replace(kmeans_rounds=config.kmeans_rounds, saliency_weight=config.saliency_weight)
+            if config.first_slots is not None:
+                self.curriculum = Curriculum(config.first_slots, config.slots)
         self.config = config
-        self.initialize = INITIALIZERS[config.initializer](config.slots, config.slot_dim, rounds)
+        self.initialize = INITIALIZERS[config.initializer](starts)
         # At a fixed point no gradient reaches the first slots, and DDP fails on parameters without a gradient.
         self.initialize.requires_grad_(config.gradient != "implicit")
         self.attend = SlotAttention(
-            token_dim, config.slot_dim, config.slot_mlp_hidden, config.temperature, config.gradient
+            token_dim,
+            config.slot_dim,
+            config.slot_mlp_hidden,
+            config.temperature,
+            config.gradient,
+            config.gru_hidden,
         )
         predictor = config.predictor
         self.predict = PREDICTORS[predictor.kind](config.slot_dim, predictor) if predictor else None
 
-    def forward(self, tokens: Float[Tensor, "B T N S"], clustered: Float[Tensor, "B T N D"], draws: Draws) -> Attended:
+    def forward(
+        self,
+        tokens: Float[Tensor, "B T N S"],
+        clustered: Float[Tensor, "B T N D"],
+        draws: Draws,
+        there_and_back: bool = False,
+    ) -> Attended:
         """Slots of all frames, (B * T, ...), each clip's in order; initialisers cluster the tokens ``clustered``.
+
+        ``there_and_back`` gives those of a second pass, from the last frame to the first.
 
         All is float32, under autocast too: slots are sums over many rounds, and their products are small.
         """
@@ -59,6 +82,10 @@ class Recurrence(nn.Module):
                 frames = self._at_once(projected, starts, active)
             else:
                 frames = self._in_turn(projected, starts, active)
+            if self.config.on_host:
+                frames = self.matched(frames)
+            if there_and_back:
+                frames = self._back(projected, frames[-1], active)
         if len(frames) == 1:
             return frames[0]
         return Attended(
@@ -72,7 +99,8 @@ class Recurrence(nn.Module):
         self, projected: Sequence[Projected], starts: Mapping[int, Tensor], active: Bool[Tensor, "B K"] | None
     ) -> list[Attended]:
         """Frame by frame, from given slots ``starts`` (B, K, S) or those predicted by the frame before."""
-        layers = self.attend.layers(sum(self._iterations(index in starts) for index in range(len(projected))))
+        rounds = [self._iterations(index, index in starts) for index in range(len(projected))]
+        layers = self.attend.layers(sum(rounds))
         predict = None if self.predict is None else Repeated(self.predict, len(projected) - len(starts))
         frames: list[Attended] = []
         for index, frame in enumerate(projected):
@@ -82,7 +110,7 @@ class Recurrence(nn.Module):
                 assert predict is not None and self.config.predictor is not None
                 before = frames[-1].slots
                 slots = predict(before.detach() if self.config.predictor.stop_gradient else before, active)
-            frames.append(self.attend.refine(frame, layers, slots, self._iterations(index in starts), active))
+            frames.append(self.attend.refine(frame, layers, slots, rounds[index], active))
         return frames
 
     def _at_once(
@@ -99,7 +127,7 @@ class Recurrence(nn.Module):
         slots |= zip(later, self.predict(given, _for_each(later, active)).chunk(len(later)), strict=True)
         groups: dict[int, list[int]] = {}  # frames by their iterations
         for index in range(len(projected)):
-            groups.setdefault(self._iterations(index in starts), []).append(index)
+            groups.setdefault(self._iterations(index, index in starts), []).append(index)
         layers = self.attend.layers(sum(groups))
         frames: dict[int, Attended] = {}
         for iterations, group in groups.items():
@@ -113,9 +141,42 @@ class Recurrence(nn.Module):
                 frames[index] = Attended(slots_of, attention, logits, active)
         return [frames[index] for index in range(len(projected))]
 
+    def _back(
+        self, projected: Sequence[Projected], last: Attended, active: Bool[Tensor, "B K"] | None
+    ) -> list[Attended]:
+        """All frames in their order, each found from the one after it."""
+        assert self.predict is not None
+        layers = self.attend.layers(self.config.iterations * len(projected))
+        frames = [last]
+        for frame in reversed(projected[:-1]):
+            slots = self.predict(frames[-1].slots, active)
+            frames.append(self.attend.refine(frame, layers, slots, self.config.iterations, active))
+        return frames[::-1]
+
+    def matched(self, frames: Sequence[Attended]) -> list[Attended]:
+        """The frames with their slots in the order of those of the first that they are most like."""
+        found = [frames[0]]
+        for frame in frames[1:]:
+            likeness = F.normalize(found[-1].slots.detach(), dim=-1) @ F.normalize(frame.slots.detach(), dim=-1).mT
+            pairs = [linear_sum_assignment(sample, maximize=True)[1] for sample in likeness.cpu().numpy()]
+            index = torch.from_numpy(np.stack(pairs)).to(likeness.device).unsqueeze(-1)  # (B, K, 1)
+            slots, attention, logits = (
+                part.gather(1, index.expand_as(part)) for part in (frame.slots, frame.attention, frame.logits)
+            )
+            found.append(Attended(slots, attention, logits, frame.active))
+        return found
+
+    def before_compiling(self) -> None:
+        """Keep the matching out of torch.compile's graphs: scipy does it, on the host."""
+        if self.config.on_host:
+            self.matched = torch.compiler.disable(self.matched)  # type: ignore[method-assign,no-untyped-call]
+
     def _drawn(self, batch: int, draws: Draws, device: torch.device) -> Bool[Tensor, "B K"] | None:
-        """Random slots of each clip that take part, the same in all frames; None if all always do."""
+        """Slots of each clip that take part, the same in all frames: those in use so far, or random ones; None if all
+        always do."""
         slots, fewest = self.config.slots, self.config.fewest_slots
+        if self.curriculum is not None:
+            return self.curriculum.active().expand(batch, -1)
         if not self.training or fewest is None:
             return None
         count = fewest + (draws.uniform((batch, 1), device) * (slots - fewest + 1)).long()
@@ -123,11 +184,14 @@ class Recurrence(nn.Module):
 
     def _starts(self, index: int) -> bool:
         predictor = self.config.predictor
+        if self.config.on_host:
+            return True
         return index == 0 or (predictor is not None and predictor.refresh > 0 and index % predictor.refresh == 0)
 
-    def _iterations(self, fresh: bool) -> int:
+    def _iterations(self, index: int, fresh: bool) -> int:
         predictor = self.config.predictor
-        return predictor.first_iterations if predictor is not None and fresh else self.config.iterations
+        first = index == 0 if self.config.on_host else fresh
+        return predictor.first_iterations if predictor is not None and first else self.config.iterations
 
 
 def _for_each(frames: Sequence[int], active: Bool[Tensor, "B K"] | None) -> Bool[Tensor, "F K"] | None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from slotlab.config.model import Gradient
+from slotlab.config.model import Gradient, GRUHidden
 from slotlab.models.repeated import Repeated
 
 EPSILON = 1e-8  # keeps the mean of a slot without patches finite
@@ -72,6 +72,8 @@ class SlotAttention(nn.Module):
         gradient: the iterations that the gradient passes. ``full``: all of them. ``implicit``: the last alone, as at a
             fixed point (Chang et al., 2022, arXiv:2207.00787); none reaches the initial slots. ``bilevel``: the last,
             then straight to the initial slots (BO-QSA, Jia et al., 2023, arXiv:2210.08990).
+        gru_hidden: hidden state of the GRU: the slots of the round before (Locatello et al.), or these after their
+            LayerNorm, as in the source of VideoSAUR and SlotContrast.
     """
 
     def __init__(
@@ -81,9 +83,10 @@ class SlotAttention(nn.Module):
         mlp_hidden: int,
         temperature: float = 1.0,
         gradient: Gradient = "full",
+        gru_hidden: GRUHidden = "slots",
     ) -> None:
         super().__init__()
-        self.scale, self.gradient = slot_dim**-0.5 / temperature, gradient
+        self.scale, self.gradient, self.gru_hidden = slot_dim**-0.5 / temperature, gradient, gru_hidden
         self.norm_inputs = nn.LayerNorm(input_dim)
         self.norm_slots = nn.LayerNorm(slot_dim)
         self.to_key = nn.Linear(input_dim, slot_dim, bias=False)
@@ -142,12 +145,14 @@ class SlotAttention(nn.Module):
         return self._iterate(projected, layers, slots, active)
 
     def _iterate(self, projected: Projected, layers: Layers, slots: Tensor, active: Tensor | None) -> Attended:
-        logits = hide_padding(layers.norm(slots) @ projected.key.transpose(1, 2), active)  # (B, K, N)
+        normed = layers.norm(slots)
+        logits = hide_padding(normed @ projected.key.transpose(1, 2), active)  # (B, K, N)
         attention = logits.softmax(dim=1)  # the slots compete for each patch
         # A weighted mean over the patches. By logarithms: the gradient of a quotient takes three times the operations.
         weights = (attention + EPSILON).log().softmax(-1)
         updates = weights @ projected.value  # (B, K, S)
-        updated = layers.gru(updates.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+        hidden = normed if self.gru_hidden == "normalised" else slots
+        updated = layers.gru(updates.flatten(0, 1), hidden.flatten(0, 1)).view_as(slots)
         if layers.mlp is not None:
             updated = updated + layers.mlp(updated)
         return Attended(updated, attention, logits, active)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from slotlab.config.schema import Config
 from slotlab.models.base import Model, Output
 from slotlab.models.decoders import DECODERS
 from slotlab.models.decoders.base import Sizes
+from slotlab.models.initializers import Learnt
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 from slotlab.models.recurrence import Recurrence
@@ -41,13 +44,14 @@ class SlotModel(Model):
         dim, slot_dim = normaliser.dim, config.slot_dim
         self.normaliser = normaliser
         hidden = config.projection_hidden or dim
+        width = dim if config.projection == "wide" else slot_dim
         # Two layers cured a collapse that one linear map caused; the linear map stays for comparison.
         self.project: nn.Module = (
-            nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, slot_dim))
-            if config.projection == "mlp"
-            else nn.Linear(dim, slot_dim)
+            nn.Linear(dim, width)
+            if config.projection == "linear"
+            else nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, width))
         )
-        self.recur = Recurrence(config, slot_dim)
+        self.recur = Recurrence(config, width, grid)
         self.decode = DECODERS[config.decoder.kind](
             Sizes(slot_dim, grid, dim, reconstructs, similarity), config.decoder
         )
@@ -74,23 +78,33 @@ class SlotModel(Model):
 
         ``ValueError`` for clips without a predictor.
         """
+        return self._pass(features, draws)
+
+    def _pass(
+        self, features: Float[Tensor, "B N D"] | Float[Tensor, "B T N D"], draws: Draws, there_and_back: bool = False
+    ) -> Output:
         clips = features if features.ndim == 4 else features.unsqueeze(1)
         if clips.shape[1] > 1 and self.recur.predict is None:
             raise ValueError("clips of several frames need a model with a predictor")
         target = self.normaliser(clips)  # (B, T, N, D)
-        attended = self.recur(self.project(target), target, draws)  # B * T frames from here on
-        decoded = self.decode(attended, target.flatten(0, 1), draws)
+        attended = self.recur(self.project(target), target, draws, there_and_back)  # B * T frames from here on
+        true = target.flatten(0, 1)
+        decoded = self.decode(attended, true, draws)
+        if self.recur.curriculum is not None and self.training:
+            decoded_true = true if decoded.positions is None else true[:, decoded.positions]
+            self.recur.curriculum.note(decoded.masks, decoded.reconstruction, decoded_true)
         lead = features.shape[:-2]  # (B,) or (B, T)
-        similarity = decoded.similarity
+        similarity, active = decoded.similarity, attended.active
         return Output(
             slots=attended.slots.unflatten(0, lead),
             attention=attended.attention.unflatten(0, lead),
             logits=attended.logits.unflatten(0, lead),
             masks=decoded.masks.unflatten(0, lead),
             reconstruction=decoded.reconstruction.unflatten(0, lead),
-            target=target.flatten(0, 1).unflatten(0, lead),
+            target=true.unflatten(0, lead),
             grid=self.grid,
             positions=decoded.positions,
+            active=None if active is None else active.unflatten(0, lead),
             similarity=None if similarity is None else similarity.unflatten(0, lead),
         )
 
@@ -98,5 +112,13 @@ class SlotModel(Model):
         """Slots and masks of all frames of one video; a predictor carries the slots from frame to frame."""
         if self.recur.predict is None:
             return super().segment(features, draws)
-        output: Output = self(features.unsqueeze(0), draws)
-        return output.sample(0)
+        return self._pass(features.unsqueeze(0), draws, self.config.there_and_back).sample(0)
+
+    def grow(self, step: int, steps: int, draws: Draws, mean: Callable[[Tensor], Tensor]) -> bool:
+        if self.recur.curriculum is None:
+            return False
+        assert isinstance(self.recur.initialize, Learnt)
+        return self.recur.curriculum.grow(self.recur.initialize.queries, step, steps, draws, mean)
+
+    def before_compiling(self) -> None:
+        self.recur.before_compiling()

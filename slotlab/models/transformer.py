@@ -13,17 +13,22 @@ from slotlab.models.slot_attention import NEVER
 
 
 class Attention(nn.Module):
-    """Multi-head attention of tokens of width ``dim`` to a memory of width ``memory_dim`` (default: the same)."""
+    """Multi-head attention of tokens of width ``dim`` to a memory of width ``memory_dim`` (default: the same).
 
-    def __init__(self, dim: int, heads: int, memory_dim: int | None = None) -> None:
+    ``temperature`` divides the logits, beside the usual root of a head's width.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, memory_dim: int | None = None, *, bias: bool = True, temperature: float = 1.0
+    ) -> None:
         super().__init__()
         if dim % heads:
             raise ValueError(f"{heads} heads do not divide a width of {dim}")
-        self.heads = heads
-        self.to_query = nn.Linear(dim, dim)
-        self.to_key = nn.Linear(memory_dim or dim, dim)
-        self.to_value = nn.Linear(memory_dim or dim, dim)
-        self.out = nn.Linear(dim, dim)
+        self.heads, self.scale = heads, (dim // heads) ** -0.5 / temperature
+        self.to_query = nn.Linear(dim, dim, bias)
+        self.to_key = nn.Linear(memory_dim or dim, dim, bias)
+        self.to_value = nn.Linear(memory_dim or dim, dim, bias)
+        self.out = nn.Linear(dim, dim, bias)
 
     def forward(
         self,
@@ -36,7 +41,7 @@ class Attention(nn.Module):
         """Attended tokens. ``causal``: token i sees the first i entries of memory. ``active``: False for padding."""
         query, key, value = self._heads(tokens, memory)
         visible = None if active is None else active[:, None, None]
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, is_causal=causal)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, is_causal=causal, scale=self.scale)
         return self._merge(mixed)
 
     def with_weights(
@@ -47,7 +52,7 @@ class Attention(nn.Module):
     ) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B K M"]]:
         """The attended tokens, and the attention weights: means over the heads, which sum to one over the memory."""
         query, key, value = self._heads(tokens, memory)
-        logits = (query * query.shape[-1] ** -0.5 @ key.transpose(-2, -1)).float()  # (B, heads, M, K)
+        logits = (query * self.scale @ key.transpose(-2, -1)).float()  # (B, heads, M, K)
         if active is not None:
             logits = logits.masked_fill(~active[:, None, None], NEVER)
         weights = logits.softmax(-1)
@@ -82,10 +87,10 @@ class FeedForward(nn.Module):
 class SelfBlock(nn.Module):
     """Tokens attend to each other, padding (``active`` False) excepted."""
 
-    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+    def __init__(self, dim: int, heads: int, hidden: int, temperature: float = 1.0) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.attend = Attention(dim, heads)
+        self.attend = Attention(dim, heads, temperature=temperature)
         self.feed_forward = FeedForward(dim, hidden)
 
     def forward(
@@ -99,10 +104,10 @@ class SelfBlock(nn.Module):
 class CrossBlock(nn.Module):
     """Tokens attend to slots, but not to each other."""
 
-    def __init__(self, dim: int, heads: int, hidden: int, memory_dim: int) -> None:
+    def __init__(self, dim: int, heads: int, hidden: int, memory_dim: int, temperature: float = 1.0) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.attend = Attention(dim, heads, memory_dim)
+        self.attend = Attention(dim, heads, memory_dim, temperature=temperature)
         self.feed_forward = FeedForward(dim, hidden)
 
     def forward(
@@ -113,13 +118,20 @@ class CrossBlock(nn.Module):
 
 
 class CausalCrossBlock(nn.Module):
-    """Tokens attend to the tokens before them and to themselves, then to slots."""
+    """Tokens attend to the tokens before them and to themselves, then to slots.
 
-    def __init__(self, dim: int, heads: int, hidden: int, memory_dim: int) -> None:
+    ``bias`` is that of the attentions; ``opens`` adds what is seen of the past to the normed tokens, not to the tokens
+    (the first block of SLATE and SPOT).
+    """
+
+    def __init__(
+        self, dim: int, heads: int, hidden: int, memory_dim: int, *, bias: bool = True, opens: bool = False
+    ) -> None:
         super().__init__()
+        self.opens = opens
         self.norm_past, self.norm_slots = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.to_past = Attention(dim, heads)
-        self.to_slots = Attention(dim, heads, memory_dim)
+        self.to_past = Attention(dim, heads, bias=bias)
+        self.to_slots = Attention(dim, heads, memory_dim, bias=bias)
         self.feed_forward = FeedForward(dim, hidden)
 
     def forward(
@@ -139,13 +151,14 @@ class CausalCrossBlock(nn.Module):
 
     def _past(self, tokens: Tensor) -> Tensor:
         normed = self.norm_past(tokens)
-        seen: Tensor = tokens + self.to_past(normed, normed, causal=True)
+        seen: Tensor = (normed if self.opens else tokens) + self.to_past(normed, normed, causal=True)
         return seen
 
 
 def applied(layers: Sequence[nn.Linear], tokens: Float[Tensor, "*B D"]) -> tuple[Tensor, ...]:
     """The results of linear layers of one width, by one product."""
-    weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    weight = torch.cat([layer.weight for layer in layers])
+    bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
     return F.linear(tokens, weight, bias).chunk(len(layers), -1)
 
 

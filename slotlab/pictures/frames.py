@@ -63,13 +63,20 @@ def read_path(path: Path, short: int | None = None) -> npt.NDArray[np.uint8]:
     """
     files = [path] if not path.is_dir() else _pictures(path)
     size = clips.frame_size(files[0])
+    if other := next((file for file in files[1:] if clips.frame_size(file) != size), None):
+        raise DataError(
+            f"{other}: {size_text(clips.frame_size(other))}, but {files[0].name} in the same folder is "
+            f"{size_text(size)}, so they are no video; name the pictures themselves ({path / '*'}), "
+            "or bring them to one size"
+        )
     if short is None and size[0] * size[1] > MOST_PIXELS:
         raise DataError(
             f"{files[0]}: {size_text(size)} are over {MOST_PIXELS / 1e6:.0f} million pixels; have it scaled down with "
             "--frame-size 1024"
         )
     factor = max(1.0, min(size) / short) if short else 1.0
-    shrink = decoded_smaller(size, factor)
+    count = len(files) if path.is_dir() else clips.count_frames(path) if factor > 1 else 1
+    shrink = decoded_smaller(size, count, factor)
     frames = clips.read_images(files, shrink) if path.is_dir() else clips.read_frames(path, shrink)
     if factor > 1:
         smaller = round(size[1] / factor), round(size[0] / factor)

@@ -20,30 +20,46 @@ from slotlab.masks.labels import masks_to_labels
 from slotlab.pictures.painted import painted
 from slotlab.pictures.palette import slot_colours, truth_colours
 from slotlab.pictures.still import Still
+from slotlab.scoring.entropy import entropy_maps
 
 HEADER = 0.67  # inches above the first row, for the titles
 SINGLE_SLOTS = 6
+PART = 0.25  # of the entropy, that is white in the map of a single slot
 
 
-def draw_sheet(split: Split, stills: Sequence[Still], path: Path) -> Path:
+def draw_sheet(split: Split, stills: Sequence[Still], path: Path, entropy: bool = False) -> Path:
     """Write the sheet, as PNG or what else the suffix names, and return its path. Objects and their matched slots share
-    a colour."""
-    columns = 3 + SINGLE_SLOTS
-    height = HEADER + 1.75 * len(stills)
-    figure, axes = plt.subplots(len(stills), columns, figsize=(1.72 * columns, height), squeeze=False)
-    for row, still in zip(axes, stills, strict=True):
+    a colour. With ``entropy`` a second row for each still has the masks' entropy, and the part of each slot in it."""
+    columns, each = 3 + SINGLE_SLOTS, 2 if entropy else 1
+    height = HEADER + 1.75 * each * len(stills)
+    figure, axes = plt.subplots(each * len(stills), columns, figsize=(1.72 * columns, height), squeeze=False)
+    for index, still in enumerate(stills):
+        row = axes[each * index]
         frame, truth = split.video(still.video)[still.frame], split.segmentations(still.video)[still.frame]
         colours = slot_colours(still.masks.shape[1], still.objects) / 255
         assigned = masks_to_labels(still.masks, truth.shape)[0].numpy()  # (H, W)
         known = truth_colours(truth, split.ignored(still.video)[still.frame]) / 255
         pictures = [frame, over(frame, known), over(frame, colours[assigned])]
-        shown = sorted(still.objects, key=still.objects.__getitem__)[:SINGLE_SLOTS]
+        shown = sorted(still.objects, key=still.objects.__getitem__)
+        if entropy:  # of slots that no object is matched with, too, the largest first
+            by_size = still.masks[0].sum((1, 2)).argsort(descending=True).tolist()
+            shown += [slot for slot in by_size if slot not in still.objects]
+        shown = shown[:SINGLE_SLOTS]
         fine = F.interpolate(still.masks.float(), size=truth.shape, mode="bilinear")[0].numpy()  # (K, H, W)
         pictures += [(frame / 255.0) * fine[s][..., None] + 0.93 * (1 - fine[s][..., None]) for s in shown]
         for cell, picture in zip(row, [*pictures, *[None] * (columns - len(pictures))], strict=True):
             cell.axis("off")
             if picture is not None:
                 cell.imshow(picture, interpolation="lanczos")
+        if entropy:
+            below = axes[each * index + 1]
+            maps = entropy_maps(still.masks)[0]  # (K, rows, columns)
+            whole, parts = maps.sum(0), maps[shown]
+            for cell, values in zip(below, [None, None, whole, *parts, *[None] * columns], strict=False):
+                cell.axis("off")
+                if values is not None:
+                    cell.imshow(values.numpy(), cmap="magma", vmin=0, vmax=1 if values is whole else PART)
+            below[2].set_title(f"entropy, mean {float(whole.mean()):.2f}", fontsize=7, loc="left")
         kinds = {i.material for i in split.instances(still.video)} - {""}
         name = "all " + kinds.pop() if len(kinds) == 1 else "mixed" if kinds else ""
         title = printable(f"{name}  {split.names[still.video]}".strip())

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from featcache.backbones.backbone import input_size
 from featcache.backbones.origin import Origin
 from featcache.errors import FeatcacheError, IncompatibleError
+from featcache.extraction.command import extract_command
 from featcache.extraction.fit import fit_of
 from featcache.sources import SAMPLE, layout_of, open_source, place_of
 from featcache.sources.images import size_text
@@ -131,25 +132,22 @@ def _remedy(protocol: Protocol, terms: Terms, split: Split) -> str:
     if not spec.source:
         return "it records no source to make another store from: extract the features of its videos again"
     out = split.store.path.with_name(f"{split.store.path.stem}-{protocol.name}.zarr")
-    words = ["slotlab", "extract", "--backbone", spec.backbone]
-    if spec.source != SAMPLE:
-        words += ["--data", place_of(spec.source).adding(terms.read) if terms.read else spec.source]
-    words += ["--split", split.name]
-    for tap in spec.taps:
-        words += ["--tap", tap]
     origin = Origin.read(spec.model.get("weights_origin"))
-    if origin and origin.kind in ("file", "random"):  # others are found by themselves
-        words += ["--weights", origin.weights]
     size = (terms.input, terms.input) if terms.input else input_size(spec.preprocessing)
-    words += ["--input-size", f"{size[0]}x{size[1]}"]
-    if fit := terms.fit or fit_of(spec.preprocessing):
-        words += ["--fit", fit]
     rows, columns = (terms.masks, terms.masks) if terms.masks else split.spec.frame_size
-    words += ["--frame-size", terms.frame_size or f"{rows}x{columns}"]
-    if spec.dtype != "float16":
-        words += ["--dtype", spec.dtype]
-    words += ["--out", str(out)]
+    command = extract_command(
+        backbone=spec.backbone,
+        taps=spec.taps,
+        input_size=size,
+        source=place_of(spec.source).adding(terms.read) if terms.read and spec.source != SAMPLE else spec.source,
+        split=split.name,
+        weights=origin.weights if origin and origin.kind in ("file", "random") else "",  # others are found
+        fit=terms.fit or fit_of(spec.preprocessing),
+        frame_size=terms.frame_size or f"{rows}x{columns}",
+        dtype=spec.dtype,
+        out=out,
+    )
     next_one = f"score with --cache {shlex.quote(str(out))}"
     if size != input_size(spec.preprocessing):
         next_one = f"train on it: its grid is another ({protocol.name} has {terms.input} px)"
-    return f"make it with: {shlex.join(words)}; then {next_one}"
+    return f"make it with: {command}; then {next_one}"

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,7 +15,7 @@ from typing import Any
 
 from slotlab.report.gather import RunData
 from slotlab.runs import checkpoint
-from slotlab.runs.folder import LOG, SUMMARY, result_path
+from slotlab.runs.folder import LOG, SUMMARY, result_path, trained_on
 
 PACKAGES = ("slotlab", "torch", "numpy", "zarr", "scipy", "pillow", "matplotlib")
 
@@ -43,12 +43,16 @@ def provenance(run: RunData) -> Provenance:
     """The provenance of one run, from its folder and store."""
     identity = json.loads(json.dumps(run.store.spec.identity()))
     facts = [("run folder", str(run.path)), ("seed", str(run.config.seed))]
+    origin = trained_on(run.path)["imported"]
+    if origin is not None:
+        at = f"step {origin['step']}" if origin["step"] else "a step that it does not tell"
+        facts.append(("imported from", f"{origin['checkpoint']} ({origin['repository']}), at {at}"))
+        facts.append(("imported file", f"sha256 {origin['sha256']}"))
     if run.step is not None:
         weights = weights_file(run.path)
-        facts += [
-            ("checkpoint", f"step {run.step} of {run.config.optim.steps}, written {when(weights)}"),
-            ("model weights", f"{weights.relative_to(run.path)}, sha256 {digest_of_file(weights)}"),
-        ]
+        if origin is None:
+            facts.append(("checkpoint", f"step {run.step} of {run.config.optim.steps}, written {when(weights)}"))
+        facts.append(("model weights", f"{weights.relative_to(run.path)}, sha256 {digest_of_file(weights)}"))
     facts += [
         ("feature store", str(run.store.path)),
         ("store identity", f"sha256 {hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()}"),
@@ -66,8 +70,19 @@ def provenance(run: RunData) -> Provenance:
 
 def sources(run: RunData) -> list[Source]:
     """The files of a run's numbers, and the commands that make them again."""
-    train = ("train", "--cache", run.store.path, "--config", run.path / checkpoint.CONFIG, "--out", f"{run.path}-again")
+    origin = trained_on(run.path)["imported"]
+    train: tuple[object, ...] = (
+        "train",
+        "--cache",
+        run.store.path,
+        "--config",
+        run.path / checkpoint.CONFIG,
+        "--out",
+        f"{run.path}-again",
+    )
     found = [Source("training curves", str(run.path / LOG), command(*train))]
+    if origin is not None:
+        found = [Source("weights", str(weights_file(run.path)), import_command(run.path, origin))]
     if run.evaluation is not None:
         path = result_path(run.path, run.split.name)
         where = f"{path}, written {when(path)}" if run.kept else "computed for this report"
@@ -80,6 +95,15 @@ def sources(run: RunData) -> list[Source]:
         report = ("report", run.path, "--split", run.split.name, "--json")
         found.append(Source("curves over the frames, gallery", "computed for this report", command(*report)))
     return found
+
+
+def import_command(run: Path, origin: Mapping[str, Any]) -> str:
+    """The command that imports a run again."""
+    words: list[object] = ["import-run", origin["checkpoint"], "--from", origin["source"]]
+    for setting in origin["set"]:
+        words += ["--set", setting]
+    words += ["--backbone", origin["backbone"], "--input-size", "x".join(map(str, origin["input_size"]))]
+    return command(*words, "--out", f"{run}-again")
 
 
 def environment() -> tuple[tuple[str, str], ...]:

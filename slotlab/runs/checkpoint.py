@@ -39,18 +39,25 @@ MODEL, AVERAGE, OPTIMIZER = "model.safetensors", "average.safetensors", "optimiz
 
 
 def save(
-    run: Path, model: nn.Module, average: nn.Module | None, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    run: Path,
+    model: nn.Module,
+    average: nn.Module | None,
+    optimizer: torch.optim.Optimizer | None,
+    state: dict[str, Any],
 ) -> None:
-    """Write the checkpoint of a run in place of the last one. ``DataError`` where it cannot be written: the last one
-    stays."""
+    """Write the checkpoint of a run in place of the last one, without an ``optimizer`` if it cannot be resumed.
+
+    ``DataError`` where it cannot be written: the last one stays.
+    """
     fresh, old, final = (run / f"{FOLDER}{suffix}" for suffix in (".new", ".old", ""))
     shutil.rmtree(fresh, ignore_errors=True)
     files = {name: module.state_dict() for name, module in ((MODEL, model), (AVERAGE, average)) if module is not None}
-    files[OPTIMIZER] = {
-        f"{index}.{name}": value
-        for index, values in optimizer.state_dict()["state"].items()
-        for name, value in values.items()
-    }
+    if optimizer is not None:
+        files[OPTIMIZER] = {
+            f"{index}.{name}": value
+            for index, values in optimizer.state_dict()["state"].items()
+            for name, value in values.items()
+        }
     try:
         make_directory(fresh)
         for name, tensors in files.items():

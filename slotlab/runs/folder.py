@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from featcache.errors import DataError, IncompatibleError, UsageError, compare_settings
 from featcache.store.durable import make_directory, write_durably
@@ -19,6 +21,7 @@ from featcache.store.spec import READABLE, StoreSpec, flatten
 from featcache.stream.stream import VIDEO
 from slotlab.config.schema import Config
 from slotlab.runs import checkpoint
+from slotlab.runs.imported import wanted_store
 
 STORE, LOG, SUMMARY = "store.json", "metrics.jsonl", "summary.json"
 TRACKS = "tracks.zarr"
@@ -36,6 +39,12 @@ def trained_spec(run: Path) -> StoreSpec:
 def check_run(config: Config, store: FeatureStore, run: Path, resume: bool) -> None:
     """Raise ``UsageError`` if a run exists already, or none to resume; ``IncompatibleError`` if it is another run."""
     exists = (run / checkpoint.CONFIG).exists()
+    if exists and resume and trained_on(run)["imported"]:
+        raise UsageError(
+            f"{run}: was imported, with weights and no state of an optimiser, so nothing can be resumed; train on from "
+            f"its weights: leave out --resume, add --config {run / checkpoint.CONFIG} --init-from {run}, and choose "
+            "another --out"
+        )
     anew = "" if checkpoint.exists(run) else "; it has no checkpoint yet: delete it to start anew"
     if (run / "zarr.json").exists():
         raise UsageError(f"{run}: is a store; choose another --out")
@@ -86,6 +95,30 @@ def create_run(config: Config, store: FeatureStore, run: Path, init_from: Path |
     write_durably(run / checkpoint.CONFIG, config.to_toml().encode())  # last: it says that the run exists
 
 
+def create_imported(
+    config: Config,
+    wanted: StoreSpec,
+    store: FeatureStore | None,
+    run: Path,
+    model: nn.Module,
+    imported: Mapping[str, Any],
+) -> None:
+    """Make the folder of a run that was trained elsewhere, on features of a store like ``wanted``.
+
+    ``imported`` says where it is from, and ``store`` is one to use it on: ``IncompatibleError`` if that does not fit.
+    """
+    path = "" if store is None else str(store.path.resolve())
+    raw: dict[str, Any] = {"path": path, "from_run": os.path.relpath(path, run.resolve()) if path else None}
+    raw |= {"identity": wanted.identity(), "spec": wanted.to_json(), "imported": dict(imported)}
+    note = json.dumps(raw, indent=1)
+    if store is not None:
+        _check_features(run, str(config.data.tap), _complete(json.loads(note)), store)
+    make_directory(run)
+    checkpoint.save(run, model, None, None, {"step": config.optim.steps, "schedule": {}, "stream": {}})
+    write_durably(run / STORE, note.encode())
+    write_durably(run / checkpoint.CONFIG, config.to_toml().encode())  # last: it says that the run exists
+
+
 def trained_on(run: Path) -> dict[str, Any]:
     """The contents of a run's ``store.json``. ``DataError`` if it is missing or damaged."""
     path = run / STORE
@@ -94,9 +127,14 @@ def trained_on(run: Path) -> dict[str, Any]:
         kinds = {"path": str, "identity": dict, "spec": dict}
         if wrong := [key for key, kind in kinds.items() if not isinstance(found[key], kind)]:
             raise TypeError(", ".join(wrong))
-        return {"from_run": None, "init_from": None, "samples": None} | found
+        return _complete(found)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: missing, damaged or of an earlier version; train the run again") from error
+
+
+def _complete(note: dict[str, Any]) -> dict[str, Any]:
+    """The contents of a ``store.json`` with all that one may say."""
+    return {"from_run": None, "init_from": None, "samples": None, "imported": None} | note
 
 
 def begun_from(run: Path, init_from: Path | None) -> Path | None:
@@ -113,6 +151,11 @@ def store_path(run: Path, option: str = "--cache") -> Path:
     ``DataError`` if it is gone, with the ``option`` that names another.
     """
     noted = trained_on(run)
+    if noted["imported"] and not noted["path"]:
+        command, out = wanted_store(run, trained_spec(run))
+        raise DataError(
+            f"{run}: was imported without a store; make one with: {command}; then add {option} {shlex.quote(str(out))}"
+        )
     places = [Path(noted["path"])]
     if noted["from_run"]:
         places.append(Path(os.path.normpath(run.resolve() / noted["from_run"])))
@@ -128,13 +171,15 @@ def check_store(run: Path, store: FeatureStore) -> None:
     A run on the stored frames fits any store: it reads no features.
     """
     tap = checkpoint.load_run_config(run).data.tap
-    if tap == VIDEO:
-        return
-    remedy = "name its own store, or one made the same way, with --cache"
+    if tap != VIDEO:
+        _check_features(run, tap, trained_on(run), store)
+
+
+def _check_features(run: Path, tap: str | None, noted: Mapping[str, Any], store: FeatureStore) -> None:
     if tap is not None and tap not in store.spec.taps:
         has = ", ".join(store.spec.taps)
-        raise IncompatibleError(f"{store.path}: no tap {tap!r}; it has: {has}; of {run}, {remedy}")
-    noted, name = trained_on(run), store.tap(tap)
+        raise IncompatibleError(f"{store.path}: no tap {tap!r}; it has: {has}; of {run}, {_remedy(run, noted, store)}")
+    name = store.tap(tap)
     # How features are stored and which part of a frame they are of, not what they mean.
     ignored = ("dtype", "precision", "frame_stride", "taps.", "schema", "preprocessing.fit", "preprocessing.margin")
 
@@ -144,12 +189,25 @@ def check_store(run: Path, store: FeatureStore) -> None:
 
     spec = json.loads(json.dumps(store.spec.to_json()))
     now = deciding(json.loads(json.dumps(store.spec.identity())), spec["taps"])
-    if differences := compare_settings(now, deciding(noted["identity"], noted["spec"]["taps"])):
+    then = deciding(noted["identity"], noted["spec"]["taps"])
+    if noted["imported"]:  # a checkpoint says which weights the backbone had, not in which file they were
+        now.pop("model.weights_sha256", None)
+        if str(now.get("model.weights_tag")).startswith("file:"):
+            now["model.weights_tag"] = then["model.weights_tag"]
+    if differences := compare_settings(now, then):
         raise IncompatibleError(
             f"{store.path}: not the features that {run} was trained on",
             differences,
-            remedy,
+            _remedy(run, noted, store),
         )
+
+
+def _remedy(run: Path, noted: Mapping[str, Any], store: FeatureStore) -> str:
+    """What to do where a run was given a store that does not fit."""
+    if not noted["imported"]:
+        return "name its own store, or one made the same way, with --cache"
+    command, out = wanted_store(run, StoreSpec.from_json(noted["spec"]), store)
+    return f"make what it wants with: {command}; then add --cache {shlex.quote(str(out))}"
 
 
 def tracks_path(run: Path) -> Path:

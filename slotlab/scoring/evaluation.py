@@ -13,7 +13,7 @@ from slotlab.scoring.groups import Confidence, Groups
 from slotlab.scoring.references import References
 from slotlab.scoring.scores import Summary, Values
 
-_FINE = ("boundaries", "refined", "binarised", "protocols")
+_FINE = ("boundaries", "refined", "binarised", "entropy", "protocols")
 _DIAGNOSTICS = (*NAMES, "kept_slots")
 
 
@@ -38,7 +38,7 @@ class Evaluation:
     largest_activation_by_slot: Sequence[float]  # (K,)
     warnings: Sequence[str]
     groups: Groups
-    fine: Mapping[str, Any] = field(default_factory=dict)  # of slotlab.scoring.fine and .protocols, if asked for
+    fine: Mapping[str, Any] = field(default_factory=dict)  # what was asked for: of scoring.fine, .entropy, protocols
     content: str = ""  # hash of the split's videos; "" in evaluations of earlier versions
 
     @property

@@ -13,7 +13,10 @@ from torch import Tensor
 from featcache.errors import UsageError
 from slotlab.config.schema import LossConfig
 from slotlab.models.base import NO_SLOT, Output
+from slotlab.models.slot_attention import NEVER
 from slotlab.training.processes import gathered, rank
+
+IGNORED = -100  # a target without a loss
 
 
 def feature_mse(output: Output, config: LossConfig) -> Tensor:
@@ -37,6 +40,42 @@ def layer_norm_mse(output: Output, config: LossConfig) -> Tensor:
 def cosine(output: Output, config: LossConfig) -> Tensor:
     """One minus the cosine between reconstructed and true tokens, mean over the patches; in [0, 2]."""
     return 1 - F.cosine_similarity(output.reconstruction.float(), output.decoded_target, dim=-1).mean()
+
+
+def structure(output: Output, config: LossConfig) -> Tensor:
+    """One minus the structural similarity (Wang et al., 2004) of reconstructed and true tokens, of clips or frames.
+
+    Each channel is a volume over time and grid, in units of its sample's range; a Gaussian window of 3 along each axis
+    that is as long (SlotCurri, Moon et al., 2026, arXiv:2603.22758). ``UsageError`` if not all patches are decoded.
+    """
+    if output.positions is not None:
+        raise UsageError("loss.structure: needs all patches; leave out model.decoder.patches")
+    volumes = [_volumes(tokens, output.grid) for tokens in (output.reconstruction.float(), output.target.float())]
+    with torch.no_grad():
+        both = torch.cat([volume.flatten(1) for volume in volumes], 1)
+        least, most = (edge.view(-1, 1, 1, 1, 1) for edge in (both.amin(1), both.amax(1)))
+    found, true = ((volume - least) / (most - least + 1e-6) for volume in volumes)
+    means = [_window(values) for values in (found, true, found * found, true * true, found * true)]
+    mean, mean_true, square, square_true, product = means
+    covariance, spread = product - mean * mean_true, square + square_true - mean.square() - mean_true.square()
+    place = (2 * mean * mean_true + 1e-4) / (mean.square() + mean_true.square() + 1e-4)
+    return 1 - (place * (2 * covariance + 9e-4) / (spread + 9e-4)).mean()
+
+
+def _volumes(tokens: Float[Tensor, "*B N D"], grid: tuple[int, int]) -> Float[Tensor, "B D T rows columns"]:
+    clips = tokens if tokens.ndim == 4 else tokens.unsqueeze(1)
+    return clips.reshape(*clips.shape[:2], *grid, -1).permute(0, 4, 1, 2, 3)
+
+
+def _window(volumes: Float[Tensor, "B D T rows columns"]) -> Float[Tensor, "B D t r c"]:
+    """Means under a Gaussian window of 3, of standard deviation 1.5, without padding."""
+    side = math.exp(-0.5 / 1.5**2)
+    weights = [side / (1 + 2 * side), 1 / (1 + 2 * side)]
+    for axis in (2, 3, 4):
+        if (length := volumes.shape[axis] - 2) > 0:
+            before, middle, after = (volumes.narrow(axis, start, length) for start in range(3))
+            volumes = weights[0] * (before + after) + weights[1] * middle
+    return volumes
 
 
 def temporal_similarity(output: Output, config: LossConfig) -> Tensor:
@@ -65,7 +104,8 @@ def slot_contrast(output: Output, config: LossConfig) -> Tensor:
     """InfoNCE that lets each slot find itself among the slots of the frame before (SlotContrast, arXiv:2412.14295).
 
     Over cosines: the positive is the same slot one frame earlier, the negatives are all other slots of the earlier
-    frame in the whole batch, of all ranks. ``UsageError`` for frames without time.
+    frame in the whole batch, of all ranks. Slots that take no part are left out. ``UsageError`` for frames without
+    time.
     """
     if output.slots.ndim != 4:
         raise UsageError("loss.slot_contrast: needs slots carried over clips; set model.predictor.kind")
@@ -73,8 +113,15 @@ def slot_contrast(output: Output, config: LossConfig) -> Tensor:
         frames = F.normalize(output.slots.float(), dim=-1).transpose(0, 1).flatten(1, 2)  # (T, B K, S)
         before = gathered(frames[:-1]).transpose(0, 1)  # (T - 1, R, B K, S)
         logits = frames[1:] @ before.flatten(1, 2).transpose(-2, -1) / config.contrast_temperature  # (.., B K, R B K)
+        if output.active is not None:
+            active = output.active.transpose(0, 1).flatten(1)  # (T, B K)
+            seen = gathered(active[:-1]).transpose(0, 1).flatten(1, 2)  # (T - 1, R B K)
+            logits = logits.masked_fill(~seen.unsqueeze(1), NEVER)
     itself = torch.arange(frames.shape[1], device=logits.device) + rank() * frames.shape[1]  # (B K,)
-    return F.cross_entropy(logits.flatten(0, 1), itself.repeat(len(logits)))
+    itself = itself.expand(len(logits), -1)
+    if output.active is not None:
+        itself = itself.where(active[1:], IGNORED)
+    return F.cross_entropy(logits.flatten(0, 1), itself.flatten(), ignore_index=IGNORED)
 
 
 def assignment(output: Output, config: LossConfig) -> Tensor:
@@ -141,6 +188,7 @@ LOSSES: dict[str, Callable[[Output, LossConfig], Tensor]] = {
     "feature_mse": feature_mse,
     "layer_norm_mse": layer_norm_mse,
     "cosine": cosine,
+    "structure": structure,
     "temporal_similarity": temporal_similarity,
     "slot_contrast": slot_contrast,
     "assignment": assignment,

@@ -96,10 +96,11 @@ class TrainStep:
 
     def __call__(self, features: Tensor) -> Taken:
         """Train on this rank's share of a batch, stored features (B, ...). Returns before the device has finished."""
+        optim = self.config.optim
         components = self.gradients(features)
         # Named, as torch takes the slow way for tensors of other classes, such as fake ones.
         foreach = self.ranks.device.type != "mps" or None
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm, foreach=foreach)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip_norm, foreach=foreach)
         taken = Taken(components, norm, float(self.schedule.get_last_lr()[0]))
         self.count += 1
         finite = (norm + total(components, self.config.loss)).abs() < torch.inf  # nor NaN
@@ -107,7 +108,10 @@ class TrainStep:
         self.optimizer.step()
         self.schedule.step()
         if self.average is not None:
-            update_average(self.average, self.model, self.config.optim, self.count)
+            update_average(self.average, self.model, optim, self.count)
+        grown = self.model.grow(self.count, optim.steps, Draws.of_step(self.config.seed, -self.count), self.ranks.mean)
+        if grown and self.average is not None:
+            self.average.load_state_dict(self.model.state_dict())  # it starts anew
         return taken
 
     def gradients(self, features: Tensor) -> dict[str, Tensor]:

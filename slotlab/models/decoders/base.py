@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from slotlab.config.model import DecoderConfig
+from slotlab.config.parts import DecoderConfig
 from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import Attended
 
@@ -65,7 +65,7 @@ class Heads(nn.Module):
 
     def __init__(self, width: int, sizes: Sizes) -> None:
         super().__init__()
-        self.tokens = nn.Linear(width, sizes.dim).requires_grad_(sizes.reconstructs)
+        self.tokens: nn.Module = nn.Linear(width, sizes.dim).requires_grad_(sizes.reconstructs)
         self.similarity = nn.Linear(width, sizes.patches) if sizes.similarity else None
 
     def forward(self, hidden: Float[Tensor, "B M H"]) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B M N"] | None]:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from slotlab.config.model import DecoderConfig
+from slotlab.config.parts import DecoderConfig
 from slotlab.models.decoders.base import Decoded, Decoder, Heads, Sizes, hidden_layers, positions_parameter, select
 from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import Attended, hide_padding

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from slotlab.config.model import DecoderConfig
+from slotlab.config.parts import DecoderConfig
 from slotlab.models.decoders.base import Decoded, Decoder, Heads, Sizes, hidden_layers, positions_parameter, select
 from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import Attended, hide_padding
@@ -46,7 +46,8 @@ class SlotMixerDecoder(Decoder):
         width = sizes.slot_dim
         self.position = positions_parameter(sizes, width)
         self.norm_slots = nn.LayerNorm(width)
-        self.blocks = nn.ModuleList(CrossBlock(width, config.heads, 4 * width, width) for _ in range(config.blocks))
+        sizes_of_block = (width, config.heads, 4 * width, width, config.attention_temperature)
+        self.blocks = nn.ModuleList(CrossBlock(*sizes_of_block) for _ in range(config.blocks))
         self.to_query = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width, bias=False))
         self.to_key = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width, bias=False))
         for part in (self.blocks, self.to_query, self.to_key):

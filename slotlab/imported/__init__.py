@@ -1,0 +1,1 @@
+"""Models that others published: their checkpoints as runs."""
