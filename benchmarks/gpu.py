@@ -35,6 +35,7 @@ from featcache.store.durable import write_durably
 ROOT = Path(__file__).resolve().parents[1]
 
 LEAST = 5.0  # seconds that a part is begun with
+STORE = 120.0  # seconds for the store that is made
 PATIENCE = 3  # times as long for a part that --small tries on a CPU
 FORETOLD = "plan"  # the part that says what the others should find
 Found = Mapping[str, Any]
@@ -309,11 +310,11 @@ def table(title: str, results: list[Result]) -> str:
 
 def prepare(out: Path, device: str, small: bool) -> tuple[Path, Result]:
     """The store that streams and steps read: the embedded sample, once with published weights, else with random."""
-    few = ("--max-videos", 2, "--frame-stride", 2) if small else ()
+    few, limit = (("--max-videos", 2, "--frame-stride", 2), PATIENCE * STORE) if small else ((), STORE)
     for name, weights in (("dinov2", ()), ("random", ("--weights", "random"))):
         cache = (out / f"{name}{'-small' * small}.zarr").resolve()
         options = ("--out", cache, "--device", device, "--json", *few, *weights)
-        result = run(Part(f"store, {name}", slotlab("extract", "--backbone", "dinov2", *options), 120), 120)
+        result = run(Part(f"store, {name}", slotlab("extract", "--backbone", "dinov2", *options), limit), limit)
         if result.outcome == "done":
             break
     slow = ", on a drive of Windows, several times slower" * on_windows_drive(out)

@@ -13,6 +13,7 @@ from typing import Any
 
 from featcache.text import printable
 
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it
 _CELL = 40  # characters of a value that a table shows
 
 

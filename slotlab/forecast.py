@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from featcache.errors import DataError, IncompatibleError, UsageError
 from featcache.machine import pick_device
@@ -32,22 +35,25 @@ class Forecaster(RunSegmenter):
         self.dynamics = dynamics
 
     @torch.no_grad()
-    def rollout(self, frames: Frames, steps: int) -> Future:
+    def rollout(self, frames: Frames, steps: int, actions: npt.ArrayLike | None = None) -> Future:
         """The ``steps`` frames after a video's.
 
         The video's slots are followed through all of its frames, and predicted from the last ``model.burn_in``: from
-        fewer, if it has fewer. Frames take the forms of :func:`slotlab.pictures.frames.as_frames`. ``UsageError`` for
-        less than one step, ``DataError`` if masks are not finite.
+        fewer, if it has fewer. Frames take the forms of :func:`slotlab.pictures.frames.as_frames`. A model of actions
+        needs ``actions`` (T + steps - 1, A), one for each frame before the last predicted one: that of a frame leads to
+        the next. ``UsageError`` for less than one step or other actions, ``DataError`` if masks are not finite.
         """
         if steps < 1:
             raise UsageError(f"rollout of {steps} steps: ask for at least one")
         pictures, window = self._shown(frames)
+        pushes = self._actions(actions, len(pictures), steps)
         tokens = self._read(pictures)
         device = self.dynamics.place.device
         output = self.model.segment(tokens.to(device), Draws.of_step(self.config.seed, 0))
         shown = output.checked().showing(self.config.published_masks)
         tracks = tracks_of(shown, tokens.cpu(), self.dynamics.grid)[-self.dynamics.config.burn_in :]
         seen = self.dynamics.see(tracks.unsqueeze(0).to(device))
+        seen = replace(seen, actions=pushes[len(pictures) - len(tracks) :].unsqueeze(0).to(device))
         future = self.dynamics.roll_out(seen, steps)
         found = self.dynamics.decode(seen, future)
         masks = F.interpolate(on_grid(found.sharp[0], self.dynamics.grid), size=window.size, mode="bilinear")
@@ -57,6 +63,17 @@ class Forecaster(RunSegmenter):
         features = found.features @ self.dynamics.basis.T + self.dynamics.texture(seen, future, dense)
         features = self.dynamics.normaliser.undone(features[0])
         return Future(future[0].cpu(), masks.cpu(), places, features.cpu(), seen.active[0].any(0).cpu())
+
+    def _actions(self, given: npt.ArrayLike | None, frames: int, steps: int) -> Tensor:
+        """Actions (T + steps - 1, A), checked; A is 0 for a model that reads none."""
+        size, count = self.dynamics.actions, frames + steps - 1
+        if given is None and not size:
+            return torch.zeros(count, 0)
+        values = torch.zeros(0) if given is None else torch.as_tensor(given, dtype=torch.float32)
+        if values.shape != (count, size) or not bool(values.isfinite().all()):
+            needs = f"actions of shape ({count}, {size}), finite" if size else "no actions: it was trained without"
+            raise UsageError(f"rollout of {steps} steps after {frames} frames: the model needs {needs}")
+        return values
 
 
 def load(run: str | Path, *, device: str | torch.device = "auto", weights: str | None = None) -> RunSegmenter:

@@ -112,7 +112,7 @@ class RunSegmenter(Segmenter):
         self.config, self.model = config, model
         self._read = read
 
-    def rollout(self, frames: Frames, steps: int) -> Future:
+    def rollout(self, frames: Frames, steps: int, actions: npt.ArrayLike | None = None) -> Future:
         """The frames after a video's, if this is a world model (:class:`slotlab.forecast.Forecaster`).
 
         ``UsageError`` for a run of another kind.

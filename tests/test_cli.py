@@ -184,6 +184,22 @@ def test_dry_run_writes_nothing(tmp_path: Path, slotlab: Slotlab) -> None:
     assert not (tmp_path / "a.zarr").exists()
 
 
+def test_an_interrupt_while_modules_are_imported_is_one_line() -> None:
+    """As at a Ctrl-C in the first moment: the import of a module is where it arrives."""
+    code = """
+import sys
+class Interrupted:
+    def find_spec(name, *_):
+        if name == "slotlab.commands.bench":
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted)
+import cli
+cli.main()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True)
+    assert ended.returncode == 130 and ended.stderr == "slotlab: interrupted before it began\n" and not ended.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_extraction_leaves_130_and_resumes(tmp_path: Path, slotlab: Slotlab, sign: signal.Signals) -> None:

@@ -28,7 +28,7 @@ from tests.test_step import CASES, shortened
 CPU = torch.device("cpu")
 
 
-def inputs_of(config: Config, side: int = 8, dim: int = 64) -> tuple[ModelInput, Format]:
+def inputs_of(config: Config, side: int = 8, dim: int = 96) -> tuple[ModelInput, Format]:
     """A model's input, and its batch of features of that grid and width, or of frames of twice its resolution."""
     if config.model.kind == "pixel":
         pixels = config.model.resolution

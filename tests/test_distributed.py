@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import pickle
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -131,6 +134,112 @@ def test_a_damaged_video_is_one_line_and_the_rest_is_kept(
     assert files(path) == local
 
 
+class Unplugged(DiscSource):
+    """At video 3 of train the folder with the store is gone for a while."""
+
+    def __init__(self, folder: Path, gone: Path) -> None:
+        super().__init__()
+        self.folder, self.gone = folder, gone
+
+    def read(self, split: str, index: int) -> Video:
+        if (split, index) == ("train", 3) and not self.gone.exists():
+            self.gone.touch()
+            self.folder.rename(self.folder.with_name("away"))
+            threading.Timer(1.5, lambda: self.folder.with_name("away").rename(self.folder)).start()
+        return super().read(split, index)
+
+
+class Blind(DiscSource):
+    """One worker reads nothing any more, from its second group on: as if its mount were lost for good."""
+
+    def __init__(self, blind: Path) -> None:
+        super().__init__()
+        self.blind = blind
+
+    def read(self, split: str, index: int) -> Video:
+        mine = str(os.getpid())
+        if (split, index) == ("train", 3) and not self.blind.exists():
+            self.blind.write_text(mine)
+            distributed.PATIENCE = 0.3
+            distributed._there = lambda *_: False
+        if self.blind.exists() and self.blind.read_text() == mine:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return super().read(split, index)
+
+
+def test_a_mount_that_is_lost_for_a_while_costs_nothing(
+    tmp_path: Path, backbone: Backbone, client: Client, local: dict[str, bytes]
+) -> None:
+    """Of a worker that has seen the store, which waits; chunks, rows and moments are those of an unbroken run."""
+    (mount := tmp_path / "mount").mkdir()
+    store = run(mount / "s.zarr", backbone, client, Unplugged(mount, tmp_path / "gone"))
+    assert (tmp_path / "gone").exists()
+    lines = (store.path / "train/manifest.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["video"] for line in lines) == [0, 1, 2, 3, 4], "no video twice"
+    assert files(store.path) == local and verify(store.path) == []
+
+
+def test_late_workers_take_their_share_and_one_that_stays_without_files_gives_its_own_to_others(
+    tmp_path: Path, backbone: Backbone, local: dict[str, bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tasks name a file in the store: what a late worker needs is there."""
+    cluster = LocalCluster(n_workers=0, threads_per_worker=1, processes=True, memory_limit=0, dashboard_address=":0")
+    with cluster, Client(cluster) as client:
+        coming = threading.Timer(1.0, lambda: cluster.scale(2))
+        coming.start()
+        store = run(tmp_path / "s.zarr", backbone, client, Blind(tmp_path / "blind"))
+        coming.join()
+        assert len(client.nthreads()) == 1
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("no dask worker is connected; waiting for one" in line for line in said) == 1
+    told = [line for line in said if "has lost it; others go on" in line]
+    assert len(told) == 1 and told[0].startswith(f"{store.path}: worker tcp://")
+    assert files(store.path) == local and verify(store.path) == []
+
+
+class Glitch(DiscSource):
+    """Video 3 cannot be read so many times, as over a network that stumbles."""
+
+    def __init__(self, folder: Path, times: int) -> None:
+        super().__init__()
+        self.folder, self.times = folder, times
+
+    def read(self, split: str, index: int) -> Video:
+        tried = len(list(self.folder.iterdir()))
+        if (split, index) == ("train", 3) and tried < self.times:
+            (self.folder / str(tried)).touch()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().read(split, index)
+
+
+def test_an_error_counts_when_it_comes_twice(
+    tmp_path: Path, backbone: Backbone, client: Client, local: dict[str, bytes]
+) -> None:
+    (once := tmp_path / "once").mkdir()
+    store = run(tmp_path / "s.zarr", backbone, client, Glitch(once, 1))
+    assert files(store.path) == local
+    (often := tmp_path / "often").mkdir()
+    with pytest.raises(DataError, match=r"t.zarr: worker tcp://\S+: \[Errno 5\] Input/output error$"):
+        run(tmp_path / "t.zarr", backbone, client, Glitch(often, 9))
+
+
+def test_a_task_is_small_however_many_videos_there_are(
+    tmp_path: Path, backbone: Backbone, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    submit = client.submit
+
+    def watched(*args: object, **options: object) -> object:
+        sizes.append(len(pickle.dumps(args)))
+        return submit(*args, **options)
+
+    monkeypatch.setattr(client, "submit", watched)
+    many = DiscSource({"train": (1,) * 60})
+    todo = plan(tmp_path / "s.zarr", many, backbone, OPTIONS)
+    extract_distributed(todo, many, client, weights="random", device="cpu")
+    assert len(sizes) == 8 and max(sizes) < 1000
+
+
 def test_it_continues_what_was_begun_locally(
     tmp_path: Path, backbone: Backbone, client: Client, local: dict[str, bytes]
 ) -> None:
@@ -165,7 +274,7 @@ def test_a_worker_that_does_not_see_the_store_says_so(
     tmp_path: Path, backbone: Backbone, client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same check stops the workers of a client that was killed before they write."""
-    monkeypatch.setattr(Path, "touch", lambda _: None)
+    monkeypatch.setattr(distributed, "write_durably", lambda *_: None)
     with pytest.raises(DataError, match=r"s.zarr: worker tcp://.* does not see this store.*shares"):
         run(tmp_path / "s.zarr", backbone, client)
     assert manifest.read(tmp_path / "s.zarr" / "train") == {}

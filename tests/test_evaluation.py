@@ -87,7 +87,7 @@ metrics.SCORES += (metrics.Score("stray", "Stray", stray, places, places, higher
 
 from rich.console import Console
 from slotlab.commands.tables import gains_table, paired_table, scores_table
-from slotlab.experiments.table import COLUMNS, TESTED
+from slotlab.experiments.outcome import SCORINGS
 from slotlab.report.write import Extras, write_report
 from slotlab.report.options import PageOptions
 from slotlab.runs.loaded import load_run
@@ -106,7 +106,8 @@ extras = Extras(folder / "report.md")
 write_report([folder / "run"], folder / "report.html", cache=folder / "discs.zarr", extras=extras,
              options=PageOptions(videos=2, rank="stray"))
 print(json.dumps({
-    "evaluation": found.as_dict(), "terminal": console.file.getvalue(), "columns": [*COLUMNS], "tested": [*TESTED],
+    "evaluation": found.as_dict(), "terminal": console.file.getvalue(), "columns": [*SCORINGS["eval"].columns],
+    "tested": [*SCORINGS["eval"].tested],
     "refined": list(outline_scores(loaded, None, "guided")["refined"]["gain"]),
     "look": list(look(loaded.model, loaded.config, loaded.store)),
 }))

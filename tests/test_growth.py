@@ -30,7 +30,6 @@ from featcache.upkeep.convert import ConvertOptions, convert
 from featcache.upkeep.repair import Means, repair
 from featcache.upkeep.verify import verify
 from slotlab.report.gather import current_evaluation
-from slotlab.runs import checkpoint
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.evaluate import evaluate
 from slotlab.training.train import train
@@ -427,8 +426,7 @@ def test_a_run_outlives_the_growth_of_its_store(tmp_path: Path, backbone: Backbo
     trained = train(config, FeatureStore.open(path), tmp_path / "run")
     scored = evaluate(load_run(trained))
     (trained / "eval-validation.json").write_text(json.dumps(scored.as_dict()))
-    step = checkpoint.state(trained)["step"]
-    assert current_evaluation(load_run(trained), FeatureStore.open(path)["validation"], step) is not None
+    assert current_evaluation(load_run(trained), FeatureStore.open(path)["validation"]) is not None
     for split in ("train", "validation"):
         drop(root / split, "b")
         put(root / split, "e", 4)
@@ -436,7 +434,7 @@ def test_a_run_outlives_the_growth_of_its_store(tmp_path: Path, backbone: Backbo
     grown = extract(plan(path, source, backbone, replace(GROW, prune=True)), source, backbone)
     loaded = load_run(trained)
     assert list(evaluate(loaded).by_video) == list("acde")
-    assert current_evaluation(loaded, grown["validation"], step) is None, "its scores are of other videos"
+    assert current_evaluation(loaded, grown["validation"]) is None, "its scores are of other videos"
     with pytest.raises(IncompatibleError, match="not the videos that"):
         train(config, grown, trained, resume=True)
     batch = next(iter(FeatureStream(grown["train"], "layer1", clip=2, batch_size=8)))  # two clips of each video

@@ -52,7 +52,6 @@ ALLOWED: dict[str, dict[str, str]] = {
     },
     "durable_alone_writes": {
         "featcache.sources.tfrecord": "makes data sets to read, for tests and samples",
-        "featcache.extraction.distributed": "leaves an empty file for as long as a run lasts",
         "slotlab.experiments.worker": "sends what a run prints to a file as it comes",
         "slotlab.training.speed": "asks Linux to measure memory anew",
         "slotlab.pictures.painted": "draws into memory",

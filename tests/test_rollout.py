@@ -6,11 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import av
 import h5py
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from sklearn.metrics import adjusted_rand_score
 
 import slotlab as product
@@ -20,7 +21,10 @@ from featcache.extraction.extract import extract
 from featcache.extraction.plan import ExtractOptions, plan
 from featcache.store.reading import FeatureStore
 from featcache.upkeep.verify import verify
-from slotlab.dynamics.rollout import MEASURES, Truth, features_of, frame_values, load_dynamics, object_centres, roll_out
+from slotlab.config.load import load_config
+from slotlab.dynamics.actions import Actions
+from slotlab.dynamics.measures import MEASURES, Truth, frame_values, object_centres
+from slotlab.dynamics.rollout import features_at, load_dynamics, roll_out
 from slotlab.dynamics.rows import ROWS, Clip, Predicted, copy, oracle, rollout, velocity_masks
 from slotlab.dynamics.tracks import Identity, make_tracks, store_identity
 from slotlab.masks.labels import masks_to_labels
@@ -46,7 +50,7 @@ def loaded(predicting: Path) -> LoadedRun:
 
 
 def clip_of(loaded: LoadedRun, video: int = 0) -> Clip:
-    split, features = loaded.store["validation"], features_of(loaded)["validation"]
+    split, features = loaded.store["validation"], features_at(loaded.store)["validation"]
     tracks = loaded.inputs.read(split, video)
     return Clip.of(loaded.model, tracks, features.tokens(loaded.inputs.features, video).float())
 
@@ -127,9 +131,29 @@ def test_without_ground_truth_there_is_no_identity(tmp_path: Path, slotlab: Slot
 def test_the_first_video_is_drawn_where_none_of_those_chosen_is_rolled_out(loaded: LoadedRun, tmp_path: Path) -> None:
     split = loaded.store["validation"]
     strips = Strips(split, [])
-    roll_out(loaded, features_of(loaded), split, also=[strips.add])
+    roll_out(loaded, features_at(loaded.store), split, also=[strips.add])
     with Image.open(strips.draw(tmp_path / "sheet.png")) as drawn:
         assert drawn.size[1] < 1200  # one strip
+
+
+@pytest.mark.parametrize("kind", ["mp4", "gif", "webp"])
+def test_a_film_has_the_frames_of_its_video(loaded: LoadedRun, tmp_path: Path, kind: str) -> None:
+    """As Pillow and PyAV read them; what was seen is the same in all columns, what is predicted is not."""
+    split = loaded.store["validation"]
+    strips = Strips(split, [])
+    roll_out(loaded, features_at(loaded.store), split, also=[strips.add])
+    path = strips.film(tmp_path / f"film.{kind}")
+    if kind == "mp4":
+        with av.open(path) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    else:
+        with Image.open(path) as image:
+            frames = [np.asarray(page.convert("RGB")) for page in ImageSequence.Iterator(image)]
+    assert len(frames) == 6 and frames[0].shape == (18 + 32, 4 * 32, 3)
+    _, *seen = np.split(frames[2][18:].astype(int), 4, axis=1)
+    assert max(np.abs(seen[0] - other).mean() for other in seen[1:]) < 12
+    truth, *predicted = np.split(frames[5][18:].astype(int), 4, axis=1)
+    assert min(np.abs(truth - other).mean() for other in predicted) > 12
 
 
 # -- scores ------------------------------------------------------------------------------------------------
@@ -142,7 +166,7 @@ def test_features_and_masks_are_scored_as_numpy_and_scikit_learn_do(loaded: Load
     assert predicted.masks is not None and predicted.places is not None
     found = frame_values(predicted, clip, truth)
     moments = loaded.inputs.moments(loaded.training_split())
-    raw = features_of(loaded)["validation"].tokens("block1", 0).double().numpy()[3:]
+    raw = features_at(loaded.store)["validation"].tokens("block1", 0).double().numpy()[3:]
     total, about = (np.sqrt(np.diag(x)) for x in (moments.covariance, moments.position_covariance))
     standard = (raw - moments.mean) / total
     guess = (predicted.features.double().numpy() * about + moments.position_mean - moments.mean) / total
@@ -203,7 +227,7 @@ def test_what_stands_still_is_kept_by_constant_velocity(loaded: LoadedRun) -> No
     frozen = Clip.of(
         loaded.model,
         loaded.inputs.read(loaded.store["validation"], 0)[2:3].expand(6, -1, -1),
-        features_of(loaded)["validation"].tokens("block1", 0).float()[2:3].expand(6, -1, -1),
+        features_at(loaded.store)["validation"].tokens("block1", 0).float()[2:3].expand(6, -1, -1),
     )
     moved, kept = velocity_masks(frozen), copy(frozen)
     assert moved.masks is not None and kept.masks is not None
@@ -215,7 +239,7 @@ def test_what_stands_still_is_kept_by_constant_velocity(loaded: LoadedRun) -> No
 
 
 def test_skill_is_the_share_of_the_copy_s_error(loaded: LoadedRun) -> None:
-    found = roll_out(loaded, features_of(loaded), loaded.store["validation"])
+    found = roll_out(loaded, features_at(loaded.store), loaded.store["validation"])
     told = json.loads(json.dumps(found.as_dict()))
     assert set(told["rows"]) == set(ROWS) and told["videos"] == 3
     error, copied, best = (np.array(told["rows"][row]["mse"]["by_horizon"]) for row in ("rollout", "copy", "oracle"))
@@ -237,9 +261,9 @@ def test_videos_that_an_object_enters_are_flagged_and_can_be_left_out(loaded: Lo
 
     real = type(split).segmentations
     split.segmentations = lambda video: hidden if video == 1 else real(split, video)  # type: ignore[method-assign]
-    found = roll_out(loaded, features_of(loaded), split)
+    found = roll_out(loaded, features_at(loaded.store), split)
     assert found.entering == [split.names[1]] and len(found.names) == 3
-    fewer = roll_out(loaded, features_of(loaded), split, without_entering=True)
+    fewer = roll_out(loaded, features_at(loaded.store), split, without_entering=True)
     assert fewer.entering == [split.names[1]] and len(fewer.names) == 2
 
 
@@ -298,9 +322,74 @@ def test_a_world_model_from_run_to_rollout(slotlab: Slotlab, tracked_run: Path, 
     assert ended.code == 0 and f"Next: slotlab rollout {out}" in ended.out
     told = slotlab("rollout", out, "--json").json
     assert told["rows"]["rollout"]["mse"]["mean"] > 0 and (out / "rollout-validation.json").exists()
-    ended = slotlab("rollout", out, "--sheet", tmp_path / "sheet.png")
+    ended = slotlab("rollout", out, "--film", tmp_path / "film.avi")
+    assert ended.code == 2 and "name a file that ends in .mp4, .gif, .webp" in ended.said
+    ended = slotlab("rollout", out, "--sheet", tmp_path / "sheet.png", "--film", tmp_path / "film.gif")
     assert "constant velocity of masks" in ended.out and Image.open(tmp_path / "sheet.png").size[0] > 500
-    assert slotlab("eval", out, "--json").json["frames"] == 18, "its masks are scored as any run's"
+    assert (tmp_path / "film.gif").stat().st_size > 0
+    ended = slotlab("eval", out)
+    assert ended.code == 2 and f"its scores are those of predictions: slotlab rollout {out}" in ended.said
+
+
+def test_a_page_shows_predictions_beside_their_rows(slotlab: Slotlab, predicting: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(predicting, tmp_path / "world")
+    (run / "rollout-validation.json").unlink(missing_ok=True)
+    page, text = tmp_path / "page.html", tmp_path / "page.md"
+    told = slotlab("report", run, "-o", page, "--markdown", text, "--figures", tmp_path, "--videos", 1, "--json").json
+    kept = json.loads((run / "rollout-validation.json").read_text())
+    assert told["runs"][0]["evaluation"] is None and told["runs"][0]["rollout"] == kept
+    drawn = page.read_text()
+    assert 'id="chart-ahead-skill"' in drawn and 'id="chart-ahead-mbo_still"' in drawn and 'id="scores"' not in drawn
+    assert (tmp_path / "predictions.svg").exists()
+    row = next(line for line in text.read_text().splitlines() if line.startswith("| constant velocity of masks"))
+    assert row.split("|")[2].split()[0] == f"{kept['rows']['velocity_masks']['mse']['by_horizon'][0]:.3f}"
+    again = slotlab("report", run, "-o", page, "--videos", 0)
+    assert "rolling out" not in again.said, "kept scores are used"
+
+
+def test_a_page_on_what_has_no_slots_has_its_training(
+    slotlab: Slotlab, shared_store: FeatureStore, tmp_path: Path
+) -> None:
+    parts = ("data.clip=4", "model.burn_in=2", "model.width=8", "model.heads=2")
+    config = load_config("dynamics-dense", None, [*parts, "optim.steps=2", "optim.batch_size=2"])
+    run = train(config, shared_store, tmp_path / "dense")
+    ended = slotlab("report", run, "-o", tmp_path / "page.html")
+    assert ended.code == 0 and f"slotlab rollout RUN --dense {run}" in ended.said
+    drawn = (tmp_path / "page.html").read_text()
+    assert 'id="chart-train-loss"' in drawn and 'id="gallery"' not in drawn
+    ended = slotlab("eval", run)
+    assert ended.code == 2 and f"slotlab rollout RUN --dense {run}" in ended.said
+
+
+@pytest.mark.slow
+def test_an_ablation_of_world_models_compares_predictions(
+    slotlab: Slotlab, shared_tracks: FeatureStore, tmp_path: Path
+) -> None:
+    parts = """[set]
+    "data.clip" = 5
+    "model.burn_in" = 3
+    "model.width" = 16
+    "optim.steps" = 2
+    "optim.batch_size" = 2
+    [grid]
+    "model.kinematics" = [true, false]"""
+    file, out = tmp_path / "parts.toml", tmp_path / "out"
+    file.write_text(f'preset = "dynamics"\ncache = "{shared_tracks.path}"\nseeds = 1\n{parts}')
+    table = slotlab("ablate", file, "--out", out, "--workers", 1, "--json").json
+    assert [cell["finished"] for cell in table["cells"]] == [1, 1]
+    for cell in table["cells"]:
+        kept = json.loads((Path(cell["runs"][0]["path"]) / "rollout-validation.json").read_text())
+        assert cell["mse_2"]["mean"] == kept["rows"]["rollout"]["mse"]["by_horizon"][1] == kept["values"]["mse_2"]
+        assert cell["centre_2"]["mean"] == pytest.approx(kept["rows"]["rollout"]["centre"]["by_horizon"][1])
+    tested = table["cells"][1]["against_first"]["mse_2"]
+    one, other = (cell["mse_2"]["mean"] for cell in table["cells"])
+    assert tested["difference"] == pytest.approx(other - one)
+    by_video = [kept["by_video"][name]["mse_2"] for name in kept["by_video"]]
+    assert np.mean(by_video) == pytest.approx(other) and tested["videos"] == 3
+    assert "feature MSE, +2" in (out / "table.md").read_text()
+    file.write_text(file.read_text().replace('preset = "dynamics"', 'preset = "dynamics-dense"'))
+    ended = slotlab("ablate", file, "--out", tmp_path / "no")
+    assert ended.code in (2, 4)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +397,7 @@ def test_a_world_model_from_run_to_rollout(slotlab: Slotlab, tracked_run: Path, 
     [
         (("train", "--preset", "dynamics"), "name a store with --cache, or, for --preset dynamics, a run with --run"),
         (("train", "--run", "RUN"), "only a world model is trained on a run's slots; add --preset dynamics"),
+        (("compare", "--backbone", "dinov2", "--preset", "dynamics"), "where cache = RUN/tracks.zarr names the slots"),
         (("rollout", "RUN"), "predicts nothing (model.kind = clustering); train a world model on its slots with"),
         (("slots", "nowhere"), "not a run"),
     ],
@@ -334,7 +424,7 @@ def test_a_world_model_that_is_given_what_it_cannot_use_says_what_it_can(
     other = make_store(tmp_path / "other.zarr", DiscSource({"train": (3,), "validation": (9, 9, 9)}))
     code, said = told("rollout", predicting, "--cache", other.path)
     assert code == 3 and "not the videos of" in said and "--cache" in said
-    code, said = told("eval", predicting, "--cache", shared_store.path)
+    code, said = told("masks", predicting, "--cache", shared_store.path, "--out", tmp_path / "masks")
     assert code == 4 and "no tap 'tracks'" in said and "name its own store" in said
     two = make_store(tmp_path / "two.zarr", taps=("block1", "block2"))
     elsewhere = train(small("data.tap=block2", preset="default", optim__steps=1), two, tmp_path / "elsewhere")
@@ -419,6 +509,21 @@ def test_your_own_frames_are_rolled_out(tmp_path: Path) -> None:
         product.load(run, device="cpu").rollout(split.video(0), 2)
     with pytest.raises(UsageError, match="ask for at least one"):
         world.rollout(split.video(0), 0)
+    with pytest.raises(UsageError, match="no actions: it was trained without"):
+        world.rollout(split.video(0)[:3], 3, actions=np.zeros((5, 2)))
+
+    drawn = {name: {v: torch.randn(n, 2).half().float() for v, n in enumerate(store[name].spec.lengths)}
+             for name in store.splits}  # fmt: skip
+    pushed = make_tracks(load_run(run), tmp_path / "pushed.zarr", actions=Actions(2, drawn))
+    loaded = load_dynamics(train(small(preset="dynamics", optim__steps=2), pushed, tmp_path / "pushed"))
+    clip = Clip.of(loaded.model, loaded.inputs.read(pushed["validation"], 0), tokens)
+    world = product.load(tmp_path / "pushed", device="cpu")
+    pushes = drawn["validation"][0].numpy()
+    places = world.rollout(split.video(0)[:3], 3, actions=pushes[:5]).slots[..., PLACE]
+    torch.testing.assert_close(places, rollout(clip).places, atol=0.05, rtol=0.05)
+    assert not torch.allclose(world.rollout(split.video(0)[:3], 3, actions=-pushes[:5]).slots[..., PLACE], places)
+    with pytest.raises(UsageError, match=r"the model needs actions of shape \(5, 2\), finite"):
+        world.rollout(split.video(0)[:3], 3, actions=pushes[:4])
     shutil.rmtree(run)
     with pytest.raises(DataError, match="put that run back"):
         product.load(made, device="cpu")

@@ -21,9 +21,10 @@ from torch import Tensor
 from featcache.store.encoding import ENCODINGS, Encoding, Stored
 from featcache.store.reading import FeatureStore
 from featcache.stream import staging
+from featcache.stream.order import clip_starts
 from featcache.stream.rows import Rows
 from featcache.stream.staging import Buffers, Format, Staging
-from featcache.stream.stream import clip_starts, open_readers
+from featcache.stream.stream import open_readers
 from featcache.words import Dtype
 from tests.synthetic import DIM, DiscSource, make_store
 

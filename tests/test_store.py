@@ -45,7 +45,7 @@ def test_reads_back_what_was_written(store: FeatureStore) -> None:
 
 @given(st.integers(1, 200), st.integers(1, 200))
 def test_some_videos_are_spread_over_all(videos: int, most: int) -> None:
-    split = SimpleNamespace(videos=tuple(range(videos)))
+    split = SimpleNamespace(videos=tuple(range(videos)), spec=SimpleNamespace(part=()))
     chosen = Split.spread(split, most)  # type: ignore[arg-type]
     assert len(chosen) == min(videos, most) == len(set(chosen))
     gaps = {b - a for a, b in pairwise((*chosen, videos))}

@@ -25,8 +25,9 @@ from featcache.memory import copying, pages
 from featcache.store import shards
 from featcache.store.encoding import ENCODINGS
 from featcache.store.reading import FeatureStore
+from featcache.stream.order import clip_starts
 from featcache.stream.rows import TORCH_DTYPES, FileRows, ZarrRows, open_rows
-from featcache.stream.stream import VIDEO, FeatureStream, clip_starts, reader_threads
+from featcache.stream.stream import VIDEO, FeatureStream, reader_threads
 from featcache.upkeep.convert import ConvertOptions, convert
 from featcache.words import Residence
 from tests.synthetic import DiscSource, make_store
@@ -118,7 +119,7 @@ def test_a_restarted_stream_goes_on_exactly(
 def test_an_epoch_sees_every_sample_once(stores: dict[str, FeatureStore]) -> None:
     split = stores["float16"]["train"]
     stream = FeatureStream(split, "block1", batch_size=7)
-    count = len(stream.starts)
+    count = len(stream.orders[0].starts)
     assert count == split.frames == 21
     seen = [row for _, rows in take(stream, 6) for row in rows]
     assert sorted(seen[:count]) == sorted(seen[count:]) == split.valid_rows().tolist()

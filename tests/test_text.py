@@ -24,7 +24,7 @@ from featcache.store.reading import FeatureStore
 from featcache.text import bytes_text, file_name, printable
 from featcache.upkeep.verify import verify
 from slotlab.experiments.plan import cell_name
-from slotlab.experiments.table import COLUMNS, write_table
+from slotlab.experiments.table import TRAINING, write_table
 from slotlab.pictures.frames import read_path
 from slotlab.report.server import LiveReport
 from tests.commands import Slotlab
@@ -183,7 +183,8 @@ def test_through_the_commands(slotlab: Slotlab, tmp_path: Path) -> None:
 def test_a_table_of_such_names(tmp_path: Path) -> None:
     cell = {"name": cell_name([HOME]), "settings": {"cache": HOME}, "finished": 0, "against_first": None}
     runs = [{"path": f"{tmp_path}/{HOME}", "state": "failed", "error": HOME}]
-    none = dict.fromkeys(COLUMNS)
-    write_table({"out": HOME, "split": "validation", "seeds": [0], "cells": [{**none, **cell, "runs": runs}]}, tmp_path)
+    cells = [{**dict.fromkeys(TRAINING), **cell, "runs": runs}]
+    about = {"out": HOME, "split": "validation", "seeds": [0], "columns": TRAINING, "tested": {}}
+    write_table({**about, "cells": cells}, tmp_path)
     assert printable(HOME) in (tmp_path / "table.md").read_text("utf-8")
     assert (tmp_path / "table.csv").read_text("utf-8").startswith("cell,cache")

@@ -18,9 +18,10 @@ from torch import Tensor
 from featcache.machine import alternate, limited, paired_ratio, timed
 from featcache.memory.pages import cached_share, host_empty
 from featcache.store.reading import Split
+from featcache.stream.order import Order, clip_starts
 from featcache.stream.residence import RING
 from featcache.stream.rows import TORCH_DTYPES, FileRows
-from featcache.stream.stream import FeatureStream, clip_starts, feature_arrays, open_readers
+from featcache.stream.stream import FeatureStream, feature_arrays, open_readers
 from featcache.words import Residence
 
 WINDOW = 2 << 30  # bytes of features that a measurement reads: far more than caches, far less than memory
@@ -179,7 +180,7 @@ def whole_stream(
         residence=residence,
         threads=threads,
     )
-    stream.starts = window.starts(access.frames)
+    stream.orders = [Order(window.starts(access.frames))]
     iterator = iter(stream)
     for _ in islice(iterator, epoch_batches(window, access)):
         pass

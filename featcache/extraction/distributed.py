@@ -6,7 +6,7 @@ moments, never the features. The client alone holds the store's lock, appends th
 moments in the order of the groups, so that the store equals a local one.
 
 A task may run twice, if its worker dies or only seems to: it writes the same bytes under the same names, each time by
-renaming a temporary file.
+renaming a temporary file. A worker that loses the file system waits for it, and in the end gives its videos to others.
 """
 
 # dask.distributed leaves most of its functions without types
@@ -18,11 +18,12 @@ import logging
 import pickle
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,10 @@ from featcache.extraction.job import SplitJob, merge
 from featcache.extraction.plan import ExtractPlan, require_space
 from featcache.machine import pick_device
 from featcache.moments import Moments
-from featcache.sources import open_source
+from featcache.sources import open_source, place_of
 from featcache.sources.video import Source
-from featcache.store.durable import TEMPORARY
+from featcache.store.durable import TEMPORARY, write_durably
+from featcache.store.layout import METADATA
 from featcache.store.manifest import Row
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import flatten
@@ -52,6 +54,7 @@ CONNECT_SECONDS = 10
 # Groups submitted beyond the first unfinished one, per worker thread. This bounds the moments that wait here for an
 # earlier group, and keeps the workers busy while that group runs again.
 WINDOW = 4
+PATIENCE = 120.0  # seconds for which a worker waits for a file system that it has lost
 
 
 @contextmanager
@@ -119,7 +122,7 @@ def extract_distributed(
     require_space(plan)
     if weights is not None and Path(weights).exists():
         weights = str(Path(weights).absolute())
-    with StoreWriter(plan.path, plan.spec) as writer, _permit(plan.path) as permit:
+    with StoreWriter(plan.path, plan.spec) as writer:
         for split in plan.splits:
             with closing(writer.split(split.name, split.spec, rearrange=True)) as split_writer:
                 if split_writer.complete:
@@ -127,9 +130,9 @@ def extract_distributed(
                     progress(split.name, total, total)
                     continue
                 job = SplitJob.of(split_writer, split, plan, source)
-                work = _pickled(_Work(job, source, weights, device, permit))
                 try:
-                    _run_split(split_writer, job, work, client, progress)
+                    with _shared(plan.path, _Work.of(job, source, weights, device)) as work:
+                        _run_split(split_writer, job, work, client, progress)
                 except Exception as error:
                     if isinstance(error, FeatcacheError) or not _lost(client, error):
                         raise
@@ -142,31 +145,39 @@ def extract_distributed(
 # -- the client ----------------------------------------------------------------------------------------------
 
 
-def _run_split(writer: SplitWriter, job: SplitJob, work: bytes, client: Client, progress: Progress) -> None:
+def _run_split(writer: SplitWriter, job: SplitJob, work: Path, client: Client, progress: Progress) -> None:
     groups, done = job.groups(), frozenset(writer.done)
     pending: dict[Future[_GroupResult], int] = {}
     early: dict[int, Mapping[str, Moments]] = {}  # finished before a group that precedes them
     statistics: dict[str, Moments] = {}
     given = merged = frames_done = 0
     completed = as_completed([])
+
+    def give(number: int) -> None:
+        group = groups[number]
+        # Not pure: dask must never reuse the result of an earlier run.
+        future = client.submit(_run_group, work, group, done.intersection(group), pure=False)
+        pending[future] = number
+        completed.add(future)
+
     try:
         while merged < len(groups):
             threads = sum(client.nthreads().values())
             if not threads:
                 logger.warning("no dask worker is connected; waiting for one")
             while given < min(len(groups), merged + WINDOW * max(1, threads)):
-                group = groups[given]
-                # Not pure: dask must never reuse the result of an earlier run.
-                future = client.submit(_run_group, work, group, done.intersection(group), pure=False)
-                pending[future] = given
-                completed.add(future)
+                give(given)
                 given += 1
-            for future in completed.next_batch():
-                number = pending.pop(future)
-                result = _result(future, job, groups[number])
-                writer.append(*result.rows)
+            results = {future: _result(future, job, groups[pending[future]]) for future in completed.next_batch()}
+            writer.append(*(row for result in results.values() for row in result.rows))  # one wait for the disk
+            for number, result in [(pending.pop(future), result) for future, result in results.items()]:
                 if result.error:
                     raise result.error
+                if result.lost:
+                    logger.warning("%s: worker %s has lost it; others go on", work.parent, result.lost)
+                    client.retire_workers([result.lost])
+                    give(number)
+                    continue
                 early[number] = result.statistics
                 frames_done += sum(job.spec.lengths[index] for index in groups[number])
                 progress(job.name, frames_done, sum(job.spec.lengths))
@@ -182,14 +193,17 @@ def _run_split(writer: SplitWriter, job: SplitJob, work: bytes, client: Client, 
 
 
 def _result(future: Future[_GroupResult], job: SplitJob, group: range) -> _GroupResult:
+    """The result of a group; an error that dask raises in place of one becomes the group's own."""
     try:
         result = future.result()
     except KilledWorker as error:
-        raise DataError(
-            f"{job.location}: the workers that ran {job.name} videos {group[0]} to {group[-1]} died "
-            f"{error.allowed_failures + 1} times, most often for lack of memory; use a smaller --batch-size or fewer "
-            "workers on a machine, the same command resumes"
-        ) from error
+        return _GroupResult(
+            error=DataError(
+                f"{job.location}: the workers that ran {job.name} videos {group[0]} to {group[-1]} died "
+                f"{error.allowed_failures + 1} times, most often for lack of memory; use a smaller --batch-size or "
+                "fewer workers on a machine, the same command resumes"
+            )
+        )
     assert isinstance(result, _GroupResult)
     return result
 
@@ -207,17 +221,19 @@ def _lost(client: Client, error: Exception) -> bool:
 
 
 @contextmanager
-def _permit(store: Path) -> Iterator[Path]:
-    """A file that workers check: it shows that they see this store, and that their run is still going on.
+def _shared(store: Path, work: _Work) -> Iterator[Path]:
+    """A file in the store with all that workers need for a split: tasks name it, and are small.
 
-    The next run deletes it like all temporary files, so that workers of a killed client stop before they write.
+    While it is there, the run goes on, and a worker that reads it sees this store. The next run deletes it like all
+    temporary files, so that workers of a killed client stop before they write.
     """
     path = store.absolute() / f".run-{uuid.uuid4().hex}{TEMPORARY}"
-    path.touch()
+    write_durably(path, work.pickled())
     try:
         yield path
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 # -- the workers ---------------------------------------------------------------------------------------------
@@ -225,13 +241,24 @@ def _permit(store: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class _Work:
-    """Everything that a worker needs for a split. It is sent with every task, so that any worker can run any group."""
+    """Everything that a worker needs for a split."""
 
     job: SplitJob
     source: Source | None  # None: open the one at the job's location
     weights: str | None
     device: str
-    permit: Path
+    data: Path | None  # what must be there to read the source, if that is a file or folder
+
+    @classmethod
+    def of(cls, job: SplitJob, source: Source, weights: str | None, device: str) -> _Work:
+        data = place_of(job.location).path
+        return cls(job, source, weights, device, data.absolute() if data.exists() else None)
+
+    def pickled(self) -> bytes:
+        try:
+            return pickle.dumps(self)
+        except (pickle.PicklingError, TypeError, AttributeError):
+            return pickle.dumps(replace(self, source=None))
 
 
 @dataclass(frozen=True)
@@ -239,16 +266,10 @@ class _GroupResult:
     """The result of a group. A user's error is returned, not raised, so that dask logs no traceback and the rows of
     the videos before it are kept."""
 
-    rows: Sequence[Row]
-    statistics: Mapping[str, Moments]
+    rows: Sequence[Row] = ()
+    statistics: Mapping[str, Moments] = field(default_factory=dict)
     error: FeatcacheError | None = None
-
-
-def _pickled(work: _Work) -> bytes:
-    try:
-        return pickle.dumps(work)
-    except (pickle.PicklingError, TypeError, AttributeError):
-        return pickle.dumps(_Work(work.job, None, work.weights, work.device, work.permit))
+    lost: str = ""  # address of the worker, if the files do not come back to it
 
 
 # Threads of one worker share its backbone, whose taps are hooks, so one forward pass runs at a time. Other threads
@@ -256,28 +277,65 @@ def _pickled(work: _Work) -> bytes:
 _model_lock = threading.Lock()
 
 
-def _run_group(work: bytes, group: range, done: frozenset[int]) -> _GroupResult:
-    rows: list[Row] = []
-    try:
-        with _model_lock:
-            task, source, backbone = _prepared(work)
-        job = task.job
-        _require_permit(task.permit)
-        videos = [] if done.issuperset(group) else [job.read(source, index, done) for index in group]
-        with _model_lock:
-            tokens = job.forward(backbone, videos) if videos else []
-        _require_permit(task.permit)
-        statistics = job.measure(group, done, tokens)
-        for durable in job.store_group(group, done, videos, tokens):
-            rows += durable
-    except FeatcacheError as error:
-        return _GroupResult(rows, {}, error)
-    return _GroupResult(rows, statistics)
+def _run_group(run: Path, group: range, done: frozenset[int]) -> _GroupResult:
+    """Make a group. An error counts when it comes a second time: the first one may come of files that were away."""
+    task: _Work | None = None
+    for last in (False, True):
+        rows: list[Row] = []
+        try:
+            with _model_lock:
+                task, source, backbone = _prepared(run)
+            return _GroupResult(rows, _stored(run, task, source, backbone, group, done, rows))
+        except (FeatcacheError, OSError) as error:
+            if last or isinstance(error, IncompatibleError) or run not in _known:
+                if isinstance(error, FeatcacheError):
+                    return _GroupResult(rows, error=error)
+                return _GroupResult(rows, error=DataError(f"{run.parent}: worker {_address()}: {error}"))
+            if not _wait_for_files(run, task):
+                return _GroupResult(rows, lost=_address())
+    raise AssertionError("the second error returns")
+
+
+def _stored(
+    run: Path, task: _Work, source: Source, backbone: Backbone, group: range, done: frozenset[int], rows: list[Row]
+) -> Mapping[str, Moments]:
+    """Write a group's new videos, add their rows, and return the moments of the whole group."""
+    job = task.job
+    _require_run(run)
+    videos = [] if done.issuperset(group) else [job.read(source, index, done) for index in group]
+    with _model_lock:
+        tokens = job.forward(backbone, videos) if videos else []
+    _require_run(run)
+    statistics = job.measure(group, done, tokens)
+    for durable in job.store_group(group, done, videos, tokens):
+        rows += durable
+    return statistics
+
+
+_known: set[Path] = set()  # runs that this worker has seen
+
+
+def _wait_for_files(run: Path, task: _Work | None) -> bool:
+    """Wait until this worker sees the store and the source again; False if it does not."""
+    until = time.monotonic() + PATIENCE
+    while not _there(run, task.data if task else None):
+        if (run.parent / METADATA).exists() and not run.exists():
+            return True  # the run has ended, as the next attempt finds
+        if time.monotonic() > until:
+            return False
+        time.sleep(min(1.0, PATIENCE / 10))
+    return True
+
+
+def _there(run: Path, data: Path | None) -> bool:
+    return run.exists() and (data is None or data.exists())
 
 
 @lru_cache(maxsize=2)
-def _prepared(work: bytes) -> tuple[_Work, Source, Backbone]:
-    task: _Work = pickle.loads(work)
+def _prepared(run: Path) -> tuple[_Work, Source, Backbone]:
+    _require_run(run)
+    task: _Work = pickle.loads(run.read_bytes())
+    _known.add(run)
     store = task.job.store
     backbone = _backbone(
         store.backbone, task.weights, tuple(store.taps), input_size(store.preprocessing), str(pick_device(task.device))
@@ -292,10 +350,10 @@ def _backbone(name: str, weights: str | None, taps: tuple[str, ...], size: tuple
     return load_backbone(name, weights, taps, size, device)
 
 
-def _require_permit(permit: Path) -> None:
-    if not permit.exists():
+def _require_run(run: Path) -> None:
+    if not run.exists():
         raise DataError(
-            f"{permit.parent}: worker {_address()} does not see this store; it must be on a file system that every "
+            f"{run.parent}: worker {_address()} does not see this store; it must be on a file system that every "
             "worker shares, under the same path"
         )
 

@@ -18,7 +18,7 @@ from featcache.moments import Moments
 from featcache.sources.video import Instance
 from featcache.store import manifest
 from featcache.store.encoding import ENCODINGS, Encoding
-from featcache.store.spec import READABLE, SplitSpec, StoreSpec
+from featcache.store.spec import READABLE, SplitSpec, StoreSpec, spread
 
 
 class FeatureStore:
@@ -104,9 +104,13 @@ class Split:
         return tuple(self.manifest)
 
     def spread(self, most: int) -> tuple[int, ...]:
-        """At most ``most`` videos, evenly spaced, so that a sorted folder is not represented by its first scene."""
-        count = min(most, len(self.videos))
-        return tuple(self.videos[len(self.videos) * i // count] for i in range(count))
+        """At most ``most`` finished videos, evenly spaced; of a rank's store the whole store's, if it has them."""
+        if not self.spec.part:
+            return spread(self.videos, most)
+        chosen = spread(range(len(self.spec.lengths)), most)
+        if not self.manifest.keys() >= set(chosen):
+            self.require_complete()
+        return chosen
 
     @cached_property
     def names(self) -> dict[int, str]:
@@ -116,15 +120,49 @@ class Split:
 
     @property
     def complete(self) -> bool:
-        """Whether all videos are finished and the statistics cover them."""
-        return len(self.manifest) == len(self.spec.lengths) == self.spec.statistics_videos
+        """Whether all videos are here, finished, and the statistics cover them."""
+        return not self.spec.part and self._finished
+
+    @property
+    def _finished(self) -> bool:
+        return len(self.manifest) == len(self.spec.held) and self.spec.statistics_videos == len(self.spec.lengths)
 
     def require_complete(self) -> Split:
-        """This split, or ``DataError`` when its extraction has not finished."""
-        if not self.complete:
+        """This split. ``DataError`` when its extraction has not finished, ``IncompatibleError`` for one of a rank."""
+        if self.spec.part:
+            raise IncompatibleError(
+                f"{self.path}: has the videos of {self._rank}, for training alone; name the store that it was "
+                f"exported from, {self.store.spec.exported_from}"
+            )
+        return self._require_finished("extraction", "extract")
+
+    def require_share(self, rank: int, ranks: int) -> Split:
+        """This split, to train on as one of ``ranks``: the whole split, or the part that was exported for this rank.
+
+        ``DataError`` where it is unfinished, ``IncompatibleError`` for another rank's part.
+        """
+        if not self.spec.part:
+            return self.require_complete()
+        if tuple(self.spec.part[:2]) != (rank, ranks):
+            raise IncompatibleError(
+                f"{self.path}: has the videos of {self._rank}, this is rank {rank} of {ranks}; "
+                + (
+                    "name the folder of all parts with --cache"
+                    if self.spec.part[1] == ranks
+                    else f"start {self.spec.part[1]} processes with torchrun, or name the whole store with --cache"
+                )
+            )
+        return self._require_finished("export", "export")
+
+    @property
+    def _rank(self) -> str:
+        return f"rank {self.spec.part[0]} of {self.spec.part[1]}"
+
+    def _require_finished(self, work: str, command: str) -> Split:
+        if not self._finished:
             raise DataError(
-                f"{self.path}: extraction unfinished ({len(self.manifest)} of {len(self.spec.lengths)} videos); "
-                "run the same slotlab extract command again, it resumes"
+                f"{self.path}: {work} unfinished ({len(self.manifest)} of {len(self.spec.held)} videos); "
+                f"run the same slotlab {command} command again, it resumes"
             )
         return self
 
@@ -139,8 +177,11 @@ class Split:
         return slice(start, start + self.spec.lengths[video])
 
     def clip_starts(self, clip: int) -> npt.NDArray[np.int64]:
-        """First row of every run of ``clip`` consecutive frames of a finished video, in order: (clips,)."""
-        videos = np.fromiter(self.manifest, np.int64, len(self.manifest))
+        """First row of every run of ``clip`` consecutive frames of a finished video, in order: (clips,).
+
+        Of a rank's store, in the videos that the rank trains on.
+        """
+        videos = np.fromiter((video for video in self.manifest if video in self.spec.own), np.int64)
         clips = np.maximum(self.spec.frames[videos] - clip + 1, 0)  # of each video
         skipped = self.spec.starts[videos] - (np.cumsum(clips) - clips)
         return np.repeat(skipped, clips) + np.arange(clips.sum())
@@ -213,8 +254,9 @@ class Split:
         return self.manifest[video].instances
 
     def statistics(self, tap: str) -> Moments:
-        """Moments of this split's tokens, as gathered by the extraction that finished it."""
-        self.require_complete()
+        """Moments of this split's tokens, as gathered by the extraction that finished it; all of them, in a rank's."""
+        if not self.spec.part:
+            self.require_complete()
         group = self.group[f"statistics/{tap}"]
         assert isinstance(group, zarr.Group)
         return Moments.from_arrays({name: np.asarray(array[...]) for name, array in group.arrays()})

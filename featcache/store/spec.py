@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from featcache.errors import IncompatibleError, compare_settings
+from featcache.errors import IncompatibleError, UsageError, compare_settings
 from featcache.sources.fingerprint import digest
 from featcache.words import Dtype, Precision
 
@@ -90,6 +91,8 @@ class SplitSpec:
     names: tuple[str, ...] = ()
     fingerprints: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()  # names of videos that were left out because they were damaged
+    # Of a store for one rank: the rank, the number of ranks, and how many videos every rank has besides its own.
+    part: tuple[int, ...] = ()
 
     @cached_property
     def frames(self) -> npt.NDArray[np.int64]:
@@ -107,6 +110,37 @@ class SplitSpec:
         """Number of rows of the split's arrays, padding included."""
         return int(self.starts[-1])
 
+    def shares(self, ranks: int) -> list[range]:
+        """The videos as consecutive shares that have about as many frames, each with one video at least.
+
+        The order of training follows from them: they depend on the lengths alone, by a rule that must not change.
+        """
+        count, ends = len(self.lengths), np.cumsum(self.frames)
+        if ranks > count:
+            raise UsageError(f"{count} videos cannot be shared by {ranks} ranks; use fewer ranks")
+        begins = [0]
+        for share in range(1, ranks):
+            before = int(np.searchsorted(ends * ranks, share * ends[-1])) + 1  # the fewest videos with these frames
+            begins.append(min(max(before, begins[-1] + 1), count - ranks + share))
+        return [range(begin, end) for begin, end in pairwise([*begins, count])]
+
+    @cached_property
+    def own(self) -> range:
+        """The videos that are trained on from this store: all, or its rank's share."""
+        return self.shares(self.part[1])[self.part[0]] if self.part else range(len(self.lengths))
+
+    @property
+    def held(self) -> Sequence[int]:
+        """The videos that this store has once it is finished."""
+        if not self.part:
+            return self.own
+        return sorted({*self.own, *spread(range(len(self.lengths)), self.part[2])})
+
+    @property
+    def extent(self) -> slice:
+        """The rows of `own`."""
+        return slice(int(self.starts[self.own.start]), int(self.starts[self.own.stop]))
+
     @property
     def videos(self) -> tuple[tuple[str, str, int], ...]:
         """Name, fingerprint and frames of each video; () where the fingerprints are not known."""
@@ -122,12 +156,21 @@ class SplitSpec:
         return {key: value for key, value in self.to_json().items() if key not in _OF_VIDEOS}
 
     def to_json(self) -> dict[str, Any]:
-        return {each.name: getattr(self, each.name) for each in fields(self)}  # asdict copies every video's values
+        values = {each.name: getattr(self, each.name) for each in fields(self)}  # asdict copies every video's values
+        if not self.part:
+            del values["part"]  # earlier versions read whole splits
+        return values
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> SplitSpec:
         values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in raw.items()}
         return cls(**values)
+
+
+def spread(videos: Sequence[int], most: int) -> tuple[int, ...]:
+    """At most ``most`` of the videos, evenly spaced, so that a sorted folder is not represented by its first scene."""
+    count = min(most, len(videos))
+    return tuple(videos[len(videos) * i // count] for i in range(count))
 
 
 _OF_VIDEOS = ("source_fingerprint", "lengths", "statistics_videos", "names", "fingerprints", "skipped")

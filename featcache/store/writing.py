@@ -187,7 +187,7 @@ class SplitWriter:
     @property
     def complete(self) -> bool:
         """Whether all videos are finished and the statistics cover them."""
-        return len(self.done) == len(self.spec.lengths) == self.spec.statistics_videos
+        return len(self.done) == len(self.spec.held) and self.spec.statistics_videos == len(self.spec.lengths)
 
     def write(self, index: int, video: Video, tokens: Mapping[str, torch.Tensor]) -> None:
         """Store one video durably, with float tokens (T, N, D) of each tap; see `write_chunks`."""
@@ -221,7 +221,7 @@ class SplitWriter:
         for old in SUMMARIES:  # earlier ones may have had other arrays
             shutil.rmtree(self.path / old, ignore_errors=True)
         write_tree(self.path, summary_files(self.spec, rows, statistics))
-        self._save(replace(self.spec, statistics_videos=len(rows)))
+        self._save(replace(self.spec, statistics_videos=len(self.spec.lengths)))
         if self.path != self._place:
             replace_directory(self.path, self._place)
             self.path = self._place

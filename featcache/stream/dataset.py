@@ -14,8 +14,9 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from featcache.errors import UsageError
 from featcache.store.encoding import Encoding
 from featcache.store.reading import FeatureStore, Split
+from featcache.stream.order import clip_starts
 from featcache.stream.rows import TORCH_DTYPES, Rows, open_rows
-from featcache.stream.stream import FeatureStream, clip_starts, decoder, feature_arrays
+from featcache.stream.stream import FeatureStream, decoder, feature_arrays
 from featcache.words import Residence
 
 Item = dict[str, Any]

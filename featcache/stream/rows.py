@@ -202,27 +202,31 @@ class ZarrRows:
 class ResidentRows:
     """Rows held in memory, on the host or on the device."""
 
-    def __init__(self, rows: Tensor, threads: int = 1) -> None:
+    def __init__(self, rows: Tensor, threads: int = 1, first: int = 0) -> None:
         self.rows = rows  # (F, ...)
+        self._first = first  # the array's row that comes first here
         self._copy = Copier(threads)
 
     @classmethod
     def load(
         cls, source: Rows, array: zarr.Array[Any], split: Split, device: torch.device, threads: int = 1
     ) -> ResidentRows:
-        """Load the rows of the split's finished videos to ``device``; the other rows are undefined."""
+        """Load the rows of the finished videos that are trained on to ``device``; the other rows are undefined."""
         dtype = TORCH_DTYPES[str(array.dtype)]
         on_host = device.type == "cpu"
-        rows = pages.host_empty(array.shape, dtype) if on_host else torch.empty(array.shape, dtype=dtype, device=device)
+        first, end = split.spec.extent.start, split.spec.extent.stop
+        shape = (end - first, *array.shape[1:])
+        rows = pages.host_empty(shape, dtype) if on_host else torch.empty(shape, dtype=dtype, device=device)
         for span in split.spans(max(1, LOADED // rows[:1].nbytes)):
-            target = rows[span].unsqueeze(0)
+            target = rows[span.start - first : span.stop - first].unsqueeze(0)
             part = target if on_host else torch.empty_like(target, device="cpu")
             source.gather(np.array([span.start]), part)
             if part is not target:
                 target.copy_(part)
-        return cls(rows, threads)
+        return cls(rows, threads, first)
 
     def gather(self, starts: Int64, out: Tensor) -> None:
+        starts = starts - self._first
         if self.rows.device.type == "cpu":
             assert out.is_contiguous() and out.device.type == "cpu"
             sources = self.rows.data_ptr() + starts * self.rows[0].nbytes

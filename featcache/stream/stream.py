@@ -26,6 +26,7 @@ from featcache.errors import UsageError
 from featcache.machine import readable, start_limited
 from featcache.store.encoding import Encoding
 from featcache.store.reading import Split
+from featcache.stream.order import orders
 from featcache.stream.residence import RING, Free, Home, choose_home, ring_bytes
 from featcache.stream.rows import TORCH_DTYPES, FileRows, ResidentRows, Rows, open_rows
 from featcache.stream.staging import Buffers, Format, Staging, Stalls
@@ -73,10 +74,12 @@ class FeatureStream:
             and the trainer, else the disk or the host; see :func:`featcache.stream.residence.choose_home`.
         reserve: bytes of the device that the trainer needs beside the batches.
         rank, world_size: each rank takes its part of every global batch; see :meth:`rows_at`.
+        shares: consecutive shares of the split's videos, each of which gives an equal part of every global batch.
         threads: number of copying threads. None: one beside a trainer on the CPU, which needs the cores; for a GPU a
             share of the machine's cores, up to four.
 
-    Raises ``UsageError`` if no video is as long as the clip. Damaged files raise ``DataError`` from the iterator.
+    Raises ``UsageError`` if no video, of a share, is as long as the clip, or a batch has no equal parts of all shares.
+    Damaged files raise ``DataError`` from the iterator.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class FeatureStream:
         reserve: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        shares: int = 1,
         threads: int | None = None,
     ) -> None:
         self.device = torch.device(device)
@@ -100,7 +104,9 @@ class FeatureStream:
         self.rank, self.world_size = rank, world_size
         self.samples_seen = 0
         self._stalls = Stalls(self.device)
-        self.starts = clip_starts(split, clip)  # (samples,)
+        if batch_size * world_size % shares:
+            raise UsageError(f"a batch of {batch_size * world_size} has no equal parts of {shares} shares")
+        self.orders, self._shares = orders(split, clip, shares), shares
         self._frames = frames
         samples = (batch_size, clip if frames is None else len(frames(0)))
         self._encoding = decoder(split, tap)
@@ -110,7 +116,6 @@ class FeatureStream:
         homes = {"disk": None, "host": torch.device("cpu"), "device": self.device}
         self.threads = threads or reader_threads(self.device, world_size)
         self._readers = open_readers(split, tap, homes[self.residence], self.threads)
-        self._order: tuple[int, npt.NDArray[np.int64]] | None = None
 
     # -- the order -------------------------------------------------------------------------------------
 
@@ -118,26 +123,19 @@ class FeatureStream:
         """First rows of this rank's batch after ``samples_seen`` samples, in ascending order: (B,).
 
         The global batch is drawn and sorted, and the ranks take consecutive parts of it: together they see the same
-        samples in the same order as one process with the whole batch. Epochs follow each other without a gap, so a
-        batch may hold the end of one and the start of the next.
+        samples in the same order as one process with the whole batch. Each share of the videos gives its part of the
+        batch, in epochs of its own; with a share for each rank, a rank needs the videos of its share alone.
         """
-        seen = np.arange(samples_seen, samples_seen + self.world_size * self.batch_size)
-        epochs, places = np.divmod(seen, len(self.starts))
-        rows = [self.starts[self._permutation(int(epoch))[places[epochs == epoch]]] for epoch in np.unique(epochs)]
-        together = np.sort(np.concatenate(rows))  # neighbours on disk are read together
-        return together[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+        samples = self.world_size * self.batch_size
+        drawn = [order.take(self.seed, samples_seen // self._shares, samples // self._shares) for order in self.orders]
+        together = np.concatenate(drawn)
+        begin = 0 if len(together) < samples else self.rank * self.batch_size
+        return together[begin : begin + self.batch_size]
 
     def _rows_to_read(self, samples_seen: int) -> npt.NDArray[np.int64]:
         """:meth:`rows_at`, or every row of the batch, sample by sample, if only some frames of a clip are read."""
         rows = self.rows_at(samples_seen)
         return rows if self._frames is None else (rows[:, None] + self._frames(samples_seen)).ravel()
-
-    def _permutation(self, epoch: int) -> npt.NDArray[np.int64]:
-        order = self._order
-        if order is None or order[0] != epoch:
-            order = (epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.starts)))
-            self._order = order
-        return order[1]
 
     def state_dict(self) -> dict[str, int]:
         """The position in the stream, for a checkpoint."""
@@ -146,7 +144,6 @@ class FeatureStream:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue at the position of :meth:`state_dict`."""
         self.samples_seen, self.seed = state["samples_seen"], state["seed"]
-        self._order = None
 
     # -- the batches -----------------------------------------------------------------------------------
 
@@ -267,16 +264,8 @@ def batch_formats(split: Split, tap: str, samples: tuple[int, int]) -> tuple[dic
 
 def _home(split: Split, tap: str, residence: Residence, needs: int, device: torch.device) -> Home:
     arrays = feature_arrays(split, tap).values()
-    size = sum(array.nbytes for array in arrays)
+    rows = split.spec.extent.stop - split.spec.extent.start
+    size = sum(array.nbytes // max(1, split.spec.rows) * rows for array in arrays)
     if residence != "auto":
         return Home(residence, f"features ({readable(size)}) on the {residence}, as set")
     return choose_home(size, needs, Free.now(device), mapped=all(FileRows.allowed(array) for array in arrays))
-
-
-def clip_starts(split: Split, clip: int) -> npt.NDArray[np.int64]:
-    """First row of every run of ``clip`` consecutive frames in a finished video: (samples,). ``UsageError`` if none."""
-    starts = split.clip_starts(clip)
-    if not len(starts):
-        longest = max(split.spec.lengths, default=0)
-        raise UsageError(f"{split.path}: no clips of {clip} frames; the longest video has {longest}")
-    return starts

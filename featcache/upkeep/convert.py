@@ -44,6 +44,9 @@ class ConvertOptions:
     splits: tuple[str, ...] = ()
     # Videos that share a file of a zarr store; 0: none; None: as an extraction would choose.
     shard_videos: int | None = None
+    # (rank, ranks, videos that every rank has besides): the copy has one rank's share of the split ``divided``.
+    part: tuple[int, ...] = ()
+    divided: str = ""
 
     def __post_init__(self) -> None:
         if self.shard_videos is not None and self.shard_videos < 0:
@@ -133,11 +136,19 @@ def convert(
     names = _chosen("split", options.splits, origin.splits, path)
     spec = copied_spec(origin, options)
     specs = [origin.splits[name].spec for name in names]
-    copies = [replace(s, statistics_videos=0, shard_chunks=_shard_chunks(spec, s, options)) for s in specs]
+    copies = [
+        replace(
+            split,
+            statistics_videos=0,
+            shard_chunks=_shard_chunks(spec, split, options),
+            part=options.part if name == options.divided else (),
+        )
+        for name, split in zip(names, specs, strict=True)
+    ]
     with Hdf5Writer.create(out, spec) if form == "hdf5" else StoreWriter(out, spec) as writer:
         for name, copy in zip(names, copies, strict=True):
             with closing(_Target(writer, name, copy)) as target:
-                _copy_split(origin, name, target, spec, progress)
+                _copy_split(origin, name, target, copy, spec, progress)
 
 
 class _Target:
@@ -153,17 +164,18 @@ class _Target:
             self.split.close()
 
 
-def _copy_split(origin: Origin, name: str, target: _Target, spec: StoreSpec, progress: Progress) -> None:
-    split = origin.splits[name]
-    lengths = split.spec.lengths
-    total = sum(lengths)
+def _copy_split(
+    origin: Origin, name: str, target: _Target, copy: SplitSpec, spec: StoreSpec, progress: Progress
+) -> None:
+    split, lengths = origin.splits[name], copy.lengths
+    total = sum(lengths[video] for video in copy.held)
     if target.complete:
         progress(name, total, total)
         return
     wanted = [layout.name for layout in array_layouts(replace(origin.spec, taps=spec.taps), split.spec)]
     statistics: dict[str, Moments] = {}
     copied = 0
-    for video in range(len(lengths)):
+    for video in copy.held:
         row, arrays = split.read(video, wanted)
         for tap in spec.taps:
             tokens = _recode(arrays, tap, origin.spec.dtype, spec)
@@ -176,6 +188,9 @@ def _copy_split(origin: Origin, name: str, target: _Target, spec: StoreSpec, pro
             target.split.write_arrays(row, arrays)
         copied += lengths[video]
         progress(name, copied, total)
+    if copy.part:  # all ranks normalise alike
+        whole = FeatureStore.open(origin.path)[name]
+        statistics = {tap: whole.statistics(tap) for tap in spec.taps}
     target.split.finish(statistics)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import zarr
 
 from featcache.backbones.backbone import Backbone
-from featcache.errors import DataError, IncompatibleError, compare_settings
+from featcache.errors import DataError, IncompatibleError, UsageError, compare_settings
 from featcache.extraction.changes import Found, arranged, match
 from featcache.extraction.extract import Progress, extract
 from featcache.extraction.job import SplitJob, merge
@@ -69,6 +69,11 @@ def repair(path: Path, means: Means | None = None, progress: Progress = lambda *
     if not found:
         return []
     store = open_root(path)
+    if any(read_split_spec(path / name).part for name in store.splits):
+        raise UsageError(
+            f"{path}: has one rank's videos of {store.spec.exported_from}; delete {path} and make it again with "
+            "slotlab export --for-ranks"
+        )
     with StoreWriter(path, store.spec):
         for name in sorted({d.split for d in found if d.kind == "metadata"}):
             _restore_metadata(store, path / name, means)

@@ -114,13 +114,13 @@ def verify_split(store: StoreSpec, folder: Path) -> Iterator[Damage]:
     for file in extra_files(folder, spec, layouts):
         yield Damage(split, None, "", f"{split}/{file.relative_to(folder)} does not belong there", "extra")
     if spec.statistics_videos:
-        missing = set(range(len(spec.lengths))) - set(rows)
+        missing = set(spec.held) - set(rows)
         for video in sorted(missing):
             yield Damage(split, video, "", "is not in the manifest of a split that was complete", "manifest")
         if not missing:
             yield from _tables(folder, spec, rows)
         for tap, tap_spec in store.taps.items():
-            frames = sum(row.frames for row in rows.values())
+            frames = sum(spec.lengths if spec.part else (row.frames for row in rows.values()))
             if why := _statistics_problem(folder / "statistics" / tap, frames, frames * tap_spec.patches):
                 yield Damage(split, None, "", f"{split}/statistics/{tap} {why}", "statistics")
 

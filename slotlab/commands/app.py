@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from featcache.errors import DataError, FeatcacheError, is_full, out_of_memory
+from featcache.errors import INTERRUPTED, DataError, FeatcacheError, is_full, out_of_memory
 from featcache.text import printable
 from slotlab.commands import (
     bench,
@@ -41,7 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-INTERRUPTED = 130
 
 
 @app.callback()

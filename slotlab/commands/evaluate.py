@@ -52,6 +52,7 @@ def evaluate(
     from slotlab.commands.protocols import protocols_table
     from slotlab.commands.splits import chosen_split
     from slotlab.commands.tables import entropy_table, gains_table, outlines_table, paired_table, scores_table
+    from slotlab.dynamics.rollout import require_masks
     from slotlab.protocols.scorer import ProtocolScorer
     from slotlab.protocols.store import apply_all
     from slotlab.runs.folder import keep_result
@@ -65,6 +66,8 @@ def evaluate(
     wanted = asked(protocol or ())
     if sheet and sheet.suffix.lower() != ".png":
         raise UsageError(f"--sheet {sheet}: is drawn as PNG; name a file that ends in .png")
+    for each in (run, *([against] if against else [])):
+        require_masks(each)
     loaded = load_run(run, cache, pick_device(device))
     chosen = require_truth(chosen_split(loaded, split))
     also: list[Callable[[Followed], None]] = []

@@ -23,6 +23,10 @@ def rollout(
         bool, typer.Option("--without-entering", help="Leave out videos that an object enters after the seen frames.")
     ] = False,
     sheet: Annotated[Path | None, typer.Option(help="PNG to draw: truth, rollout and copy over the frames.")] = None,
+    film: Annotated[
+        Path | None,
+        typer.Option(help="Film of the same, as .mp4, .gif or .webp: truth, rollout, constant velocity, copy."),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -31,16 +35,19 @@ def rollout(
     from slotlab.commands import terminal
     from slotlab.commands.splits import chosen_split
     from slotlab.commands.tables import rollout_tables
-    from slotlab.dynamics.rollout import features_of, load_dense, load_dynamics, roll_out
+    from slotlab.dynamics.rollout import features_at, load_dense, load_dynamics, roll_out
     from slotlab.dynamics.rows import ROWS
+    from slotlab.pictures.files import FILMS
     from slotlab.runs.folder import keep_result
 
     if sheet and sheet.suffix.lower() != ".png":
         raise UsageError(f"--sheet {sheet}: is drawn as PNG; name a file that ends in .png")
+    if film and film.suffix.lower() not in FILMS:
+        raise UsageError(f"--film {film}: name a file that ends in {', '.join(FILMS)}")
     loaded = load_dynamics(run, tracks, pick_device(device))
-    features, chosen = features_of(loaded, cache), chosen_split(loaded, split)
+    features, chosen = features_at(loaded.store, cache), chosen_split(loaded, split)
     also = []
-    if sheet:
+    if sheet or film:
         from slotlab.pictures.strip import Strips, pick_strips
 
         strips = Strips(chosen, pick_strips(chosen))
@@ -51,6 +58,8 @@ def rollout(
     terminal.warn(keep_result(run, loaded.store, result, "rollout"))
     if sheet:
         strips.draw(sheet)
+    if film:
+        strips.film(film)
     if as_json:
         print_json(result)
         return

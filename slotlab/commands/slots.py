@@ -24,12 +24,17 @@ def slots(
     form: Annotated[
         SlotFormat, typer.Option("--format", help="zarr: a store, to train on; npz, hdf5: one file for other programs.")
     ] = "zarr",
+    actions: Annotated[
+        Path | None,
+        typer.Option(help="Actions to store beside the slots, a vector a frame: HDF5, or .npz with SPLIT/NAME."),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Follow every video and store its slots: vectors, soft masks, centroids, areas, and the identity of each track."""
     from featcache.machine import pick_device
     from slotlab.commands import terminal
+    from slotlab.dynamics.actions import read_actions
     from slotlab.dynamics.files import write_file
     from slotlab.dynamics.tracks import make_tracks, store_identity
     from slotlab.runs.folder import tracks_path
@@ -39,12 +44,13 @@ def slots(
         raise UsageError(f"--format {form}: name the file with --out FILE")
     loaded = load_run(run, cache, pick_device(device))
     place = out if out is not None and form == "zarr" else tracks_path(run)
+    pushes = None if actions is None else read_actions(actions, loaded.store)
     with terminal.ExtractProgress() as progress:
-        store = make_tracks(loaded, place, progress)
+        store = make_tracks(loaded, place, progress, pushes)
     found = {name: store_identity(store[name]) for name in store.splits}
     if not as_json:
         for name, of in found.items():
-            terminal.out.print(f"{name}: {_said(of)}")
+            terminal.out.print(f"{name}: {_said(of, films=max(store[name].spec.lengths) > 1)}")
     if form != "zarr":
         assert out is not None
         write_file(store, out, form)
@@ -62,11 +68,13 @@ def slots(
     terminal.out.print(f"{written}: slots written.{then}")
 
 
-def _said(of: Identity | None) -> str:
+def _said(of: Identity | None, films: bool) -> str:
     if of is None or of.covered is None:
         return "no ground truth to compare the tracks with"
     if of.accuracy is None:
         return "no object is held by a slot in any frame"
+    if not films:
+        return f"{of.covered:.1%} of visible objects are held; single images have no identity to keep"
     return (
         f"slots keep their object in {of.accuracy:.1%} of the frames in which they hold one; "
         f"{of.covered:.1%} of visible objects are held"

@@ -112,15 +112,34 @@ def export(
     shard_videos: Annotated[
         int | None, typer.Option(help="Number of videos that share a file; 0: none. Default: by their number and size.")
     ] = None,
+    for_ranks: Annotated[
+        int | None, typer.Option(help="Number of ranks; OUT is a folder of stores, with the videos of one rank each.")
+    ] = None,
+    rank: Annotated[
+        list[int] | None, typer.Option(help="Rank to make the store of, with --for-ranks; repeatable; default: all.")
+    ] = None,
 ) -> None:
     """Copy a store in another dtype, with fewer taps, in shards, or as HDF5. Never loads it; checks as it reads."""
+    if rank and for_ranks is None:
+        raise UsageError("--rank: only with --for-ranks, which says of how many")
+    if for_ranks is not None and form == "hdf5":
+        raise UsageError("--for-ranks: ranks train on zarr stores; leave out --format")
+
     from featcache.upkeep.convert import ConvertOptions, convert
     from slotlab.commands import terminal
 
     options = ConvertOptions(dtype, tuple(tap or ()), tuple(split or ()), shard_videos)
+    made = [out]
     with terminal.ExtractProgress() as progress:
-        convert(cache, out, options, form, progress)
-    terminal.out.print(f"{out}: written")
+        if for_ranks is None:
+            convert(cache, out, options, form, progress)
+        else:
+            from featcache.upkeep.ranks import export_for_ranks
+            from slotlab.models.inputs import SAMPLE_VIDEOS
+
+            made = export_for_ranks(cache, out, options, for_ranks, rank or (), SAMPLE_VIDEOS, progress)
+    for path in made:
+        terminal.out.print(f"{path}: written")
 
 
 def import_file(

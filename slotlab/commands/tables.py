@@ -12,7 +12,8 @@ from rich.text import Text
 
 from featcache.scale.report import ROWS, StoreReport
 from featcache.text import printable
-from slotlab.dynamics.rollout import HORIZONS, Rollout
+from slotlab.dynamics.measures import HORIZONS, MEASURES
+from slotlab.dynamics.rollout import Rollout
 from slotlab.scoring.evaluation import Evaluation
 from slotlab.scoring.fine import GAINS
 from slotlab.scoring.metrics import shown, title_of
@@ -190,11 +191,11 @@ def gains_table(found: Evaluation) -> Table:
 
 def experiment_table(table: Mapping[str, Any]) -> Table:
     """The table of :func:`slotlab.experiments.table.build_table`: a row for each cell, the spread below the mean."""
-    from slotlab.experiments.table import COLUMNS, SPREAD, row_of
+    from slotlab.experiments.table import SPREAD, row_of
 
     shown = Table(title=printable(f"{table['out']} on {table['split']}"), title_justify="left")
     shown.add_column("cell", overflow="fold", min_width=12)
-    for title in ("runs", *COLUMNS.values()):
+    for title in ("runs", *table["columns"].values()):
         shown.add_column(title, justify="right")
     for cell in table["cells"]:
         name, *values = row_of(table, cell)
@@ -203,30 +204,18 @@ def experiment_table(table: Mapping[str, Any]) -> Table:
     return shown
 
 
-ROLLED_OUT = {  # measures that `slotlab rollout` prints: title, and digits
-    "mse": ("feature MSE", 3),
-    "mbo": ("mBO", 3),
-    "mbo_moving": ("mBO, moved objects", 3),
-    "mbo_still": ("mBO, other objects", 3),
-    "fg_ari": ("FG-ARI", 3),
-    "miou": ("FG-mIoU", 3),
-    "centre": ("centre error, px", 1),
-    "identity": ("identity", 3),
-}
-
-
 def rollout_tables(found: Rollout) -> list[Table]:
     """A table for each measure of a rollout: a row for each prediction, a column for each horizon in frames."""
     shown = []
-    for key, (title, digits) in ROLLED_OUT.items():
+    for measure in MEASURES:
         rows = []
         for row, of in found.rows.items():
-            if key not in of:
+            if measure.key not in of:
                 continue
-            values = found.means(row, key)
-            chosen = [*(values[h - 1] for h in HORIZONS if h <= len(values)), found.mean(row, key)]
-            rows.append((found.titles[row], *(None if v is None else f"{v:.{digits}f}" for v in chosen)))
+            values = found.means(row, measure.key)
+            chosen = [*(values[h - 1] for h in HORIZONS if h <= len(values)), found.mean(row, measure.key)]
+            rows.append((found.titles[row], *(None if v is None else f"{v:.{measure.digits}f}" for v in chosen)))
         if rows:
-            columns = (title, *(str(h) for h in HORIZONS if h <= found.steps), "mean")
+            columns = (measure.title, *(str(h) for h in HORIZONS if h <= found.steps), "mean")
             shown.append(plain_table(columns, rows))
     return shown

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,9 @@ NEXT = {"dynamics": "rollout {run}", "dense": "rollout WORLD --dense {run}"}  # 
 
 def train(
     context: typer.Context,
-    cache: Annotated[Path | None, typer.Option(help="Store made by slotlab extract.", show_default=False)] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Store made by slotlab extract, or export --for-ranks.", show_default=False)
+    ] = None,
     run_of: Annotated[
         Path | None,
         typer.Option("--run", help="Run whose slots are predicted (--preset dynamics), in place of a store."),
@@ -57,14 +58,15 @@ def train(
     )
     from featcache.machine import chosen, pick_device
     from featcache.store.reading import FeatureStore
+    from featcache.upkeep.ranks import own_store
     from slotlab.commands import terminal
-    from slotlab.training.processes import is_leader
+    from slotlab.training.processes import count, is_leader, rank
     from slotlab.training.train import train as run_train
 
     cache = _store(cache, run_of, settings.model.kind, device)
     name = cache.stem if run_of is None else run_of.resolve().name
     run = out or Path("runs") / f"{name}-{preset}-{settings.seed}"
-    store, place = FeatureStore.open(cache), pick_device(device)
+    store, place = FeatureStore.open(own_store(cache, rank(), count())), pick_device(device)
     for idle in settings.unread() if is_leader() else ():
         terminal.err.print(f"note: {idle}")
     if settings.optim.precision == "bfloat16" and place.type == "cpu" and is_leader():
@@ -116,9 +118,10 @@ def _store(cache: Path | None, run: Path | None, kind: str, device: str) -> Path
     from slotlab.dynamics.tracks import make_tracks
     from slotlab.runs.folder import tracks_path
     from slotlab.runs.loaded import load_run
+    from slotlab.training.processes import count
 
     place = tracks_path(run)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # one process writes a store
+    if count() > 1:  # one process writes a store
         if not place.exists():
             raise DataError(f"{run}: its slots are not stored yet; first run: slotlab slots {run}")
     else:

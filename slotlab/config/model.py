@@ -17,6 +17,7 @@ Gradient = Literal["full", "implicit", "bilevel"]
 GRUHidden = Literal["slots", "normalised"]
 Initializer = Literal["gaussian", "gaussian_means", "gaussian_per_slot", "learnt", "kmeans++", "kmeans", "saliency"]
 FROM_TOKENS = ("kmeans++", "kmeans", "saliency")  # initializers that start slots at projected tokens
+ScoredBy = Literal["eval", "rollout"]  # commands that score a run, and names of their files in its folder
 Sign = Literal["one_slot", "same_masks", "flat_attention", "same_slots", "lost_slots"]  # signs of a collapse
 
 
@@ -40,6 +41,7 @@ class KindConfig(Section):
     # What to try against a sign of collapse (slotlab.scoring.collapse).
     remedies: ClassVar[Remedies] = {}
     frames_a_step: ClassVar[int | None] = None  # frames of a clip that a step reads, drawn anew each time; None: all
+    scored_by: ClassVar[ScoredBy] = "eval"
 
     @property
     def on_host(self) -> bool:
@@ -337,6 +339,8 @@ class AgglomerativeConfig(KindConfig):
 class ForecastConfig(KindConfig):
     """What predictors of later frames share."""
 
+    scored_by: ClassVar[ScoredBy] = "rollout"
+
     burn_in: int = Field(6, ge=1, description="Frames that are seen before the first predicted one")
     layers: int = Field(2, ge=1, description="Blocks of attention")
     width: int = Field(64, ge=2, description="Width of its tokens")
@@ -364,7 +368,10 @@ class DynamicsConfig(ForecastConfig):
     channels: int = Field(48, ge=1, description="Directions of most variance in which a slot's feature is kept")
     kinematics: bool = Field(True, description="Velocity and acceleration as inputs; predictions are changes of speed")
     masked_slots: int = Field(0, ge=0, description="Slots of a training clip that are hidden after its first frame")
-    mirror: bool = Field(True, description="Half of the training clips mirrored, left for right")
+    mirror: bool = Field(True, description="Half of the training clips mirrored, left for right; none with actions")
+    actions: int | None = Field(
+        None, ge=0, description="Numbers of a frame's action, which lead to the next; unset: the tracks', 0: none read"
+    )
 
     @property
     def carries(self) -> bool:

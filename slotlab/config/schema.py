@@ -70,6 +70,7 @@ class DataConfig(Section):
     shrinkage: float = Field(0.1, ge=0, le=1, description="Shrinkage of the covariance towards equal variances")
     residence: Residence = Field("auto", description="Place of the features while they stream; auto: where they fit")
     clip: int = Field(1, ge=1, description="Consecutive frames in a sample; more than 1 needs a video model")
+    shares: int = Field(1, ge=1, description="Shares of the videos that give equal parts of every batch, as of ranks")
 
     read_by: ClassVar[ReadBy] = {
         setting: ("normalize", tuple(form for form, read in NORMALISATIONS.items() if setting in read))
@@ -107,6 +108,9 @@ class LossConfig(Section):
     slot_contrast: float = _weight(0.0, "Slot contrast", "the slot contrast (SlotContrast)")
     assignment: float = _weight(0.0, "Assignment", "the cross-entropy of the slot that a patch belongs to")
     slot_mse: float = _weight(0.0, "Slot MSE", "the squared error of predicted slots, in units of their variance")
+    slot_nll: float = _weight(
+        0.0, "Slot likelihood", "the negative log-likelihood of predicted slots, whose places have a doubt of their own"
+    )
     diversity: float = _weight(0.0, "Diversity", "the mean cosine between masks")
     slot_diversity: float = _weight(0.0, "Slot diversity", "the mean cosine between slots")
     sharpness: float = _weight(0.0, "Sharpness", "the masks' entropy")
@@ -227,8 +231,9 @@ class Config(Section):
             raise ValueError("model.first_slots needs the reconstruction, whose error says where slots are added")
         if self.loss.assignment and self.model.kind != "agglomerative":
             raise ValueError("loss.assignment needs model.kind = agglomerative, whose segments are what is assigned")
-        if self.loss.slot_mse and self.model.kind != "dynamics":
-            raise ValueError("loss.slot_mse needs model.kind = dynamics, which predicts slots")
+        for name in ("slot_mse", "slot_nll"):
+            if getattr(self.loss, name) and self.model.kind != "dynamics":
+                raise ValueError(f"loss.{name} needs model.kind = dynamics, which predicts slots")
         hard = self.model.kind == "slot_attention" and self.model.decoder.hard
         if hard and (self.loss.diversity or self.loss.sharpness):
             raise ValueError(

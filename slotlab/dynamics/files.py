@@ -31,10 +31,11 @@ def columns(tracks: Tracks, split: Split, video: int, labels: int) -> Columns:
 
     ``slots`` (T, K, S) float32, ``masks`` (T, K, h, w) float16, ``centroids`` (T, K, 2) and ``areas`` (T, K) in shares
     of the frame (rows, columns), ``active`` (T, K) whether a slot holds anything, ``identity`` (T, K) int16 the object
-    that it holds by the ground truth (0 for label 1), -1 for none.
+    that it holds by the ground truth (0 for label 1), -1 for none; ``actions`` (T, A) float32 where there are some.
     """
     height, width = tracks.grid
-    masks = tracks.read(split, video).float()[..., tracks.dim :]  # (T, K, N)
+    tokens = tracks.read(split, video)
+    masks = tracks.masks(tokens)  # (T, K, N)
     area = masks.sum(-1)
     centre = masks @ (places(tracks.grid) + torch.tensor([height / 2, width / 2]))
     centre = centre / area.clamp_min(LEAST_AREA).unsqueeze(-1) / torch.tensor([height, width])
@@ -51,6 +52,7 @@ def columns(tracks: Tracks, split: Split, video: int, labels: int) -> Columns:
         "areas": (area / (height * width)).numpy(),
         "active": (area >= LEAST_AREA).numpy(),
         "identity": identity.to(torch.int16).numpy(),
+        **({"actions": tokens[:, 0, -tracks.actions :].float().numpy()} if tracks.actions else {}),
     }
 
 

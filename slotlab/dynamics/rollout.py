@@ -13,8 +13,9 @@ from torch import Tensor
 
 from featcache.errors import DataError, UsageError
 from featcache.store.reading import FeatureStore, Split
+from slotlab.dynamics.measures import COMPARED_AT, HORIZONS, MEASURES, Truth, frame_values
 from slotlab.dynamics.rows import ROWS, Clip, Predicted, Row, dense
-from slotlab.dynamics.tracks import Identity, own_slots
+from slotlab.dynamics.tracks import Identity
 from slotlab.models.dynamics.dense import DenseModel
 from slotlab.models.dynamics.model import DynamicsModel
 from slotlab.models.dynamics.motion import on_grid
@@ -22,116 +23,11 @@ from slotlab.models.inputs import Tracks
 from slotlab.runs import checkpoint
 from slotlab.runs.folder import store_path
 from slotlab.runs.loaded import LoadedRun, load_run
+from slotlab.scoring.digest import scoring_code
 from slotlab.scoring.groups import ATTRIBUTES, objects_by
 from slotlab.scoring.intervals import Bootstrap
-from slotlab.scoring.metrics import MATCHED_IOU, best_overlap, foreground_ari, matched_iou, matched_slots
+from slotlab.scoring.scores import Values
 from slotlab.scoring.tables import count_labels, ground_truth, mask_tables
-
-HORIZONS = (1, 2, 4, 8, 12, 18)  # frames ahead that tables show
-MOVED = 1.0  # patches from its last seen place beyond which an object has moved
-
-
-@dataclass(frozen=True)
-class Measure:
-    """One quantity of a predicted frame."""
-
-    key: str
-    title: str
-    higher_is_better: bool = True
-
-
-MEASURES: tuple[Measure, ...] = (
-    Measure("mse", "feature MSE", False),
-    Measure("cosine", "feature cosine"),
-    Measure("fg_ari", "FG-ARI"),
-    Measure("mbo", "mBO"),
-    Measure("miou", "FG-mIoU"),
-    Measure("centre", "centre error, px", False),
-    Measure("identity", "identity"),
-)
-
-
-@dataclass(frozen=True)
-class Truth:
-    """The ground truth of one video's predicted frames."""
-
-    labels: Tensor  # (H, height, width)
-    count: int  # labels, background included
-    centres: Tensor  # (H, objects, 2) pixels; NaN where an object is absent
-    own: Tensor  # (objects,) slot that held each object in the seen frames; -1 for none
-    groups: Mapping[str, Tensor]  # name -> (H, objects) bool
-    enters: bool  # whether an object is first visible in a predicted frame
-
-    @classmethod
-    def of(cls, split: Split, clip: Clip, video: int, named: Mapping[str, Tensor], labels: int) -> Truth:
-        truth, burn_in, grid = ground_truth(split, video), clip.burn_in, clip.model.grid
-        seen = mask_tables(on_grid(clip.seen.masks[0, :burn_in], grid), truth[:burn_in], labels)
-        centres = object_centres(truth, labels)
-        patch = truth.shape[1] / grid[0]
-        # An object that was away in the last seen frame counts from where it was before.
-        moved = (centres[burn_in:] - last_known(centres[:burn_in])).norm(dim=-1) > MOVED * patch
-        steps = len(truth) - burn_in
-        groups = {"moving": moved, "still": ~moved}
-        groups |= {name: of[video].expand(steps, -1) for name, of in named.items()}
-        shown = ~centres[..., 0].isnan()  # (T, objects)
-        enters = bool((shown[burn_in:].any(0) & ~shown[:burn_in].any(0)).any())
-        return cls(truth[burn_in:], labels, centres[burn_in:], own_slots(seen), groups, enters)
-
-
-def object_centres(truth: Tensor, labels: int) -> Tensor:
-    """Mean row and column of each object's pixels, (T, labels - 1, 2); NaN where it has none. truth (T, H, W)."""
-    height, width = truth.shape[1:]
-    objects = truth.unsqueeze(1) == torch.arange(1, labels).view(1, -1, 1, 1)  # (T, objects, H, W)
-    rows = objects.sum(3).double() @ torch.arange(height).double()
-    columns = objects.sum(2).double() @ torch.arange(width).double()
-    return torch.stack([rows, columns], -1) / objects.sum((2, 3)).unsqueeze(-1)
-
-
-def last_known(centres: Tensor) -> Tensor:
-    """The last centre of each object that is not NaN, (objects, 2), of centres (T, objects, 2)."""
-    known = centres[0]
-    for later in centres[1:]:
-        known = torch.where(later.isnan(), known, later)
-    return known
-
-
-def frame_values(predicted: Predicted, clip: Clip, truth: Truth | None) -> dict[str, Tensor]:
-    """Each measure of the predicted frames, (H,) float64, NaN where it is not defined; of groups, ``mbo_metal``.
-
-    Errors of features are of those standardised by channel, over patches and channels.
-    """
-    # The model's features are standardised about the mean of each place; here about that of all, as others' are.
-    offset = clip.model.normaliser.shift
-    offset = (offset - offset.mean(0)) * clip.model.normaliser.weight
-    unit = (1 + offset.square().mean(0)).rsqrt()
-    guess, target = ((x + offset) * unit for x in (predicted.features, clip.dense[clip.burn_in :]))
-    found = {
-        "mse": (guess - target).double().square().mean((1, 2)),
-        "cosine": F.cosine_similarity(guess, target, dim=-1).double().mean(1),
-    }
-    if truth is None or predicted.masks is None or predicted.places is None:
-        return found
-    grid = clip.model.grid
-    tables = mask_tables(on_grid(predicted.masks, grid), truth.labels, truth.count)
-    slots = matched_slots(tables, above=MATCHED_IOU)
-    visible = tables[:, 1:].sum(-1) > 0
-    held = (slots >= 0) & visible & (truth.own >= 0)
-    size = torch.tensor(truth.labels.shape[1:]) / torch.tensor(grid)  # pixels of a patch
-    middle = (torch.tensor(truth.labels.shape[1:]) - 1) / 2
-    places = predicted.places[:, truth.own.clamp_min(0)] * size + middle
-    away = (places - truth.centres).norm(dim=-1)
-    of_objects = {
-        "mbo": best_overlap(tables),
-        "miou": matched_iou(tables),
-        "centre": torch.where((truth.own >= 0) & visible, away, torch.nan),
-        "identity": torch.where(held, (slots == truth.own).double(), torch.nan),
-    }
-    found["fg_ari"] = foreground_ari(tables)
-    found |= {key: values.nanmean(-1) for key, values in of_objects.items()}
-    for name, chosen in truth.groups.items():
-        for key in ("mbo", "centre"):
-            found[f"{key}_{name}"] = torch.where(chosen, of_objects[key], torch.nan).nanmean(-1)
-    return found
 
 
 @dataclass(frozen=True)
@@ -176,6 +72,11 @@ class Rollout:
             "entering": list(self.entering),
             "tracks": {"identity": self.identity.accuracy, "covered": self.identity.covered},
             "rows": {row: self._row(row) for row in self.rows},
+            "values": _compared({key: of.nanmean(0) for key, of in self.rows["rollout"].items()}),
+            "by_video": {
+                name: _compared({key: of[video] for key, of in self.rows["rollout"].items()})
+                for video, name in enumerate(self.names)
+            },
         }
 
     def _row(self, row: str) -> dict[str, Any]:
@@ -198,6 +99,17 @@ def _number(value: Tensor) -> float | None:
     return None if bool(value.isnan()) else float(value)
 
 
+def _compared(of: Mapping[str, Tensor]) -> Values:
+    """What tables of runs show of the world model: ``mse_4`` is the feature MSE four frames ahead. ``of`` (H,) each."""
+    return {
+        f"{measure.key}_{ahead}": _number(of[measure.key][ahead - 1])
+        for measure in MEASURES
+        if measure.in_experiments and measure.key in of
+        for ahead in COMPARED_AT
+        if ahead <= len(of[measure.key])
+    }
+
+
 def load_dynamics(run: Path, tracks: Path | None = None, device: torch.device | str = "cpu") -> LoadedRun:
     """A run of ``model.kind = dynamics``; ``tracks`` replaces the store that it was trained on.
 
@@ -205,9 +117,7 @@ def load_dynamics(run: Path, tracks: Path | None = None, device: torch.device | 
     """
     kind = checkpoint.load_run_config(run).model.kind
     if kind == "dense":
-        raise UsageError(
-            f"{run}: predicts without slots; show it beside a world model: slotlab rollout RUN --dense {run}"
-        )
+        require_masks(run)
     if kind != "dynamics":
         raise UsageError(
             f"{run}: predicts nothing (model.kind = {kind}); train a world model on its slots with "
@@ -220,6 +130,17 @@ def load_dynamics(run: Path, tracks: Path | None = None, device: torch.device | 
     return load_run(run, place, device)
 
 
+def require_masks(run: Path) -> None:
+    """Raise ``UsageError`` for a run whose scores are those of predictions, not of masks."""
+    kind = checkpoint.load_run_config(run).model.kind
+    if kind == "dense":
+        raise UsageError(
+            f"{run}: predicts without slots; show it beside a world model: slotlab rollout RUN --dense {run}"
+        )
+    if kind == "dynamics":
+        raise UsageError(f"{run}: predicts, and its scores are those of predictions: slotlab rollout {run}")
+
+
 def load_dense(run: Path, beside: LoadedRun, features: FeatureStore) -> tuple[str, Row]:
     """The row of a run of ``model.kind = dense``. ``UsageError`` for another kind, ``IncompatibleError`` for one on
     other features."""
@@ -230,11 +151,13 @@ def load_dense(run: Path, beside: LoadedRun, features: FeatureStore) -> tuple[st
     return dense(other.model)
 
 
-def features_of(loaded: LoadedRun, cache: Path | None = None) -> FeatureStore:
-    """The store of the features that a run's tracks are of. ``DataError`` if it is gone."""
-    path = Path(loaded.store.spec.exported_from) if cache is None else cache
+def features_at(tracks: FeatureStore, cache: Path | None = None) -> FeatureStore:
+    """The store of the features that tracks are of; ``cache`` replaces it. ``DataError`` if it is gone."""
+    path = Path(tracks.spec.exported_from) if cache is None else cache
     if cache is None and not path.exists():
-        raise DataError(f"{loaded.path}: its tracks are of {path}, which is not there; name that store with --cache")
+        raise DataError(
+            f"{tracks.path}: tracks of {path}, which is not there; name that store: slotlab rollout RUN --cache STORE"
+        )
     return FeatureStore.open(path)
 
 
@@ -298,6 +221,11 @@ def roll_out(
         )
     about = {
         "run": str(loaded.path),
+        "cache": str(loaded.store.path),
+        "step": checkpoint.state(loaded.path)["step"],
+        "code": scoring_code(),
+        "content": split.spec.content,
+        "without_entering": without_entering,
         "tracks_of": split.store.spec.source,
         "split": split.name,
         "burn_in": model.config.burn_in,

@@ -2,16 +2,18 @@
 
 It has two taps of a grid of K x 1, one token a slot, so that the stream feeds them as it feeds features: ``slots``, the
 run's own vectors; and ``tracks``, the mean feature of what each slot holds followed by its mask on the grid of the
-features, from which slots of all videos and of all kinds of models are predicted alike. Frames, masks and tables of the
+features, from which slots of all videos and of all kinds of models are predicted alike. Actions, where the videos have
+some, are a part of every token of ``tracks``. Frames, masks and tables of the
 ground truth are copied, and with the statistics of the taps those of the features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import torch
@@ -27,6 +29,7 @@ from featcache.store.spec import StoreSpec, TapSpec
 from featcache.store.writing import SplitWriter, StoreWriter
 from featcache.stream.stream import VIDEO
 from slotlab.config.model import ForecastConfig
+from slotlab.dynamics.actions import Actions
 from slotlab.models.base import Model, Output
 from slotlab.models.dynamics.motion import on_grid
 from slotlab.models.inputs import TRACKS, Tracks
@@ -60,11 +63,18 @@ def tracks_of(output: Output, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.cat([means, masks], -1)
 
 
-def make_tracks(loaded: LoadedRun, out: Path, progress: Progress = lambda *_: None) -> FeatureStore:
+def with_actions(tracks: Tensor, actions: Tensor) -> Tensor:
+    """Tokens (T, K, C) with the action (T, A) of their frame at their end."""
+    return torch.cat([tracks, actions.unsqueeze(1).expand(-1, tracks.shape[1], -1).to(tracks)], -1)
+
+
+def make_tracks(
+    loaded: LoadedRun, out: Path, progress: Progress = lambda *_: None, actions: Actions | None = None
+) -> FeatureStore:
     """Follow every video of the run's store, and store its slots. What is finished is kept; a finished store is opened.
 
-    ``UsageError`` for a run that predicts, ``IncompatibleError`` if ``out`` holds another run's, ``DataError`` if the
-    store is incomplete or the disk full.
+    ``UsageError`` for a run that predicts, ``IncompatibleError`` if ``out`` holds another run's, or other ``actions``;
+    ``DataError`` if the store is incomplete or the disk full.
     """
     if isinstance(loaded.config.model, ForecastConfig):
         raise UsageError(
@@ -75,27 +85,38 @@ def make_tracks(loaded: LoadedRun, out: Path, progress: Progress = lambda *_: No
     if not splits:
         raise DataError(f"{loaded.store.path}: has no videos; extract some with slotlab extract")
     first = loaded.segment(splits[0], splits[0].videos[0])
-    spec = tracks_spec(loaded, first)
+    noted = _noted(out) if actions is None else {"actions": actions.size, "actions_digest": actions.digest}
+    spec = tracks_spec(loaded, first, noted)
     with StoreWriter(out, spec) as writer:
         for split in splits:
             of = replace(split.spec, statistics_videos=0, shard_chunks=0)
             with closing(writer.split(split.name, of)) as target:
-                _write_split(loaded, split, target, spec, progress)
+                _write_split(loaded, split, target, spec, progress, actions)
     return FeatureStore.open(out)
 
 
-def tracks_spec(loaded: LoadedRun, output: Output) -> StoreSpec:
-    """The specification of a run's tracks; it names the run's weights, so that another run's do not pass for it."""
+def _noted(out: Path) -> dict[str, Any]:
+    """What a store of tracks that is there already says of its actions, which are kept."""
+    if not (out / "zarr.json").exists():
+        return {}
+    model = FeatureStore.open(out).spec.model
+    return {key: model[key] for key in ("actions", "actions_digest") if key in model}
+
+
+def tracks_spec(loaded: LoadedRun, output: Output, noted: Mapping[str, Any]) -> StoreSpec:
+    """The specification of a run's tracks; it names the run's weights, so that another run's do not pass for it, and
+    what is ``noted`` of actions."""
     tap = features_tap(loaded)
     features = loaded.store.spec.taps[tap]
     slots, width = output.slots.shape[-2:]
     state = {"step": checkpoint.state(loaded.path)["step"], "weights": weights_digest(loaded.model)}
     model = {"library": "slotlab", "kind": loaded.config.model.kind, "tap": tap, "grid": list(features.grid), **state}
+    width_of_tracks = features.dim + features.patches + noted.get("actions", 0)
     return StoreSpec(
         backbone=loaded.store.spec.backbone,
-        model=model | {"features": dict(loaded.store.spec.model)},
+        model=model | dict(noted) | {"features": dict(loaded.store.spec.model)},
         preprocessing=loaded.store.spec.preprocessing,
-        taps={SLOTS: TapSpec((slots, 1), width), TRACKS: TapSpec((slots, 1), features.dim + features.patches)},
+        taps={SLOTS: TapSpec((slots, 1), width), TRACKS: TapSpec((slots, 1), width_of_tracks)},
         frame_stride=loaded.store.spec.frame_stride,
         precision=loaded.store.spec.precision,
         source=str(loaded.path.resolve()),
@@ -111,7 +132,9 @@ def weights_digest(model: Model) -> str:
     return f"{google_crc32c.value(data):08x}"
 
 
-def _write_split(loaded: LoadedRun, split: Split, target: SplitWriter, spec: StoreSpec, progress: Progress) -> None:
+def _write_split(
+    loaded: LoadedRun, split: Split, target: SplitWriter, spec: StoreSpec, progress: Progress, actions: Actions | None
+) -> None:
     total, done = sum(split.spec.lengths), 0
     if target.complete:
         progress(split.name, total, total)
@@ -122,6 +145,12 @@ def _write_split(loaded: LoadedRun, split: Split, target: SplitWriter, spec: Sto
     for followed in follow(loaded, split):
         features = split.tokens(tap, followed.video)
         tracks = tracks_of(followed.shown, features, loaded.store.spec.taps[tap].grid)
+        if spec.model.get("actions"):
+            if actions is None:
+                raise UsageError(
+                    f"{target.path}: unfinished, and has actions; name them again with slots --actions FILE"
+                )
+            tracks = with_actions(tracks, actions.of[split.name][followed.video])
         tokens = {SLOTS: followed.shown.slots.float().cpu(), TRACKS: tracks}
         if followed.video not in target.done:
             target.write(followed.video, _video(split, followed.video), tokens)
@@ -188,6 +217,6 @@ def store_identity(split: Split) -> Identity | None:
         return None
     tracks, labels, found = Tracks.in_store(split.store), count_labels(split), Identity()
     for video in split.videos:
-        masks = on_grid(tracks.read(split, video)[..., tracks.dim :].float(), tracks.grid)
+        masks = on_grid(tracks.masks(tracks.read(split, video)), tracks.grid)
         found += Identity.of_tables(mask_tables(masks, ground_truth(split, video), labels))
     return found

@@ -165,6 +165,11 @@ def plan_comparison(settings: Settings, out: Path, cache_folder: Path) -> Compar
     ``UsageError``, ``DataError`` or ``IncompatibleError``.
     """
     configs = {preset: _config(settings, preset) for preset in dict.fromkeys(settings.presets)}
+    if predicting := [preset for preset, config in configs.items() if config.model.scored_by == "rollout"]:
+        raise UsageError(
+            f"--preset {predicting[0]}: predicts what a run's slots do; compare such models with slotlab ablate FILE, "
+            "where cache = RUN/tracks.zarr names the slots and may vary"
+        )
     specs = {spec.name: spec for spec in map(get_spec, settings.backbones)}
     if not specs:
         raise UsageError("nothing to compare; name a --backbone")

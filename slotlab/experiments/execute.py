@@ -7,11 +7,11 @@ from typing import Any
 
 from featcache.errors import DataError, FeatcacheError
 from featcache.store.reading import FeatureStore
+from slotlab.experiments.outcome import check_scores
 from slotlab.experiments.plan import Plan, Run, opened
 from slotlab.experiments.pool import Watcher, carry_out, places
 from slotlab.experiments.table import build_table, write_table
 from slotlab.models.inputs import ModelInput
-from slotlab.runs.folder import read_result
 from slotlab.scoring.digest import scoring_code
 
 
@@ -43,7 +43,7 @@ def _stands(run: Run) -> bool:
     if not run.finished:
         return False
     try:
-        return (read_result(run.path, run.split) or {}).get("code") == scoring_code()
+        return (run.result() or {}).get("code") == scoring_code()
     except DataError:  # damaged: the table names the remedy
         return True
 
@@ -53,10 +53,8 @@ def check_stores(plan: Plan) -> None:
     for cell in plan.cells:
         try:
             store = FeatureStore.open(cell.cache)
-            data = cell.config.data
             ModelInput.of(cell.config, store)
-            store[data.train_split].require_complete()
-            if not store[data.eval_split].require_complete().has_truth:
-                raise DataError(f"{cell.cache}: {data.eval_split} has no masks, so there is nothing to score against")
+            store[cell.config.data.train_split].require_complete()
+            check_scores(cell.config, store)
         except FeatcacheError as error:
             raise type(error)(f"cell {cell.name}: {error}") from error

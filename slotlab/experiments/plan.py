@@ -54,7 +54,11 @@ class Run:
     @property
     def evaluation(self) -> Path:
         """The file of the run's scores; it is written last and atomically."""
-        return result_path(self.path, self.split)
+        return result_path(self.path, self.split, self.config.model.scored_by)
+
+    def result(self) -> dict[str, Any] | None:
+        """The run's scores as JSON, or None if there are none. ``DataError`` if they are damaged."""
+        return read_result(self.path, self.split, self.config.model.scored_by)
 
     @property
     def finished(self) -> bool:
@@ -62,7 +66,7 @@ class Run:
         if (self.path / ERROR).exists():
             return False
         try:
-            found = read_result(self.path, self.split)
+            found = self.result()
         except DataError:
             return True
         return found is not None and bool(found.get("step") == self.config.optim.steps)

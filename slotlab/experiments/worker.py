@@ -18,11 +18,10 @@ import torch
 from featcache.errors import FeatcacheError
 from featcache.machine import share_memory
 from featcache.store.reading import FeatureStore
+from slotlab.experiments.outcome import scoring_of
 from slotlab.experiments.plan import ERROR, Run
 from slotlab.runs import checkpoint
 from slotlab.runs.folder import write_result
-from slotlab.runs.loaded import load_run
-from slotlab.scoring.evaluate import evaluate
 from slotlab.scoring.references import KnownReferences
 from slotlab.training.train import train
 
@@ -80,7 +79,7 @@ def carry_out(run: Run, device: str, link: Connection, known: KnownReferences) -
     """
     where, store, resume = torch.device(device), FeatureStore.open(run.cell.cache), checkpoint.exists(run.path)
     train(run.config, store, run.path, resume=resume, device=where, report=lambda row: _send(link, ("row", row)))
-    write_result(run.path, evaluate(load_run(run.path, store.path, where), run.split, known).as_dict())
+    write_result(run.path, scoring_of(run.config).score(run, where, known), run.config.model.scored_by)
 
 
 def _send(link: Connection, message: tuple[str, Any]) -> None:

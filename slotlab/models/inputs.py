@@ -55,12 +55,18 @@ class ModelInput(ABC):
         """The configuration with its tap named, so that a store with more taps cannot change which one it means.
 
         A model that takes its frames from anywhere in a clip has clips no longer than the split's longest video: single
-        images train it by the same configuration.
+        images train it by the same configuration. A store for one of N ranks has N shares.
         """
-        clip = config.data.clip
+        clip, shares = config.data.clip, config.data.shares
         if config.model.frames_a_step is not None:
             clip = min(clip, max(split.spec.lengths))
-        return config.model_copy(update={"data": config.data.model_copy(update={"tap": self.tap, "clip": clip})})
+        if split.spec.part:
+            ranks = split.spec.part[1]
+            if shares not in (1, ranks):
+                raise IncompatibleError(f"{split.path}: is for {ranks} ranks; leave out data.shares = {shares}")
+            shares = ranks
+        settled = {"tap": self.tap, "clip": clip, "shares": shares}
+        return config.model_copy(update={"data": config.data.model_copy(update=settled)})
 
     def read(self, split: Split, video: int) -> Tensor:
         """One whole video, in the form that the stream gives: tokens (T, N, D), or frames (T, H, W, 3) uint8.
@@ -121,6 +127,7 @@ class Tracks(ModelInput):
 
     features: str  # the tap of these features
     slots: int
+    actions: int = 0  # numbers of the action at the end of each token
 
     @classmethod
     def in_store(cls, store: FeatureStore) -> Tracks:
@@ -132,13 +139,28 @@ class Tracks(ModelInput):
             )
         of, model = store.spec.taps[TRACKS], store.spec.model
         grid = (model["grid"][0], model["grid"][1])
-        return cls(TRACKS, grid, of.dim - grid[0] * grid[1], model["tap"], of.patches)
+        actions = model.get("actions", 0)
+        return cls(TRACKS, grid, of.dim - grid[0] * grid[1] - actions, model["tap"], of.patches, actions)
+
+    def masks(self, tokens: Float[Tensor, "*B K C"]) -> Float[Tensor, "*B K N"]:
+        """The masks in stored tokens."""
+        return tokens[..., self.dim : self.dim + self.patches].float()
 
     def settle(self, config: Config, split: Split) -> Config:
-        """The configuration with the tap named, and the number of slots. ``UsageError`` if no video is long enough."""
+        """The configuration with the tap named, and the numbers of slots and of what an action has.
+
+        ``UsageError`` if no video is long enough, or the configuration wants other actions than there are.
+        """
         config, longest = super().settle(config, split), max(split.spec.lengths)
+        assert isinstance(config.model, DynamicsConfig)
+        wanted = config.model.actions
+        if wanted not in (None, 0, self.actions):
+            has = f"have {self.actions} numbers" if self.actions else "were stored without any"
+            raise UsageError(
+                f"{split.store.path}: its actions {has}, and model.actions = {wanted}; leave that out, or make the "
+                "tracks with slotlab slots RUN --out NEW --actions FILE"
+            )
         if config.data.clip > longest:
-            assert isinstance(config.model, DynamicsConfig)
             seen = config.model.burn_in
             shorter = f"--set data.clip={longest} --set model.burn_in={min(seen, longest - 1)}"
             raise UsageError(
@@ -146,11 +168,12 @@ class Tracks(ModelInput):
                 f"(model.burn_in = {seen} of them are seen); "
                 + (f"train with {shorter}" if longest > 1 else "single images have no next frame, name a run on videos")
             )
-        return config.model_copy(update={"model": config.model.model_copy(update={"slots": self.slots})})
+        settled = {"slots": self.slots, "actions": self.actions if wanted is None else wanted}
+        return config.model_copy(update={"model": config.model.model_copy(update=settled)})
 
     def tokens(self, split: Split, video: int) -> Float[Tensor, "T N D"]:
         tokens = self.read(split, video).float()
-        found: Tensor = tokens[..., self.dim :].mT @ tokens[..., : self.dim]
+        found: Tensor = self.masks(tokens).mT @ tokens[..., : self.dim]
         return found
 
     def moments(self, split: Split) -> Moments:

@@ -170,9 +170,17 @@ def gif(pictures: Pictures, rate: float) -> bytes:
     return as_file([Image.fromarray(picture) for picture in pictures], "GIF", duration=round(1000 / rate), loop=0)
 
 
+def webp(pictures: Pictures, rate: float) -> bytes:
+    """An animated WebP that repeats."""
+    return as_file([Image.fromarray(picture) for picture in pictures], "WEBP", duration=round(1000 / rate), loop=0)
+
+
 def as_file(images: Sequence[Image.Image], kind: str, **how: Any) -> bytes:
     """The bytes of an image file of one or several pages, in one of Pillow's formats."""
     buffer = io.BytesIO()
     pages = {"save_all": True, "append_images": images[1:]} if images[1:] else {}
     images[0].save(buffer, kind, **pages, **how)
     return buffer.getvalue()
+
+
+FILMS: dict[str, Callable[[Pictures, float], bytes]] = {".mp4": mp4, ".gif": gif, ".webp": webp}  # by a file's ending

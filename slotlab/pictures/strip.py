@@ -1,4 +1,4 @@
-"""A strip of predicted frames: the truth, the rollout and a copy of the last frame, side by side over time."""
+"""Predicted frames beside the truth, constant velocity and a copy of the last frame: as a strip, and as a film."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from matplotlib import pyplot as plt
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from featcache.store.durable import write_output
 from featcache.store.reading import Split
 from featcache.text import printable
-from slotlab.dynamics.rollout import Truth
+from slotlab.dynamics.measures import Truth
 from slotlab.dynamics.rows import Clip, Predicted
 from slotlab.masks.labels import masks_to_labels
 from slotlab.models.dynamics.motion import on_grid
+from slotlab.pictures.files import FILMS, Pictures
 from slotlab.pictures.painted import painted
 from slotlab.pictures.palette import slot_colours, truth_colours
 from slotlab.pictures.sheet import over
@@ -25,6 +27,10 @@ from slotlab.pictures.sheet import over
 HORIZONS = (0, 1, 2, 4, 6, 8, 12, 18)  # frames ahead; 0 is the last seen frame
 SHOWN = {"rollout": "rollout", "velocity_masks": "constant velocity", "copy": "copy"}
 VIDEOS = 3
+FRAMES_A_SECOND = 6.0  # of films: half of MOVi's, as there is much to compare
+HEADER = 18  # pixels of a film's titles
+
+Picture = npt.NDArray[np.float64]  # (H, W, 3) in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,23 @@ class Strip:
     last: int  # the last seen frame
     labels: Mapping[str, npt.NDArray[np.int64]]  # row -> (H, height, width)
     objects: Mapping[int, int]  # slot -> its object, 0 for label 1
+
+    def truth(self, split: Split, at: int) -> Picture:
+        """Frame ``at`` with the ground truth laid over it, if that is known."""
+        frame = split.video(self.video)[at]
+        if not split.has_truth:
+            return np.asarray(frame / 255)
+        known = truth_colours(split.segmentations(self.video)[at], split.ignored(self.video)[at])
+        return over(frame, known / 255)
+
+    def predicted(self, split: Split, row: str, at: int) -> Picture | None:
+        """The masks that a row predicts, laid over the true frame ``at``; None for a frame that was seen."""
+        ahead = at - self.last
+        if ahead < 1 or row not in self.labels:
+            return None
+        slots = 1 + max(int(labels.max()) for labels in self.labels.values())
+        colours = slot_colours(slots, self.objects if split.has_truth else None) / 255
+        return over(split.video(self.video)[at], colours[self.labels[row][ahead - 1]])
 
 
 class Strips:
@@ -64,6 +87,11 @@ class Strips:
         """
         return draw_strips(self._split, self._found, path)
 
+    def film(self, path: Path, rate: float = FRAMES_A_SECOND) -> Path:
+        """Write the strips as a film, one video below the other, in the form of the file's ending (``FILMS``)."""
+        write_output(path, FILMS[path.suffix.lower()](film(self._split, self._found), rate))
+        return path
+
 
 def pick_strips(split: Split) -> tuple[int, ...]:
     """A few videos, spread over the split."""
@@ -79,22 +107,16 @@ def draw_strips(split: Split, strips: Sequence[Strip], path: Path) -> Path:
     for axis in axes.flat:
         axis.axis("off")
     for place, strip in enumerate(strips):
-        video, known = split.video(strip.video), split.has_truth
-        truth = split.segmentations(strip.video) if known else None
-        ignored = split.ignored(strip.video)
         rows = axes[place * lines : (place + 1) * lines]
-        slots = 1 + max(int(labels.max()) for labels in strip.labels.values())
-        colours = slot_colours(slots, strip.objects if known else None) / 255
         for column, ahead in enumerate(HORIZONS):
             at = strip.last + ahead
-            if at >= len(video):
+            if at >= split.spec.lengths[strip.video]:
                 continue
-            shown = video[at] if truth is None else over(video[at], truth_colours(truth[at], ignored[at]) / 255)
-            rows[0][column].imshow(shown)
+            rows[0][column].imshow(strip.truth(split, at))
             rows[0][column].set_title("last seen" if ahead == 0 else f"+{ahead}", fontsize=7)
             for line, row in enumerate(SHOWN, 1):
-                if ahead and row in strip.labels:
-                    rows[line][column].imshow(over(video[at], colours[strip.labels[row][ahead - 1]]))
+                if (shown := strip.predicted(split, row, at)) is not None:
+                    rows[line][column].imshow(shown)
         for line, title in enumerate((printable(split.names[strip.video]), *SHOWN.values())):
             first = rows[line][0] if line == 0 else rows[line][1]
             first.text(
@@ -105,3 +127,28 @@ def draw_strips(split: Split, strips: Sequence[Strip], path: Path) -> Path:
     write_output(path, painted(figure, path.suffix[1:], dpi=120, facecolor="white"))
     plt.close(figure)
     return path
+
+
+def film(split: Split, strips: Sequence[Strip]) -> Pictures:
+    """The frames of some strips, videos below each other: the truth, then each row's predictions.
+
+    Frames that were seen are shown as they are, in all columns; a video that has ended stays at its last frame.
+    """
+    width = split.spec.frame_size[1]
+    titles = ("truth", *SHOWN.values())
+    frames = []
+    for at in range(max(split.spec.lengths[strip.video] for strip in strips)):
+        lines = []
+        for strip in strips:
+            now = min(at, split.spec.lengths[strip.video] - 1)
+            seen = split.video(strip.video)[now] / 255
+            shown = [strip.predicted(split, row, now) for row in SHOWN]
+            lines.append(np.hstack([strip.truth(split, now), *(seen if each is None else each for each in shown)]))
+        head = Image.new("RGB", (width * len(titles), HEADER), "white")
+        pen = ImageDraw.Draw(head)
+        ahead = at - strips[0].last
+        for column, title in enumerate(titles):
+            then = "" if column else ", seen" if ahead < 1 else f", +{ahead}"
+            pen.text((column * width + 4, 3), f"{title}{then}", fill="black")
+        frames.append(np.vstack([np.asarray(head), (np.vstack(lines) * 255).round().astype(np.uint8)]))
+    return np.stack(frames)

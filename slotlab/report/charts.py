@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from featcache.moments import Float
 from featcache.scale.report import StoreReport
 from slotlab.config.schema import LOSS_NAMES
+from slotlab.dynamics.measures import MEASURES, SKILL
 from slotlab.pictures.chart import Chart, Series
 from slotlab.scoring.metrics import score_of, title_of
 from slotlab.scoring.over_frames import QUANTITIES
@@ -88,6 +89,32 @@ def time_charts(runs: Sequence[RunData]) -> list[Chart]:
     return charts
 
 
+def prediction_charts(runs: Sequence[RunData]) -> list[Chart]:
+    """Charts of every measure of predictions over the frames ahead: each run's, and the rows beside the first one's."""
+    charts = []
+    lines = prediction_lines(runs)
+    for measure in (SKILL, *MEASURES):
+        series = []
+        for n, (label, row) in enumerate(lines):
+            y = [np.nan if value is None else value for value in row.get(measure.key, {}).get("by_horizon", ())]
+            if np.isfinite(y).any():
+                series.append(Series(n, label, list(range(1, len(y) + 1)), y))
+        if series:
+            low = None if measure is SKILL else 0.0
+            charts.append(
+                Chart(f"ahead-{measure.key}", measure.title, measure.why, "frames ahead", tuple(series), y_min=low)
+            )
+    return charts
+
+
+def prediction_lines(runs: Sequence[RunData]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Name and values of each run's predictions, then of the rows beside those of the first run that has some."""
+    known = [(run.name, run.rollout["rows"]) for run in runs if run.rollout]
+    own = [(name if len(runs) > 1 else "world model", rows["rollout"]) for name, rows in known]
+    beside = known[0][1] if known else {}
+    return own + [(row["title"], row) for key, row in beside.items() if key != "rollout"]
+
+
 def scale_charts(reports: Sequence[StoreReport]) -> list[Chart]:
     """Charts of channels' standard deviations, token norms and spectra, with a line for each store."""
     channels, norms, spectrum = [], [], []
@@ -149,6 +176,7 @@ def all_charts(gathered: Gathered) -> Mapping[str, list[Chart]]:
     """The charts of a report by section."""
     return {
         "training": training_charts(gathered.runs),
+        "predictions": prediction_charts(gathered.runs),
         "time": time_charts(gathered.runs),
         "scale": scale_charts(gathered.scales),
     }

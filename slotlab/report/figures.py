@@ -10,7 +10,7 @@ from slotlab.report.charts import all_charts
 from slotlab.report.gallery import footages
 from slotlab.report.gather import Gathered
 
-SECTIONS = {"training": "Training", "time": "Over the frames", "scale": "Features"}
+SECTIONS = {"training": "Training", "predictions": "Predictions", "time": "Over the frames", "scale": "Features"}
 
 
 def write_figures(gathered: Gathered, folder: Path) -> list[tuple[str, Path]]:

@@ -37,7 +37,7 @@ def footages(runs: Sequence[RunData]) -> list[Footage]:
     """The runs grouped by their videos; each group has the videos that were chosen for its first run."""
     groups: dict[str, list[int]] = {}
     for position, run in enumerate(runs):
-        if run.loaded is not None:
+        if run.views:
             groups.setdefault(footage_key(run.split), []).append(position)
     return [
         Footage(f"f{n}", runs[members[0]].split, tuple(members), runs[members[0]].choices)

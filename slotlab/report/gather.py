@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import torch
 from featcache.errors import DataError
 from featcache.scale.report import StoreReport, store_reports
 from featcache.store.reading import FeatureStore, Split
+from slotlab.config.model import ScoredBy
 from slotlab.config.schema import Config
+from slotlab.dynamics.rollout import features_at, roll_out
 from slotlab.report.options import PageOptions
 from slotlab.report.views import Choice, View, Views, footage_key
 from slotlab.runs import checkpoint
@@ -52,8 +54,9 @@ class RunData(Logged):
     split: Split
     step: int | None = None  # of the checkpoint
     loaded: LoadedRun | None = None
-    evaluation: Evaluation | None = None  # None without ground truth
-    kept: bool = False  # whether the run folder holds the evaluation
+    evaluation: Evaluation | None = None  # None without ground truth, and of runs that predict
+    rollout: Mapping[str, Any] | None = None  # of runs that predict: JSON of slotlab.dynamics.rollout
+    kept: bool = False  # whether the run folder holds the scores
     curves: dict[str, Curve] = field(default_factory=dict)  # by quantity, over the frames
     choices: tuple[Choice, ...] = ()  # videos for the gallery
     views: dict[int, View] = field(default_factory=dict)  # views of the chosen videos, by video
@@ -122,10 +125,19 @@ class _Gatherer:
             return RunData(name, rows, path, config, store, choose_split(config, store, self.split))
         loaded = load_run(path, self.cache, self.device)
         split = choose_split(config, loaded.store, self.split).require_complete()
+        base = RunData(name, rows, path, config, loaded.store, split, checkpoint.state(path)["step"], loaded)
         if split.name != (wanted := self.split or config.data.eval_split):
             self.say(f"{name}: {loaded.store.path} has no split {wanted!r}; it shows {split.name!r}")
-        step = checkpoint.state(path)["step"]
-        found = current_evaluation(loaded, split, step) if split.has_truth else None
+        if config.model.kind == "dense":  # no slots to follow
+            self.say(
+                f"{name}: predicts without slots; show it beside a world model: slotlab rollout RUN --dense {path}"
+            )
+            return base
+        predicts = config.model.scored_by == "rollout"
+        if predicts:
+            base = replace(base, **self.predicted(loaded, split, name))
+        scored = split.has_truth and not predicts
+        found = current_evaluation(loaded, split) if scored else None
         kept = found is not None
         views = Views(split, self.options, self.chosen.get(footage_key(split)))
         if found is not None:
@@ -133,22 +145,35 @@ class _Gatherer:
             views.rank(found)
         traces: list[Trace] = []
         takers = [lambda followed: traces.append(trace(followed)), views.add]
-        todo = "scoring" if split.has_truth and found is None else "following"
+        todo = "scoring" if scored and found is None else "following"
         self.say(f"{name}: {todo} {len(split.videos)} videos of {split.name}")
         if todo == "scoring":
             found = evaluate(loaded, split.name, self.known, takers)
             for warning in keep_result(path, loaded.store, found.as_dict()):
                 self.say(warning)
-            kept = current_evaluation(loaded, split, step) is not None
+            kept = current_evaluation(loaded, split) is not None
         else:
             for followed in follow(loaded, split):
                 for take in takers:
                     take(followed)
         self.chosen.setdefault(footage_key(split), views.choices())
-        return RunData(
-            name, rows, path, config, loaded.store, split, step, loaded, found, kept,
-            over_videos(traces), views.choices(), views.result(),
-        )  # fmt: skip
+        base = replace(base, curves=over_videos(traces), choices=views.choices(), views=views.result())
+        return base if predicts else replace(base, evaluation=found, kept=kept)
+
+    def predicted(self, loaded: LoadedRun, split: Split, name: str) -> dict[str, Any]:
+        """The rollout of a run that predicts, and whether its folder holds it; none where its features are gone."""
+        found = current_rollout(loaded, split)
+        if found is None:
+            try:
+                features = features_at(loaded.store)
+                self.say(f"{name}: rolling out {len(split.videos)} videos of {split.name}")
+                found = roll_out(loaded, features, split).as_dict()
+            except DataError as error:
+                self.say(f"{name}: not rolled out: {error}")
+                return {}
+            for warning in keep_result(loaded.path, loaded.store, found, "rollout"):
+                self.say(warning)
+        return {"rollout": found, "kept": current_rollout(loaded, split) is not None}
 
 
 def choose_split(config: Config, store: FeatureStore, name: str | None) -> Split:
@@ -159,24 +184,41 @@ def choose_split(config: Config, store: FeatureStore, name: str | None) -> Split
     return evaluation_split(config, store, name)
 
 
-def current_evaluation(loaded: LoadedRun, split: Split, step: int) -> Evaluation | None:
-    """The scores in a run's folder, or None if they are of other videos, another checkpoint, store or version of the
-    code."""
+def current_evaluation(loaded: LoadedRun, split: Split) -> Evaluation | None:
+    """The scores in a run's folder, or None if they are not :func:`current`."""
     try:
-        raw = read_result(loaded.path, split.name)
-        if raw is None:
+        if (raw := current(loaded, split, "eval")) is None:
             return None
         found = Evaluation.from_dict(raw)
-        written = result_path(loaded.path, split.name).stat().st_mtime
+    except DataError:
+        return None
+    same = (
+        found.published_masks == loaded.config.published_masks
+        and Path(found.references.statistics or "").resolve() == statistics_split(split, loaded).path.resolve()
+    )
+    return found if same else None
+
+
+def current_rollout(loaded: LoadedRun, split: Split) -> Mapping[str, Any] | None:
+    """The rollout of all videos in a run's folder, or None if it is not :func:`current`."""
+    found = current(loaded, split, "rollout")
+    return None if found is None or found.get("without_entering") else found
+
+
+def current(loaded: LoadedRun, split: Split, name: ScoredBy) -> dict[str, Any] | None:
+    """The result in a run's folder, or None if it is of other videos, another checkpoint, store or version of the code,
+    or damaged."""
+    try:
+        found = read_result(loaded.path, split.name, name)
+        written = result_path(loaded.path, split.name, name).stat().st_mtime
     except (DataError, OSError):
         return None
     same = (
-        found.step == step
-        and found.content in ("", split.spec.content)  # the store may have grown
-        and found.code == scoring_code()
-        and found.published_masks == loaded.config.published_masks
-        and Path(found.cache).resolve() == loaded.store.path.resolve()
-        and Path(found.references.statistics or "").resolve() == statistics_split(split, loaded).path.resolve()
+        found is not None
+        and found.get("step") == checkpoint.state(loaded.path)["step"]
+        and found.get("content", "") in ("", split.spec.content)  # the store may have grown
+        and found.get("code") == scoring_code()
+        and Path(str(found.get("cache"))).resolve() == loaded.store.path.resolve()
     )
     trained = (checkpoint.folder(loaded.path) / checkpoint.STATE).stat().st_mtime
     return found if same and written >= trained else None

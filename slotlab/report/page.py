@@ -128,9 +128,12 @@ def sections(gathered: Gathered) -> Mapping[str, Any]:
         "paired_table": tables.paired_runs(runs),
         "masks_table": tables.masks_of(runs),
         "videos_table": tables.videos(runs),
+        "prediction_tables": tables.predictions(runs),
+        "prediction_names": [label for label, _ in charts.prediction_lines(runs)],
         "scale_table": tables.scale(gathered.scales),
         "config_table": tables.configuration(runs),
         "training": drawn["training"],
+        "predictions": drawn["predictions"],
         "time": drawn["time"],
         "scale": drawn["scale"],
     }

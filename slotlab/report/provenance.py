@@ -88,6 +88,11 @@ def sources(run: RunData) -> list[Source]:
         where = f"{path}, written {when(path)}" if run.kept else "computed for this report"
         scored = ("eval", run.path, "--cache", run.store.path, "--split", run.split.name, "--json")
         found.append(Source("scores, ceiling, floors, groups", where, command(*scored)))
+    if run.rollout is not None:
+        path = result_path(run.path, run.split.name, "rollout")
+        where = f"{path}, written {when(path)}" if run.kept else "computed for this report"
+        rolled = ("rollout", run.path, "--tracks", run.store.path, "--split", run.split.name, "--json")
+        found.append(Source("predictions", where, command(*rolled)))
     if run.config.data.train_split in run.store.splits:
         stats = ("stats", run.store.path, "--split", run.config.data.train_split, "--json")
         found.append(Source("feature scale", str(run.store.path), command(*stats)))

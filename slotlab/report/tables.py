@@ -12,7 +12,8 @@ import numpy as np
 from featcache.errors import IncompatibleError
 from featcache.scale.report import ROWS, StoreReport
 from featcache.store.spec import flatten
-from slotlab.report.charts import store_label
+from slotlab.dynamics.measures import HORIZONS, MEASURES
+from slotlab.report.charts import prediction_lines, store_label
 from slotlab.report.gather import RunData
 from slotlab.scoring.groups import Intervals
 from slotlab.scoring.metrics import score_of, shown, shown_of_videos
@@ -63,9 +64,7 @@ def number(value: Any, digits: int = 3) -> Cell:
 
 def scored(values: Values, key: str, confidence: Intervals) -> Cell:
     """A cell with a score and its confidence interval, if there is one."""
-    interval = confidence.get(key)
-    detail = f"{interval[0]:.3f}–{interval[1]:.3f}".replace("-", "−") if interval else ""
-    return replace(number(values.get(key)), detail=detail)
+    return replace(number(values.get(key)), detail=interval(confidence.get(key)))
 
 
 def state(run: RunData) -> str:
@@ -80,19 +79,23 @@ def state(run: RunData) -> str:
 def description(run: RunData) -> str:
     """Model and features of a run in a few words."""
     model = run.config.model.kind.replace("_", " ")
-    slots = run.config.model.slots
+    slots = "" if run.config.model.kind == "dense" else f", {run.config.model.slots} slots"
     grid = "" if run.loaded is None else " · {}×{} grid".format(*run.loaded.model.grid)
     source = "frames" if run.tap == "video" else f"{run.store.spec.backbone}, {run.tap}"
-    return f"{model}, {slots} slots · {source}{grid}"
+    return f"{model}{slots} · {source}{grid}"
 
 
-def summary(runs: Sequence[RunData]) -> Table:
-    """The table of all runs, with their ceiling and floors."""
+def summary(runs: Sequence[RunData]) -> Table | None:
+    """The table of all runs that are scored by their masks, with their ceiling and floors; None if there are none."""
+    if all(run.config.model.scored_by == "rollout" for run in runs):
+        return None
     films = any(run.evaluation.films for run in runs if run.evaluation)
     shown_scores = shown("summary") | (shown_of_videos("summary") if films else {})  # single images have none
     columns = (*shown_scores.values(), "Effective slots", "Mask similarity")
     rows = []
     for n, run in enumerate(runs):
+        if run.config.model.scored_by == "rollout":
+            continue
         values, sure = (run.evaluation.values, run.evaluation.groups.confidence.total) if run.evaluation else ({}, {})
         cells = [scored(values, key, sure) for key in shown_scores]
         cells += [number(diagnostic(run, "effective_slots"), 1), number(diagnostic(run, "mask_similarity"))]
@@ -230,9 +233,9 @@ def paired_runs(runs: Sequence[RunData]) -> Table | None:
             if key in found:
                 item = found[key]
                 low, high = item["low"], item["high"]
-                interval = f"{signed(low)} to {signed(high)}" if low is not None else ""
+                between = f"{signed(low)} to {signed(high)}" if low is not None else ""
                 cells = (
-                    Cell(signed(item["difference"]), item["difference"], interval),
+                    Cell(signed(item["difference"]), item["difference"], between),
                     Cell(f"{item['p']:.3f}" if item["p"] >= 0.001 else "< 0.001", item["p"]),
                     Cell(f"{item['ahead']} of {item['videos']}", item["ahead"]),
                 )
@@ -248,6 +251,33 @@ def paired_runs(runs: Sequence[RunData]) -> Table | None:
 def signed(value: float) -> str:
     """A number with its sign, and a true minus."""
     return f"{value:+.3f}".replace("-", "−")
+
+
+def predictions(runs: Sequence[RunData]) -> list[Table]:
+    """A table for each measure of predictions: each run's row, and those beside the first one's, by frames ahead."""
+    lines, tables = prediction_lines(runs), []
+    for measure in MEASURES:
+        rows = []
+        for n, (label, row) in enumerate(lines):
+            if measure.key in row:
+                values, sure = row[measure.key]["by_horizon"], row["confidence"][measure.key]
+                cells = [
+                    replace(number(values[h - 1], measure.digits), detail=interval(sure[str(h)], measure.digits))
+                    for h in HORIZONS
+                    if h <= len(values)
+                ]
+                rows.append(Row(label, (*cells, number(row[measure.key]["mean"], measure.digits)), colour=n))
+        if rows:
+            columns = (*(f"+{h}" for h in HORIZONS[: len(rows[0].cells) - 1]), "mean")
+            tables.append(
+                Table(f"ahead-{measure.key}", measure.title, columns, tuple(rows), "frames ahead", measure.why)
+            )
+    return tables
+
+
+def interval(bounds: Sequence[float] | None, digits: int = 3) -> str:
+    """The text of an interval; empty without one."""
+    return "" if not bounds else f"{bounds[0]:.{digits}f}–{bounds[1]:.{digits}f}".replace("-", "−")
 
 
 def videos(runs: Sequence[RunData]) -> Table | None:

@@ -92,6 +92,7 @@ def summary_of(run: RunData) -> dict[str, Any]:
         "seed": run.config.seed,
         "warnings": list(run.warnings),
         "evaluation": run.evaluation and run.evaluation.as_dict(),
+        "rollout": run.rollout,
         "by_frame": {
             name: {
                 "mean": [None if value != value else value for value in curve.mean.tolist()],

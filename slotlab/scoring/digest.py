@@ -11,11 +11,15 @@ from pathlib import Path
 from featcache import moments
 from featcache.store import encoding
 
-# Files and folders whose code decides scores: statistics and encoding of tokens, configuration, models, masks, scoring.
+# Files and folders whose code decides scores: statistics and encoding of tokens, configuration, models, masks, scoring,
+# rollouts.
 DECIDE = (
     Path(moments.__file__),
     Path(encoding.__file__),
-    *(Path(__file__).parent.parent / room for room in ("config", "models", "masks", "scoring", "protocols")),
+    *(
+        Path(__file__).parent.parent / room
+        for room in ("config", "models", "masks", "scoring", "protocols", "dynamics")
+    ),
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -43,21 +43,32 @@ def paired(one: Evaluation, other: Evaluation) -> dict[str, Any]:
     }
 
 
-def paired_scores(one: Mapping[str, Values], other: Mapping[str, Values]) -> dict[str, dict[str, Any]]:
-    """The differences that :func:`paired` reports, by score, from two mappings video name -> score -> value."""
+def lower_is_better(name: str) -> bool:
+    """Whether less of the score in ``SCORES`` that a name refers to is better."""
+    score = score_of(name)
+    return score is not None and not score.higher_is_better
+
+
+def paired_scores(
+    one: Mapping[str, Values], other: Mapping[str, Values], lower: Callable[[str], bool] = lower_is_better
+) -> dict[str, dict[str, Any]]:
+    """The differences that :func:`paired` reports, by score, from two mappings video name -> score -> value.
+
+    ``lower`` says of a score's key whether less is better.
+    """
     names = dict.fromkeys(name for scores in one.values() for name in scores)
     found = {}
     for name in names:
         pairs = [(one[video].get(name), other[video].get(name)) for video in one]
         both = np.array([(a, b) for a, b in pairs if a is not None and b is not None], np.float64).reshape(-1, 2)
         if len(both):
-            found[name] = _difference(name, both[:, 0], both[:, 1])
+            found[name] = _difference(both[:, 0], both[:, 1], lower(name))
     return found
 
 
-def _difference(name: str, one: Float, other: Float) -> dict[str, Any]:
-    differences, score = one - other, score_of(name)
-    better = differences < 0 if score is not None and not score.higher_is_better else differences > 0
+def _difference(one: Float, other: Float, lower: bool) -> dict[str, Any]:
+    differences = one - other
+    better = differences < 0 if lower else differences > 0
     # scipy warns and returns NaN if nothing differs
     p = 1.0 if not differences.any() else float(wilcoxon(differences).pvalue)
     interval = Bootstrap().of_mean(differences)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from featcache.errors import IncompatibleError
 from featcache.machine import pick_device
 
 
@@ -35,6 +36,18 @@ class Ranks:
             value /= self.count
         return value
 
+    def agree(self, what: str, where: str) -> None:
+        """``IncompatibleError`` on all ranks if one has another text than the first; ``where`` it is from."""
+        if self.count == 1:
+            return
+        all_of: list[tuple[str, str]] = [("", "")] * self.count
+        dist.all_gather_object(all_of, (what, where))
+        if other := [rank for rank, (text, _) in enumerate(all_of) if text != all_of[0][0]]:
+            raise IncompatibleError(
+                f"{all_of[other[0]][1]}: rank {other[0]} has other features or videos than rank 0 in "
+                f"{all_of[0][1]}; give all ranks the same store, or parts of one export"
+            )
+
     def wait(self) -> None:
         """Wait until every rank has come here."""
         if self.count > 1:
@@ -44,6 +57,11 @@ class Ranks:
 def rank() -> int:
     """The rank of this process; 0 if it is alone. Also valid before :func:`join`."""
     return int(os.environ.get("RANK", "0"))
+
+
+def count() -> int:
+    """The number of processes that torchrun has started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_leader() -> bool:
@@ -76,8 +94,7 @@ class _Gather(torch.autograd.Function):
 def join(device: torch.device | str) -> Iterator[Ranks]:
     """Join the process group that torchrun describes (NCCL on CUDA, gloo elsewhere); without it, be the only rank."""
     device = torch.device(device)
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    if count() == 1:
         yield Ranks(device)
         return
     if device.type == "cuda":
@@ -87,6 +104,6 @@ def join(device: torch.device | str) -> Iterator[Ranks]:
     else:
         dist.init_process_group("gloo")
     try:
-        yield Ranks(device, dist.get_rank(), count)
+        yield Ranks(device, dist.get_rank(), count())
     finally:
         dist.destroy_process_group()

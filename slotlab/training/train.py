@@ -78,6 +78,8 @@ def _train(
     remark: Callable[[str], None],
 ) -> None:
     optim = config.optim
+    store[config.data.train_split].require_share(ranks.rank, ranks.count)
+    ranks.agree(json.dumps([store.spec.identity(), store[config.data.train_split].spec.content]), str(store.path))
     continues = resume and checkpoint.exists(run)  # a run that stopped before its first checkpoint starts again
     step = TrainStep.fresh(config, store, ranks, None if continues else init_from)
     stream = training_stream(config, store, ranks)
@@ -136,8 +138,10 @@ def training_stream(config: Config, store: FeatureStore, ranks: Ranks) -> Featur
             f"optim.batch_size {optim.batch_size} cannot be shared by {ranks.count} processes in {optim.accumulate} "
             "parts each; choose a multiple, or another optim.accumulate"
         )
+    if optim.batch_size % data.shares:
+        raise UsageError(f"optim.batch_size {optim.batch_size} has no {data.shares} equal shares; choose a multiple")
     return FeatureStream(
-        store[data.train_split].require_complete(),
+        store[data.train_split].require_share(ranks.rank, ranks.count),
         ModelInput.of(config, store).tap,
         batch_size=optim.batch_size // ranks.count,
         clip=data.clip,
@@ -148,6 +152,7 @@ def training_stream(config: Config, store: FeatureStore, ranks: Ranks) -> Featur
         reserve=_reserve(config, store, ranks),
         rank=ranks.rank,
         world_size=ranks.count,
+        shares=data.shares,
     )
 
 

@@ -31,7 +31,7 @@ from slotlab.config.schema import Config
 from slotlab.models.base import Model, Output
 from slotlab.models.dynamics.blocks import BLOCKS, time_code
 from slotlab.models.dynamics.motion import carried, layered, moved, on_grid, widest
-from slotlab.models.dynamics.state import DOUBT, FEATURE, PARTS, PLACE, SIDE, Seen, places, see
+from slotlab.models.dynamics.state import DOUBT, FEATURE, PARTS, PLACE, SIDE, Seen, places, see, surprise
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 
@@ -69,6 +69,8 @@ class DynamicsModel(Model):
     balance: Tensor  # (S,) factors by which place, side and feature weigh alike
     persistence: Tensor  # (D,) correlation of a patch's feature with that of the frame before
     time: Tensor  # (L, 1, W)
+    push_mean: Tensor  # (A,) of actions
+    push_scale: Tensor  # (A,)
 
     def __init__(self, config: DynamicsConfig, normaliser: Normaliser, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -84,6 +86,11 @@ class DynamicsModel(Model):
         self.register_buffer("persistence", torch.zeros(normaliser.dim))
         self.register_buffer("time", time_code(config.burn_in, width))
         self.embed = nn.Linear(size + (4 if config.kinematics else 0), width)
+        self.actions = config.actions or 0
+        if self.actions:
+            self.register_buffer("push_mean", torch.zeros(self.actions))
+            self.register_buffer("push_scale", torch.ones(self.actions))
+            self.push = nn.Linear(self.actions, width, bias=False)
         self.hidden = nn.Parameter(torch.zeros(width)) if config.masked_slots else None
         block = BLOCKS[config.attention]
         self.blocks = nn.ModuleList(block(width, config.heads, 2 * width) for _ in range(config.layers))
@@ -112,6 +119,10 @@ class DynamicsModel(Model):
         """Measure the scale of a vector's parts, over slots that hold something. ``DataError`` if none does."""
         seen = [self.see(tokens.unsqueeze(0)) for tokens in videos]
         vectors = torch.cat([of.vectors[of.active] for of in seen])
+        if self.actions:
+            actions = torch.cat([of.actions.flatten(0, 1) for of in seen])
+            self.push_mean.copy_(actions.mean(0))
+            self.push_scale.copy_(actions.std(0, correction=0).clamp_min(1e-6))
         if not len(vectors) or not bool(vectors.isfinite().all()):
             raise DataError("the tracks hold no finite slots; make them again with slotlab slots RUN")
         self.mean[SIDE] = vectors[:, SIDE].mean()
@@ -138,6 +149,7 @@ class DynamicsModel(Model):
             grid=self.grid,
             future=self.in_units(known),
             present=seen.active[:, burn_in:] & seen.active[:, :burn_in].any(1, keepdim=True),
+            surprise=surprise(future, known),
         )
 
     def segment(self, features: Float[Tensor, "T K C"], draws: Draws) -> Output:
@@ -176,7 +188,7 @@ class DynamicsModel(Model):
     def roll_out(self, seen: Seen, steps: int, hidden: Bool[Tensor, "B K"] | None = None) -> Float[Tensor, "B H K S"]:
         """The vectors of the ``steps`` frames after the first ``burn_in`` ones, each predicted from those before.
 
-        Of slots that are ``hidden`` only the first frame is seen.
+        Of slots that are ``hidden`` only the first frame is seen. Actions are known of all frames but the last.
         """
         burn_in = min(self.config.burn_in, seen.vectors.shape[1])
         past = seen.vectors[:, :burn_in]
@@ -184,21 +196,29 @@ class DynamicsModel(Model):
             past = torch.where(hidden[:, None, :, None], past[:, :1], past)
         used = seen.active[:, :burn_in].any(1)
         found: list[Tensor] = []
-        for _ in range(steps):
-            found.append(self.step(past, used, hidden))
+        for ahead in range(steps):
+            actions = seen.actions[:, ahead : ahead + burn_in] if self.actions else None
+            found.append(self.step(past, used, hidden, actions))
             past = torch.cat([past[:, 1:], found[-1].unsqueeze(1)], 1)
         return torch.stack(found, 1)
 
     def step(
-        self, past: Float[Tensor, "B L K S"], used: Bool[Tensor, "B K"], hidden: Bool[Tensor, "B K"] | None = None
+        self,
+        past: Float[Tensor, "B L K S"],
+        used: Bool[Tensor, "B K"],
+        hidden: Bool[Tensor, "B K"] | None = None,
+        actions: Float[Tensor, "B L A"] | None = None,
     ) -> Float[Tensor, "B K S"]:
-        """The vectors of the next frame."""
+        """The vectors of the next frame. The last of the actions leads to it."""
         speed = F.pad(past[:, 1:, :, PLACE] - past[:, :-1, :, PLACE], (0, 0, 0, 0, 1, 0))  # (B, L, K, 2)
         tokens = (past - self.mean) / self.scale
         if self.config.kinematics:
             push = F.pad(speed[:, 1:] - speed[:, :-1], (0, 0, 0, 0, 1, 0))
             tokens = torch.cat([tokens, speed, push], -1)
         tokens = self.embed(tokens) + self.time[-past.shape[1] :]
+        if self.actions:
+            assert actions is not None
+            tokens = tokens + self.push((actions - self.push_mean) / self.push_scale).unsqueeze(2)
         if hidden is not None and self.hidden is not None:
             tokens = tokens + hidden[:, None, :, None] * self.hidden
         for block in self.blocks:
@@ -261,11 +281,11 @@ class DynamicsModel(Model):
 
     def _mirrored(self, tokens: Float[Tensor, "B T K C"], draws: Draws) -> Float[Tensor, "B T K C"]:
         """Half of the clips with their masks mirrored, left for right, in training: the world has no side."""
-        if not self.training or not self.config.mirror:
+        if not self.training or not self.config.mirror or self.actions:  # nobody knows what an action is in a mirror
             return tokens
-        dim = tokens.shape[-1] - len(self.place)
-        masks = on_grid(tokens[..., dim:], self.grid).flip(-1).flatten(-2)
-        turned = torch.cat([tokens[..., :dim], masks], -1)
+        dim, end = self.normaliser.dim, self.normaliser.dim + len(self.place)
+        masks = on_grid(tokens[..., dim:end], self.grid).flip(-1).flatten(-2)
+        turned = torch.cat([tokens[..., :dim], masks, tokens[..., end:]], -1)
         chosen = draws.uniform((len(tokens), 1, 1, 1), tokens.device) < 0.5
         return torch.where(chosen, turned, tokens)
 

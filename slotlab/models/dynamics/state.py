@@ -1,7 +1,7 @@
 """Tracked slots as vectors: what each slot holds, where, and how large it is; all videos share one space.
 
 A token of the tap ``tracks`` (``slotlab slots``) is a slot of one frame: the mean feature of what it holds, as stored
-features are (D), and its mask (N). From these come its vector's parts::
+features are (D), its mask (N), and, if there are actions, that of its frame (A). From these come its vector's parts::
 
     place   2  rows and columns from the frame's middle, in patches
     side    1  logarithm of the square root of its area in patches
@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from slotlab.models.normalise import Normaliser
 PLACE, SIDE, DOUBT, FEATURE = slice(0, 2), 2, 3, slice(4, None)
 PARTS = 4  # numbers of a vector before its feature
 SEEN = -2.0  # doubt of what is seen: a softplus of an eighth of a patch
+LEAST_DOUBT = 0.02  # patches; no place is known better
 LEAST_AREA = 0.5  # patches; a slot with less has lost its object
 
 
@@ -33,6 +35,7 @@ class Seen:
     masks: Float[Tensor, "B T K N"]
     active: Bool[Tensor, "B T K"]
     last: Int[Tensor, "B T K"]  # the frame that each vector is from
+    actions: Float[Tensor, "B F A"]  # of each frame, and of later ones where they are known; A is 0 without
 
     def masks_of(self, frame: int) -> Float[Tensor, "B K N"]:
         """The mask that each slot had when it was last seen, as of a frame; none if it came later."""
@@ -52,8 +55,9 @@ def see(
     basis: Float[Tensor, "D P"],
     place: Float[Tensor, "N 2"],
 ) -> Seen:
-    """The vectors and masks of stored tokens, C = D + N."""
-    features, masks = tokens[..., : -len(place)].float(), tokens[..., -len(place) :].float()
+    """The vectors, masks and actions of stored tokens, C = D + N + A."""
+    sizes = [normaliser.dim, len(place), tokens.shape[-1] - normaliser.dim - len(place)]
+    features, masks, actions = torch.split(tokens.float(), sizes, -1)
     area = masks.sum(-1)
     active = area >= LEAST_AREA
     share = masks / area.clamp_min(LEAST_AREA).unsqueeze(-1)
@@ -66,7 +70,17 @@ def see(
     last = last_active(active)
     vectors = torch.cat(parts, -1)
     vectors = vectors.gather(1, last.unsqueeze(-1).expand_as(vectors))
-    return Seen(vectors, masks, active, last)
+    return Seen(vectors, masks, active, last, actions[:, :, 0])
+
+
+def surprise(found: Float[Tensor, "*B S"], true: Float[Tensor, "*B S"]) -> Float[Tensor, "*B"]:
+    """Negative log-likelihood of true places, but for ln 2 pi: Laplace's law on the plane about the places found.
+
+    Its density falls as exp(-r / b) with the distance r in patches; b is the doubt.
+    """
+    apart = (found - true)[..., PLACE].square().sum(-1)
+    doubt = F.softplus(found[..., DOUBT]) + LEAST_DOUBT
+    return (apart + LEAST_DOUBT**2).sqrt() / doubt + 2 * doubt.log()
 
 
 def last_active(active: Bool[Tensor, "B T K"]) -> Int[Tensor, "B T K"]:
