@@ -1,11 +1,12 @@
 """One preset on many sets: training-free segments, the model untrained and trained, with and without guided edges.
 
     python -m benchmarks.sets --home STORE NAME=STORE[:SPLIT] ... [--own NAME=STORE[:SPLIT] ...] [--last NAME=N ...]
-        [--preset objects] [--seeds 0 1 2] [--folder runs/sets] [--json]
+        [--stride 1] [--preset objects] [--seeds 0 1 2] [--folder runs/sets] [--json]
 
 ``carried`` is trained on the store ``--home`` alone and scored on every set as it is; ``own`` is trained on the set's
 own videos of ``--own``, which must not be among those scored: ``--last moving=4`` scores the last 4 of a split alone.
-Runs are kept in the folder and used again. FG-ARI is a mean over frames of two objects or more, mBO over all frames
+Runs are kept in the folder and used again. With ``--stride N`` every N-th frame of a video counts; slots are followed
+over all of them. FG-ARI is a mean over frames of two objects or more, mBO over all frames
 with objects; both at the store's frame size, of soft masks upsampled and of the same after a guided filter.
 """
 
@@ -66,13 +67,13 @@ def free_masks(split: Split, videos: Iterable[int]) -> Iterator[Tensor]:
         yield masks.reshape(*masks.shape[:2], rows, columns)
 
 
-def scores(masks: Iterable[Tensor], split: Split, videos: list[int]) -> dict[str, tuple[float, float]]:
-    """FG-ARI and mBO of plain masks and, as ", guided", of refined ones."""
+def scores(masks: Iterable[Tensor], split: Split, videos: list[int], stride: int) -> dict[str, tuple[float, float]]:
+    """FG-ARI and mBO of plain masks and, as ", guided", of refined ones; of every ``stride``-th frame."""
     labels = count_labels(split)
     tables: dict[str, list[Tensor]] = {edges: [] for edges in EDGES}
     for video, found in zip(videos, masks, strict=True):
         truth = ground_truth(split, video)
-        known = labelled_frames(truth)
+        known = labelled_frames(truth).nonzero().flatten()[::stride]
         fine = refine(found[known], torch.from_numpy(split.video(video))[known], "guided")
         for edges, each in zip(EDGES, (found[known], fine), strict=True):
             tables[edges] += mask_tables(each, truth[known], labels)
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--home", required=True)
     parser.add_argument("--own", nargs="*", default=[], metavar="NAME=STORE[:SPLIT]")
     parser.add_argument("--last", nargs="*", default=[], metavar="NAME=N")
+    parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--preset", default="objects")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("runs/sets"))
@@ -108,7 +110,7 @@ def main() -> None:
         }
         if name in own:
             training["own"] = (own[name], name, [])
-        found[name] = measured(split, videos, args.preset, training, args.seeds, args.folder)
+        found[name] = measured(split, videos, args.stride, args.preset, training, args.seeds, args.folder)
         if not args.json:
             print(line(name, found[name]), flush=True)
     if args.json:
@@ -118,6 +120,7 @@ def main() -> None:
 def measured(
     split: Split,
     videos: list[int],
+    stride: int,
     preset: str,
     training: dict[str, tuple[str, str, list[str]]],
     seeds: list[int],
@@ -127,7 +130,7 @@ def measured(
     rows: dict[str, list[tuple[float, float]]] = {}
 
     def add(row: str, masks: Iterable[Tensor]) -> None:
-        for edges, pair in scores(masks, split, videos).items():
+        for edges, pair in scores(masks, split, videos, stride).items():
             rows.setdefault(row + edges, []).append(pair)
 
     add("tfs", free_masks(split, videos))
