@@ -112,7 +112,7 @@ def test_what_a_block_does_next_is_known_from_its_push(followed: FeatureStore, t
     errors = {}
     for actions in (2, 0):
         parts = [f"model.actions={actions}", "optim.learning_rate=0.01", "model.layers=1", "data.clip=6"]
-        parts += ["loss.slot_mse=1", "loss.slot_nll=0", "log_every=100"]
+        parts += ["log_every=100"]
         config = small(*parts, preset="dynamics", optim__steps=250, optim__batch_size=8)
         loaded = load_dynamics(train(config, followed, tmp_path / str(actions)))
         assert isinstance(loaded.model, DynamicsModel) and loaded.config.model.actions == actions  # type: ignore[union-attr]

@@ -20,10 +20,10 @@ from slotlab.config.schema import LossConfig
 from slotlab.models.build import build_model
 from slotlab.models.dynamics.model import DynamicsModel
 from slotlab.models.dynamics.motion import layered, moved, widest
-from slotlab.models.dynamics.state import DOUBT, FEATURE, PLACE, SIDE, Seen, places, see, surprise
+from slotlab.models.dynamics.state import FEATURE, PLACE, SIDE, Seen, places, see
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
-from slotlab.training.losses import slot_mse, slot_nll
+from slotlab.training.losses import slot_mse
 from slotlab.training.train import train
 from tests.training import Interrupted, rows_of, small, stopping
 
@@ -257,38 +257,6 @@ def test_the_slot_loss_is_the_mean_square_of_standardised_parts() -> None:
     each = np.mean(parts, 0)
     each[0, 1] = 0
     assert float(slot_mse(output, LossConfig()).detach()) == pytest.approx(each.mean(), rel=1e-4)
-
-
-def test_the_surprise_is_of_a_density() -> None:
-    """It sums to one over the plane; and a place is the less surprising the nearer it is, and the surer it was."""
-    side = torch.arange(-12, 12, 0.02) + 0.01
-    true = torch.zeros(len(side), len(side), 5)
-    true[..., 0], true[..., 1] = side[:, None], side
-    for doubt in (-1.0, 0.5):
-        found = torch.zeros(5)
-        found[:2], found[DOUBT] = torch.tensor([0.3, -0.7]), doubt
-        density = (-surprise(found.expand_as(true), true)).exp() / (2 * np.pi)
-        assert float(density.double().sum()) * 0.02**2 == pytest.approx(1, abs=5e-3)
-        best = true.flatten(0, 1)[density.argmax(), PLACE]
-        assert float((best - found[PLACE]).norm()) < 0.03
-
-
-def test_the_slot_likelihood_is_that_of_places_sizes_and_features() -> None:
-    made = model().train()
-    made.scale.uniform_(0.5, 2.0)
-    given_tokens, _, _ = tokens(5)
-    given_tokens[0, 3, 1] = 0  # is away, so that it adds nothing
-    output = made(given_tokens, Draws(0))
-    seen = made.see(given_tokens)
-    with torch.no_grad():
-        future = made.roll_out(seen, 2)
-    error = ((future - seen.vectors[:, 3:]) / made.scale).square().numpy()[0]  # (2, K, S)
-    doubt = np.log1p(np.exp(future[0, ..., DOUBT].double().numpy())) + 0.02
-    away = np.hypot(*np.moveaxis((future - seen.vectors[:, 3:])[0, ..., PLACE].double().numpy(), -1, 0))
-    away = np.hypot(away, 0.02)
-    each = (error[..., SIDE] + error[..., FEATURE].mean(-1)) / 3 + 0.1 * (away / doubt + 2 * np.log(doubt))
-    each[0, 1] = 0
-    assert float(slot_nll(output, LossConfig()).detach()) == pytest.approx(each.mean(), rel=1e-4)
 
 
 # -- training ----------------------------------------------------------------------------------------------

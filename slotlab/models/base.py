@@ -39,7 +39,6 @@ class Output:
     assigned: Int[Tensor, "*B N"] | None = None  # the slot that each patch should go to, NO_SLOT for none
     future: Float[Tensor, "*B K S"] | None = None  # of predicted slots: what they should have been
     present: Bool[Tensor, "*B K"] | None = None  # which of these there were to be seen
-    surprise: Float[Tensor, "*B K"] | None = None  # of predicted places: their negative log-likelihood
 
     @property
     def decoded_target(self) -> Float[Tensor, "*B M D"]:
@@ -66,7 +65,7 @@ class Output:
         batched: tuple[str, ...] = ("slots", "attention", "logits", "masks", "reconstruction", "target")
         batched += tuple(
             name
-            for name in ("similarity", "active", "assigned", "future", "present", "surprise")
+            for name in ("similarity", "active", "assigned", "future", "present")
             if getattr(self, name) is not None
         )
         return replace(self, **{name: getattr(self, name)[index] for name in batched})

@@ -13,12 +13,10 @@ from torch import Tensor
 from featcache.errors import UsageError
 from slotlab.config.schema import LossConfig
 from slotlab.models.base import NO_SLOT, Output
-from slotlab.models.dynamics.state import PLACE
 from slotlab.models.slot_attention import NEVER
 from slotlab.training.processes import gathered, rank
 
 IGNORED = -100  # a target without a loss
-PLACES = 0.1  # weight of places in the slots' likelihood: an e-fold of their error against a tenth of a variance
 
 
 def feature_mse(output: Output, config: LossConfig) -> Tensor:
@@ -148,21 +146,6 @@ def slot_mse(output: Output, config: LossConfig) -> Tensor:
     return (error * output.present).mean()
 
 
-def slot_nll(output: Output, config: LossConfig) -> Tensor:
-    """Negative log-likelihood of predicted slots, mean over all; one that is not present adds 0.
-
-    Places are Laplace-distributed about the predicted one, as wide as the model doubts them: an error counts by what is
-    left to know, so that near frames and slots at rest teach as much as far and fast ones, and a bounce that nobody
-    could foresee is no reason to slow all others down. Size and feature are Gaussians of the data's variance.
-    ``UsageError`` for the output of a model that predicts no slots.
-    """
-    if output.future is None or output.present is None or output.surprise is None:
-        raise UsageError("loss.slot_nll: needs model.kind = dynamics")
-    error = (output.slots.float() - output.future).square()
-    likeness = error[..., PLACE.stop :].sum(-1) / error.shape[-1]
-    return ((likeness + PLACES * output.surprise.float()) * output.present).mean()
-
-
 def diversity(output: Output, config: LossConfig) -> Tensor:
     """Mean cosine between the masks of two slots of a frame, in [0, 1].
 
@@ -210,7 +193,6 @@ LOSSES: dict[str, Callable[[Output, LossConfig], Tensor]] = {
     "slot_contrast": slot_contrast,
     "assignment": assignment,
     "slot_mse": slot_mse,
-    "slot_nll": slot_nll,
     "diversity": diversity,
     "slot_diversity": slot_diversity,
     "sharpness": sharpness,

@@ -31,7 +31,7 @@ from slotlab.config.schema import Config
 from slotlab.models.base import Model, Output
 from slotlab.models.dynamics.blocks import BLOCKS, time_code
 from slotlab.models.dynamics.motion import carried, layered, moved, on_grid, widest
-from slotlab.models.dynamics.state import DOUBT, FEATURE, PARTS, PLACE, SIDE, Seen, places, see, surprise
+from slotlab.models.dynamics.state import DOUBT, FEATURE, PARTS, PLACE, SIDE, Seen, places, see
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 
@@ -149,7 +149,6 @@ class DynamicsModel(Model):
             grid=self.grid,
             future=self.in_units(known),
             present=seen.active[:, burn_in:] & seen.active[:, :burn_in].any(1, keepdim=True),
-            surprise=surprise(future, known),
         )
 
     def segment(self, features: Float[Tensor, "T K C"], draws: Draws) -> Output:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -23,7 +22,6 @@ from slotlab.models.normalise import Normaliser
 PLACE, SIDE, DOUBT, FEATURE = slice(0, 2), 2, 3, slice(4, None)
 PARTS = 4  # numbers of a vector before its feature
 SEEN = -2.0  # doubt of what is seen: a softplus of an eighth of a patch
-LEAST_DOUBT = 0.02  # patches; no place is known better
 LEAST_AREA = 0.5  # patches; a slot with less has lost its object
 
 
@@ -71,16 +69,6 @@ def see(
     vectors = torch.cat(parts, -1)
     vectors = vectors.gather(1, last.unsqueeze(-1).expand_as(vectors))
     return Seen(vectors, masks, active, last, actions[:, :, 0])
-
-
-def surprise(found: Float[Tensor, "*B S"], true: Float[Tensor, "*B S"]) -> Float[Tensor, "*B"]:
-    """Negative log-likelihood of true places, but for ln 2 pi: Laplace's law on the plane about the places found.
-
-    Its density falls as exp(-r / b) with the distance r in patches; b is the doubt.
-    """
-    apart = (found - true)[..., PLACE].square().sum(-1)
-    doubt = F.softplus(found[..., DOUBT]) + LEAST_DOUBT
-    return (apart + LEAST_DOUBT**2).sqrt() / doubt + 2 * doubt.log()
 
 
 def last_active(active: Bool[Tensor, "B T K"]) -> Int[Tensor, "B T K"]:
