@@ -70,8 +70,8 @@ class Rows(Mapping[int, Row]):
 
     def ids(self) -> dict[int, str]:
         """The name of each video, read from the beginning of its row."""
-        starts = {video: _START.match(line) for video, (_, line) in self._lines.items()}
-        return {video: json.loads(start[2]) if start else self[video].id for video, start in starts.items()}
+        starts = {video: _NAMED.match(line) for video, (_, line) in self._lines.items()}
+        return {video: json.loads(start[1]) if start else self[video].id for video, start in starts.items()}
 
     def most_instances(self) -> int:
         """The most instances that a video has; 0 without videos."""
@@ -90,7 +90,8 @@ class Rows(Mapping[int, Row]):
         return video in self._lines
 
 
-_START = re.compile(rb'\{"video":(\d+),"id":("(?:[^"\\]|\\.)*"),')
+_START = re.compile(rb'\{"video":(\d+),')
+_NAMED = re.compile(rb'\{"video":\d+,"id":("(?:[^"\\]|\\.)*"),')
 _INSTANCE = b'"visibility":'  # the key that each instance has; in a name its quotes would be escaped
 _BROKEN = (ValueError, KeyError, TypeError, AttributeError)
 

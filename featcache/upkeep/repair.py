@@ -69,13 +69,14 @@ def repair(path: Path, means: Means | None = None, progress: Progress = lambda *
     if not found:
         return []
     store = open_root(path)
-    if any(read_split_spec(path / name).part for name in store.splits):
+    unknown = {d.split for d in found if d.kind == "metadata"}
+    if any(read_split_spec(path / name).part for name in store.splits if name not in unknown):
         raise UsageError(
             f"{path}: has one rank's videos of {store.spec.exported_from}; delete {path} and make it again with "
             "slotlab export --for-ranks"
         )
     with StoreWriter(path, store.spec):
-        for name in sorted({d.split for d in found if d.kind == "metadata"}):
+        for name in sorted(unknown):
             _restore_metadata(store, path / name, means)
     # Lost metadata had hidden the damage in the rest of its split.
     damage = {name: list(verify_split(store.spec, path / name)) for name in sorted({d.split for d in found})}
