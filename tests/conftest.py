@@ -60,6 +60,14 @@ def shared_tracks(tracked_run: Path) -> FeatureStore:
     return tracks_of(tracked_run)
 
 
+@pytest.fixture(scope="session")
+def predicting(shared_tracks: FeatureStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world model of twelve steps on them, which the tests only read."""
+    from slotlab.training.train import train
+
+    return train(small(preset="dynamics"), shared_tracks, tmp_path_factory.mktemp("dynamics") / "run")
+
+
 @pytest.fixture
 def store_of(store: FeatureStore, shared_tracks: FeatureStore) -> Callable[[str], FeatureStore]:
     """A preset's kind of store: features, or tracks."""
