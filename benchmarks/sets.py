@@ -1,13 +1,14 @@
 """One preset on many sets: training-free segments, the model untrained and trained, with and without guided edges.
 
     python -m benchmarks.sets --home STORE NAME=STORE[:SPLIT] ... [--own NAME=STORE[:SPLIT] ...] [--last NAME=N ...]
-        [--stride 1] [--preset objects] [--seeds 0 1 2] [--folder runs/sets] [--json]
+        [--stride 1] [--preset objects] [--seeds 0 1 2] [--folder runs/sets] [--plain] [--json]
 
 ``carried`` is trained on the store ``--home`` alone and scored on every set as it is; ``own`` is trained on the set's
 own videos of ``--own``, which must not be among those scored: ``--last moving=4`` scores the last 4 of a split alone.
 Runs are kept in the folder and used again. With ``--stride N`` every N-th frame of a video counts; slots are followed
-over all of them. FG-ARI is a mean over frames of two objects or more, mBO over all frames
-with objects; both at the store's frame size, of soft masks upsampled and of the same after a guided filter.
+over all of them. A set's store may have another input size than the home's, which the preset ``objects`` can read.
+FG-ARI is a mean over frames of two objects or more, mBO over all frames with objects; both at the store's frame size,
+of soft masks upsampled and, without ``--plain``, of the same after a guided filter.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from slotlab.scoring.metrics import adjusted_rand_index, mean_best_overlap
 from slotlab.scoring.tables import count_labels, ground_truth, labelled_frames, mask_tables, require_truth
 from slotlab.training.train import train
 
-EDGES = ("", ", guided")
+Pair = tuple[float, float]  # FG-ARI and mBO
 
 
 def split_of(place: str) -> Split:
@@ -67,20 +68,23 @@ def free_masks(split: Split, videos: Iterable[int]) -> Iterator[Tensor]:
         yield masks.reshape(*masks.shape[:2], rows, columns)
 
 
-def scores(masks: Iterable[Tensor], split: Split, videos: list[int], stride: int) -> dict[str, tuple[float, float]]:
+def scores(
+    masks: Iterable[Tensor], split: Split, videos: list[int], stride: int, plain: bool = False
+) -> dict[str, Pair]:
     """FG-ARI and mBO of plain masks and, as ", guided", of refined ones; of every ``stride``-th frame."""
     labels = count_labels(split)
-    tables: dict[str, list[Tensor]] = {edges: [] for edges in EDGES}
+    tables: dict[str, list[Tensor]] = {}
     for video, found in zip(videos, masks, strict=True):
         truth = ground_truth(split, video)
         known = labelled_frames(truth).nonzero().flatten()[::stride]
-        fine = refine(found[known], torch.from_numpy(split.video(video))[known], "guided")
-        for edges, each in zip(EDGES, (found[known], fine), strict=True):
-            tables[edges] += mask_tables(each, truth[known], labels)
+        tables.setdefault("", []).extend(mask_tables(found[known], truth[known], labels))
+        if not plain:
+            fine = refine(found[known], torch.from_numpy(split.video(video))[known], "guided")
+            tables.setdefault(", guided", []).extend(mask_tables(fine, truth[known], labels))
     return {edges: mean_scores(of_frames) for edges, of_frames in tables.items()}
 
 
-def mean_scores(tables: list[Tensor]) -> tuple[float, float]:
+def mean_scores(tables: list[Tensor]) -> Pair:
     several = [table for table in tables if int((table[1:].sum(-1) > 0).sum()) > 1]
     ari = [float(adjusted_rand_index(table[None], foreground=True)) for table in several]
     overlap = torch.cat([mean_best_overlap(table[None]) for table in tables])
@@ -97,6 +101,7 @@ def main() -> None:
     parser.add_argument("--preset", default="objects")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("runs/sets"))
+    parser.add_argument("--plain", action="store_true", help="without guided edges, which take the longest")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     places, own, last = (dict(pair.split("=", 1) for pair in pairs) for pairs in (args.sets, args.own, args.last))
@@ -110,7 +115,7 @@ def main() -> None:
         }
         if name in own:
             training["own"] = (own[name], name, [])
-        found[name] = measured(split, videos, args.stride, args.preset, training, args.seeds, args.folder)
+        found[name] = measured(split, videos, training, args)
         if not args.json:
             print(line(name, found[name]), flush=True)
     if args.json:
@@ -118,30 +123,26 @@ def main() -> None:
 
 
 def measured(
-    split: Split,
-    videos: list[int],
-    stride: int,
-    preset: str,
-    training: dict[str, tuple[str, str, list[str]]],
-    seeds: list[int],
-    folder: Path,
-) -> dict[str, list[tuple[float, float]]]:
+    split: Split, videos: list[int], training: dict[str, tuple[str, str, list[str]]], args: argparse.Namespace
+) -> dict[str, list[Pair]]:
     """FG-ARI and mBO of each row and kind of edges, by seed. ``training`` has a store, its name and settings by row."""
-    rows: dict[str, list[tuple[float, float]]] = {}
+    rows: dict[str, list[Pair]] = {}
 
     def add(row: str, masks: Iterable[Tensor]) -> None:
-        for edges, pair in scores(masks, split, videos, stride).items():
+        for edges, pair in scores(masks, split, videos, args.stride, args.plain).items():
             rows.setdefault(row + edges, []).append(pair)
 
     add("tfs", free_masks(split, videos))
-    for seed in seeds:
+    for seed in args.seeds:
         for row, (place, home, options) in training.items():
-            run = trained(preset, place, folder / f"{preset}-{row}-{home}-{seed}", f"seed={seed}", *options)
+            run = trained(
+                args.preset, place, args.folder / f"{args.preset}-{row}-{home}-{seed}", f"seed={seed}", *options
+            )
             add(row, model_masks(load_run(run, split.store.path), split, videos))
     return rows
 
 
-def line(name: str, rows: dict[str, list[tuple[float, float]]]) -> str:
+def line(name: str, rows: dict[str, list[Pair]]) -> str:
     """A row of Markdown: FG-ARI/mBO, means over seeds and the spread of each."""
     cells = []
     for row, pairs in rows.items():

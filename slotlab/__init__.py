@@ -16,12 +16,18 @@ if TYPE_CHECKING:  # imported when called for: `import slotlab` and `slotlab --h
 __all__ = ["__version__", "load", "training_free"]
 
 
-def load(run: str | Path, *, device: str | torch.device = "auto", weights: str | None = None) -> RunSegmenter:
+def load(
+    run: str | Path,
+    *,
+    input_size: int | tuple[int, int] | None = None,
+    device: str | torch.device = "auto",
+    weights: str | None = None,
+) -> RunSegmenter:
     """A segmenter of your own pictures from a run folder, which also predicts if the run is a world model; see
     :func:`slotlab.forecast.load`."""
     from slotlab.forecast import load as open_run
 
-    return open_run(run, device=device, weights=weights)
+    return open_run(run, input_size=input_size, device=device, weights=weights)
 
 
 def training_free(own: Sequence[Any] = (), **options: Any) -> TrainingFreeSegmenter:

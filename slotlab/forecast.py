@@ -76,7 +76,13 @@ class Forecaster(RunSegmenter):
         return values
 
 
-def load(run: str | Path, *, device: str | torch.device = "auto", weights: str | None = None) -> RunSegmenter:
+def load(
+    run: str | Path,
+    *,
+    input_size: int | tuple[int, int] | None = None,
+    device: str | torch.device = "auto",
+    weights: str | None = None,
+) -> RunSegmenter:
     """A run for your own pictures: a segmenter, or of a dynamics run a forecaster.
 
     Arguments and errors are those of :func:`slotlab.segment.load`. A forecaster also needs the run whose slots it was
@@ -85,7 +91,9 @@ def load(run: str | Path, *, device: str | torch.device = "auto", weights: str |
     run = Path(run)
     config = checkpoint.load_run_config(run)
     if config.model.kind != "dynamics":
-        return load_segmenter(run, device=device, weights=weights)
+        return load_segmenter(run, input_size=input_size, device=device, weights=weights)
+    if input_size is not None:
+        raise UsageError(f"{run}: predicts slots of one grid of patches, so it has one input size; leave it out")
     chosen, spec = pick_device(str(device)), trained_spec(run)
     source = Path(spec.source)
     if not source.is_dir():

@@ -158,23 +158,36 @@ class TrainingFreeSegmenter(Segmenter):
         return slots, masks.reshape(*masks.shape[:2], *self._grid)
 
 
-def load(run: str | Path, *, device: str | torch.device = "auto", weights: str | None = None) -> RunSegmenter:
+def load(
+    run: str | Path,
+    *,
+    input_size: int | tuple[int, int] | None = None,
+    device: str | torch.device = "auto",
+    weights: str | None = None,
+) -> RunSegmenter:
     """A segmenter from a run folder, for pictures outside any store. The run's own store need not exist.
 
     Args:
         run: folder made by ``slotlab train``.
+        input_size: pixels that the backbone sees: a side, or rows and columns; a larger input gives finer masks. None:
+            as many as in training. Others are for models that know nothing of places (``Config.any_grid``) alone.
         device: where backbone and model run.
         weights: checkpoint file of the backbone; None: where the run's store had it from.
 
     Raises:
         DataError: there is no run, or the backbone's weights are gone.
         IncompatibleError: the checkpoint is of another model, or the weights are not those of the run's features.
-        UsageError: this machine lacks the device.
+        UsageError: this machine lacks the device, the backbone's patch does not divide the input, or the model cannot
+            change it.
     """
     run = Path(run)
     chosen = pick_device(str(device))
-    config = checkpoint.load_run_config(run)
-    store = FeatureStore(run / STORE, trained_spec(run))  # only its description is used: no data is read
+    config, spec = checkpoint.load_run_config(run), trained_spec(run)
+    if input_size is not None:
+        if not config.any_grid:
+            raise UsageError(f"{run}: was trained on one grid of patches, so it has one input size; leave it out")
+        spec = spec.at_size((input_size, input_size) if isinstance(input_size, int) else input_size)
+    store = FeatureStore(run / STORE, spec)  # only its description is used: no data is read
     inputs = ModelInput.of(config, store)
     model = empty_model(config, inputs)
     checkpoint.load_model(run, model)

@@ -30,6 +30,7 @@ from slotlab.segment import ENOUGH, RunSegmenter
 from slotlab.training.train import train
 from tests.commands import Slotlab
 from tests.synthetic import DiscSource
+from tests.training import small
 
 SMALL = ("model.slot_dim=8", "model.decoder.hidden=16", "model.slot_mlp_hidden=16", "model.slots=4")
 # A resnet with random weights: real preprocessing and taps, in a tenth of a second.
@@ -151,6 +152,35 @@ def test_segment_writes_files_for_pictures_and_folders(
     assert np.array_equal(np.stack(written), labels.numpy())
     with pytest.raises(UsageError, match="no such file"):
         app(["segment", str(run), str(tmp_path / "none.png"), "--out", str(out)], standalone_mode=False)
+
+
+def test_another_input_size(trained: tuple[Path, np.ndarray, torch.Tensor], tmp_path: Path) -> None:
+    """A run that knows nothing of places segments a store of a finer grid, and pictures at that size the same."""
+    source = DiscSource()
+    stores = {
+        size: extract(
+            plan(tmp_path / f"{size}.zarr", source, backbone, ExtractOptions(batch_size=4, precision="float32")),
+            source,
+            backbone,
+        )
+        for size in (64, 128)
+        for backbone in (load_backbone(BACKBONE, "random", input_size=size),)
+    }
+    run = train(small(preset="objects"), stores[64], tmp_path / "run")
+    fine = load_run(run, stores[128].path)
+    expected = fine.segment(fine.split(), 0).masks_on_grid
+    coarse = load_run(run).segment(load_run(run).split(), 0).masks_on_grid
+    assert expected.shape[2] == 2 * coarse.shape[2]
+    frames = fine.split().video(0)
+    found = slotlab.load(run, input_size=128, device="cpu").segment(frames)
+    assert torch.equal(found.labels, masks_to_labels(expected, (32, 32)))
+    with pytest.raises(UsageError, match="no multiple of the patch"):
+        slotlab.load(run, input_size=100, device="cpu")
+    other, _, _ = trained
+    with pytest.raises(UsageError, match="one grid of patches"):
+        slotlab.load(other, input_size=128, device="cpu")
+    with pytest.raises(IncompatibleError, match="preprocessing.size"):
+        load_run(other, stores[128].path)
 
 
 def test_a_pixel_model_needs_no_backbone(tmp_path: Path) -> None:

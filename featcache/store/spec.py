@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -65,6 +65,19 @@ class StoreSpec:
     def from_json(cls, raw: Mapping[str, Any]) -> StoreSpec:
         taps = {name: TapSpec(tuple(tap["grid"]), tap["dim"]) for name, tap in raw["taps"].items()}
         return cls(**{**raw, "taps": taps})
+
+    def at_size(self, size: tuple[int, int]) -> StoreSpec:
+        """The specification of the same features of another input size, rows and columns in pixels.
+
+        A multiple of the backbone's patch, else ``UsageError`` comes from loading it.
+        """
+        grid = (size[0] // self.model["patch"], size[1] // self.model["patch"])
+        return replace(
+            self,
+            model={**self.model, "grid": list(grid)},
+            preprocessing={**self.preprocessing, "size": size[0] if size[0] == size[1] else list(size)},
+            taps={name: TapSpec(grid, tap.dim) for name, tap in self.taps.items()},
+        )
 
     def identity(self) -> dict[str, Any]:
         """Flat mapping of everything that must agree before a run may add to this store."""

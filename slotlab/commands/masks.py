@@ -76,7 +76,8 @@ def segment(
     ] = False,
     backbone: Annotated[str | None, typer.Option(help="Backbone without a run; default: dinov2.")] = None,
     input_size: Annotated[
-        str | None, typer.Option(help="Size of its input in pixels, without a run: a side, or 224x392; more is finer.")
+        str | None,
+        typer.Option(help="Pixels that it sees: a side, or 224x392; more is finer. Default: the run's, or its own."),
     ] = None,
     cut: Annotated[
         float | None, typer.Option(min=0, help="Cut of segments, without a run; higher: fewer, larger ones.")
@@ -85,10 +86,8 @@ def segment(
     as_json: Json = False,
 ) -> None:
     """Segment pictures and videos of your own, with a trained run or without any training."""
-    if no_training:
-        files, size = paths, parse_size("--input-size", input_size)
-    else:
-        files = _after_run(paths, {"--backbone": backbone, "--input-size": input_size, "--cut": cut})
+    size = parse_size("--input-size", input_size)
+    files = paths if no_training else _after_run(paths, {"--backbone": backbone, "--cut": cut})
     if missing := [path for path in files if not path.exists()]:
         raise UsageError(f"{missing[0]}: no such file; name pictures, videos, or folders of pictures")
     from slotlab.commands import terminal
@@ -106,7 +105,7 @@ def segment(
         told["whitened_by"] = segmenter.measured
         terminal.err.print(f"features whitened by {segmenter.measured}")
     else:
-        segmenter = load(paths[0], device=device, weights=weights)
+        segmenter = load(paths[0], input_size=size, device=device, weights=weights)
     method = "guided" if refine is None and no_training else None if refine == "none" else refine
     with MaskWriter(out, form, fps) as writer:
         for index, path in enumerate(files):

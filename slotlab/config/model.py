@@ -43,6 +43,8 @@ class KindConfig(Section):
     frames_a_step: ClassVar[int | None] = None  # frames of a clip that a step reads, drawn anew each time; None: all
     scored_by: ClassVar[ScoredBy] = "eval"
 
+    any_grid: ClassVar[bool] = False  # whether nothing it learns depends on the grid, so that a finer one may be used
+
     @property
     def on_host(self) -> bool:
         """Whether a step computes on the host, which then waits for the device."""
@@ -310,12 +312,12 @@ class AgglomerativeConfig(KindConfig):
     """Slots that start from segments of learnt keys, as many as a frame has (slotlab.models.agglomerative)."""
 
     kind: Literal["agglomerative"] = "agglomerative"
-    slots: int = Field(40, ge=2, le=MOST_SLOTS, description="Most slots of a frame")
+    slots: int = Field(64, ge=2, le=MOST_SLOTS, description="Most slots of a frame")
     slot_dim: int = Field(128, ge=1, description="Width of a key, and of a slot")
     hidden: int = Field(256, ge=1, description="Width of the learnt correction of the keys")
     cut: float = Field(0.35, gt=0, description="Distance, 1 less the affinity, up to which segments are joined")
     temperature: float = Field(0.2, gt=0, description="Divisor of the cosines of slots and keys; smaller is sharper")
-    share_weight: float = Field(0.5, ge=0, description="Weight of the logarithm of a slot's share of the frame")
+    near_weight: float = Field(0.75, ge=0, description="Weight of the logarithm of a slot's share around a patch")
     train_cut: float = Field(0.5, gt=0, description="Cut of the segments that teach; coarser, or parts are learnt")
     train_temperature: float = Field(0.1, gt=0, description="Temperature in training")
     tracking: bool = Field(True, description="Slots carried from frame to frame of a video; false: frames apart")
@@ -326,6 +328,10 @@ class AgglomerativeConfig(KindConfig):
         "flat_attention": (Remedy("model.temperature", factor=0.5),),
     }
     frames_a_step: ClassVar[int | None] = 2
+    any_grid: ClassVar[bool] = True
+    gone: ClassVar[Mapping[str, Gone]] = {
+        "share_weight": Gone((0.5,), "is gone: a slot's share around a patch counts, by near_weight")
+    }
 
     @property
     def on_host(self) -> bool:

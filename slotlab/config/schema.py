@@ -197,6 +197,11 @@ class Config(Section):
     )
     evaluate_videos: int = Field(8, ge=1, description="Number of videos in a look")
 
+    @property
+    def any_grid(self) -> bool:
+        """Whether a finished run may be used on features of another input size: it knows nothing of places."""
+        return self.model.any_grid and self.data.center == "channel"
+
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         recurrent = self.model.recurrent

@@ -112,7 +112,7 @@ def create_imported(
     raw |= {"identity": wanted.identity(), "spec": wanted.to_json(), "imported": dict(imported)}
     note = json.dumps(raw, indent=1)
     if store is not None:
-        _check_features(run, str(config.data.tap), _complete(json.loads(note)), store)
+        _check_features(run, config, _complete(json.loads(note)), store)
     make_directory(run)
     checkpoint.save(run, model, None, None, {"step": config.optim.steps, "schedule": {}, "stream": {}})
     write_durably(run / STORE, note.encode())
@@ -170,22 +170,25 @@ def check_store(run: Path, store: FeatureStore) -> None:
 
     A run on the stored frames fits any store: it reads no features.
     """
-    tap = checkpoint.load_run_config(run).data.tap
-    if tap != VIDEO:
-        _check_features(run, tap, trained_on(run), store)
+    config = checkpoint.load_run_config(run)
+    if config.data.tap != VIDEO:
+        _check_features(run, config, trained_on(run), store)
 
 
-def _check_features(run: Path, tap: str | None, noted: Mapping[str, Any], store: FeatureStore) -> None:
+def _check_features(run: Path, config: Config, noted: Mapping[str, Any], store: FeatureStore) -> None:
+    tap = config.data.tap
     if tap is not None and tap not in store.spec.taps:
         has = ", ".join(store.spec.taps)
         raise IncompatibleError(f"{store.path}: no tap {tap!r}; it has: {has}; of {run}, {_remedy(run, noted, store)}")
     name = store.tap(tap)
     # How features are stored and which part of a frame they are of, not what they mean.
     ignored = ("dtype", "precision", "frame_stride", "taps.", "schema", "preprocessing.fit", "preprocessing.margin")
+    if config.any_grid:
+        ignored += ("preprocessing.size", "model.grid", f"{name} grid")
 
     def deciding(identity: Mapping[str, Any], taps: Mapping[str, Any]) -> dict[str, Any]:
-        kept = {key: value for key, value in identity.items() if not key.startswith(ignored)}
-        return kept | {f"{name} {key}": value for key, value in taps.get(name, {}).items()}
+        known = {**identity, **{f"{name} {key}": value for key, value in taps.get(name, {}).items()}}
+        return {key: value for key, value in known.items() if not key.startswith(ignored)}
 
     spec = json.loads(json.dumps(store.spec.to_json()))
     now = deciding(json.loads(json.dumps(store.spec.identity())), spec["taps"])

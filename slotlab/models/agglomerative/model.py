@@ -8,12 +8,15 @@ One frame, in training and in use:
   slots the frame has; no part of it is taken for the background;
 - **slots** (B, K, S): the mean key of each segment, as a unit vector;
 - **competition**: attention is the softmax over slots (Locatello et al., 2020, arXiv:2006.15055) of a mixture model's
-  logits, by a slot's likeness, place and size::
+  logits, by a slot's likeness and its share of a patch's surroundings::
 
-      logit = (slot . key - 0.6 * distance to the segment / side of the grid) / temperature + weight * log share
+      logit = slot . key / temperature + near_weight * log near
 
-  where keys are evened out over 3 x 3 patches. Patches on an edge, which look a little like both sides, so go to the
-  larger one, and equal objects in two places stay apart.
+  where keys are evened out over 3 x 3 patches, and near is the part of the patches around, in a Gaussian of an eighth
+  of the grid's side, that the segment holds. Patches on an edge, which look a little like both sides, so go to the side
+  that surrounds them, and equal objects in two places stay apart.
+
+Nothing that is learnt depends on the grid, and lengths are in sides of it: keys of 16 x 16 patches serve finer ones.
 
 Training is swapped prediction (Caron et al., 2020, arXiv:2006.09882) of segments: the slots of one frame compete for
 the patches of another frame of the clip, by their likeness alone, and that frame's own segments say which one should
@@ -38,10 +41,11 @@ from slotlab.models.base import NO_SLOT, Model, Output
 from slotlab.models.flow import patch_positions
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
-from slotlab.models.segments import POSITION, distances, segments, side, smoothed
+from slotlab.models.segments import distances, segments, side, smoothed
 
 NEVER = -1e4  # a cosine whose share is 0
 LEAST = 1e-6  # what a logarithm is taken of, at least
+NEAR = 1 / 8  # standard deviation of a patch's surroundings, in sides of the grid
 LEAST_LIKENESS = 0.5  # cosine of two frames' slots below which they are of no common object
 
 
@@ -122,15 +126,14 @@ class AgglomerativeModel(Model):
         return F.one_hot(segments(keys, self.grid, cut, self.slots), self.slots).float()
 
     def compete(self, keys: Float[Tensor, "B N S"]) -> Float[Tensor, "B K N"]:
-        """Logits of the slots that a frame's own segments give, by likeness, place and share."""
-        config = self.config
-        held = self.segments(keys, config.cut)  # (B, N, K)
+        """Logits of the slots that a frame's own segments give, by likeness and by what surrounds a patch."""
+        held = self.segments(keys, self.config.cut)  # (B, N, K)
         smooth = F.normalize(keys + smoothed(keys, self.grid), dim=-1)
         alike = likeness(slot_means(held, smooth), smooth, held)
-        close = (-distances(self.grid)).exp().to(keys.device)  # (N, N)
-        far = -(held.mT @ close).clamp_min(LEAST).log() / side(self.grid)  # (B, K, N)
-        share = held.mean(1).clamp_min(LEAST).log().unsqueeze(-1)  # (B, K, 1)
-        logits: Tensor = (alike - POSITION * far) / config.temperature + config.share_weight * share
+        apart = distances(self.grid).to(keys.device) / (NEAR * side(self.grid))  # (N, N)
+        around = (-apart.square() / 2).softmax(-1)
+        near = (around @ held).mT.clamp_min(LEAST)  # (B, K, N)
+        logits: Tensor = alike / self.config.temperature + self.config.near_weight * near.log()
         return logits
 
     def output(
