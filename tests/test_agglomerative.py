@@ -20,6 +20,7 @@ from slotlab.models.base import NO_SLOT
 from slotlab.models.flow import patch_positions
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
+from slotlab.models.segments import segments, smoothed
 from slotlab.runs.loaded import load_run
 from slotlab.training.losses import losses, total
 from slotlab.training.train import train
@@ -71,6 +72,25 @@ def test_a_frame_has_as_many_slots_as_it_shows_things(objects: int) -> None:
         pairs = {(int(t), int(s)) for t, s in zip(true, of_frame, strict=True)}
         assert len(pairs) == objects + 1, "one slot a thing, one thing a slot"
         assert set(of_frame.tolist()) == set(range(objects + 1)), "the largest first, and no gap"
+
+
+def test_a_patch_goes_by_likeness_and_by_what_surrounds_it() -> None:
+    """The shares of a frame's slots, patch by patch, from their definition."""
+    tokens, _ = video(*THREE, noise=0.3)
+    of, (rows, columns) = model(tracking=False), GRID
+    with torch.no_grad():
+        keys = of.keys(tokens)
+        labels, shares = segments(keys, GRID, 0.6, 9)[0], of.compete(keys).softmax(1)[0]  # (N,), (K, N)
+        smooth = F.normalize(keys + smoothed(keys, GRID), dim=-1)[0].double()
+    places = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).double()
+    reach = (rows * columns) ** 0.5 / 8
+    slots = [F.normalize(smooth[labels == k].mean(0), dim=0) for k in range(int(labels.max()) + 1)]
+    for patch in range(0, rows * columns, 7):
+        weight = torch.exp(-(places - places[patch]).square().sum(1) / (2 * reach**2))
+        near = [(weight[labels == k].sum() / weight.sum()).clamp_min(1e-6) for k in range(len(slots))]
+        odds = [float((slot @ smooth[patch] / 0.2).exp() * p**0.75) for slot, p in zip(slots, near, strict=True)]
+        expected = torch.tensor([each / sum(odds) for each in odds])
+        torch.testing.assert_close(shares[: len(slots), patch], expected, atol=1e-5, rtol=1e-4)
 
 
 def test_what_does_not_exist_holds_nothing() -> None:

@@ -182,7 +182,15 @@ def _check_features(run: Path, config: Config, noted: Mapping[str, Any], store: 
         raise IncompatibleError(f"{store.path}: no tap {tap!r}; it has: {has}; of {run}, {_remedy(run, noted, store)}")
     name = store.tap(tap)
     # How features are stored and which part of a frame they are of, not what they mean.
-    ignored = ("dtype", "precision", "frame_stride", "taps.", "schema", "preprocessing.fit", "preprocessing.margin")
+    ignored: tuple[str, ...] = (
+        "dtype",
+        "precision",
+        "frame_stride",
+        "taps.",
+        "schema",
+        "preprocessing.fit",
+        "preprocessing.margin",
+    )
     if config.any_grid:
         ignored += ("preprocessing.size", "model.grid", f"{name} grid")
 
