@@ -32,7 +32,8 @@ from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, as_c
 from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 
-from featcache.backbones.backbone import Backbone, input_size, load_backbone
+from featcache.backbones.backbone import Backbone, load_backbone
+from featcache.backbones.registry import input_size
 from featcache.errors import DataError, FeatcacheError, IncompatibleError, UsageError
 from featcache.extraction.extract import Progress
 from featcache.extraction.job import SplitJob, merge
