@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from slotlab.config.model import RecurrentConfig, SlotAttentionConfig
 from slotlab.models.curriculum import Curriculum
+from slotlab.models.host import found_on_host
 from slotlab.models.initializers import INITIALIZERS, Starts
 from slotlab.models.predictors import PREDICTORS
 from slotlab.models.randomness import Draws
@@ -158,8 +160,7 @@ class Recurrence(nn.Module):
         found = [frames[0]]
         for frame in frames[1:]:
             likeness = F.normalize(found[-1].slots.detach(), dim=-1) @ F.normalize(frame.slots.detach(), dim=-1).mT
-            pairs = [linear_sum_assignment(sample, maximize=True)[1] for sample in likeness.cpu().numpy()]
-            index = torch.from_numpy(np.stack(pairs)).to(likeness.device).unsqueeze(-1)  # (B, K, 1)
+            index = found_on_host(likeness, _likeliest, likeness.shape[1]).unsqueeze(-1)  # (B, K, 1)
             slots, attention, logits = (
                 part.gather(1, index.expand_as(part)) for part in (frame.slots, frame.attention, frame.logits)
             )
@@ -192,6 +193,12 @@ class Recurrence(nn.Module):
         predictor = self.config.predictor
         first = index == 0 if self.config.on_host else fresh
         return predictor.first_iterations if predictor is not None and first else self.config.iterations
+
+
+def _likeliest(likeness: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """The partner of each row, one to one."""
+    partners: npt.NDArray[np.int64] = linear_sum_assignment(likeness, maximize=True)[1]
+    return partners
 
 
 def _for_each(frames: Sequence[int], active: Bool[Tensor, "B K"] | None) -> Bool[Tensor, "F K"] | None:

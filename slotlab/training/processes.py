@@ -72,6 +72,12 @@ def gathered(value: Tensor) -> Tensor:
     """The values of all ranks, (R, ...) in their order, or (1, ...) alone. Gradients of all ranks add up."""
     if not dist.is_initialized():
         return value.unsqueeze(0)
+    return _gathered(value)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _gathered(value: Tensor) -> Tensor:
+    """Of several ranks: processes wait for each other here, which no compiled code or CUDA graph may hold."""
     found: Tensor = _Gather.apply(value)
     return found
 
