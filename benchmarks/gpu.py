@@ -149,10 +149,20 @@ def parts(device: str, cache: Path, small: bool) -> Iterator[Part]:
 
     few = ("--rounds", 1) if small else ()
     bench = slotlab("bench", "extract", "--weights", "random", "--device", device, "--json", *few)
-    yield Part("extraction", (*bench, *(("--videos", "1") if small else ())), 90, extraction_figures, EXTRACTION)
+    frames = ("--videos", "1", "--frame-stride", "6") if small else ()
+    yield Part("extraction", (*bench, *frames), 90, extraction_figures, EXTRACTION)
     for residence in RESIDENCES:
         warm = () if residence == "disk" else ("--no-cold",)
-        options = ("--residence", residence, "--device", device, "--json", *warm, *few)
+        options = (
+            "--residence",
+            residence,
+            "--device",
+            device,
+            "--json",
+            *warm,
+            *few,
+            *(("--batches", 1) if small else ()),
+        )
         stream = slotlab("bench", "stream", "--cache", cache, *options)
         yield Part(f"stream from {residence}", stream, 45, stream_figures, stream_key(residence))
     steps = ("--steps", 1, "--rounds", 1) if small else ("--steps", 10, "--rounds", 3)

@@ -112,18 +112,6 @@ def test_a_changed_video_may_be_of_another_length(tmp_path: Path, backbone: Back
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["one step", "two steps"])
-def test_pruning_says_that_it_keeps_what_is_beyond_max_videos(
-    tmp_path: Path, backbone: Backbone, caplog: pytest.LogCaptureFixture
-) -> None:
-    source, path = videos(tmp_path / "v", "abc"), tmp_path / "s.zarr"
-    run(path, source, backbone)
-    _, changes = run(path, source, backbone, replace(PRUNE, max_videos=2))
-    assert changes == Changes(kept=3) and "train: keeps its 3 videos; --prune removes those that the" in caplog.text
-    caplog.clear()
-    run(path, source, backbone, replace(PRUNE, max_videos=3))
-    assert "keeps its" not in caplog.text
-
-
 def test_vanished_videos_stay_until_they_are_pruned(
     tmp_path: Path,
     backbone: Backbone,
@@ -143,8 +131,11 @@ def test_vanished_videos_stay_until_they_are_pruned(
     assert (
         "2 videos are no longer in" in caplog.text and "the store keeps them, --prune removes them: c, d" in caplog.text
     )
-    split, changes = run(path, source, backbone, PRUNE)
+    split, changes = run(path, source, backbone, replace(PRUNE, max_videos=4))
     assert changes == Changes(kept=4, removed=("c", "d")) and ids(split) == list("abef")
+    assert "keeps its" not in caplog.text
+    assert run(path, source, backbone, replace(PRUNE, max_videos=3))[1] == Changes(kept=4)
+    assert f"{path}/train: keeps its 4 videos; --prune removes those that the source has no longer" in caplog.text
     assert same_as_fresh(split, source, backbone)
 
 

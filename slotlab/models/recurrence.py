@@ -102,7 +102,7 @@ class Recurrence(nn.Module):
     ) -> list[Attended]:
         """Frame by frame, from given slots ``starts`` (B, K, S) or those predicted by the frame before."""
         rounds = [self._iterations(index, index in starts) for index in range(len(projected))]
-        layers = self.attend.layers(sum(rounds))
+        layers = self.attend.layers(rounds)
         predict = None if self.predict is None else Repeated(self.predict, len(projected) - len(starts))
         frames: list[Attended] = []
         for index, frame in enumerate(projected):
@@ -130,7 +130,7 @@ class Recurrence(nn.Module):
         groups: dict[int, list[int]] = {}  # frames by their iterations
         for index in range(len(projected)):
             groups.setdefault(self._iterations(index, index in starts), []).append(index)
-        layers = self.attend.layers(sum(groups))
+        layers = self.attend.layers([*groups])
         frames: dict[int, Attended] = {}
         for iterations, group in groups.items():
             together = Projected(
@@ -148,7 +148,7 @@ class Recurrence(nn.Module):
     ) -> list[Attended]:
         """All frames in their order, each found from the one after it."""
         assert self.predict is not None
-        layers = self.attend.layers(self.config.iterations * len(projected))
+        layers = self.attend.layers([self.config.iterations] * len(projected))
         frames = [last]
         for frame in reversed(projected[:-1]):
             slots = self.predict(frames[-1].slots, active)
