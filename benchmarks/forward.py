@@ -10,10 +10,11 @@ are paired within a round. One line repeats all of it on a quiet machine: the co
 
 Ways: ``eager`` is what extraction runs; ``plain attention`` is eager without torch's fused attention; ``channels last``
 has images and the patch kernel in that order; ``mkldnn`` has every linear layer's weights packed once for oneDNN;
-``cast once`` has the weights in the pass' precision before it; ``compile`` is torch.compile, ``frozen`` the same with constants folded and packed; ``onnxruntime`` and ``openvino`` run
-the exported graph, and are left out where the package is missing. The error is that of the tokens, relative to
-eager's in float32 (Frobenius norms); a way may go into the product if it is within 1e-3, and without a further word
-only if the tokens are the same bit for bit, since the stores of one plan must be.
+``cast once`` has the weights in the pass' precision before it; ``compile`` is torch.compile, ``frozen`` the same with
+constants folded and packed; ``onnxruntime`` and ``openvino`` run the exported graph, and are left out where the package
+is missing. The error is that of the tokens, relative to eager's in float32 (Frobenius norms); a way may go into the
+product if it is within 1e-3, and without a further word only if the tokens are the same bit for bit, since the stores
+of one plan must be.
 """
 
 from __future__ import annotations

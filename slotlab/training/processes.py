@@ -72,14 +72,18 @@ def gathered(value: Tensor) -> Tensor:
     """The values of all ranks, (R, ...) in their order, or (1, ...) alone. Gradients of all ranks add up."""
     if not dist.is_initialized():
         return value.unsqueeze(0)
-    return _gathered(value)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _gathered(value: Tensor) -> Tensor:
-    """Of several ranks: processes wait for each other here, which no compiled code or CUDA graph may hold."""
-    found: Tensor = _Gather.apply(value)
+    found: Tensor = _gathered(value)
     return found
+
+
+def _gathered(value: Tensor) -> Any:
+    return _Gather.apply(value)
+
+
+def before_compiling() -> None:
+    """Keep out of torch.compile's graphs where ranks wait for each other. It imports the compiler, two seconds."""
+    global _gathered
+    _gathered = torch.compiler.disable(_gathered)  # type: ignore[no-untyped-call]
 
 
 class _Gather(torch.autograd.Function):

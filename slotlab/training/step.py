@@ -23,7 +23,7 @@ from slotlab.models.inputs import ModelInput
 from slotlab.models.randomness import DrawnAhead, Draws, Request, Share
 from slotlab.runs import checkpoint
 from slotlab.training.losses import losses, total
-from slotlab.training.processes import Ranks
+from slotlab.training.processes import Ranks, before_compiling
 from slotlab.training.schedule import learning_rate, make_schedule, plain_state, update_average
 
 NEVER = torch.iinfo(torch.int64).max
@@ -82,6 +82,8 @@ class TrainStep:
             self.forward = DistributedDataParallel(self.as_written, broadcast_buffers=False)
         if optim.compile:
             model.before_compiling()
+            if ranks.count > 1:
+                before_compiling()
             self.forward = torch.compile(self.forward, mode="reduce-overhead" if optim.cuda_graphs else "default")
         self._requests: list[Request] | None = None  # draws of a forward pass, once they are known
         self._drawing = limited_executor("slotlab-draws") if ranks.device.type in DRAWN_BESIDE else None
