@@ -161,7 +161,7 @@ def parts(device: str, cache: Path, small: bool) -> Iterator[Part]:
             "--json",
             *warm,
             *few,
-            *(("--batches", 1) if small else ()),
+            *(("--batches", 4) if small else ()),
         )
         stream = slotlab("bench", "stream", "--cache", cache, *options)
         yield Part(f"stream from {residence}", stream, 45, stream_figures, stream_key(residence))

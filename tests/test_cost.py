@@ -117,19 +117,24 @@ def test_a_composite_is_taken_apart_where_autograd_does_not() -> None:
 
 # -- a step ------------------------------------------------------------------------------------------------
 
-SIZES = {
+SIZES = {  # at which the test is fast, and the step's tensors outweigh what kernels hold for themselves
     "dinosaur": ("optim.batch_size=16", "model.decoder.hidden=128"),
     "default": ("optim.batch_size=16", "data.normalize=slow=32"),
     "mix": ("optim.batch_size=16",),
     "savi-dinosaur": ("optim.batch_size=4", "model.decoder.hidden=128", "data.clip=3"),
-    "pixel-small": ("optim.batch_size=4",),
+    "log-2026-video": ("optim.batch_size=2", "data.clip=2"),
+    **{
+        preset: (*fitted(preset), *shortened(preset), "optim.batch_size=4", "model.decoder.hidden=128")
+        for preset in ("grounded", "slotcontrast", "slotcurri", "videosaur")
+    },
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", SIZES)
+@pytest.mark.parametrize("preset", presets())
 def test_its_memory_is_what_the_allocator_gives_out(preset: str) -> None:
-    config = load_config(preset, None, SIZES[preset])
+    usual = (*fitted(preset), *shortened(preset), "optim.batch_size=4")
+    config = load_config(preset, None, SIZES.get(preset, usual))
     inputs, batch = inputs_of(config)
     features = (255 * torch.rand(batch.shape)).to(batch.dtype)
     features = features if config.data.clip > 1 else features[:, 0]
