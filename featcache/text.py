@@ -6,7 +6,6 @@ or terminal takes, and a name may break a line or turn the direction of reading.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +34,8 @@ def file_name(name: str) -> str:
     kept = re.sub(r"[^\w.,=+-]+", "_", name)
     characters, size = _LONGEST
     if len(kept) > characters or len(kept.encode()) > size:
+        import hashlib  # inside: OpenSSL takes longer to load than the rest of this file
+
         mark = hashlib.sha256(kept.encode()).hexdigest()[:8]
         kept = f"{kept[:characters].encode()[:size].decode(errors='ignore')}-{mark}"
     return kept

@@ -2,4 +2,5 @@
 
 import timm  # noqa: F401
 
+import featcache.extraction.distributed  # noqa: F401
 import tests.synthetic  # noqa: F401

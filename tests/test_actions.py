@@ -94,6 +94,7 @@ def followed(pushed: tuple[Path, FeatureStore, Path], tmp_path_factory: pytest.T
     return FeatureStore.open(path)
 
 
+@pytest.mark.slow
 def test_actions_stand_beside_the_slots(pushed: tuple[Path, FeatureStore, Path], tmp_path: Path) -> None:
     run, tracks, _ = pushed
     inputs, split, source = Tracks.in_store(tracks), tracks["validation"], PushedSource()
@@ -126,6 +127,7 @@ def test_what_a_block_does_next_is_known_from_its_push(followed: FeatureStore, t
     assert errors[2] < 0.5 * errors[0], errors
 
 
+@pytest.mark.slow
 def test_actions_by_the_command_line_and_in_python(
     slotlab: Slotlab, pushed: tuple[Path, FeatureStore, Path], tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def test_a_new_file_moves_it(room: Path) -> None:
     assert digest([room / "more.py"]) != digest([room])
 
 
+@pytest.mark.slow
 def test_every_room_that_decides_numbers_is_in_it(tmp_path: Path) -> None:
     """A constant changed in any of their files is noticed."""
     for place in DECIDE:

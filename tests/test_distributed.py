@@ -14,8 +14,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import dask
 import pytest
 from distributed import Client, LocalCluster
+from distributed.utils import get_mp_context
 
 import cli
 from featcache.backbones.backbone import Backbone, load_backbone
@@ -38,8 +40,16 @@ pytestmark = pytest.mark.slow
 OPTIONS = ExtractOptions(batch_size=8, precision="float32")  # groups of two videos
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forked() -> Iterator[None]:
+    """Workers come from a fork server that has done the imports: most of what they would do here."""
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        get_mp_context().set_forkserver_preload(["tests.crash_imports"])  # dask's own list is of its packages
+        yield
+
+
 @pytest.fixture(scope="module")
-def client() -> Iterator[Client]:
+def client(forked: None) -> Iterator[Client]:
     with connect(workers=2) as client:
         yield client
 

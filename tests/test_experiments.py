@@ -42,7 +42,7 @@ seeds = 2
 "model.slots" = 4
 "model.slot_mlp_hidden" = 16
 "model.decoder.hidden" = 16
-"optim.steps" = 120
+"optim.steps" = 60
 "optim.batch_size" = 4
 "optim.warmup_steps" = 0
 log_every = 1
@@ -259,7 +259,7 @@ def test_an_ablation_scores_every_cell_and_a_failing_one_stays(place: Path, unbr
         assert cell["finished"] == 2 and [run["state"] for run in cell["runs"]] == ["finished"] * 2
         for run, score in zip(cell["runs"], cell["fg_ari"]["values"], strict=True):
             evaluation = json.loads((place / run["path"] / "eval-validation.json").read_text())
-            assert evaluation["fg_ari"] == score and evaluation["step"] == 120
+            assert evaluation["fg_ari"] == score and evaluation["step"] == 60
         assert cell["fg_ari"]["min"] <= cell["fg_ari"]["mean"] <= cell["fg_ari"]["max"]
         assert cell["seconds"]["min"] > 0 and cell["loss"]["mean"] < 1.5
     assert good[0]["against_first"] is None
@@ -333,7 +333,7 @@ def test_broken_off_and_killed_it_ends_in_the_same_table(
     assert (first / "checkpoint/state.json").stat().st_mtime_ns == before, "a finished run was trained again"
     for run in (first, second):
         steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-        assert steps == list(range(1, 121))
+        assert steps == list(range(1, 61))
 
 
 @pytest.mark.slow

@@ -353,6 +353,7 @@ def test_a_breach_is_found(contract: Contract, path: str, lines: str) -> None:
     assert found and (contract is modules_form_no_circle or all(line.startswith(path) for line in found)), found
 
 
+@pytest.mark.slow
 def test_what_reads_like_a_breach_is_none() -> None:
     """Prose may name a file; a log's row may be looked at; slotlab may take the version from featcache."""
     harmless = '''

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 import featcache
 from featcache.errors import DataError, UsageError
 from featcache.store.reading import FeatureStore, Split
+from tests.commands import Slotlab
 from tests.media import oblong, save_images
 from tests.synthetic import make_store
 
@@ -129,16 +130,15 @@ def test_what_cannot_be_is_one_line(train: Split) -> None:
 
 
 @pytest.mark.slow
-def test_extraction_from_python_is_that_of_the_command(tmp_path: Path) -> None:
+def test_extraction_from_python_is_that_of_the_command(tmp_path: Path, slotlab: Slotlab) -> None:
     save_images(tmp_path / "data" / "train" / "a", oblong(3))
     said: list[tuple[str, int, int]] = []
     out = tmp_path / "one.zarr"
     options = {"backbone": "resnet18", "weights": "random", "input_size": 64, "batch_size": 2}
     cache = featcache.extract(tmp_path / "data", out, progress=lambda *now: said.append(now), **options)
     assert said[-1] == ("train", 3, 3) and cache["train"].frames == 3 and len(cache.clips()) == 3
-    command = [sys.executable, "-m", "cli", "extract", "--data", str(tmp_path / "data"), "--backbone", "resnet18"]
-    command += ["--weights", "random", "--input-size", "64", "--batch-size", "2", "--out", str(tmp_path / "two.zarr")]
-    subprocess.run(command, check=True, capture_output=True)
+    command = ["extract", "--data", tmp_path / "data", "--backbone", "resnet18", "--weights", "random"]
+    assert slotlab(*command, "--input-size", 64, "--batch-size", 2, "--out", tmp_path / "two.zarr").code == 0
     tap = cache.tap(None)
     assert torch.equal(cache["train"].tokens(tap, 0), featcache.open(tmp_path / "two.zarr")["train"].tokens(tap, 0))
     with pytest.raises(UsageError, match="extract: no option 'stride'; it takes: splits, dtype, frame_stride"):

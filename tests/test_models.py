@@ -136,6 +136,7 @@ def learns(**options: object) -> SlotModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder", list(DECODERS))
 @pytest.mark.parametrize("gradient", ["full", "implicit", "bilevel"])
 @pytest.mark.parametrize("initializer", list(INITIALIZERS))

@@ -34,6 +34,7 @@ from tests.training import small
 # -- commands ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_slots_as_files(slotlab: Slotlab, tracked_run: Path, tmp_path: Path) -> None:
     told = slotlab("slots", tracked_run, "--json").json
     assert 0 < told["splits"]["validation"]["identity"] <= 1 and told["out"].endswith("tracks.zarr")
@@ -85,6 +86,7 @@ def test_a_world_model_from_run_to_rollout(slotlab: Slotlab, tracked_run: Path, 
     assert ended.code == 2 and f"its scores are those of predictions: slotlab rollout {out}" in ended.said
 
 
+@pytest.mark.slow
 def test_a_page_shows_predictions_beside_their_rows(slotlab: Slotlab, predicting: Path, tmp_path: Path) -> None:
     run = shutil.copytree(predicting, tmp_path / "world")
     (run / "rollout-validation.json").unlink(missing_ok=True)

@@ -43,12 +43,12 @@ def _photo_and_mask() -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_display_matrix_as_ffmpeg_shows_it(tmp_path: Path, orientation: int, suffix: str) -> None:
     clip = save_movie(tmp_path / f"clip.{suffix}", "libx264", oblong(), crf="10")
+    upright = ffmpeg_frames(clip, 48, 64)
     set_display_matrix(clip, *MATRICES[orientation])
     height, width = (64, 48) if orientation > 4 else (48, 64)
     right = ffmpeg_frames(clip, height, width)
     np.testing.assert_array_equal(open_source(tmp_path).read("train", 0).frames, right)
     np.testing.assert_array_equal(read_path(clip), right)
-    upright = ffmpeg_frames(save_movie(tmp_path / "plain.mp4", "libx264", oblong(), crf="10"), 48, 64)
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     picture = Image.fromarray(upright[0])

@@ -137,7 +137,7 @@ COMPILED = ("optim.compile=true", "optim.cuda_graphs=true")
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_training_is_the_same_training(tmp_path: Path, store: FeatureStore) -> None:
+def test_compiled_training_is_the_same_training(tmp_path: Path, store: FeatureStore, unchecked: None) -> None:
     """As for CUDA graphs, which a CPU has none of: the loop around them is the same. One iteration compiles sooner."""
     losses = []
     for name, options in {"plain": (), "compiled": COMPILED}.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -219,12 +219,6 @@ def _settle(
 
 def _build(spec: BackboneSpec, size: tuple[int, int], weights: Weights) -> Tower:
     return (open_clip_tower if spec.library == "open_clip" else timm_tower)(spec, size, weights)
-
-
-def input_size(preprocessing: Mapping[str, Any]) -> tuple[int, int]:
-    """Rows and columns of the backbone's input, from a store's preprocessing."""
-    size = preprocessing["size"]
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def _check_input_size(name: str, size: tuple[int, int], patch: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -230,3 +231,9 @@ def _open_clip_spec(name: str) -> BackboneSpec:
         interpolation=str(weights.get("interpolation", "bicubic")),
         default_tap=f"block{vision['layers']}",
     )
+
+
+def input_size(preprocessing: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of the backbone's input, from a store's preprocessing."""
+    size = preprocessing["size"]
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -32,7 +32,8 @@ from distributed import Client, Future, LocalCluster, Worker, WorkerPlugin, as_c
 from distributed.comm.core import CommClosedError
 from distributed.scheduler import KilledWorker
 
-from featcache.backbones.backbone import Backbone, input_size, load_backbone
+from featcache.backbones.backbone import Backbone, load_backbone
+from featcache.backbones.registry import input_size
 from featcache.errors import DataError, FeatcacheError, IncompatibleError, UsageError
 from featcache.extraction.extract import Progress
 from featcache.extraction.job import SplitJob, merge
@@ -55,6 +56,7 @@ CONNECT_SECONDS = 10
 # earlier group, and keeps the workers busy while that group runs again.
 WINDOW = 4
 PATIENCE = 120.0  # seconds for which a worker waits for a file system that it has lost
+ARRIVAL = 3.0  # and for one that it has not seen yet: it may be mounted at first use, or be away for a moment
 
 
 @contextmanager
@@ -287,12 +289,14 @@ def _run_group(run: Path, group: range, done: frozenset[int]) -> _GroupResult:
                 task, source, backbone = _prepared(run)
             return _GroupResult(rows, _stored(run, task, source, backbone, group, done, rows))
         except (FeatcacheError, OSError) as error:
-            if last or isinstance(error, IncompatibleError) or run not in _known:
-                if isinstance(error, FeatcacheError):
-                    return _GroupResult(rows, error=error)
-                return _GroupResult(rows, error=DataError(f"{run.parent}: worker {_address()}: {error}"))
-            if not _wait_for_files(run, task):
-                return _GroupResult(rows, lost=_address())
+            if not (last or isinstance(error, IncompatibleError)):
+                if _wait_for_files(run, task):
+                    continue
+                if run in _known:
+                    return _GroupResult(rows, lost=_address())
+            if isinstance(error, FeatcacheError):
+                return _GroupResult(rows, error=error)
+            return _GroupResult(rows, error=DataError(f"{run.parent}: worker {_address()}: {error}"))
     raise AssertionError("the second error returns")
 
 
@@ -316,14 +320,15 @@ _known: set[Path] = set()  # runs that this worker has seen
 
 
 def _wait_for_files(run: Path, task: _Work | None) -> bool:
-    """Wait until this worker sees the store and the source again; False if it does not."""
-    until = time.monotonic() + PATIENCE
+    """Wait until this worker sees the store and the source; False if it does not."""
+    patience = PATIENCE if run in _known else ARRIVAL
+    until = time.monotonic() + patience
     while not _there(run, task.data if task else None):
         if (run.parent / METADATA).exists() and not run.exists():
             return True  # the run has ended, as the next attempt finds
         if time.monotonic() > until:
             return False
-        time.sleep(min(1.0, PATIENCE / 10))
+        time.sleep(min(1.0, patience / 10))
     return True
 
 

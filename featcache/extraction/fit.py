@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from featcache.backbones.backbone import input_size
+from featcache.backbones.registry import input_size
 from featcache.sources.masks import counted
 from featcache.sources.video import Size, Video
 from featcache.words import Fit

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from featcache.backbones.backbone import Backbone, input_size
+from featcache.backbones.backbone import Backbone
 from featcache.backbones.inference import choose_batch_size, choose_precision
+from featcache.backbones.registry import input_size
 from featcache.errors import DataError, UsageError
 from featcache.extraction.changes import Changes, Found, settle
 from featcache.extraction.fit import Window, fitted, fitting, shown

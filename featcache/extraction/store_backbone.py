@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from featcache.backbones.backbone import Backbone, input_size, load_backbone
+from featcache.backbones.backbone import Backbone, load_backbone
 from featcache.backbones.inference import forward
 from featcache.backbones.origin import Origin
+from featcache.backbones.registry import input_size
 from featcache.errors import DataError, IncompatibleError, compare_settings
 from featcache.extraction.fit import fit_of, fitting
 from featcache.store.reading import FeatureStore

@@ -11,7 +11,6 @@ import typer
 
 from featcache.errors import IncompatibleError, UsageError
 from slotlab.commands.options import Device, Json, print_json
-from slotlab.protocols.published import asked
 from slotlab.words import Floors, Refinement
 
 if TYPE_CHECKING:
@@ -53,6 +52,7 @@ def evaluate(
     from slotlab.commands.splits import chosen_split
     from slotlab.commands.tables import entropy_table, gains_table, outlines_table, paired_table, scores_table
     from slotlab.dynamics.rollout import require_masks
+    from slotlab.protocols.published import asked
     from slotlab.protocols.scorer import ProtocolScorer
     from slotlab.protocols.store import apply_all
     from slotlab.runs.folder import keep_result

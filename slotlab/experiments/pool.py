@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
-from typing import Any, Protocol
+from multiprocessing.context import SpawnContext
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -19,6 +20,12 @@ from featcache.errors import UsageError
 from featcache.machine import pick_device
 from slotlab.experiments.plan import Run
 from slotlab.experiments.worker import work
+
+# A fork server imports once what every process needs; where the system has none, each process imports it.
+_server = "forkserver" in multiprocessing.get_all_start_methods()
+_context = cast(SpawnContext, multiprocessing.get_context("forkserver" if _server else "spawn"))
+if _server:
+    _context.set_forkserver_preload([work.__module__])
 
 
 class Watcher(Protocol):
@@ -98,7 +105,7 @@ class _Worker:
 
     device: str
     sharers: int  # workers on that device
-    _process: SpawnProcess | None = None
+    _process: BaseProcess | None = None
     _link: Connection | None = None
 
     @property
@@ -111,9 +118,8 @@ class _Worker:
         if self._process is not None and self._process.is_alive():
             return
         self.stop()
-        context = multiprocessing.get_context("spawn")
-        self._link, theirs = context.Pipe()
-        self._process = context.Process(target=work, args=(theirs, self.device, self.sharers))
+        self._link, theirs = _context.Pipe()
+        self._process = _context.Process(target=work, args=(theirs, self.device, self.sharers))
         with _without_interrupts(), _threads(self.device):
             self._process.start()
         theirs.close()  # so that its death closes the connection

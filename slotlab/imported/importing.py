@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from featcache.backbones.backbone import input_size as preprocessed_size
 from featcache.backbones.backbone import outline
 from featcache.backbones.registry import get_spec
+from featcache.backbones.registry import input_size as preprocessed_size
 from featcache.errors import IncompatibleError, UsageError
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import StoreSpec, TapSpec, flatten

@@ -33,7 +33,8 @@ def kmeans_plus_plus(tokens: Tensor, k: int, draws: Draws | None = None) -> Tens
     different tokens repeats some. Raises ValueError unless 1 <= K <= N.
     """
     with _full_precision(tokens):
-        return _seed(_centred(tokens, k)[0], k, draws)
+        x = _centred(tokens, k)[0]
+        return _seed(x, x.square().sum(-1), k, draws)
 
 
 @torch.no_grad()
@@ -48,9 +49,10 @@ def kmeans(tokens: Tensor, k: int, rounds: int = 8, draws: Draws | None = None, 
         raise ValueError(f"k-means needs at least one start, not {restarts}")
     with _full_precision(tokens):
         x, mean = _centred(tokens, k)
-        best, centres, labels = _lloyd(x, k, rounds, draws)
+        square = x.square().sum(-1)
+        best, centres, labels = _lloyd(x, square, k, rounds, draws)
         for _ in range(restarts - 1):
-            score, *other = _lloyd(x, k, rounds, draws)
+            score, *other = _lloyd(x, square, k, rounds, draws)
             better = score > best  # (B,)
             best = torch.where(better, score, best)
             centres = torch.where(better[:, None, None], other[0], centres)
@@ -58,11 +60,13 @@ def kmeans(tokens: Tensor, k: int, rounds: int = 8, draws: Draws | None = None, 
         return Clusters(centres + mean, labels)
 
 
-def _lloyd(x: Tensor, k: int, rounds: int, draws: Draws | None) -> tuple[Tensor, Tensor, Tensor]:
-    """K-means from one start: summed closeness (B,), largest at the least inertia; centres (B, K, D); labels (B, N)."""
-    centres = _take(x, _seed(x, k, draws))
+def _lloyd(x: Tensor, square: Tensor, k: int, rounds: int, draws: Draws | None) -> tuple[Tensor, Tensor, Tensor]:
+    """K-means from one start: summed closeness (B,), largest at the least inertia; centres (B, K, D); labels (B, N).
+
+    square (B, N) is |x|^2, here and below."""
+    centres = _take(x, _seed(x, square, k, draws))
     for _ in range(rounds):
-        centres = _update(x, centres)
+        centres = _update(x, square, centres)
     closeness, labels = _closeness(x, centres).max(-1)
     return closeness.sum(-1), centres, labels
 
@@ -86,12 +90,11 @@ def _centred(tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return x - mean, mean
 
 
-def _seed(x: Tensor, k: int, draws: Draws | None) -> Tensor:
+def _seed(x: Tensor, square: Tensor, k: int, draws: Draws | None) -> Tensor:
     batch, count, _ = x.shape
     # With exponential variables e_n, the largest p_n / e_n falls on n with probability p_n / sum p, and the next
     # largest are further draws without replacement. This avoids a float cumsum, which is not deterministic on a GPU.
     waits = (draws or Draws(0)).exponential((k, batch, count), x.device, batch=1)
-    square = x.square().sum(-1)  # (B, N)
     chosen = waits[0].argmin(-1, keepdim=True)  # (B, 1), each token as likely as any other
     nearest = _distance(x, square, chosen).squeeze(-1)  # (B, N), squared distance to the nearest seed
     trials = min(2 + int(math.log(k)), count)
@@ -105,7 +108,7 @@ def _seed(x: Tensor, k: int, draws: Draws | None) -> Tensor:
 
 
 def _distance(x: Tensor, square: Tensor, index: Tensor) -> Tensor:
-    """Squared distance of every token to those at index (B, K): (B, N, K). square (B, N) is |x|^2."""
+    """Squared distance of every token to those at index (B, K): (B, N, K)."""
     cross = torch.bmm(x, _take(x, index).transpose(1, 2))
     return (square.unsqueeze(-1) - 2 * cross + square.gather(1, index).unsqueeze(1)).clamp_min_(0)
 
@@ -116,7 +119,7 @@ def _closeness(x: Tensor, centres: Tensor) -> Tensor:
     return torch.baddbmm(offset, x, centres.transpose(1, 2))
 
 
-def _update(x: Tensor, centres: Tensor) -> Tensor:
+def _update(x: Tensor, square: Tensor, centres: Tensor) -> Tensor:
     """One Lloyd round: each centre becomes the mean of its tokens."""
     k = centres.shape[1]
     closeness, labels = _closeness(x, centres).max(-1)  # (B, N)
@@ -126,7 +129,7 @@ def _update(x: Tensor, centres: Tensor) -> Tensor:
     # A product with the one-hot labels sums in a fixed order, which index_add_ on a GPU does not.
     mean = torch.bmm(member.transpose(1, 2), x) / size.clamp_min(1)
     empty = size == 0
-    distance = x.square().sum(-1) - 2 * closeness
+    distance = square - 2 * closeness
     farthest = distance.topk(k, dim=1).indices  # (B, K)
     # The e-th empty cluster takes the e-th farthest token.
     turn = (empty.squeeze(-1).cumsum(1) - 1).clamp_min_(0)  # (B, K)

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from featcache.backbones.backbone import input_size
 from featcache.backbones.origin import Origin
+from featcache.backbones.registry import input_size
 from featcache.errors import FeatcacheError, IncompatibleError
 from featcache.extraction.command import extract_command
 from featcache.extraction.fit import fit_of

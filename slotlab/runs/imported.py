@@ -5,6 +5,9 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from featcache.backbones.registry import input_size
+from featcache.extraction.command import extract_command
+from featcache.extraction.fit import fit_of
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import StoreSpec
 
@@ -14,10 +17,6 @@ DATA = "VIDEOS"  # stands for a folder that only the user knows
 def wanted_store(run: Path, wanted: StoreSpec, instead_of: FeatureStore | None = None) -> tuple[str, Path]:
     """The command that extracts what a run wants, and the store that it makes: of the videos of another store, with its
     frames and masks, or else of a folder that the user names."""
-    from featcache.backbones.backbone import input_size  # backbones take seconds to import
-    from featcache.extraction.command import extract_command
-    from featcache.extraction.fit import fit_of
-
     named = partial(
         extract_command, backbone=wanted.backbone, taps=wanted.taps, input_size=input_size(wanted.preprocessing)
     )
