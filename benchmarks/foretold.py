@@ -1,6 +1,6 @@
 """What ``slotlab plan`` says of the work that benchmarks.gpu measures.
 
-    python -m benchmarks.foretold --cache STORE [--device cuda] [PRESET:BATCH:PRECISION ...]
+    python -m benchmarks.foretold --cache STORE [--device cuda] [PRESET:BATCH:PRECISION[:KEY=VALUE ...] ...]
 
 A JSON object a line, each as soon as it is known: the device, the stream from each residence, the extraction, and a
 step of each training. A card that a plan knows has the figures of its data sheet, any other device those measured here.
@@ -25,20 +25,25 @@ def stream_key(residence: str) -> str:
 
 @dataclass(frozen=True)
 class Training:
-    """Steps of a preset."""
+    """Steps of a preset, with some of its settings changed."""
 
     preset: str
     batch_size: int
     precision: str
+    changed: tuple[str, ...] = ()
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        return (f"optim.precision={self.precision}", *self.changed)
 
     @property
     def key(self) -> str:
-        return f"{self.preset}:{self.batch_size}:{self.precision}"
+        return ":".join([self.preset, str(self.batch_size), self.precision, *self.changed])
 
     @classmethod
     def of_key(cls, key: str) -> Training:
-        preset, batch_size, precision = key.split(":")
-        return cls(preset, int(batch_size), precision)
+        preset, batch_size, precision, *changed = key.split(":")
+        return cls(preset, int(batch_size), precision, tuple(changed))
 
 
 def foretold(cache: Path, device_name: str, trainings: list[Training]) -> Iterator[dict[str, Any]]:
@@ -71,8 +76,7 @@ def foretold(cache: Path, device_name: str, trainings: list[Training]) -> Iterat
     yield {"key": EXTRACTION, "frames_per_s": extraction.frames_per_s, "bound_by": extraction.bound.by}
 
     for training in trainings:
-        sets = [f"optim.precision={training.precision}"]
-        config = load_config(training.preset, None, sets, optim__batch_size=training.batch_size)
+        config = load_config(training.preset, None, training.settings, optim__batch_size=training.batch_size)
         plan = make_plan(config, data, device, [store.spec.dtype], largest=False).training[0]
         resident = plan.stream_bytes if plan.home.residence == "device" else 0
         yield {

@@ -105,17 +105,20 @@ def slotlab(*args: object) -> tuple[str, ...]:
     return (sys.executable, "-m", "cli", *map(str, args))
 
 
-# Preset, batch sizes. Operations of many frames are small, so that graphs matter most where clips are.
-LADDER = (
-    ("default", (64, 256)),
-    ("dinosaur", (64, 256, 1024)),
-    ("log-2026-video", (8, 64)),
-    ("videosaur", (64,)),
-    ("slotcontrast", (64,)),
-    ("savi-dinosaur", (64,)),
-    ("dinosaur-ar", (64,)),
-    ("mix", (64,)),
-    ("log-2026", (32,)),
+NARROW, SHORT = "model.decoder.hidden=64", "data.clip=2"
+
+# Preset, batch sizes, and what makes its steps short for a trial. Operations of many frames are small, so that graphs
+# matter most where clips are.
+LADDER: tuple[tuple[str, tuple[int, ...], tuple[str, ...]], ...] = (
+    ("default", (64, 256), ()),
+    ("dinosaur", (64, 256, 1024), (NARROW,)),
+    ("log-2026-video", (8, 64), (SHORT,)),
+    ("videosaur", (64,), (NARROW, SHORT)),
+    ("slotcontrast", (64,), (NARROW, SHORT)),
+    ("savi-dinosaur", (64,), (NARROW, SHORT)),
+    ("dinosaur-ar", (64,), ()),
+    ("mix", (64,), ()),
+    ("log-2026", (32,), (NARROW,)),
 )
 GRAPHS = ("--set", "optim.compile=true", "--set", "optim.cuda_graphs=true")
 
@@ -124,11 +127,14 @@ def ladder(device: str, small: bool) -> Iterator[tuple[Training, bool]]:
     """Trainings and whether they run as CUDA graphs, the most valuable first: every preset, every preset as graphs, and
     then the larger batches."""
     precision = "float32" if device == "cpu" else "bfloat16"  # which a CPU may emulate
-    for rung in range(1 if small else max(len(batches) for _, batches in LADDER)):
-        for graphs in (False,) if small else (False, True):
-            for preset, batches in LADDER:
+    if small:
+        yield from ((Training(preset, 1, precision, shortened), False) for preset, _, shortened in LADDER)
+        return
+    for rung in range(max(len(batches) for _, batches, _ in LADDER)):
+        for graphs in (False, True):
+            for preset, batches, _ in LADDER:
                 if rung < len(batches):
-                    yield Training(preset, 2 if small else batches[rung], precision), graphs
+                    yield Training(preset, batches[rung], precision), graphs
 
 
 def parts(device: str, cache: Path, small: bool) -> Iterator[Part]:
@@ -143,15 +149,25 @@ def parts(device: str, cache: Path, small: bool) -> Iterator[Part]:
 
     few = ("--rounds", 1) if small else ()
     bench = slotlab("bench", "extract", "--weights", "random", "--device", device, "--json", *few)
-    yield Part("extraction", (*bench, *(("--videos", "1") if small else ())), 90, extraction_figures, EXTRACTION)
+    frames = ("--videos", "1", "--frame-stride", "6") if small else ()
+    yield Part("extraction", (*bench, *frames), 90, extraction_figures, EXTRACTION)
     for residence in RESIDENCES:
         warm = () if residence == "disk" else ("--no-cold",)
-        options = ("--residence", residence, "--device", device, "--json", *warm, *few)
+        options = (
+            "--residence",
+            residence,
+            "--device",
+            device,
+            "--json",
+            *warm,
+            *few,
+            *(("--batches", 4) if small else ()),
+        )
         stream = slotlab("bench", "stream", "--cache", cache, *options)
         yield Part(f"stream from {residence}", stream, 45, stream_figures, stream_key(residence))
-    steps = ("--steps", 2, "--rounds", 1) if small else ("--steps", 10, "--rounds", 3)
+    steps = ("--steps", 1, "--rounds", 1) if small else ("--steps", 10, "--rounds", 3)
     for training, graphs in ladder(device, small):
-        sets = ("--set", f"optim.precision={training.precision}", *(GRAPHS if graphs else ()))
+        sets = (*(part for setting in training.settings for part in ("--set", setting)), *(GRAPHS if graphs else ()))
         what = ("--cache", cache, "--preset", training.preset, "--batch-size", training.batch_size, *sets, *steps)
         name = f"train {training.preset}, batch {training.batch_size}" + (", graphs" if graphs else "")
         command = slotlab("bench", "train", *what, "--device", device, "--json")
@@ -310,7 +326,7 @@ def table(title: str, results: list[Result]) -> str:
 
 def prepare(out: Path, device: str, small: bool) -> tuple[Path, Result]:
     """The store that streams and steps read: the embedded sample, once with published weights, else with random."""
-    few, limit = (("--max-videos", 2, "--frame-stride", 2), PATIENCE * STORE) if small else ((), STORE)
+    few, limit = (("--max-videos", 1, "--frame-stride", 2), PATIENCE * STORE) if small else ((), STORE)
     for name, weights in (("dinov2", ()), ("random", ("--weights", "random"))):
         cache = (out / f"{name}{'-small' * small}.zarr").resolve()
         options = ("--out", cache, "--device", device, "--json", *few, *weights)
@@ -326,11 +342,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("bench-gpu"))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--minutes", type=float, help="for all of it; default: 10, or 30 with --small")
+    parser.add_argument("--minutes", type=float, default=10, help="for all of it")
     parser.add_argument("--cache", type=Path, help="a store to read; default: one of the embedded sample, made first")
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
-    end = time.monotonic() + 60 * (args.minutes or (30 if args.small else 10))
+    end = time.monotonic() + 60 * args.minutes
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the part that runs
 
     import torch

@@ -70,11 +70,6 @@ def compare(preset: str, batch_size: int, side: int, dim: int, rounds: int) -> d
     }
 
 
-def counted() -> list[str]:
-    """The presets whose steps can be counted: all but those that compute on the host."""
-    return [preset for preset in presets() if not load_config(preset).model.on_host]
-
-
 def sizes(config: Config, side: int, dim: int) -> tuple[ModelInput, Format]:
     samples = batch_samples(config)
     if config.model.kind == "pixel":
@@ -96,7 +91,7 @@ def build(config: Config, inputs: ModelInput, features: Tensor) -> TrainStep:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--presets", nargs="+", default=counted())
+    parser.add_argument("--presets", nargs="+", default=presets())
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--side", type=int, default=16, help="patches a side")
     parser.add_argument("--dim", type=int, default=384)

@@ -15,7 +15,7 @@ from benchmarks import gpu
 from benchmarks.foretold import EXTRACTION, RESIDENCES, Training, foretold, stream_key
 from benchmarks.gpu import FORETOLD, Figure, Findings, Part, Result, parsed, parts, run, table
 from featcache.store.reading import FeatureStore
-from slotlab.config.load import presets
+from slotlab.config.load import load_config, presets
 from slotlab.planning import devices
 from slotlab.planning.devices import DEVICES, present
 from slotlab.training.cost import Cost, Work
@@ -137,6 +137,16 @@ def test_every_training_has_a_plan_and_the_first_batches_come_first() -> None:
     assert len({(training.key, graphs) for training, graphs in ladder}) == len(ladder)
     command = part_named(FORETOLD).command
     assert {training.key for training, _ in ladder} <= set(command)
+
+
+def test_a_trial_takes_every_training_shortened() -> None:
+    short = [training for training, _ in gpu.ladder("cpu", True)]
+    assert [training.preset for training in short] == [preset for preset, *_ in gpu.LADDER]
+    for training in short:
+        assert Training.of_key(training.key) == training
+        assert load_config(training.preset, None, training.settings).optim.precision == "float32"
+    commands = [part.command for part in parts("cpu", Path("a.zarr"), True) if part.key in {t.key for t in short}]
+    assert [set(t.settings) <= set(command) for t, command in zip(short, commands, strict=True)] == [True] * len(short)
 
 
 def test_a_card_is_known_by_its_whole_name(monkeypatch: pytest.MonkeyPatch) -> None:

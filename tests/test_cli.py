@@ -179,7 +179,7 @@ def test_emulated_bfloat16_is_warned_of(
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, slotlab: Slotlab) -> None:
-    plan = slotlab(*EXTRACT, "--max-videos", 1, "--out", "a.zarr", "--batch-size", 8, "--dry-run", "--json").json
+    plan = slotlab(*EXTRACT, "--max-videos", 1, "--out", "a.zarr", "--batch-size", 8, "--plan", "--json").json
     assert plan["frames_left"] == 48 and plan["bytes_left"] > 48 * 256 * 256 * 3 and plan["seconds"] > 0
     assert not (tmp_path / "a.zarr").exists()
 

@@ -131,8 +131,11 @@ def test_vanished_videos_stay_until_they_are_pruned(
     assert (
         "2 videos are no longer in" in caplog.text and "the store keeps them, --prune removes them: c, d" in caplog.text
     )
-    split, changes = run(path, source, backbone, PRUNE)
+    split, changes = run(path, source, backbone, replace(PRUNE, max_videos=4))
     assert changes == Changes(kept=4, removed=("c", "d")) and ids(split) == list("abef")
+    assert "keeps its" not in caplog.text
+    assert run(path, source, backbone, replace(PRUNE, max_videos=3))[1] == Changes(kept=4)
+    assert f"{path}/train: keeps its 4 videos; --prune removes those that the source has no longer" in caplog.text
     assert same_as_fresh(split, source, backbone)
 
 

@@ -19,6 +19,8 @@ from featcache.store.reading import FeatureStore
 from featcache.store.spec import SplitSpec, StoreSpec, TapSpec
 from featcache.stream.residence import SPARE, Free, ring_bytes
 from featcache.stream.stream import VIDEO
+from featcache.upkeep.convert import ConvertOptions
+from featcache.upkeep.ranks import export_for_ranks
 from featcache.words import Dtype
 from slotlab.config.load import load_config
 from slotlab.models.inputs import ModelInput
@@ -26,7 +28,7 @@ from slotlab.planning import devices
 from slotlab.planning.bound import LAUNCH, UTILISATION, Bound
 from slotlab.planning.data import DataSet
 from slotlab.planning.devices import DEVICES, HERE, Device, find_device, measured
-from slotlab.planning.extraction import count_pass
+from slotlab.planning.extraction import count_pass, plan_extraction
 from slotlab.planning.plan import TrainingPlan, largest_batch, make_plan
 from slotlab.training.cost import Cost, Work, count_step
 from slotlab.training.processes import Ranks
@@ -99,6 +101,28 @@ def test_a_source_is_planned_as_it_is_stored(tmp_path: Path, dtype: Dtype) -> No
     assert planned.spec.taps["layer1"] == TapSpec((SIZE // 4, SIZE // 4), 64)
     as_made = replace(planned, spec=replace(planned.spec, taps={"block1": TapSpec(GRID, DIM)}))
     assert as_made.token_bytes() == DataSet.of_store(store).token_bytes()
+
+
+def test_a_rank_s_store_is_planned_as_its_share(tmp_path: Path, counted: None) -> None:
+    source = DiscSource({"train": (7, 3, 4, 5), "validation": (2,)})
+    whole = make_store(tmp_path / "store.zarr", source, chunk_frames=4)
+    (path,) = export_for_ranks(whole.path, tmp_path / "parts", ConvertOptions(), 2, [1], 1)
+    store, data = FeatureStore.open(path), DataSet.of_store(FeatureStore.open(path))
+    files = [file for file in path.glob("*/features/*/c.*")]
+    assert data.token_bytes() == size_of(files) < DataSet.of_store(whole).token_bytes()
+    config = load_config("dinosaur", None, ["optim.batch_size=6", "data.residence=host"])
+    stream = training_stream(config, store, Ranks(CPU, 1, 2))
+    assert data.stream_bytes("train", "block1") == sum(r.rows.nbytes for r in stream._readers.values())  # type: ignore[attr-defined]
+    plan = planned("dinosaur", data, CARD, "optim.batch_size=6", dtype="float16")
+    own = store["train"].spec.own
+    assert (plan.batch_size, plan.samples) == (3, sum(store["train"].spec.lengths[video] for video in own))
+    assert "rank 1 of 2" in data.name
+
+
+def test_an_outline_is_planned_with_again() -> None:
+    tower = outline("resnet18", ("layer1",), 32)
+    first, second = (plan_extraction(tower, 10, CARD) for _ in range(2))
+    assert first == second and first.cost.flops > 0
 
 
 def test_an_outline_has_the_shapes_of_its_backbone() -> None:

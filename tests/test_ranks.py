@@ -98,6 +98,14 @@ def test_what_a_rank_lacks_is_damage_and_repaired_by_another_export(
         repair(path)
 
 
+def test_a_part_that_lost_what_it_is_is_not_repaired_as_a_whole(whole: FeatureStore, tmp_path: Path) -> None:
+    (path,) = export_for_ranks(whole.path, tmp_path / "parts", ConvertOptions(), 2, only=[1], besides=2)
+    (path / "train/zarr.json").unlink()
+    with pytest.raises(DataError, match=r"has 6 of the 9 videos of .*whole.zarr: one rank's.*delete .* slotlab export"):
+        repair(path)
+    assert not (path / "train/zarr.json").exists()
+
+
 def test_an_interrupted_export_resumes(whole: FeatureStore, tmp_path: Path, folder: Path) -> None:
     def interrupt(_split: str, done: int, _total: int) -> None:
         if done > 8:

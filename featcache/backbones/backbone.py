@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -80,11 +81,19 @@ class Backbone:
         self._scale = (1 / (255 * std)).view(3, 1, 1).to(device)
         self._shift = (-mean / std).view(3, 1, 1).to(device)
 
-    def to_empty(self, device: torch.device | str) -> Backbone:
-        """This backbone, moved to a device without its weights, as by torch's method of that name."""
+    @contextmanager
+    def emptied(self, device: torch.device) -> Iterator[None]:
+        """Within the context the backbone is on that device, with weights that have no values."""
+        was = self.device, [(m, dict(m._parameters), dict(m._buffers)) for m in self._tower.model.modules()]
         self._tower.model.to_empty(device=device)
-        self.device = torch.device(device)
-        return self
+        self.device = device
+        try:
+            yield
+        finally:
+            self.device, held = was
+            for module, parameters, buffers in held:
+                module._parameters.update(parameters)
+                module._buffers.update(buffers)
 
     def preprocess(self, frames: Tensor) -> Tensor:
         """Bring uint8 frames (B, H, W, 3) of any size to the model's input, float32 (B, 3, rows, columns).

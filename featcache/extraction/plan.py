@@ -156,6 +156,11 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
         settled = settle(fresh, found, present.get(name), options.max_videos, options.grow, options.prune)
         split_spec = settled.spec
         lines = settled.changes.lines(str(path / name), source.location)
+        if options.prune and len(split_spec.lengths) > (options.max_videos or len(split_spec.lengths)):
+            lines.append(
+                f"{path / name}: keeps its {len(split_spec.lengths)} videos; --prune removes those that the source has "
+                "no longer, not those beyond --max-videos"
+            )
         for line in lines:
             logger.warning("%s", printable(line))
         remarks += tuple(lines)

@@ -257,6 +257,11 @@ def _rebuilt_spec(store: FeatureStore, folder: Path, means: Means) -> SplitSpec:
             f"{folder}: the source does not hold its videos; give the same ones with --data{READ_ALIKE}"
         )
     videos = ends.index(video.shape[0]) + 1
+    if spec.exported_from and len(rows) < videos:  # which of the two, the lost specification said
+        raise DataError(
+            f"{folder}: its zarr.json is lost, and it has {len(rows)} of the {videos} videos of {spec.exported_from}: "
+            f"one rank's, or an unfinished export; delete {store.path} and run the same slotlab export command again"
+        )
     return replace(
         made,
         lengths=made.lengths[:videos],

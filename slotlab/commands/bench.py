@@ -25,6 +25,7 @@ def bench_stream(
     tap: Annotated[str | None, typer.Option(help="Tap to read; default: the store's first.")] = None,
     residence: Annotated[Residence, typer.Option(help="Place of the features while they stream.")] = "auto",
     rounds: Annotated[int, typer.Option(min=1, help="Number of rounds (medians are reported).")] = 7,
+    batches: Annotated[int, typer.Option(min=1, help="Batches that a turn reads.")] = 6,
     cold: Annotated[
         bool, typer.Option(help="Cold reads as well, after dropping the store from the page cache.")
     ] = True,
@@ -41,7 +42,13 @@ def bench_stream(
     store = FeatureStore.open(cache)
     chosen = store.split(split).require_complete()
     rates = measure_stream(
-        chosen, store.tap(tap), rounds=rounds, cold=cold, device=pick_device(device), residence=residence
+        chosen,
+        store.tap(tap),
+        rounds=rounds,
+        batches=batches,
+        cold=cold,
+        device=pick_device(device),
+        residence=residence,
     )
     if as_json:
         print_json({"cache": str(cache), "split": chosen.name, "patterns": [rate.as_dict() for rate in rates]})
@@ -63,6 +70,7 @@ def bench_extract(
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split to read; default: the source's first.")] = None,
     videos: Annotated[int, typer.Option(min=1, help="Number of videos in a round.")] = 6,
+    frame_stride: Annotated[int, typer.Option(min=1, help="Every so many frames of them.")] = 1,
     weights: Annotated[str | None, typer.Option(help="Weights of the backbone: a checkpoint file, or random.")] = None,
     input_size: Annotated[
         str | None, typer.Option(help="Size of the backbone's input in pixels: a side, or rows x columns as 224x392.")
@@ -89,7 +97,11 @@ def bench_extract(
         source = open_source(data, Reading(frames_as="images"))  # what they are matters little to the rate
     model = load_backbone(backbone, weights, (), parse_size("--input-size", input_size), pick_device(device))
     options = ExtractOptions(
-        splits=(split or source.splits()[0],), max_videos=videos, batch_size=batch_size, precision=precision
+        splits=(split or source.splits()[0],),
+        frame_stride=frame_stride,
+        max_videos=videos,
+        batch_size=batch_size,
+        precision=precision,
     )
     rate = measure_extract(source, model, options, rounds)
     if as_json:

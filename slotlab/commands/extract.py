@@ -76,7 +76,7 @@ def extract(
         bool, typer.Option("--prune", help="Videos that are no longer in the source are removed from the store.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Plan only: the frames, space and time that it would take.")
+        bool, typer.Option("--dry-run", "--plan", help="Plan only: the frames, space and time that it would take.")
     ] = False,
     as_json: Json = False,
 ) -> None:

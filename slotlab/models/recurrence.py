@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from slotlab.config.model import RecurrentConfig, SlotAttentionConfig
 from slotlab.models.curriculum import Curriculum
+from slotlab.models.host import found_on_host
 from slotlab.models.initializers import INITIALIZERS, Starts
 from slotlab.models.predictors import PREDICTORS
 from slotlab.models.randomness import Draws
@@ -100,7 +102,7 @@ class Recurrence(nn.Module):
     ) -> list[Attended]:
         """Frame by frame, from given slots ``starts`` (B, K, S) or those predicted by the frame before."""
         rounds = [self._iterations(index, index in starts) for index in range(len(projected))]
-        layers = self.attend.layers(sum(rounds))
+        layers = self.attend.layers(rounds)
         predict = None if self.predict is None else Repeated(self.predict, len(projected) - len(starts))
         frames: list[Attended] = []
         for index, frame in enumerate(projected):
@@ -128,7 +130,7 @@ class Recurrence(nn.Module):
         groups: dict[int, list[int]] = {}  # frames by their iterations
         for index in range(len(projected)):
             groups.setdefault(self._iterations(index, index in starts), []).append(index)
-        layers = self.attend.layers(sum(groups))
+        layers = self.attend.layers([*groups])
         frames: dict[int, Attended] = {}
         for iterations, group in groups.items():
             together = Projected(
@@ -146,7 +148,7 @@ class Recurrence(nn.Module):
     ) -> list[Attended]:
         """All frames in their order, each found from the one after it."""
         assert self.predict is not None
-        layers = self.attend.layers(self.config.iterations * len(projected))
+        layers = self.attend.layers([self.config.iterations] * len(projected))
         frames = [last]
         for frame in reversed(projected[:-1]):
             slots = self.predict(frames[-1].slots, active)
@@ -158,8 +160,7 @@ class Recurrence(nn.Module):
         found = [frames[0]]
         for frame in frames[1:]:
             likeness = F.normalize(found[-1].slots.detach(), dim=-1) @ F.normalize(frame.slots.detach(), dim=-1).mT
-            pairs = [linear_sum_assignment(sample, maximize=True)[1] for sample in likeness.cpu().numpy()]
-            index = torch.from_numpy(np.stack(pairs)).to(likeness.device).unsqueeze(-1)  # (B, K, 1)
+            index = found_on_host(likeness, _likeliest, likeness.shape[1]).unsqueeze(-1)  # (B, K, 1)
             slots, attention, logits = (
                 part.gather(1, index.expand_as(part)) for part in (frame.slots, frame.attention, frame.logits)
             )
@@ -192,6 +193,12 @@ class Recurrence(nn.Module):
         predictor = self.config.predictor
         first = index == 0 if self.config.on_host else fresh
         return predictor.first_iterations if predictor is not None and first else self.config.iterations
+
+
+def _likeliest(likeness: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
+    """The partner of each row, one to one."""
+    partners: npt.NDArray[np.int64] = linear_sum_assignment(likeness, maximize=True)[1]
+    return partners
 
 
 def _for_each(frames: Sequence[int], active: Bool[Tensor, "B K"] | None) -> Bool[Tensor, "F K"] | None:

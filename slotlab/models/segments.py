@@ -13,6 +13,7 @@ start from these segments; by themselves they are the floor that a trained model
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from scipy.spatial.distance import squareform
 from torch import Tensor
 
 from featcache.errors import DataError
+from slotlab.models.host import all_finite, found_on_host
 
 SHRINKAGE = 0.1  # of the covariance that whitens the tokens
 CUT = 0.6  # 1 - the least mean affinity of what is joined
@@ -112,7 +114,7 @@ def _parts(tokens: Tensor, grid: tuple[int, int]) -> Iterator[Tensor]:
     """A few frames at a time, checked."""
     if tokens.shape[1] != grid[0] * grid[1]:
         raise ValueError(f"{tokens.shape[1]} tokens a frame do not lie on a grid of {grid[0]} x {grid[1]}")
-    if not bool(tokens.isfinite().all()):
+    if not all_finite(tokens):
         raise DataError(
             "tokens hold NaN or infinity, so they have no segments; check the backbone's weights, "
             "or its store with slotlab verify"
@@ -165,8 +167,8 @@ def _neighbourhood(z: Tensor) -> Tensor:
 
 def _labels(affinities: Tensor, cut: float, most: int) -> Tensor:
     """Segments (T, N) of frames with affinities (T, N, N)."""
-    labels = [_joined(one, cut, most) for one in (1 - affinities).clamp_min_(0).double().cpu().numpy()]
-    return torch.from_numpy(np.stack(labels)).to(affinities.device)
+    distances = (1 - affinities).clamp_min_(0).double()
+    return found_on_host(distances, partial(_joined, cut=cut, most=most), distances.shape[1])
 
 
 def _joined(distance: npt.NDArray[np.float64], cut: float, most: int) -> npt.NDArray[np.int64]:

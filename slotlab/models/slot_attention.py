@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,7 +109,7 @@ class SlotAttention(nn.Module):
         active: Bool[Tensor, "B K"] | None = None,
     ) -> Attended:
         """Slots and attention after ``iterations`` >= 1 rounds from initial slots; ``active``: False for padding."""
-        return self.refine(self.project(inputs), self.layers(iterations), slots, iterations, active)
+        return self.refine(self.project(inputs), self.layers([iterations]), slots, iterations, active)
 
     def project(self, inputs: Float[Tensor, "*B N D"]) -> Projected:
         """Keys and values of all tokens, for example of all frames of a clip at once.
@@ -120,8 +120,9 @@ class SlotAttention(nn.Module):
         keys = self.to_query.weight.T @ self.to_key.weight * self.scale  # (S, D)
         return Projected(F.linear(inputs, keys), self.to_value(inputs))
 
-    def layers(self, rounds: int) -> Layers:
-        """The layers for that many rounds in one pass."""
+    def layers(self, iterations: Sequence[int]) -> Layers:
+        """The layers for refinements of so many rounds each in one pass, of which some have gradients."""
+        rounds = sum(iterations) if self.gradient == "full" else len(iterations)
         mlp = None if self.mlp is None else Repeated(self.mlp, rounds)
         return Layers(Repeated(self.norm_slots, rounds), Repeated(self.gru, rounds), mlp)
 

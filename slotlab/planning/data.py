@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from featcache.words import Dtype
 
 @dataclass(frozen=True)
 class DataSet:
-    """A store's own words for what it holds, or will hold."""
+    """A store's own words for what it holds, or will hold; one rank's store plans its own share of a training."""
 
     name: str
     spec: StoreSpec
@@ -30,7 +30,9 @@ class DataSet:
 
     @classmethod
     def of_store(cls, store: FeatureStore) -> DataSet:
-        return cls(str(store.path), store.spec, {name: store[name].spec for name in store.splits})
+        splits = {name: store[name].spec for name in store.splits}
+        part = next((f" (rank {spec.part[0]} of {spec.part[1]})" for spec in splits.values() if spec.part), "")
+        return cls(f"{store.path}{part}", store.spec, splits)
 
     @classmethod
     def of_source(cls, source: Source, backbone: Backbone) -> DataSet:
@@ -54,36 +56,50 @@ class DataSet:
         """The same data in another stored form."""
         return replace(self, spec=replace(self.spec, dtype=dtype))
 
+    def held(self) -> dict[str, SplitSpec]:
+        """The splits, of videos that the store has."""
+        return {name: _of_videos(spec, spec.held) for name, spec in self.splits.items()}
+
+    def trained(self, split: str) -> SplitSpec:
+        """A split, of videos that are trained on from this store."""
+        return _of_videos(self.splits[split], self.splits[split].own)
+
+    def ranks(self, split: str) -> int:
+        """The processes that share a batch of it."""
+        part = self.splits[split].part
+        return part[1] if part else 1
+
     @property
     def frames(self) -> int:
-        return sum(sum(split.lengths) for split in self.splits.values())
+        return sum(sum(split.lengths) for split in self.held().values())
 
     def token_bytes(self, split: str | None = None, tap: str | None = None) -> int:
         """Bytes on disk of the tokens, exactly: of all splits and taps, or of one."""
+        splits = self.held()
+        return sum(self._bytes(spec, tap) for name, spec in splits.items() if split in (None, name))
+
+    def _bytes(self, split: SplitSpec, tap: str | None) -> int:
         folders = {array.folder for array in ENCODINGS[self.spec.dtype].arrays}
         return sum(
-            array_bytes(layout, spec)
-            for name, spec in self.splits.items()
-            for layout in array_layouts(self.spec, spec)
-            if layout.name.partition("/")[0] in folders
-            and split in (None, name)
-            and tap in (None, layout.name.partition("/")[2])
+            array_bytes(layout, split)
+            for layout in array_layouts(self.spec, split)
+            if layout.name.partition("/")[0] in folders and tap in (None, layout.name.partition("/")[2])
         )
 
     def frame_bytes(self, split: str | None = None) -> int:
         """Bytes of frames and masks uncompressed; on disk they are fewer."""
         return sum(
             array_bytes(layout, spec)
-            for name, spec in self.splits.items()
+            for name, spec in self.held().items()
             for layout in array_layouts(replace(self.spec, taps={}), spec)
             if split in (None, name)
         )
 
     def stream_bytes(self, split: str, tap: str) -> int:
         """Bytes that live somewhere while a tap is streamed: its tokens, or all frames, padding included."""
+        spec = self.trained(split)
         if tap != VIDEO:
-            return self.token_bytes(split, tap)
-        spec = self.splits[split]
+            return self._bytes(spec, tap)
         return spec.rows * int(np.prod(spec.frame_size)) * 3
 
     def formats(self, split: str, tap: str, samples: tuple[int, int]) -> tuple[list[Format], Format | None]:
@@ -103,6 +119,12 @@ class DataSet:
     def opened(self) -> FeatureStore:
         """The store's specification where a store is asked for; it has no files."""
         return FeatureStore(Path(self.name), self.spec)
+
+
+def _of_videos(split: SplitSpec, videos: Sequence[int]) -> SplitSpec:
+    """A split of some of its videos, without their names."""
+    lengths = tuple(split.lengths[video] for video in videos)
+    return replace(split, lengths=lengths, names=(), fingerprints=(), part=())
 
 
 def _spec(backbone: Backbone) -> StoreSpec:

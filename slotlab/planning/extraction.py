@@ -44,7 +44,7 @@ class ExtractionPlan:
 
 
 def plan_extraction(backbone: Backbone, frames: int, device: Device) -> ExtractionPlan:
-    """Of that many frames by an :func:`featcache.backbones.backbone.outline`, which is used up."""
+    """Of that many frames by an :func:`featcache.backbones.backbone.outline`."""
     precision: Precision = "float16" if device.gpu else fast_precision(CPU)
     batch = GPU_BATCH if device.gpu else CPU_BATCH
     cost = count_pass(backbone, batch, precision)
@@ -54,11 +54,10 @@ def plan_extraction(backbone: Backbone, frames: int, device: Device) -> Extracti
 def count_pass(backbone: Backbone, frames: int, precision: Precision) -> Cost:
     """The forward pass of a backbone's outline on a batch of frames, brought to its input before."""
     tally = Tally()
-    with FakeTensorMode(allow_non_fake_inputs=True), tally, torch.no_grad():
-        ready = backbone.to_empty(CPU)
+    with FakeTensorMode(allow_non_fake_inputs=True), tally, torch.no_grad(), backbone.emptied(CPU):
         state = tally.live
         images = torch.empty(frames, 3, *backbone.input_size)
         tally.restart()
         with autocast(CPU, precision):
-            ready(images)
+            backbone(images)
         return tally.cost(tally.peak - images.nbytes, state)

@@ -102,7 +102,7 @@ class Plan:
         return {
             "device": asdict(self.device),
             "data": self.data.name,
-            "splits": {name: len(split.lengths) for name, split in self.data.splits.items()},
+            "splits": {name: len(split.lengths) for name, split in self.data.held().items()},
             "frames": self.data.frames,
             "precision": self.precision,
             "utilisation": UTILISATION,
@@ -148,7 +148,7 @@ def _training(config: Config, data: DataSet, device: Device, largest: bool) -> T
     split = config.data.train_split
     inputs = ModelInput.of(config, data.opened)
     size = data.stream_bytes(split, inputs.tap)
-    sampled, frames = batch_samples(config)
+    sampled, frames = batch_samples(config, data.ranks(split))
     costs: dict[int, Cost] = {}
 
     def cost(batch: int) -> Cost:
@@ -170,7 +170,7 @@ def _training(config: Config, data: DataSet, device: Device, largest: bool) -> T
     batch_bytes = sum(array.bytes for array in data.formats(split, inputs.tap, (sampled, frames))[0])
     arrives = {name: batch_bytes / rate for name, rate in device.arrival(home.residence).items()}
     data_by, seconds = max(arrives.items(), key=lambda item: item[1], default=("host link", 0.0))
-    lengths = np.asarray(data.splits[split].lengths)
+    lengths = np.asarray(data.trained(split).lengths)
     return TrainingPlan(
         dtype=data.spec.dtype,
         token_bytes=data.token_bytes(),

@@ -2,8 +2,8 @@
 
 The step is :class:`slotlab.training.step.TrainStep` itself, taken on torch's fake tensors, which have shapes, types and
 lifetimes, and no values. They stand for tensors of a CPU, so that it is counted alike on every machine; where a GPU
-does otherwise, that is said in :func:`as_on_a_gpu`. Kernels' own scratch memory and an allocator's fragments are not
-seen.
+does otherwise, that is said in :func:`as_on_a_gpu`. An allocator's fragments are not seen, and kernels' own scratch
+memory only where it is as large as their operands.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from torch.utils.flop_counter import (
 
 from featcache.stream.staging import Format
 from slotlab.config.schema import Config
+from slotlab.models.base import Model
 from slotlab.models.build import empty_model
 from slotlab.models.decoders.broadcast import ROWS, MLPDecoder
 from slotlab.models.inputs import ModelInput
@@ -58,6 +59,7 @@ class Cost:
     state: int  # of them those that stay between steps: parameters, buffers, gradients, optimiser
     parameters: int  # trained numbers
     operators: Mapping[str, int] = field(default_factory=dict)  # the operations of ``work`` by torch's names
+    passes: int = 0  # of the operations those of forward pass, losses and backward pass, which CUDA graphs may hold
 
     @property
     def flops(self) -> int:
@@ -93,7 +95,7 @@ def count_step(config: Config, inputs: ModelInput, batch: Format, *, on_gpu: boo
             features = features[:, 0]
         if not config.loss.reconstructs:
             freeze_unreached(model, config, features[:1], Undrawn(0))
-        step = TrainStep(config, model, Ranks(torch.device("cpu")))
+        step = Counted(config, model, tally)
         step.source = Undrawn
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
@@ -101,7 +103,21 @@ def count_step(config: Config, inputs: ModelInput, batch: Format, *, on_gpu: boo
         tally.restart()
         step(features)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return tally.cost(tally.peak - batch.bytes, tally.live - batch.bytes, parameters)
+        cost = tally.cost(tally.peak - batch.bytes, tally.live - batch.bytes, parameters)
+        return replace(cost, passes=step.passes)
+
+
+class Counted(TrainStep):
+    """A step that notes how many of its operations find the gradients."""
+
+    def __init__(self, config: Config, model: Model, tally: Tally) -> None:
+        super().__init__(config, model, Ranks(torch.device("cpu")))
+        self.tally, self.passes = tally, 0
+
+    def gradients(self, features: Tensor) -> dict[str, Tensor]:
+        found = super().gradients(features)
+        self.passes = sum(self.tally.work.values())
+        return found
 
 
 class Fake(FakeTensorMode):  # type: ignore[no-untyped-call]
@@ -147,6 +163,8 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
         results = _tensors(result)
         for tensor in results:
             self._hold(tensor.untyped_storage())
+        if func in SCRATCH:
+            self.peak = max(self.peak, self.live + SCRATCH[func](*args))
         if not (func.is_view or func._overloadpacket in FREE):
             operands = _tensors((args, kwargs))
             count = FLOPS.get(func._overloadpacket)
@@ -201,6 +219,10 @@ def _gru_backward(gradient: Tensor | None, workspace: Tensor, has_bias: bool) ->
 STAND_INS: dict[Any, Callable[..., Any]] = {  # for operators of CUDA alone: the shapes of their results
     aten._thnn_fused_gru_cell.default: _gru,
     aten._thnn_fused_gru_cell_backward.default: _gru_backward,
+}
+
+SCRATCH: dict[Any, Callable[..., int]] = {  # bytes that an operator holds beside its results
+    aten.mse_loss.default: lambda found, true, *_: 2 * max(found.nbytes, true.nbytes),  # all errors, allocated twice
 }
 
 FREE = {  # beside views: what touches no values

@@ -72,8 +72,18 @@ def gathered(value: Tensor) -> Tensor:
     """The values of all ranks, (R, ...) in their order, or (1, ...) alone. Gradients of all ranks add up."""
     if not dist.is_initialized():
         return value.unsqueeze(0)
-    found: Tensor = _Gather.apply(value)
+    found: Tensor = _gathered(value)
     return found
+
+
+def _gathered(value: Tensor) -> Any:
+    return _Gather.apply(value)
+
+
+def before_compiling() -> None:
+    """Keep out of torch.compile's graphs where ranks wait for each other. It imports the compiler, two seconds."""
+    global _gathered
+    _gathered = torch.compiler.disable(_gathered)  # type: ignore[no-untyped-call]
 
 
 class _Gather(torch.autograd.Function):

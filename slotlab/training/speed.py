@@ -104,7 +104,7 @@ def pattern_name(batch_size: int, clip: int) -> str:
 def flops_of(step: TrainStep, features: Tensor) -> int:
     """FLOPs of one step on a batch (B, ...), from the operators that torch calls. The step is taken."""
     as_written = copy(step)
-    as_written.forward = step.model  # compiled code is not counted
+    as_written.forward = step.as_written  # compiled code is not counted
     with Tally() as tally:  # torch's counter follows modules by hooks, which fail where one is called again and again
         as_written(features)
     flops: int = tally.cost(peak=0, state=0).flops

@@ -16,14 +16,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from featcache.machine import limited_executor
 from featcache.store.reading import FeatureStore
-from slotlab.config.schema import Config
+from slotlab.config.schema import Config, LossConfig
 from slotlab.models.base import Model
 from slotlab.models.build import build_model
 from slotlab.models.inputs import ModelInput
 from slotlab.models.randomness import DrawnAhead, Draws, Request, Share
 from slotlab.runs import checkpoint
 from slotlab.training.losses import losses, total
-from slotlab.training.processes import Ranks
+from slotlab.training.processes import Ranks, before_compiling
 from slotlab.training.schedule import learning_rate, make_schedule, plain_state, update_average
 
 NEVER = torch.iinfo(torch.int64).max
@@ -39,6 +39,19 @@ class Taken:
     components: dict[str, Tensor]  # the losses, without their weights
     norm: Tensor  # of the gradient, before clipping
     learning_rate: float
+
+
+class Objective(nn.Module):
+    """A model and its losses: what is differentiated, what ranks exchange gradients of, and what is compiled as one."""
+
+    def __init__(self, model: Model, config: LossConfig) -> None:
+        super().__init__()
+        self.model, self.config = model, config
+
+    def forward(self, features: Tensor, draws: Draws) -> tuple[dict[str, Tensor], Tensor]:
+        """The losses of stored features (B, ...), without their weights, and their weighted sum, all scalars."""
+        found = losses(self.model(features, draws), self.config)
+        return found, total(found, self.config)
 
 
 class TrainStep:
@@ -63,11 +76,14 @@ class TrainStep:
         )
         self.schedule = make_schedule(self.optimizer, optim)
         self.source: type[Draws] = Draws  # of what a step draws
-        self.forward: Any = model
+        self.as_written = Objective(model, config.loss)
+        self.forward: Any = self.as_written
         if ranks.count > 1:  # buffers are measured on the store: all ranks have the same
-            self.forward = DistributedDataParallel(model, broadcast_buffers=False)
+            self.forward = DistributedDataParallel(self.as_written, broadcast_buffers=False)
         if optim.compile:
             model.before_compiling()
+            if ranks.count > 1:
+                before_compiling()
             self.forward = torch.compile(self.forward, mode="reduce-overhead" if optim.cuda_graphs else "default")
         self._requests: list[Request] | None = None  # draws of a forward pass, once they are known
         self._drawing = limited_executor("slotlab-draws") if ranks.device.type in DRAWN_BESIDE else None
@@ -116,14 +132,14 @@ class TrainStep:
 
     def gradients(self, features: Tensor) -> dict[str, Tensor]:
         """The losses of a batch, computed in parts. Sets the parameters' gradients to that of the weighted sum."""
-        optim, loss = self.config.optim, self.config.loss
+        optim = self.config.optim
         if len(features) % optim.accumulate:  # parts of different sizes would count equally
             raise ValueError(f"a batch of {len(features)} has no {optim.accumulate} equal parts")
         self.optimizer.zero_grad(set_to_none=True)
         if optim.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         parts: list[dict[str, Tensor]] = []
-        if optim.compile and self.forward is not self.model and self._requests is None:
+        if optim.compile and self.forward is not self.as_written and self._requests is None:
             self._requests = self._rehearse(features)
         for part, some in enumerate(features.chunk(optim.accumulate)):
             last = part == optim.accumulate - 1  # ranks exchange gradients once, with the last part
@@ -131,8 +147,10 @@ class TrainStep:
             draws = self._draws(part)
             with apart, matrix_products(optim.precision):
                 with self._autocast():
-                    found = losses(self.forward(some, draws), loss)
-                total(found, loss).backward(self._share)  # type: ignore[no-untyped-call]
+                    found, whole = self.forward(some, draws)
+                whole.backward(self._share)
+            if optim.cuda_graphs:  # the next step's graph writes to the same memory
+                found = {name: value.clone() for name, value in found.items()}
             parts.append({name: value.detach() for name, value in found.items()})
         if self._drawing is not None:
             if self._requests is None:
@@ -148,14 +166,15 @@ class TrainStep:
         """The weighted sum of the losses, a scalar, for the first part of a batch with the present weights."""
         some = features.chunk(self.config.optim.accumulate)[0]
         with matrix_products(self.config.optim.precision), self._autocast():
-            return total(losses(self.model(some, self._draws(0)), self.config.loss), self.config.loss)
+            whole: Tensor = self.as_written(some, self._draws(0))[1]
+            return whole
 
     @torch.no_grad()
     def _rehearse(self, features: Tensor) -> list[Request]:
         """The draws of a pass, found by one that is not compiled; they depend only on shapes."""
         draws = Draws(0)
         with self._autocast():
-            self.model(features.chunk(self.config.optim.accumulate)[0], draws)
+            self.as_written(features.chunk(self.config.optim.accumulate)[0], draws)
         return draws.requests
 
     def first_bad(self) -> int | None:
@@ -223,7 +242,7 @@ def freeze_unreached(model: Model, config: Config, features: Tensor, draws: Draw
 
     features (B, ...): any batch.
     """
-    total(losses(model(features, draws), config.loss), config.loss).backward()  # type: ignore[no-untyped-call]
+    Objective(model, config.loss)(features, draws)[1].backward()
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None

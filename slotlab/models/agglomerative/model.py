@@ -39,6 +39,7 @@ from slotlab.config.schema import Config
 from slotlab.models.agglomerative.tracking import follow
 from slotlab.models.base import NO_SLOT, Model, Output
 from slotlab.models.flow import patch_positions
+from slotlab.models.host import all_finite
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 from slotlab.models.segments import distances, segments, side, smoothed
@@ -118,7 +119,7 @@ class AgglomerativeModel(Model):
     @torch.no_grad()
     def segments(self, keys: Float[Tensor, "B N S"], cut: float) -> Float[Tensor, "B N K"]:
         """The segment of each patch, one-hot. ``DataError`` for keys that are not finite."""
-        if not bool(keys.isfinite().all()):
+        if not all_finite(keys):
             raise DataError(
                 "the model's keys are not finite: the store holds NaN (slotlab verify), or the model diverged (train "
                 "again with a lower optim.learning_rate)"
