@@ -124,22 +124,19 @@ def spot(dim: int, patches: int, *, learnt: bool, orders: int) -> Shapes:
 
 
 def scans(side: int) -> list[list[int]]:
-    """The nine orders of SPOT's paper (its figure 3), in the order of its source; the last is the spiral."""
+    """The nine orders of SPOT's paper, in the order of its source; the last is the spiral."""
     up, down = range(side), range(side - 1, -1, -1)
-    ways = [
-        (rows, columns, first) for rows, columns in ((up, up), (up, down), (down, down), (down, up)) for first in "rc"
-    ]
-    found = [
-        [r * side + c for r in rows for c in columns] if first == "r" else [r * side + c for c in columns for r in rows]
-        for rows, columns, first in ways
-    ]
+    found = []
+    for rows, columns in ((up, up), (up, down), (down, down), (down, up)):
+        found.append([r * side + c for r in rows for c in columns])
+        found.append([r * side + c for c in columns for r in rows])
     left_top, top_left, right_top, top_right, right_bottom, bottom_right, left_bottom, bottom_left = found
     row, column, turn, spiral = 0, side - 1, 0, []  # inwards, down the right side first
     steps = [(1, 0), (0, -1), (-1, 0), (0, 1)]
     while len(spiral) < side**2:
         spiral.append(row * side + column)
         ahead = (row + steps[turn][0], column + steps[turn][1])
-        if not (0 <= min(ahead) and max(ahead) < side) or ahead[0] * side + ahead[1] in spiral:
+        if not (min(ahead) >= 0 and max(ahead) < side) or ahead[0] * side + ahead[1] in spiral:
             turn = (turn + 1) % 4
         row, column = row + steps[turn][0], column + steps[turn][1]
     return [

@@ -293,12 +293,8 @@ def test_a_student_of_spot_reads_two_vits_and_is_refused(tmp_path: Path, slotlab
     ended = slotlab(*command, "--out", "student")
     assert ended.code == 4 and ended.said.count("\n") == 1 and not (tmp_path / "student").exists()
     assert f"trained further (encoder.{block} is not second_{'encoder.' + block})" in ended.said
-    for added, said in (
-        ("mask_token", "mask_token: no tensor of spot's"),
-        ("dec.gate", "dec.gate: no tensor of spot's"),
-    ):
-        torch.save({"model": of | {added: torch.zeros(1)}}, tmp_path / "spot.ckpt")
-        assert said in slotlab(*command, "--out", "student").said
+    torch.save({"model": of | {"mask_token": torch.zeros(1)}}, tmp_path / "spot.ckpt")
+    assert "mask_token: no tensor of spot's models" in slotlab(*command, "--out", "student").said
     fewer = {name: value for name, value in of.items() if not name.startswith("dec.blocks")}
     torch.save({"model": fewer}, tmp_path / "spot.ckpt")
     assert "its decoder is no transformer" in slotlab(*command, "--out", "student").said

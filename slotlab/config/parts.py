@@ -34,7 +34,7 @@ class DecoderConfig(Section):
     permuted: bool = Field(False, description="Training on several orders of the patches (SPOT)")
     scans: Literal["rows", "all"] = Field(
         "rows",
-        description="Orders of the patches in use: row by row; or the mean over all that it was trained on (SPOT)",
+        description="Orders of the patches in use: row by row, or the mean over all of training (SPOT)",
     )
     patches: int | None = Field(None, ge=1, description="Number of random patches decoded in a step; unset: all")
     recompute: bool = Field(

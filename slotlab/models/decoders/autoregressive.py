@@ -32,9 +32,9 @@ class TransformerDecoder(Decoder):
 
     ``permuted`` trains with a random scan of the patches at each step, from any corner along rows or columns, each with
     its start token, so that fewer patches can be predicted from their neighbours alone (SPOT, Kakogeorgiou et
-    al., 2024, arXiv:2312.00648); SPOT itself has a ninth, a spiral. Without it patches come row by row. So they do when
-    a trained model is used, with ``config.scans`` = ``rows``; with ``all`` tokens and masks are the means over all scans,
-    as SPOT is evaluated (``--eval_permutations all``).
+    al., 2024, arXiv:2312.00648); SPOT itself has a ninth, a spiral. Without it patches come row by row, and so they do
+    when a trained model is used. With ``config.scans`` = ``all`` tokens and masks are then the means over all scans, as
+    SPOT is evaluated (``--eval_permutations all``).
     """
 
     orders: Tensor  # (O, N): patches in the order of each scan
