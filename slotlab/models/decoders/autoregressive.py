@@ -76,7 +76,7 @@ class TransformerDecoder(Decoder):
         else:
             scans = torch.arange(len(self.orders) if self.config.scans == "all" else 1, device=target.device)
         slots = self.norm_slots(attended.slots)
-        passes = [self._scan(scan, slots, attended, target) for scan in scans.split(1)]
+        passes = [self._scan(scan, slots, attended, target) for scan in torch.split(scans, 1)]
         tokens, masks = (
             torch.stack(parts).mean(0) if len(parts) > 1 else parts[0] for parts in zip(*passes, strict=True)
         )
