@@ -23,7 +23,6 @@ from benchmarks.large_store import in_own_process
 from benchmarks.stores import TAP
 from featcache.moments import Moments
 from featcache.sources.video import Instance, Video
-from featcache.store.layout import fitting_shards
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import SplitSpec, StoreSpec, TapSpec
 from featcache.store.writing import StoreWriter
@@ -61,7 +60,6 @@ def make(path: Path, images: int, objects: int, categories: int) -> FeatureStore
     spec = StoreSpec("random", {"library": "none"}, {"size": SIDE}, {TAP: TapSpec((GRID, GRID), DIM)})
     names = tuple(f"val2017/{number:012d}.jpg" for number in range(images))
     split = SplitSpec("random", (1,) * images, 1, (SIDE, SIDE), True, names=names)
-    split = SplitSpec(**{**vars(split), "shard_chunks": fitting_shards(spec, split)})
     with StoreWriter(path, spec) as writer:
         part, moments = writer.split("validation", split), Moments.empty(GRID**2, DIM)
         for number in range(images):
