@@ -77,7 +77,11 @@ def subgroup_scores(scores: Scores, split: Split, bootstrap: Bootstrap | None = 
         """Intervals of each of some parts from the same draws, which cost more than the scores."""
         of_frames = {(name, key): of for name, (frames, _) in parts.items() for key, of in frames.items()}
         of_videos = {(name, f"{key}_video"): of for name, (_, videos) in parts.items() for key, of in videos.items()}
-        found = bootstrap.intervals(of_frames, frame_videos) | bootstrap.intervals(of_videos, ids)
+        found = bootstrap.intervals(of_frames, frame_videos)
+        if len(ids) == len(frame_videos):  # images: each is its video
+            found |= {(name, f"{key}_video"): found[name, key] for name, (_, of) in parts.items() for key in of}
+        else:
+            found |= bootstrap.intervals(of_videos, ids)
         return {name: {key: found[part, key] for part, key in found if part == name} for name in parts}
 
     summaries: dict[str, dict[str, Summary]] = {}
