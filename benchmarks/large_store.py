@@ -61,12 +61,13 @@ def measure(job: Callable[[], int], answer: Connection) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     count = job()
-    seconds = time.perf_counter() - began
+    seconds, busy = time.perf_counter() - began, time.process_time() - busy
     over.set()
     watcher.join()
-    answer.send({"gigabytes": count / 1e9, "seconds": seconds, "peak_anonymous_mb": peak / 1e6})
+    taken = {"seconds": seconds, "processor_seconds": busy}
+    answer.send({"gigabytes": count / 1e9, **taken, "peak_anonymous_mb": peak / 1e6})
 
 
 class Job:

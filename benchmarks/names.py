@@ -11,6 +11,7 @@ from slotlab.config.model import SlotAttentionConfig
 from slotlab.config.schema import Config
 from slotlab.imported.oclf import OCLF
 from slotlab.imported.source import BLOCK, Rule, targets_of
+from slotlab.imported.spot import SPOT
 from slotlab.imported.videosaur import SLOTCONTRAST, VIDEOSAUR
 
 QKV = ("query", "key", "value")
@@ -80,36 +81,6 @@ def torch_block(theirs: str, ours: str) -> Iterator[Rule]:
     yield from feed_forward(ours, f"{theirs}.norm3", f"{theirs}.linear1", f"{theirs}.linear2")
 
 
-def spot(config: Config) -> list[Rule]:
-    attend = "slot_attn.slot_attention"
-    rules = [
-        Rule("slot_attn.layer_norm", ("project.0",)),
-        Rule("slot_attn.mlp.0", ("project.1",)),
-        Rule("slot_attn.mlp.2", ("project.3",)),
-        Rule("slot_attn.slot_mu", ("recur.initialize.mean",)),
-        Rule("slot_attn.slot_log_sigma", ("recur.initialize.log_std",)),
-        Rule(f"{attend}.norm_inputs", ("recur.attend.norm_inputs",)),
-        Rule(f"{attend}.norm_slots", ("recur.attend.norm_slots",)),
-        *(Rule(f"{attend}.project_{part[0]}", (f"recur.attend.to_{part}",)) for part in QKV),
-        Rule(f"{attend}.gru", ("recur.attend.gru",)),
-        Rule(f"{attend}.norm_mlp", ("recur.attend.mlp.0",)),
-        Rule(f"{attend}.mlp.0", ("recur.attend.mlp.1",)),
-        Rule(f"{attend}.mlp.2", ("recur.attend.mlp.3",)),
-        Rule("bos_tokens", ("decode.begin",)),
-        Rule(f"input_proj.{BLOCK}", (f"decode.embed.{BLOCK}",)),
-        Rule(f"slot_proj.{BLOCK}", (f"decode.norm_slots.{BLOCK}",)),
-        Rule("dec.layer_norm", ("decode.norm",)),
-    ]
-    for index, ours in causal_blocks(config):
-        theirs = f"dec.blocks.{index}"
-        for own, name in (("past", "self_attn"), ("slots", "encoder_decoder_attn")):
-            rules.append(Rule(f"{theirs}.{name}_layer_norm", (f"{ours}.norm_{own}",)))
-            rules.append(Rule(f"{theirs}.{name}.proj_o", (f"{ours}.to_{own}.out",)))
-            rules += (Rule(f"{theirs}.{name}.proj_{part[0]}", (f"{ours}.to_{own}.to_{part}",)) for part in QKV)
-        rules += feed_forward(ours, f"{theirs}.ffn_layer_norm", f"{theirs}.ffn.0", f"{theirs}.ffn.2")
-    return rules
-
-
 def oclf_spelling(name: str) -> str:
     """A name of our :func:`benchmarks.sources.dinosaur`, which puts its parts together without Hydra."""
     return f"models.{name}".replace("models.project.", "models.perceptual_grouping.positional_embedding.layers.1.")
@@ -119,5 +90,5 @@ NAMES: dict[str, Names] = {
     "videosaur": Names(VIDEOSAUR.rules, VIDEOSAUR.spelling),
     "slotcontrast": Names(SLOTCONTRAST.rules, SLOTCONTRAST.spelling),
     "ocl": Names(oclf, oclf_spelling),
-    "spot.py": Names(spot),
+    "spot.py": Names(SPOT.rules, SPOT.spelling),
 }

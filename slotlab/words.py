@@ -9,4 +9,4 @@ Refinement = Literal["guided", "crf"]  # methods of slotlab.masks.refine
 MaskFormat = Literal["png", "rle", "overlay-png", "overlay-mp4", "overlay-gif"]  # files of slotlab.pictures.files
 Floors = Literal["usual", "all"]  # floors that an evaluation measures
 SlotFormat = Literal["zarr", "npz", "hdf5"]
-ModelSource = Literal["videosaur", "slotcontrast", "oclf"]  # tables of slotlab.imported
+ModelSource = Literal["videosaur", "slotcontrast", "spot", "oclf"]  # tables of slotlab.imported

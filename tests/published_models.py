@@ -99,6 +99,52 @@ def oclf(dim: int, patches: int) -> Shapes:
     return found | {f"{dec}.pos_embed": (1, patches, S)} | mlp(f"{dec}.decoder", S, HIDDEN, HIDDEN, dim + 1)
 
 
+def spot(dim: int, patches: int, *, learnt: bool, orders: int) -> Shapes:
+    """A model of SPOT's source: two blocks."""
+    group = "slot_attn.slot_attention"
+    found: Shapes = {"slot_attn.slots_init.weight": (K, S)}
+    if not learnt:
+        found = {"slot_attn.slot_mu": (1, 1, S), "slot_attn.slot_log_sigma": (1, 1, S)}
+    found |= norm("slot_attn.layer_norm", dim) | mlp("slot_attn.mlp", dim, dim, dim) | gru(f"{group}.gru")
+    found |= norm(f"{group}.norm_inputs", dim) | norm(f"{group}.norm_slots", S) | norm(f"{group}.norm_mlp", S)
+    for name, inside in (("q", S), ("k", dim), ("v", dim)):
+        found |= layer(f"{group}.project_{name}", inside, S, bias=False)
+    found |= mlp(f"{group}.mlp", S, HIDDEN, S) | {"bos_tokens": (orders, 1, 1, dim)}
+    found |= layer("input_proj.0", dim, dim, bias=False) | norm("input_proj.1", dim)
+    found |= layer("slot_proj.0", S, dim, bias=False) | norm("slot_proj.1", dim) | norm("dec.layer_norm", dim)
+    for index in range(2):
+        of = f"dec.blocks.{index}"
+        found |= {f"{of}.self_attn_mask": (patches, patches)} | mlp(f"{of}.ffn", dim, 4 * dim, dim)
+        for name in ("self_attn", "encoder_decoder_attn"):
+            found |= norm(f"{of}.{name}_layer_norm", dim)
+            for part in ("q", "k", "v", "o"):
+                found |= layer(f"{of}.{name}.proj_{part}", dim, dim, bias=False)
+        found |= norm(f"{of}.ffn_layer_norm", dim)
+    return found
+
+
+def scans(side: int) -> list[list[int]]:
+    """The nine orders of SPOT's paper, in the order of its source; the last is the spiral."""
+    up, down = range(side), range(side - 1, -1, -1)
+    found = []
+    for rows, columns in ((up, up), (up, down), (down, down), (down, up)):
+        found.append([r * side + c for r in rows for c in columns])
+        found.append([r * side + c for c in columns for r in rows])
+    left_top, top_left, right_top, top_right, right_bottom, bottom_right, left_bottom, bottom_left = found
+    row, column, turn, spiral = 0, side - 1, 0, []  # inwards, down the right side first
+    steps = [(1, 0), (0, -1), (-1, 0), (0, 1)]
+    while len(spiral) < side**2:
+        spiral.append(row * side + column)
+        ahead = (row + steps[turn][0], column + steps[turn][1])
+        if not (min(ahead) >= 0 and max(ahead) < side) or ahead[0] * side + ahead[1] in spiral:
+            turn = (turn + 1) % 4
+        row, column = row + steps[turn][0], column + steps[turn][1]
+    return [
+        *(left_top, top_left, top_right, right_top, bottom_right, right_bottom, bottom_left, left_bottom),
+        spiral[::-1],
+    ]
+
+
 class Sums:
     """What layers compute, by the names of their tensors."""
 
@@ -201,4 +247,48 @@ class Sums:
             )
             decoded, masks = self.broadcast(f"{dec}.decoder", slots, self.of[f"{dec}.pos_embed"], 3)
             found.append((slots, attention, masks, decoded))
+        return found
+
+    def attend(self, name: str, x: Tensor, memory: Tensor, *, causal: bool) -> tuple[Tensor, Tensor]:
+        """Attended tokens, and the weights' mean over the heads (K, N), of SPOT's decoder."""
+        q, k, v = (
+            self.layer(f"{name}.proj_{part}", y).unflatten(-1, (HEADS, -1)).movedim(-2, 0)
+            for part, y in (("q", x), ("k", memory), ("v", memory))
+        )
+        logits = q @ k.mT * q.shape[-1] ** -0.5  # (heads, N, M)
+        if causal:
+            logits = logits + torch.full(logits.shape[1:], -torch.inf).triu(1)
+        weights = logits.softmax(-1)
+        return self.layer(f"{name}.proj_o", (weights @ v).movedim(0, -2).flatten(-2)), weights.mean(0).mT
+
+    def spot(self, frames: Tensor, first: Tensor, orders: int) -> list[tuple[Tensor, ...]]:
+        """The means over that many orders of the patches."""
+        group, found = "slot_attn.slot_attention", []
+        spelled = {"project_": "to_", "mlp.0": "ff.1", "mlp.2": "ff.3", "norm_mlp": "ff.0"}
+        named = {name.removeprefix(f"{group}."): value for name, value in self.of.items() if name.startswith(group)}
+        for theirs, ours in spelled.items():
+            named = {name.replace(theirs, ours, 1): value for name, value in named.items()}
+        grouped = Sums({f"{group}.{name}": value for name, value in named.items()})
+        for frame in frames:
+            tokens = self.mlp("slot_attn.mlp", self.norm("slot_attn.layer_norm", frame), 2)
+            slots, attention = grouped.slot_attention(
+                group, tokens, first, 3, normalised=False, norm="norm_inputs", mlp="ff"
+            )
+            memory = self.norm("slot_proj.1", self.layer("slot_proj.0", slots))
+            passes = []
+            for order, begin in zip(scans(round(len(frame) ** 0.5))[:orders], self.of["bos_tokens"], strict=True):
+                x = torch.cat([begin[0], frame[order][:-1]])
+                x, masks = self.norm("input_proj.1", self.layer("input_proj.0", x)), attention
+                for index in range(2):
+                    of = f"dec.blocks.{index}"
+                    normed = self.norm(f"{of}.self_attn_layer_norm", x)
+                    x = (x if index else normed) + self.attend(f"{of}.self_attn", normed, normed, causal=True)[0]
+                    normed = self.norm(f"{of}.encoder_decoder_attn_layer_norm", x)
+                    moved, masks = self.attend(f"{of}.encoder_decoder_attn", normed, memory, causal=False)
+                    x = x + moved
+                    x = x + self.mlp(f"{of}.ffn", self.norm(f"{of}.ffn_layer_norm", x), 2)
+                back = torch.tensor(order).argsort()
+                passes.append((masks[:, back], self.norm("dec.layer_norm", x)[back]))
+            mean = [torch.stack(parts).mean(0) for parts in zip(*passes, strict=True)]
+            found.append((slots, attention, *mean))
         return found

@@ -84,7 +84,7 @@ REGISTRIES: dict[str, Any] = {
 }
 SWITCHES = {  # words that choose between a few lines, which stand together
     *("data.center", "data.residence", "model.projection", "model.gradient", "model.gru_hidden"),
-    "model.decoder.source",
+    *("model.decoder.source", "model.decoder.scans"),
     *("model.decoder.masks", "optim.scaling", "optim.decay", "optim.precision", "published_masks"),
 }
 

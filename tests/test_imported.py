@@ -36,7 +36,7 @@ from slotlab.runs.folder import check_store, trained_on, trained_spec
 from slotlab.runs.loaded import load_run
 from slotlab.training.train import train
 from tests.commands import Slotlab
-from tests.published_models import K, S, Sums, martius, oclf, tensors
+from tests.published_models import HEADS, K, S, Sums, martius, oclf, spot, tensors
 from tests.synthetic import DIM, GRID, DiscSource, make_store
 
 N = GRID[0] * GRID[1]
@@ -66,6 +66,8 @@ CASES = {
     "videosaur, images": ("videosaur", {"video": False, "mixer": False, "learnt": False}),
     "slotcontrast": ("slotcontrast", {"video": True, "mixer": False, "learnt": True}),
     "oclf": ("oclf", {}),
+    "spot": ("spot", {"learnt": False, "orders": 9}),
+    "spot, learnt slots, rows": ("spot", {"learnt": True, "orders": 1}),
 }
 
 
@@ -74,13 +76,15 @@ def test_an_imported_model_computes_what_the_published_one_does(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, options = CASES[case]
-    of = tensors(oclf(DIM, N) if source == "oclf" else martius(DIM, N, **options))
+    shapes = {"oclf": oclf, "spot": spot}.get(source, martius)
+    of = tensors(shapes(DIM, N, **options))  # type: ignore[operator]
     generator = torch.Generator().manual_seed(1)
     frames, first = torch.randn(3, N, DIM, generator=generator), torch.randn(K, S, generator=generator)
-    learnt = "initializer.slots" in of
-    model = model_of(saved(tmp_path / "a.ckpt", of), source, *([] if learnt else [SLOTS]))
-    if learnt:
-        first = of["initializer.slots"][0]
+    learnt = of.get("initializer.slots", of.get("slot_attn.slots_init.weight"))
+    heads = [f"model.decoder.heads={HEADS}"] if source == "spot" else []
+    model = model_of(saved(tmp_path / "a.ckpt", of), source, *([SLOTS] if learnt is None else []), *heads)
+    if learnt is not None:
+        first = learnt.view(K, S)
     else:
         monkeypatch.setattr(INITIALIZERS["gaussian"], "forward", lambda *_: first.expand(3, K, S))
         if model.recur.predict is not None:
@@ -88,8 +92,8 @@ def test_an_imported_model_computes_what_the_published_one_does(
     with torch.no_grad():
         ours = model.segment(frames, Draws(0))
     sums = Sums(of)
-    kinds = {name: options[name] for name in ("video", "mixer") if name in options}
-    theirs = sums.oclf(frames, first) if source == "oclf" else sums.martius(frames, first, **kinds)
+    kinds = {name: options[name] for name in ("video", "mixer", "orders") if name in options}
+    theirs = {"oclf": sums.oclf, "spot": sums.spot}.get(source, sums.martius)(frames, first, **kinds)
     slots, attention, masks, decoded = (torch.stack(parts) for parts in zip(*theirs, strict=True))
     told = {"slots": slots, "attention": attention, "masks": masks}
     for name, value in told.items():
@@ -276,6 +280,26 @@ def test_a_tensor_that_is_missing_unknown_or_unfit_is_named(
     assert not (tmp_path / "bad").exists()
 
 
+def test_a_student_of_spot_reads_two_vits_and_is_refused(tmp_path: Path, slotlab: Slotlab) -> None:
+    of = tensors(spot(384, N, learnt=True, orders=9))
+    block = "blocks.8.attn.qkv.weight"
+    vit = {f"{start}.{block}": torch.ones(2) for start in ("encoder", "second_encoder")}
+    command = ("import-run", "spot.ckpt", "--from", "spot", "--backbone", VIT, "--json")
+    torch.save({"model": of | vit, "epoch": 3}, tmp_path / "spot.ckpt")
+    told = slotlab(*command).json
+    assert told["assumed"]["model.decoder.scans"] == "all" and told["assumed"]["model.decoder.heads"] == 6
+    vit[f"encoder.{block}"] = torch.full((2,), 1.01)
+    torch.save({"model": of | vit, "epoch": 3}, tmp_path / "spot.ckpt")
+    ended = slotlab(*command, "--out", "student")
+    assert ended.code == 4 and ended.said.count("\n") == 1 and not (tmp_path / "student").exists()
+    assert f"trained further (encoder.{block} is not second_{'encoder.' + block})" in ended.said
+    torch.save({"model": of | {"mask_token": torch.zeros(1)}}, tmp_path / "spot.ckpt")
+    assert "mask_token: no tensor of spot's models" in slotlab(*command, "--out", "student").said
+    fewer = {name: value for name, value in of.items() if not name.startswith("dec.blocks")}
+    torch.save({"model": fewer}, tmp_path / "spot.ckpt")
+    assert "its decoder is no transformer" in slotlab(*command, "--out", "student").said
+
+
 class Dangerous:
     """Makes a folder when it is loaded as code."""
 
@@ -313,8 +337,8 @@ def test_what_no_shape_tells_is_asked_for(tmp_path: Path, slotlab: Slotlab) -> N
     assert unknown.code == 2 and "on which backbone it was trained with --backbone NAME" in unknown.said
     wide = slotlab("import-run", path, "--from", "oclf", "--set", SLOTS, "--backbone", "dinov2_vitb14", "--out", "run")
     assert wide.code == 4 and "16 tokens of 384 channels, and dinov2_vitb14 gives 16 of 768" in wide.said
-    with pytest.raises(UsageError, match="--from spot: unknown; there are: videosaur, slotcontrast, oclf"):
-        import_run(path, "spot", tmp_path / "run")
+    with pytest.raises(UsageError, match="--from slate: unknown; there are: videosaur, slotcontrast, spot, oclf"):
+        import_run(path, "slate", tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,12 @@ def test_what_cannot_be_is_one_line(train: Split) -> None:
         featcache.Clips(train, clip=5, stride=2)
     with pytest.raises(UsageError, match="names: no key 'tokens'; an item has: features, video, frame"):
         featcache.Clips(train, names={"tokens": "video"})
+    both = "names: 'features' and 'video' would both be called 'video'; give 'video' another name, too"
+    for made in (featcache.Clips, lambda split, names: featcache.Batches(split, batch_size=2, names=names)):
+        with pytest.raises(UsageError, match=both):
+            made(train, names={"features": "video"})
+    with pytest.raises(UsageError, match="names: no key 'tokens'; an item has: features, video, frame"):
+        featcache.Batches(train, batch_size=2, names={"tokens": "video"})
     with pytest.raises(UsageError, match="stride=0: must be at least 1"):
         featcache.Clips(train, stride=0)
     with pytest.raises(UsageError, match="17 samples make no batch of 99 x 1 ranks"):

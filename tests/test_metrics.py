@@ -14,7 +14,7 @@ from torch import Tensor
 from slotlab.masks.labels import _VALUES_A_CHUNK, masks_to_labels
 from slotlab.scoring import metrics
 from slotlab.scoring.collapse import effective_slots, largest_activation, logit_std, mask_similarity, slot_similarity
-from slotlab.scoring.scores import Scores
+from slotlab.scoring.scores import Means, Scores
 from slotlab.scoring.tables import contingency, mask_tables
 
 SLOTS, OBJECTS = 5, 4
@@ -230,6 +230,26 @@ def test_scores_gather_frames_and_videos() -> None:
     assert summary.values["fg_ari"] == pytest.approx(float(per_frame.mean()))
     per_video = metrics.mean_best_overlap(by_video)
     assert summary.values["mbo_video"] == pytest.approx(float(per_video.mean()))
+
+
+def test_many_videos_score_as_their_tables_at_once() -> None:
+    """More than are held apart: a frame of each is without foreground, and some have no known pixel."""
+    videos, tables = 700, _random_tables(1400)
+    tables[::2][::9] = 0
+    tables[::7, 1:] = 0
+    kept, passed = Scores(), Means()
+    for video in range(videos):
+        for scores in (kept, passed):
+            scores.add_video(tables[2 * video : 2 * video + 2], video)
+    assert passed.summary() == kept.summary() and passed.summary().frames == 1400
+    labelled = tables.sum((1, 2)) > 0
+    gathered, of = kept.frame_tables()
+    assert torch.equal(gathered, tables[labelled]) and torch.equal(of, torch.arange(1400)[labelled] // 2)
+    values = metrics.mean_iou(tables[labelled])
+    assert kept.summary().values["miou"] == pytest.approx(float(values[~values.isnan()].mean()))
+    assert passed.summary().labelled_frames == int(labelled.sum()) < 1400
+    with pytest.raises(ValueError, match="empty"):
+        Means().summary()
 
 
 def test_a_video_scores_as_its_pixels_together() -> None:

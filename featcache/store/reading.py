@@ -87,6 +87,7 @@ class Split:
         self.store = store
         self.name = name
         self.path = store.path / name
+        self._arrays: dict[str, zarr.Array[Any]] = {}  # opened so far: opening one takes longer than reading an image
         try:
             self.group = zarr.open_group(str(self.path), mode="r")
             self.spec = SplitSpec.from_json(self.group.attrs["featcache"])  # type: ignore[arg-type]
@@ -199,12 +200,14 @@ class Split:
 
     def array(self, path: str) -> zarr.Array[Any]:
         """The array at ``path`` below the split. ``DataError`` if it is missing or damaged."""
-        try:
-            item = self.group[path]
-        except Exception as error:
-            raise self._damaged(f"{self.name}/{path}/zarr.json") from error
-        assert isinstance(item, zarr.Array)
-        return item
+        if path not in self._arrays:
+            try:
+                item = self.group[path]
+            except Exception as error:
+                raise self._damaged(f"{self.name}/{path}/zarr.json") from error
+            assert isinstance(item, zarr.Array)
+            self._arrays[path] = item
+        return self._arrays[path]
 
     def _damaged(self, what: str) -> DataError:
         return DataError(

@@ -46,9 +46,10 @@ class Clips(Dataset[Item]):
         every: distance of the first frames of neighbouring clips of one video; ``clip * stride`` gives disjoint ones.
         dtype: of the features; None keeps float16 (float32 of a store of int8).
         frames, segmentations: whether items hold them.
-        names: key -> the key by which a trainer calls it, e.g. ``{"features": "video"}``.
+        names: key -> the key by which a trainer calls it, e.g. ``{"features": "video", "video": "position"}``.
 
-    Raises ``UsageError`` where no video is as long as a clip, ``DataError`` for damaged files when they are read.
+    Raises ``UsageError`` where no video is as long as a clip, or two keys would be called the same; ``DataError`` for
+    damaged files when they are read.
     """
 
     def __init__(
@@ -78,9 +79,7 @@ class Clips(Dataset[Item]):
         self._truth = [key for key, wanted in {"frames": frames, "segmentations": segmentations}.items() if wanted]
         if segmentations and not split.spec.masks:
             raise UsageError(f"{split.path}: its source had no masks; leave out segmentations=True")
-        self._names = dict(names or {})
-        if unknown := self._names.keys() - self._keys():
-            raise UsageError(f"names: no key {sorted(unknown)[0]!r}; an item has: {', '.join(self._keys())}")
+        self._names = _renaming(names, self._keys())
         self._opened: tuple[int, _Readers] | None = None
 
     def _keys(self) -> list[str]:
@@ -112,7 +111,7 @@ class Clips(Dataset[Item]):
         videos = np.searchsorted(readers.split.spec.starts, starts, side="right") - 1
         found["video"] = videos.tolist()
         found["frame"] = (starts - readers.split.spec.starts[videos]).tolist()
-        named = {self._names.get(key, key): values for key, values in found.items()}
+        named = {self._names[key]: values for key, values in found.items()}
         return [{key: values[i] for key, values in named.items()} for i in range(len(starts))]
 
     def _readers(self) -> _Readers:
@@ -152,6 +151,22 @@ class _Gather:
         return next(iter(read.values())) if self._encoding is None else self._encoding.decode(read)
 
 
+def _renaming(names: Mapping[str, str] | None, keys: Sequence[str]) -> dict[str, str]:
+    """What each key of an item is called. ``UsageError`` for an unknown key, or two that are called the same."""
+    names = names or {}
+    if unknown := names.keys() - set(keys):
+        raise UsageError(f"names: no key {sorted(unknown)[0]!r}; an item has: {', '.join(keys)}")
+    found: dict[str, str] = {}  # by what it is called
+    for key in keys:
+        called = names.get(key, key)
+        if called in found:
+            raise UsageError(
+                f"names: {found[called]!r} and {key!r} would both be called {called!r}; give {key!r} another name, too"
+            )
+        found[called] = key
+    return {key: called for called, key in found.items()}
+
+
 class Batches(IterableDataset[Item]):
     """Shuffled batches of a split, an epoch each time it is iterated; see :class:`FeatureStream` for the order.
 
@@ -178,7 +193,7 @@ class Batches(IterableDataset[Item]):
         self.tap = split.store.tap(tap)
         self.batch_size, self.clip, self.seed = batch_size, clip, seed
         self.dtype, self.residence = dtype, residence
-        self._names = dict(names or {})
+        self._names = _renaming(names, ("features", "video", "frame"))
         self._samples = len(clip_starts(split, clip or 1))
         self._epoch = 0
         self._rank, self._world = 0, 1
@@ -223,4 +238,4 @@ class Batches(IterableDataset[Item]):
                 "video": torch.from_numpy(videos),
                 "frame": torch.from_numpy(batch.rows - starts[videos]),
             }
-            yield {self._names.get(key, key): value for key, value in item.items()}
+            yield {self._names[key]: value for key, value in item.items()}

@@ -30,7 +30,7 @@ def import_run(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Make a run of a published checkpoint: VideoSAUR, SlotContrast, DINOSAUR of OCLF. No code in it is run."""
+    """Make a run of a published checkpoint: VideoSAUR, SlotContrast, SPOT, DINOSAUR of OCLF. No code in it is run."""
     from slotlab.commands import terminal
     from slotlab.imported.importing import import_run as run_import
 

@@ -32,6 +32,10 @@ class DecoderConfig(Section):
         "slotlab", description="Layers of the transformer: ours, or as in the source of DINOSAUR, SPOT or SemanticSlots"
     )
     permuted: bool = Field(False, description="Training on several orders of the patches (SPOT)")
+    scans: Literal["rows", "all"] = Field(
+        "rows",
+        description="Orders of the patches in use: row by row, or the mean over all of training (SPOT)",
+    )
     patches: int | None = Field(None, ge=1, description="Number of random patches decoded in a step; unset: all")
     recompute: bool = Field(
         False, description="Activations computed again in the backward pass: far less memory, a third more time"
@@ -47,6 +51,7 @@ class DecoderConfig(Section):
         "attention_temperature": ("kind", ("slot_mixer",)),
         "source": ("kind", ("transformer",)),
         "permuted": ("kind", ("transformer",)),
+        "scans": ("permuted", ("True",)),
         "patches": ("kind", ("mlp", "mix", "slot_mixer")),
         "recompute": ("kind", ("mlp", "spatial_broadcast")),
     }

@@ -189,9 +189,7 @@ def roll_out(
         )
     labels = count_labels(split) if split.has_truth else 0
     named = (
-        {name: of for attribute in ATTRIBUTES for name, of in objects_by(split, labels, attribute).items()}
-        if labels
-        else {}
+        {name: of for attribute in ATTRIBUTES for name, of in objects_by(split, labels, attribute)} if labels else {}
     )
     names: list[str] = []
     entering: list[str] = []

@@ -19,6 +19,7 @@ from slotlab.config.schema import Config
 from slotlab.imported.oclf import OCLF
 from slotlab.imported.published import Published, read_published
 from slotlab.imported.source import Derived, Source, translate
+from slotlab.imported.spot import SPOT
 from slotlab.imported.videosaur import SLOTCONTRAST, VIDEOSAUR
 from slotlab.imported.vits import backbone_of
 from slotlab.models.build import empty_model
@@ -27,7 +28,7 @@ from slotlab.runs import checkpoint
 from slotlab.runs.folder import create_imported
 from slotlab.runs.imported import wanted_store
 
-SOURCES: dict[str, Source] = {source.name: source for source in (VIDEOSAUR, SLOTCONTRAST, OCLF)}
+SOURCES: dict[str, Source] = {source.name: source for source in (VIDEOSAUR, SLOTCONTRAST, SPOT, OCLF)}
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ BLOCK = "{i}"  # in a name: the number of a block
 class Rule:
     """One row of a table: a tensor, or all tensors of a layer, by its name there and by its names here.
 
-    A layer of theirs that is several of ours is cut along its rows, in the order of ``ours``.
+    A layer of theirs that is several of ours is cut along its rows, in the order of ``ours``; without any it is left
+    out, for it is computed here.
     """
 
     theirs: str
@@ -72,6 +73,8 @@ def translate(source: Source, published: Published, derived: Derived, config: Co
                 f"{published.path}: {published.names[name]}: no tensor of {source.name}'s models, or of a part of them "
                 "that cannot be imported; is it of another source (--from)?"
             )
+        if not rule.ours:
+            continue
         wanted = [target for target in targets if target in ours and target not in absent]
         value = tensor if rule.change is None else rule.change(tensor)
         for target, part in zip(wanted, _cut(value, [ours[t] for t in wanted], name, published), strict=True):

@@ -6,16 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from featcache.errors import UsageError
 from slotlab.config.load import changed_by
 from slotlab.config.model import Remedy, Sign
 from slotlab.config.schema import Config
 from slotlab.models.base import Output
+from slotlab.scoring.intervals import Float
 
 NAMES = ("mask_similarity", "slot_similarity", "effective_slots", "largest_activation", "logit_std")
 
@@ -40,36 +41,36 @@ class Diagnostics:
     """Collects the diagnostics of videos, one by one."""
 
     def __init__(self) -> None:
-        self._videos: list[dict[str, Tensor]] = []  # by_frame of each video, (T,) each
-        self._largest: list[Tensor] = []  # (K,) each
+        self._videos: list[Float] = []  # by_frame of each video, (NAMES, T) each
+        self._largest: list[Float] = []  # (K,) each
 
     def add(self, output: Output) -> None:
         """Add all frames of one video, in order."""
-        self._videos.append(by_frame(output))
-        self._largest.append(largest_activation(output.masks).double().mean(0).cpu())
+        found = by_frame(output)
+        self._videos.append(torch.stack([found[name].double() for name in NAMES]).numpy())
+        self._largest.append(largest_activation(output.masks).cpu().double().mean(0).numpy())
 
     def means(self) -> dict[str, float]:
         """The mean of each diagnostic over the videos, and ``kept_slots``."""
-        found = {name: torch.stack([video[name].double().mean() for video in self._videos]).mean() for name in NAMES}
-        return {name: float(value) for name, value in found.items()} | {
-            "kept_slots": kept_slots([video["effective_slots"] for video in self._videos])
-        }
+        found = np.stack([video.mean(1) for video in self._videos]).mean(0)
+        kept = kept_slots([video[NAMES.index("effective_slots")] for video in self._videos])
+        return dict(zip(NAMES, found.tolist(), strict=True)) | {"kept_slots": kept}
 
     def at_each_frame(self) -> dict[str, list[float]]:
         """The mean of each diagnostic at every frame index, over the videos that have such a frame."""
-        found = {}
-        for name in NAMES:
-            values = [video[name].double() for video in self._videos]
-            padded = pad_sequence(values, batch_first=True, padding_value=torch.nan)  # (V, T)
-            found[name] = padded.nanmean(0).tolist()
-        return found
+        longest = max(video.shape[1] for video in self._videos)
+        padded = np.full((len(self._videos), len(NAMES), longest), np.nan)
+        for row, video in zip(padded, self._videos, strict=True):
+            row[:, : video.shape[1]] = video
+        return dict(zip(NAMES, np.nanmean(padded, 0).tolist(), strict=True))
 
     def largest_by_slot(self) -> list[float]:
         """Largest activation of each slot (K values), averaged over frames, then over videos."""
-        return [float(value) for value in torch.stack(self._largest).mean(0)]
+        largest: list[float] = np.stack(self._largest).mean(0).tolist()
+        return largest
 
 
-def kept_slots(effective: Sequence[Tensor]) -> float:
+def kept_slots(effective: Sequence[Float]) -> float:
     """Effective slots at the videos' last frames divided by those at their first: 1 means that none are lost.
 
     ``effective`` holds :func:`effective_slots` of each video, (T,). Objects leave and enter, so compare the value with

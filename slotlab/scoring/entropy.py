@@ -36,7 +36,7 @@ class EntropyScorer:
     """Collects the entropy of a run's masks, upsampled to the ground truth's pixels, over labelled frames."""
 
     def __init__(self, split: Split, labels: int) -> None:
-        self._materials = objects_by(split, labels, "material")
+        self._materials = dict(objects_by(split, labels, "material"))
         self._frames: dict[str, list[float]] = defaultdict(list)  # of each frame, NaN where it has no such pixels
         self._spare: list[int] = []
         self._videos: list[int] = []

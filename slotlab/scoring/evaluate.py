@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from featcache.store.reading import Split
-from slotlab.config.model import MASKS, Masks
+from slotlab.config.model import MASKS
 from slotlab.config.schema import Config
 from slotlab.runs import checkpoint
 from slotlab.runs.loaded import LoadedRun
@@ -15,7 +15,7 @@ from slotlab.scoring.evaluation import Evaluation
 from slotlab.scoring.follow import Followed, follow
 from slotlab.scoring.groups import subgroup_scores
 from slotlab.scoring.references import KnownReferences, references
-from slotlab.scoring.scores import Scores
+from slotlab.scoring.scores import Means, Scores
 from slotlab.scoring.tables import require_truth
 from slotlab.words import Floors
 
@@ -26,11 +26,14 @@ class Evaluator:
     def __init__(self, loaded: LoadedRun, split: Split) -> None:
         """``DataError`` if the split has no masks."""
         self._loaded, self._split = loaded, require_truth(split)
-        self._scores: dict[Masks, Scores] = {kind: Scores() for kind in MASKS}
+        self._published = loaded.config.published_masks
+        self._scores = Scores()  # of the masks that the run publishes
+        self._others = {kind: Means() for kind in MASKS if kind != self._published}
         self._diagnostics = Diagnostics()
 
     def add(self, followed: Followed) -> None:
-        for kind, scores in self._scores.items():
+        self._scores.add_video(followed.tables(), followed.video)
+        for kind, scores in self._others.items():
             scores.add_video(followed.tables(kind), followed.video)
         self._diagnostics.add(followed.shown)
 
@@ -38,8 +41,9 @@ class Evaluator:
         """The evaluation of the added videos, beside the ceiling and floors of
         :func:`~slotlab.scoring.references.references`."""
         loaded, split, step = self._loaded, self._split, checkpoint.state(self._loaded.path)["step"]
-        published, means = self._scores[loaded.config.published_masks], self._diagnostics.means()
-        tables, _ = published.frame_tables()
+        scores, means = self._scores, self._diagnostics.means()
+        tables, _ = scores.frame_tables()
+        summaries = {self._published: scores.summary()} | {kind: of.summary() for kind, of in self._others.items()}
         height, width = split.spec.frame_size
         return Evaluation(
             run=str(loaded.path),
@@ -50,16 +54,16 @@ class Evaluator:
             step=step,
             code=scoring_code(),
             resolution=split.spec.frame_size,
-            published_masks=loaded.config.published_masks,
-            summary=published.summary(),
+            published_masks=self._published,
+            summary=summaries[self._published],
             ignored_pixels=1 - int(tables.sum()) / (len(tables) * height * width),
-            masks={kind: scores.summary() for kind, scores in self._scores.items()},
+            masks={kind: summaries[kind] for kind in MASKS},
             references=references(split, loaded, known, floors),
             diagnostics=means,
             diagnostics_by_frame=self._diagnostics.at_each_frame(),
             largest_activation_by_slot=self._diagnostics.largest_by_slot(),
             warnings=[*loaded.differs, *_unfinished(step, loaded.config), *warnings(means, loaded.config)],
-            groups=subgroup_scores(published, split),
+            groups=subgroup_scores(scores, split),
         )
 
 

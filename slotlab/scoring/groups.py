@@ -6,7 +6,7 @@ videos with replacement (a cluster bootstrap; Davison & Hinkley 1997, ch. 3.8, p
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -24,16 +24,15 @@ METHOD = "percentile bootstrap over videos"
 ATTRIBUTES = ("material", "size", "category")  # of an instance; scores are grouped by them
 
 
-def objects_by(split: Split, labels: int, attribute: str) -> dict[str, Tensor]:
-    """The objects with each value of ``attribute``: value -> (videos, labels - 1) bool."""
-    instances = {video: split.instances(video) for video in split.videos}
-    names = sorted({getattr(instance, attribute) for of in instances.values() for instance in of} - {""})
-    chosen = {name: torch.zeros(max(split.videos) + 1, labels - 1, dtype=torch.bool) for name in names}
-    for video, of in instances.items():
-        for k, instance in enumerate(of):
-            if name := getattr(instance, attribute):
-                chosen[name][video, k] = True
-    return chosen
+def objects_by(split: Split, labels: int, attribute: str) -> Iterator[tuple[str, Tensor]]:
+    """The objects with each value of ``attribute``, in the order of the values: (videos, labels - 1) bool."""
+    found: dict[str, int] = {"": 0}
+    numbers = torch.zeros(max(split.videos) + 1, labels - 1, dtype=torch.int32)  # of the values, by object
+    for video in split.videos:
+        of = [found.setdefault(getattr(each, attribute), len(found)) for each in split.instances(video)]
+        numbers[video, : len(of)] = torch.tensor(of, dtype=torch.int32)
+    for name in sorted(found.keys() - {""}):
+        yield name, numbers == found[name]
 
 
 @dataclass(frozen=True)
@@ -74,25 +73,31 @@ def subgroup_scores(scores: Scores, split: Split, bootstrap: Bootstrap | None = 
     bootstrap = bootstrap or Bootstrap()
     (tables, frame_videos), (_, ids) = scores.frame_tables(), scores.video_tables()
 
-    def sure(parts: Mapping[str, Tensor | None]) -> dict[str, Intervals]:
-        """Intervals of each of some parts of the objects, from the same draws, which cost more than the scores."""
-        of_frames = {(name, key): of for name, part in parts.items() for key, of in scores.frame_values(part).items()}
-        of_videos = {
-            (name, f"{key}_video"): of for name, part in parts.items() for key, of in scores.video_values(part).items()
-        }
-        found = bootstrap.intervals(of_frames, frame_videos) | bootstrap.intervals(of_videos, ids)
+    def sure(parts: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]) -> dict[str, Intervals]:
+        """Intervals of each of some parts from the same draws, which cost more than the scores."""
+        of_frames = {(name, key): of for name, (frames, _) in parts.items() for key, of in frames.items()}
+        of_videos = {(name, f"{key}_video"): of for name, (_, videos) in parts.items() for key, of in videos.items()}
+        found = bootstrap.intervals(of_frames, frame_videos)
+        if len(ids) == len(frame_videos):  # images: each is its video
+            found |= {(name, f"{key}_video"): found[name, key] for name, (_, of) in parts.items() for key in of}
+        else:
+            found |= bootstrap.intervals(of_videos, ids)
         return {name: {key: found[part, key] for part, key in found if part == name} for name in parts}
 
     summaries: dict[str, dict[str, Summary]] = {}
     intervals: dict[str, dict[str, Intervals]] = {}
-    of_frames = scores.frame_values()
+    of_frames, of_videos = scores.frame_values(), scores.video_values()
     named = dict(of_frames)  # scores of each frame, by name
+    rare: set[str] = set()  # those of which a video defines few: it has some of eighty categories
     for attribute in ATTRIBUTES:
-        groups = objects_by(split, tables.shape[1], attribute)
-        summaries[f"by_{attribute}"] = {name: scores.of_objects(objects) for name, objects in groups.items()}
-        intervals[f"by_{attribute}"] = sure(groups)
-        for name, objects in groups.items():
-            named |= {f"{score}_{name}": values for score, values in scores.frame_values(objects).items()}
+        parts = {name: scores.part(objects) for name, objects in objects_by(split, tables.shape[1], attribute)}
+        summaries[f"by_{attribute}"] = {name: part.summary for name, part in parts.items()}
+        intervals[f"by_{attribute}"] = sure({name: (part.frames, part.videos) for name, part in parts.items()})
+        for name, part in parts.items():
+            more = {f"{score}_{name}": values for score, values in part.frames.items()}
+            named |= more
+            if attribute == "category":
+                rare.update(more)
     summaries["by_objects"], intervals["by_objects"] = {}, {}
     shown = visible(tables)  # (F,) number of visible objects
     for count in sorted(set(shown.tolist())):
@@ -102,20 +107,28 @@ def subgroup_scores(scores: Scores, split: Split, bootstrap: Bootstrap | None = 
             int(here.sum()), len(set(frame_videos[here].tolist())), {name: mean(of) for name, of in values.items()}
         )
         intervals["by_objects"][str(count)] = bootstrap.intervals(values, frame_videos[here])
-    by_video = dict(_by_video(split, named, frame_videos, scores.video_values(), ids))
+    by_video = dict(_by_video(split, named, rare, frame_videos, of_videos, ids))
     how = (bootstrap.level, METHOD, bootstrap.resamples, bootstrap.seed)
-    return Groups(summaries, by_video, Confidence(*how, sure({"": None})[""], intervals))
+    return Groups(summaries, by_video, Confidence(*how, sure({"": (of_frames, of_videos)})[""], intervals))
 
 
 def _by_video(
-    split: Split, of_frames: Mapping[str, Tensor], frames: Tensor, of_videos: Mapping[str, Tensor], ids: Tensor
+    split: Split,
+    of_frames: Mapping[str, Tensor],
+    rare: Set[str],
+    frames: Tensor,
+    of_videos: Mapping[str, Tensor],
+    ids: Tensor,
 ) -> Iterator[tuple[str, Values]]:
-    """Each video's name, with its means over frames and its scores as a whole."""
+    """Each video's name, with its means over frames (``rare`` ones where defined), and its scores as a whole."""
     position = torch.searchsorted(ids, frames)  # (F,): each frame's row in ids
     means = {name: _means_of(values, position, len(ids)) for name, values in of_frames.items()}
+    wholes = {
+        f"{name}_video": _means_of(values, torch.arange(len(ids)), len(ids)) for name, values in of_videos.items()
+    }
     for row, video in enumerate(ids.tolist()):
-        whole = {f"{name}_video": mean(values[row]) for name, values in of_videos.items()}
-        yield split.names[video], {name: of[row] for name, of in means.items()} | whole
+        known = {name: of[row] for name, of in means.items() if name not in rare or of[row] is not None}
+        yield split.names[video], known | {name: of[row] for name, of in wholes.items()}
 
 
 def _means_of(values: Tensor, position: Tensor, videos: int) -> list[float | None]:

@@ -20,8 +20,9 @@ from slotlab.models.randomness import Draws
 from slotlab.models.segments import MOST_PATCHES, SHRINKAGE, normalised_cuts, soft_segments
 from slotlab.runs.loaded import LoadedRun
 from slotlab.scoring.collapse import effective_slots, kept_slots
+from slotlab.scoring.intervals import Float
 from slotlab.scoring.metrics import SCORES
-from slotlab.scoring.scores import Scores, Values, in_order
+from slotlab.scoring.scores import Means, Values, in_order
 from slotlab.scoring.tables import UNKNOWN, count_labels, ground_truth, labelled_frames, mask_tables, stacked
 from slotlab.words import Floors
 
@@ -133,8 +134,8 @@ def _measured(split: Split, loaded: LoadedRun, floors: list[str]) -> References:
     whiten = Normaliser.from_moments("whiten", moments, SHRINKAGE, center="channel")
     labels, grid = count_labels(split), loaded.model.grid
     clusters = min(loaded.model.slots, grid[0] * grid[1])
-    ceiling, found = Scores(), {name: Scores() for name in floors}
-    effective: list[Tensor] = []
+    ceiling, found = Means(), {name: Means() for name in floors}
+    effective: list[Float] = []
     for video in split.videos:
         truth = ground_truth(split, video)
         labelled = labelled_frames(truth)
@@ -143,14 +144,15 @@ def _measured(split: Split, loaded: LoadedRun, floors: list[str]) -> References:
         truth, raw = truth[labelled], loaded.inputs.tokens(split, video)[labelled]
         whitened = whiten(raw)
         ceiling.add_video(grid_reference(truth, grid, labels), video)
-        effective.append(effective_slots(grid_masks(truth, grid, labels)))
+        effective.append(effective_slots(grid_masks(truth, grid, labels)).numpy())
         for name, scores in found.items():
             tokens = whitened if FLOORS[name].whitened else raw
             scores.add_video(floor_tables(name, tokens, grid, clusters, truth, labels, seed=video), video)
+    values = {name: scores.summary().values for name, scores in found.items()}
     return References(
         ceiling.summary().values,
         kept_slots(effective),
-        {name: {score.key: scores.summary().values[score.key] for score in SCORES} for name, scores in found.items()},
+        {name: {score.key: of[score.key] for score in SCORES} for name, of in values.items()},
         str(statistics.path),
     )
 

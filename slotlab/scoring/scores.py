@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,6 +52,15 @@ def in_order(raw: Mapping[str, T]) -> dict[str, T]:
     return {name: raw[name] for name in names if name in raw}
 
 
+@dataclass(frozen=True)
+class Part:
+    """Scores of some objects by key: of each frame (F,) and video (V,), NaN where not defined, and their means."""
+
+    frames: Mapping[str, Tensor]
+    videos: Mapping[str, Tensor]
+    summary: Summary
+
+
 @dataclass
 class Scores:
     """Collects the contingency tables of frames, and gives their scores per frame and per video.
@@ -62,6 +73,8 @@ class Scores:
     _tables: list[Tensor] = field(default_factory=list)  # (B, n_true, n_pred) each, of labelled frames
     _videos: list[Tensor] = field(default_factory=list)  # (B,) each
     _added: list[Tensor] = field(default_factory=list)  # the videos of all frames
+    _loose: int = 0  # number of tensors at the end of each list that are of one call
+    _summed: tuple[Tensor, Tensor] | None = None  # video_tables of what was added
 
     def add(self, tables: Tensor, videos: Tensor) -> None:
         """Add tables of frames (B, n_true, n_pred), of the same n_true in each call, and their video ids (B,)."""
@@ -72,10 +85,25 @@ class Scores:
         self._tables.append(tables[labelled])
         self._videos.append(videos[labelled])
         self._added.append(videos)
+        self._summed = None
+        self._loose += 1
+        if self._loose == _JOINED:
+            self._join(_JOINED)
+
+    def _join(self, last: int) -> None:
+        """Make one tensor of the last ones: a tensor for each image of a large split takes more than its values."""
+        self._tables[-last:] = [stacked(self._tables[-last:])]
+        self._videos[-last:] = [torch.cat(self._videos[-last:])]
+        self._added[-last:] = [torch.cat(self._added[-last:])]
+        self._loose = 0
 
     def add_video(self, tables: Tensor, video: int) -> None:
         """Add tables (T, n_true, n_pred) of one video's frames."""
         self.add(tables, torch.full((len(tables),), video))
+
+    def __len__(self) -> int:
+        """Number of frames."""
+        return sum(map(len, self._added))
 
     def frame_tables(self) -> tuple[Tensor, Tensor]:
         """The tables of labelled frames (F, n_true, n_pred) and their video ids (F,), in the order they were added.
@@ -84,13 +112,17 @@ class Scores:
         """
         if not self._tables:
             raise ValueError("no frame has been scored; the split is empty")
-        return stacked(self._tables), torch.cat(self._videos)
+        if len(self._tables) > 1:
+            self._join(len(self._tables))
+        return self._tables[0], self._videos[0]
 
     def video_tables(self) -> tuple[Tensor, Tensor]:
         """The sums of each labelled video's tables (V, n_true, n_pred), and the videos' ids (V,) in rising order."""
-        tables, videos = self.frame_tables()
-        ids, position = torch.unique(videos, return_inverse=True)
-        return tables.new_zeros((len(ids), *tables.shape[1:])).index_add_(0, position, tables), ids
+        if self._summed is None:
+            tables, videos = self.frame_tables()
+            ids, position = torch.unique(videos, return_inverse=True)
+            self._summed = tables.new_zeros((len(ids), *tables.shape[1:])).index_add_(0, position, tables), ids
+        return self._summed
 
     def frame_values(self, objects: Tensor | None = None) -> dict[str, Tensor]:
         """Scores of each frame by key, (F,) float64; NaN where one is not defined.
@@ -109,9 +141,8 @@ class Scores:
         tables, _ = self.frame_tables()
         added = torch.cat(self._added)
         skipped = int((visible(tables) == 0).sum())
-        return Summary(
-            len(added), len(set(added.tolist())), self._means(None), labelled_frames=len(tables), skipped_frames=skipped
-        )
+        means = _means(self.frame_values(), self.video_values())
+        return Summary(len(added), len(set(added.tolist())), means, labelled_frames=len(tables), skipped_frames=skipped)
 
     def of_objects(self, objects: Tensor) -> Summary:
         """Means over some objects only, for example the metal ones; None where nothing was scored.
@@ -121,28 +152,73 @@ class Scores:
         are means over the ``frames`` that show any; the matching for mIoU still includes all objects. The same holds
         for ``videos``.
         """
+        return self.part(objects).summary
+
+    def part(self, objects: Tensor) -> Part:
+        """Scores of some objects only, as in :meth:`of_objects`."""
+        frames, videos = self.frame_values(objects), self.video_values(objects)
         seen, seen_in_videos = (
             visible(tables, objects.cpu()[videos]) for tables, videos in (self.frame_tables(), self.video_tables())
         )
-        return Summary(
-            int((seen > 0).sum()),
-            int((seen_in_videos > 0).sum()),
-            self._means(objects),
-            frames_ari=int((seen > 1).sum()),
-        )
+        shown, shown_in_videos = int((seen > 0).sum()), int((seen_in_videos > 0).sum())
+        means = _means(frames, videos)
+        return Part(frames, videos, Summary(shown, shown_in_videos, means, frames_ari=int((seen > 1).sum())))
 
-    def _means(self, objects: Tensor | None) -> Values:
-        frames, videos = self.frame_values(objects), self.video_values(objects)
-        return {key: mean(values) for key, values in frames.items()} | {
-            f"{key}_video": mean(values) for key, values in videos.items()
-        }
+
+_JOINED = 256
+_SCORED = 4096  # tables at once: scores make several of their size in float64
+
+
+class Means:
+    """The summary of :class:`Scores` for tables that nothing else needs: those of a few hundred videos are held."""
+
+    def __init__(self) -> None:
+        self._held, self._videos = Scores(), 0
+        self._frames: dict[str, list[Tensor]] = defaultdict(list)
+        self._whole: dict[str, list[Tensor]] = defaultdict(list)
+        self._counts = np.zeros(3, np.int64)  # frames, labelled ones, skipped ones
+
+    def add_video(self, tables: Tensor, video: int) -> None:
+        """Add tables (T, n_true, n_pred) of all frames of one video."""
+        self._held.add_video(tables, video)
+        self._videos += 1
+        if self._videos % _JOINED == 0:
+            self._reduce()
+
+    def summary(self) -> Summary:
+        """Means over the split. ``ValueError`` if nothing was added."""
+        if self._held or not self._videos:
+            self._reduce()
+        values = [{key: torch.cat(of) for key, of in kind.items()} for kind in (self._frames, self._whole)]
+        frames, labelled, skipped = self._counts.tolist()
+        return Summary(frames, self._videos, _means(*values), labelled_frames=labelled, skipped_frames=skipped)
+
+    def _reduce(self) -> None:
+        tables, _ = self._held.frame_tables()
+        for kept, values in ((self._frames, self._held.frame_values()), (self._whole, self._held.video_values())):
+            for key, of in values.items():
+                kept[key].append(of)
+        counts = len(self._held), len(tables), int((visible(tables) == 0).sum())
+        self._counts += counts
+        self._held = Scores()
 
 
 def _values(tables: Tensor, videos: Tensor, objects: Tensor | None) -> dict[str, Tensor]:
     if objects is None:
-        return {score.key: score.of_tables(tables) for score in SCORES}
+        chunks = torch.split(tables, _SCORED)
+        return {score.key: torch.cat([score.of_tables(chunk) for chunk in chunks]) for score in SCORES}
     chosen = objects.cpu()[videos]  # (F, n_true - 1)
-    return {score.key: score.of_tables(tables, chosen) for score in scores_in("parts")}
+    rows = visible(tables, chosen).nonzero().flatten()  # elsewhere no score of objects is defined
+    found = {score.key: torch.full((len(tables),), torch.nan, dtype=torch.float64) for score in scores_in("parts")}
+    for score in scores_in("parts"):
+        found[score.key][rows] = score.of_tables(tables[rows], chosen[rows])
+    return found
+
+
+def _means(frames: Mapping[str, Tensor], videos: Mapping[str, Tensor]) -> Values:
+    """Means over frames and, with the suffix ``_video``, over videos."""
+    of_videos = {f"{key}_video": mean(values) for key, values in videos.items()}
+    return {key: mean(values) for key, values in frames.items()} | of_videos
 
 
 def mean(values: Tensor) -> float | None:

@@ -32,8 +32,9 @@ class TransformerDecoder(Decoder):
 
     ``permuted`` trains with a random scan of the patches at each step, from any corner along rows or columns, each with
     its start token, so that fewer patches can be predicted from their neighbours alone (SPOT, Kakogeorgiou et
-    al., 2024, arXiv:2312.00648); SPOT itself has a ninth, a spiral. Without it, and when a trained model is used,
-    patches come row by row.
+    al., 2024, arXiv:2312.00648); SPOT itself has a ninth, a spiral. Without it patches come row by row, and so they do
+    when a trained model is used. With ``config.scans`` = ``all`` tokens and masks are then the means over all scans, as
+    SPOT is evaluated (``--eval_permutations all``).
     """
 
     orders: Tensor  # (O, N): patches in the order of each scan
@@ -71,18 +72,28 @@ class TransformerDecoder(Decoder):
 
     def forward(self, attended: Attended, target: Float[Tensor, "B N D"], draws: Draws) -> Decoded:
         if self.training and len(self.orders) > 1:
-            scan = draws.integers(len(self.orders), 1, target.device)  # (1,)
-            order, begin = self.orders[scan][0], self.begin[scan]  # (N,), (1, W)
+            scans = draws.integers(len(self.orders), 1, target.device)  # (1,)
         else:
-            order, begin = self.orders[0], self.begin[:1]
-        tokens = self._before(target[:, order], begin.expand(len(target), 1, -1), order)  # (B, N, W)
+            scans = torch.arange(len(self.orders) if self.config.scans == "all" else 1, device=target.device)
         slots = self.norm_slots(attended.slots)
+        passes = [self._scan(scan, slots, attended, target) for scan in torch.split(scans, 1)]
+        tokens, masks = (
+            torch.stack(parts).mean(0) if len(parts) > 1 else parts[0] for parts in zip(*passes, strict=True)
+        )
+        decoded, similarity = self.heads(tokens)
+        return Decoded(decoded, masks, similarity)
+
+    def _scan(
+        self, scan: Int[Tensor, 1], slots: Float[Tensor, "B K W"], attended: Attended, target: Float[Tensor, "B N D"]
+    ) -> tuple[Float[Tensor, "B N W"], Float[Tensor, "B K N"]]:
+        """What the blocks give of all patches, and the masks, by one scan."""
+        order, begin = self.orders[scan][0], self.begin[scan]  # (N,), (1, W)
+        tokens = self._before(target[:, order], begin.expand(len(target), 1, -1), order)  # (B, N, W)
         for block in self.blocks:
             tokens = block(tokens, slots, attended.active)
         tokens, masks = self.last.with_weights(tokens, slots, attended.active)
         back = order.argsort()
-        decoded, similarity = self.heads(self.norm(tokens)[:, back])
-        return Decoded(decoded, masks[..., back], similarity)
+        return self.norm(tokens)[:, back], masks[..., back]
 
     def _before(
         self, target: Float[Tensor, "B N D"], begin: Float[Tensor, "B 1 W"], order: Int[Tensor, N]
