@@ -30,6 +30,7 @@ from slotlab.runs.folder import read_rows, store_path
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.evaluate import evaluate
 from slotlab.training.train import train
+from tests import training
 from tests.synthetic import DiscSource, tokens_of
 
 MADE = Path(__file__).parent / "fixtures" / "v0.1"
@@ -153,6 +154,15 @@ def test_a_run_of_the_first_version_opens_and_says_what_differs(tmp_path: Path, 
     assert told[0][1:] == told[1], "where it was off, nothing differs"
     one, other = (load_run(run).segment(store["validation"], 0) for run in (fitted, never))
     assert torch.equal(one.masks, other.masks)
+
+
+def test_a_run_with_a_setting_that_is_gone_says_what_differs(tmp_path: Path, store: FeatureStore) -> None:
+    run = train(training.small(preset="objects", optim__steps=2), store, tmp_path / "run")
+    assert evaluate(load_run(run)).warnings == []
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace("[model]\n", "[model]\nshare_weight = 0.5\n"))
+    (told,) = evaluate(load_run(run)).warnings
+    assert told.startswith("made by a version in which a slot's share of the whole frame counted")
 
 
 def test_a_run_of_the_first_version_resumes(tmp_path: Path, store: FeatureStore) -> None:

@@ -330,7 +330,11 @@ class AgglomerativeConfig(KindConfig):
     frames_a_step: ClassVar[int | None] = 2
     any_grid: ClassVar[bool] = True
     gone: ClassVar[Mapping[str, Gone]] = {
-        "share_weight": Gone((0.5,), "is gone: a slot's share around a patch counts, by near_weight")
+        "share_weight": Gone(
+            (0.5,),
+            "is gone: a slot's share around a patch counts, by near_weight",
+            "made by a version in which a slot's share of the whole frame counted; its masks change a little",
+        )
     }
 
     @property

@@ -11,10 +11,14 @@ ReadBy = Mapping[str, tuple[str, tuple[str, ...]]]
 
 
 class Gone(NamedTuple):
-    """A setting of earlier versions: its values that match what this version does, and what became of it."""
+    """A setting of earlier versions: its values that match what this version does, and what became of it.
+
+    ``differs`` is a sentence for those who load a run with such a value, where masks are not quite those of then.
+    """
 
     values: tuple[Any, ...]
     now: str
+    differs: str = ""
 
     @classmethod
     def fixed(cls, value: Any) -> Gone:

@@ -111,7 +111,7 @@ def load_model(run: Path, model: Model, name: str | None = None) -> list[str]:
     """
     path = folder(run) / (name or _to_use(run))
     tensors = _tensors(path)
-    differs = model.of_earlier_version(tensors)
+    differs = [*model.of_earlier_version(tensors), *_gone(run)]
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -157,6 +157,12 @@ def load_run_config(run: Path) -> Config:
         return validate(read_toml(path), str(path))
     except UsageError as error:
         raise DataError(f"{error}; restore the file, or train again") from error
+
+
+def _gone(run: Path) -> list[str]:
+    """What settings that are gone mean for the results of a run that has them."""
+    gone = load_run_config(run).model.gone
+    return [gone[key].differs for key in read_toml(run / CONFIG)["model"] if key in gone and gone[key].differs]
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
