@@ -72,11 +72,13 @@ class TransformerDecoder(Decoder):
 
     def forward(self, attended: Attended, target: Float[Tensor, "B N D"], draws: Draws) -> Decoded:
         if self.training and len(self.orders) > 1:
-            scans = draws.integers(len(self.orders), 1, target.device)  # (1,)
+            drawn = draws.integers(len(self.orders), 1, target.device)  # (1,)
+            scans = [(self.orders[drawn][0], self.begin[drawn])]
         else:
-            scans = torch.arange(len(self.orders) if self.config.scans == "all" else 1, device=target.device)
+            count = len(self.orders) if self.config.scans == "all" else 1
+            scans = [(self.orders[scan], self.begin[scan : scan + 1]) for scan in range(count)]
         slots = self.norm_slots(attended.slots)
-        passes = [self._scan(scan, slots, attended, target) for scan in torch.split(scans, 1)]
+        passes = [self._scan(order, begin, slots, attended, target) for order, begin in scans]
         tokens, masks = (
             torch.stack(parts).mean(0) if len(parts) > 1 else parts[0] for parts in zip(*passes, strict=True)
         )
@@ -84,10 +86,14 @@ class TransformerDecoder(Decoder):
         return Decoded(decoded, masks, similarity)
 
     def _scan(
-        self, scan: Int[Tensor, 1], slots: Float[Tensor, "B K W"], attended: Attended, target: Float[Tensor, "B N D"]
+        self,
+        order: Int[Tensor, N],
+        begin: Float[Tensor, "1 W"],
+        slots: Float[Tensor, "B K W"],
+        attended: Attended,
+        target: Float[Tensor, "B N D"],
     ) -> tuple[Float[Tensor, "B N W"], Float[Tensor, "B K N"]]:
         """What the blocks give of all patches, and the masks, by one scan."""
-        order, begin = self.orders[scan][0], self.begin[scan]  # (N,), (1, W)
         tokens = self._before(target[:, order], begin.expand(len(target), 1, -1), order)  # (B, N, W)
         for block in self.blocks:
             tokens = block(tokens, slots, attended.active)
