@@ -141,11 +141,11 @@ def test_a_slot_that_is_away_keeps_its_last_vector_and_mask() -> None:
 # -- the model ---------------------------------------------------------------------------------------------
 
 
-def model(seed: int = 0, **settings_of: object) -> DynamicsModel:
+def model(seed: int = 0, steps: int = 1, **settings_of: object) -> DynamicsModel:
     """A model whose parameters are all random: the last layer of a fresh one is zero."""
     config = DynamicsConfig(**{"slots": SLOTS, "burn_in": 3, "width": 16, "heads": 2, "mirror": False, **settings_of})
     torch.manual_seed(seed)
-    made = DynamicsModel(config, normaliser(), GRID)
+    made = DynamicsModel(config, normaliser(), GRID, steps)
     torch.nn.init.normal_(made.change.weight, std=0.05)
     return made.eval()
 
@@ -244,8 +244,10 @@ def test_hidden_slots_are_seen_once() -> None:
 
 
 def test_the_slot_loss_is_the_mean_square_of_standardised_parts() -> None:
-    made = model().train()
+    """Of places in units of how far slots go in as many frames."""
+    made = model(steps=2).train()
     made.scale.uniform_(0.5, 2.0)
+    made.reach.copy_(torch.tensor([0.4, 0.7]))
     given_tokens, _, _ = tokens(5)
     given_tokens[0, 3, 1] = 0  # is away, so that it adds nothing
     output = made(given_tokens, Draws(0))
@@ -253,10 +255,30 @@ def test_the_slot_loss_is_the_mean_square_of_standardised_parts() -> None:
     with torch.no_grad():
         future = made.roll_out(seen, 2)
     error = ((future - seen.vectors[:, 3:]) / made.scale).square().numpy()[0]  # (2, K, S)
-    parts = error[..., :2].mean(-1), error[..., SIDE], error[..., FEATURE].mean(-1)
+    places_off = (future - seen.vectors[:, 3:])[0, ..., PLACE] / made.reach.view(2, 1, 1)
+    parts = places_off.square().mean(-1).numpy(), error[..., SIDE], error[..., FEATURE].mean(-1)
     each = np.mean(parts, 0)
     each[0, 1] = 0
     assert float(slot_mse(output, LossConfig()).detach()) == pytest.approx(each.mean(), rel=1e-4)
+
+
+def test_the_reach_is_how_far_slots_go() -> None:
+    """Of slots that hold something in both frames."""
+    made = model(steps=3)
+    videos = [tokens(6, seed)[0][0] for seed in range(2)]
+    videos[1][2:4, 0] = 0
+    made.calibrate(videos)
+    seen = [made.see(video.unsqueeze(0)) for video in videos]
+    for ahead in (1, 2, 3):
+        gone = [
+            (of.vectors[0, t + ahead, k, PLACE] - of.vectors[0, t, k, PLACE]).numpy()
+            for of in seen
+            for t in range(6 - ahead)
+            for k in range(SLOTS)
+            if of.active[0, t, k] and of.active[0, t + ahead, k]
+        ]
+        assert len(gone) < 2 * SLOTS * (6 - ahead)
+        assert float(made.reach[ahead - 1]) == pytest.approx(np.sqrt(np.mean(np.square(gone))), rel=1e-4)
 
 
 # -- training ----------------------------------------------------------------------------------------------

@@ -176,6 +176,11 @@ class Tracks(ModelInput):
         found: Tensor = self.masks(tokens).mT @ tokens[..., : self.dim]
         return found
 
+    def sample(self, split: Split) -> Iterator[Tensor]:
+        """The first frames of some videos, none left out: how far slots go from frame to frame is measured on them."""
+        for video in split.spread(SAMPLE_VIDEOS):
+            yield self.read(split, video)[:SAMPLE_FRAMES].clone()
+
     def moments(self, split: Split) -> Moments:
         return split.statistics(self.features)
 

@@ -136,7 +136,7 @@ def assignment(output: Output, config: LossConfig) -> Tensor:
 
 
 def slot_mse(output: Output, config: LossConfig) -> Tensor:
-    """Squared error of predicted slots in units of their variance, mean over all; one that is not present adds 0.
+    """Squared error of predicted slots in units of the model, mean over all; one that is not present adds 0.
 
     ``UsageError`` for the output of a model that predicts no slots.
     """

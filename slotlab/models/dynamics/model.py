@@ -60,6 +60,7 @@ class DynamicsModel(Model):
         config: sizes. Any number of slots is predicted.
         normaliser: of the features that the slots are means of.
         grid: rows and columns of the slots' masks.
+        steps: predicted frames of a training clip.
     """
 
     place: Tensor  # (N, 2)
@@ -67,12 +68,13 @@ class DynamicsModel(Model):
     mean: Tensor  # (S,) of a vector's parts
     scale: Tensor  # (S,) standard deviation of them; one number for all channels of the feature
     balance: Tensor  # (S,) factors by which place, side and feature weigh alike
+    reach: Tensor  # (H,) patches; how far slots go in 1 to H frames, by coordinate, root mean square
     persistence: Tensor  # (D,) correlation of a patch's feature with that of the frame before
     time: Tensor  # (L, 1, W)
     push_mean: Tensor  # (A,) of actions
     push_scale: Tensor  # (A,)
 
-    def __init__(self, config: DynamicsConfig, normaliser: Normaliser, grid: tuple[int, int]) -> None:
+    def __init__(self, config: DynamicsConfig, normaliser: Normaliser, grid: tuple[int, int], steps: int = 1) -> None:
         super().__init__()
         self.config, self.normaliser, self.grid, self.slots = config, normaliser, grid, config.slots
         width, channels = config.width, min(config.channels, normaliser.dim)
@@ -83,6 +85,7 @@ class DynamicsModel(Model):
         self.register_buffer("scale", torch.ones(size))
         balance = torch.tensor([1 / 2, 1 / 2, 1, 0] + [1 / channels] * channels) * size / 3
         self.register_buffer("balance", balance.sqrt(), persistent=False)
+        self.register_buffer("reach", torch.ones(steps), persistent=False)  # of losses alone
         self.register_buffer("persistence", torch.zeros(normaliser.dim))
         self.register_buffer("time", time_code(config.burn_in, width))
         self.embed = nn.Linear(size + (4 if config.kinematics else 0), width)
@@ -102,7 +105,7 @@ class DynamicsModel(Model):
     @classmethod
     def of(cls, config: Config, normaliser: Normaliser, grid: tuple[int, int]) -> DynamicsModel:
         assert isinstance(config.model, DynamicsConfig)
-        return cls(config.model, normaliser, grid)
+        return cls(config.model, normaliser, grid, config.data.clip - config.model.burn_in)
 
     def take(self, moments: Moments) -> None:
         """The directions of most variance, and how long features last: the correlation of a patch's with those of the
@@ -129,6 +132,10 @@ class DynamicsModel(Model):
         self.scale[PLACE] = vectors[:, PLACE].square().mean().sqrt()
         self.scale[SIDE] = vectors[:, SIDE].std(correction=0).clamp_min(1e-3)
         self.scale[FEATURE] = vectors[:, FEATURE].square().mean().sqrt()
+        self.reach.fill_(self.scale[0])  # where no slot is active for so long
+        for ahead in range(1, len(self.reach) + 1):
+            if len(gone := torch.cat([of.gone(ahead) for of in seen])):
+                self.reach[ahead - 1] = gone.square().mean().sqrt().clamp_min(1e-3)
 
     def forward(self, features: Float[Tensor, "B T K C"], draws: Draws) -> Output:
         """The training pass on clips: the frames after the first ``burn_in`` are predicted. ``*B`` is (B, H)."""
@@ -140,14 +147,14 @@ class DynamicsModel(Model):
         pictures = self.decode(seen, future, hidden)
         truth = seen.masks[:, burn_in:]
         return Output(
-            slots=self.in_units(future),
+            slots=self.in_units(future) * self.near,
             attention=pictures.masks,
             logits=pictures.masks.clamp_min(LEAST_MASK).log(),
             masks=pictures.masks,
             reconstruction=pictures.features * self.share,
             target=truth.mT @ known[..., FEATURE] * self.share,
             grid=self.grid,
-            future=self.in_units(known),
+            future=self.in_units(known) * self.near,
             present=seen.active[:, burn_in:] & seen.active[:, :burn_in].any(1, keepdim=True),
         )
 
@@ -275,6 +282,16 @@ class DynamicsModel(Model):
     def in_units(self, vectors: Float[Tensor, "*B S"]) -> Float[Tensor, "*B S"]:
         """Vectors of mean square 1 to which place, side and feature contribute alike; doubt is left out."""
         return (vectors - self.mean) / self.scale * self.balance
+
+    @property
+    def near(self) -> Float[Tensor, "H 1 S"]:
+        """Factors that put places of each predicted frame into units of how far slots go in as many frames.
+
+        So the first frames, whose errors are small, count as much as the last ones.
+        """
+        factors = torch.ones(len(self.reach), 1, len(self.scale), device=self.reach.device)
+        factors[..., PLACE] = self.scale[PLACE] / self.reach.view(-1, 1, 1)
+        return factors
 
     # -- draws of training -----------------------------------------------------------------------------
 

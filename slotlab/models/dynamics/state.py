@@ -41,6 +41,12 @@ class Seen:
         known = (self.last[:, frame] <= frame).unsqueeze(-1)
         return self.masks.gather(1, chosen)[:, 0] * known
 
+    def gone(self, ahead: int) -> Float[Tensor, "M 2"]:
+        """How far slots have gone after ``ahead`` frames, of those that are active in both."""
+        apart = self.vectors[:, ahead:, :, PLACE] - self.vectors[:, :-ahead, :, PLACE]
+        found: Tensor = apart[self.active[:, ahead:] & self.active[:, :-ahead]]
+        return found
+
 
 def places(grid: tuple[int, int]) -> Float[Tensor, "N 2"]:
     """Row and column of each patch, from the middle of the frame, in patches."""
