@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import shutil
 import signal
@@ -109,9 +110,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays: the garbage collector need not look through it again and again."""
+    """What is imported stays: the garbage collector need not look through it again and again, and a fork server, one
+    for all tests of this process, has imported it for the processes that they start."""
     gc.collect()
     gc.freeze()
+    multiprocessing.set_forkserver_preload(["tests.forked"])
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

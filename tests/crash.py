@@ -10,9 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# A fork server that has done the imports makes each doomed process cheap.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.crash_imports"])
+_context = multiprocessing.get_context("forkserver")  # which has done the imports (tests/conftest.py)
 
 # Every call that changes what is on the disk, or promises that it will stay.
 WRITES = ("open", "write", "pwrite", "fsync", "replace", "rename", "mkdir", "unlink", "ftruncate", "link", "rmdir")

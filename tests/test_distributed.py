@@ -44,7 +44,7 @@ OPTIONS = ExtractOptions(batch_size=8, precision="float32")  # groups of two vid
 def forked() -> Iterator[None]:
     """Workers come from a fork server that has done the imports: most of what they would do here."""
     with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
-        get_mp_context().set_forkserver_preload(["tests.crash_imports"])  # dask's own list is of its packages
+        get_mp_context().set_forkserver_preload(["tests.forked"])  # dask's own list is of its packages
         yield
 
 
