@@ -22,7 +22,7 @@ __version__ = "0.1.0"
 if "OMP_WAIT_POLICY" not in os.environ:  # here, because every command and worker imports this package
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     # GNU's libgomp lets this win: about 0.1 ms, what waking a thread costs. Asleep at once, a training that is alone
-    # takes a tenth longer (docs/benchmarks.md).
+    # takes a tenth longer (docs/benchmarks-speed.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # What is public: it changes with a deprecation alone.
