@@ -189,6 +189,17 @@ def test_a_mount_that_is_lost_for_a_while_costs_nothing(
     assert files(store.path) == local and verify(store.path) == []
 
 
+def test_a_store_that_is_mounted_at_first_use_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a worker that has not seen it; for long by none."""
+    run = tmp_path / "mount" / "s.zarr" / ".run-1"
+    coming = threading.Timer(0.5, lambda: run.mkdir(parents=True))
+    coming.start()
+    assert distributed._wait_for_files(run, None)
+    coming.join()
+    monkeypatch.setattr(distributed, "ARRIVAL", 0.1)
+    assert not distributed._wait_for_files(tmp_path / "elsewhere" / ".run-1", None)
+
+
 def test_late_workers_take_their_share_and_one_that_stays_without_files_gives_its_own_to_others(
     tmp_path: Path, backbone: Backbone, local: dict[str, bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
