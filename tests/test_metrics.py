@@ -296,6 +296,24 @@ def test_scores_of_some_objects() -> None:
     assert (one.frames, one.frames_ari, one.values["fg_ari"]) == (1, 0, None)
 
 
+@pytest.mark.parametrize("kind", [Scores, Means])
+def test_where_no_two_objects_meet_there_is_no_fg_ari(kind: type[Scores | Means]) -> None:
+    """Of one object it is 1, or 0 if a slot of another number takes a pixel: a mean of that says nothing."""
+    tables = torch.zeros(3, OBJECTS, SLOTS, dtype=torch.int64)
+    tables[:, 0] = 5
+    tables[0, 1, 0] = tables[1, 1, 0] = tables[2, 2, 1] = 9  # one object a frame, and in video 1 another one
+    apart, together = kind(), kind()
+    apart.add_video(tables[:2], 0)
+    apart.add_video(tables[2:], 1)
+    values = apart.summary().values
+    assert (values["fg_ari"], values["fg_ari_video"]) == (None, None) and values["mbo"] is not None
+    together.add_video(tables, 0)
+    values = together.summary().values
+    assert values["fg_ari"] is None and values["fg_ari_video"] == 1
+    together.add_video(tables[:1] + tables[2:], 1)
+    assert together.summary().values["fg_ari"] == 1
+
+
 def test_a_split_without_frames_or_foreground() -> None:
     with pytest.raises(ValueError, match="empty"):
         Scores().summary()

@@ -13,11 +13,14 @@ from cli import app
 from featcache.errors import UsageError
 from featcache.store.reading import FeatureStore
 from slotlab.report.write import write_report
+from slotlab.runs.folder import LOG, read_rows
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.evaluate import evaluate
 from slotlab.scoring.references import KnownReferences, references
+from slotlab.training.train import train
 from tests.reporting import make_run
 from tests.synthetic import DiscSource, make_store
+from tests.training import small
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +51,20 @@ def test_every_command_takes_the_only_split_and_says_so(
     sheet = tmp_path / "sheet.png"
     found, said = printed(capsys, "eval", home / run, *there, "--sheet", sheet, "--against", home / "features")
     assert (found["split"], found["frames"], found["videos"]) == ("heldout", 12, 3)
-    assert "no split 'validation'; taking its only one, 'heldout'" in " ".join(said.split())
+    assert "no split 'validation'; taking 'heldout'" in " ".join(said.split())
     assert found["floor_statistics"] == str(home / "own.zarr" / "train")
     assert found["against"]["scores"]["mbo"]["videos"] == 3
     assert sheet.read_bytes().startswith(b"\x89PNG")
     assert not (home / run / "eval-heldout.json").exists(), "the run's own store is there"
 
     found, said = printed(capsys, "masks", home / run, *there, "--out", tmp_path / "masks")
-    assert found["files"] == 12 and "taking its only one" in said
+    assert found["files"] == 12 and "taking 'heldout'" in said
     found, said = printed(capsys, "report", home / run, *there, "-o", tmp_path / "r.html")
     assert found["runs"][0]["split"] == "heldout" and found["runs"][0]["evaluation"]["videos"] == 3
     assert "no split 'validation'; it shows 'heldout'" in " ".join(said.split())
     if run == "pixels":  # needs no backbone
         found, said = printed(capsys, "robustness", home / run, *there, "--max-videos", 1, "--frames", 2)
-        assert found["split"] == "heldout" and "taking its only one" in said
+        assert found["split"] == "heldout" and "taking 'heldout'" in said
 
 
 def test_the_table_names_the_statistics_of_the_floor(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,6 +93,17 @@ def test_another_store_in_the_place_of_its_own_is_not_taken_for_it(home: Path, t
     (run / "store.json").write_text(json.dumps(note | {"path": str(other.path), "from_run": None}))
     found = evaluate(load_run(run, home / "other.zarr"))
     assert found.references.statistics == str(home / "other.zarr" / "heldout")
+
+
+def test_a_published_name_of_the_evaluation_split_is_found(tmp_path: Path) -> None:
+    """DAVIS, VOC and COCO call it val."""
+    store = FeatureStore.open(make_store(tmp_path / "davis.zarr", DiscSource({"train": (4,), "val": (4, 3)})).path)
+    run = train(small("evaluate_every=6", "optim.steps=6"), store, tmp_path / "run")
+    assert "eval_mbo" in read_rows(run / LOG)[-1]
+    found = evaluate(load_run(run))
+    assert (found.split, found.summary.videos) == ("val", 2)
+    with pytest.raises(UsageError, match="no split 'nosuch'"):
+        train(small("evaluate_every=6", "data.eval_split=nosuch"), store, tmp_path / "other")
 
 
 def test_of_several_splits_one_must_be_named(home: Path, tmp_path: Path) -> None:

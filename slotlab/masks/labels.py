@@ -69,9 +69,10 @@ def _labels(masks: Tensor, size: tuple[int, int]) -> Tensor:
     least = torch.minimum(across, lower).amax(1, keepdim=True)  # what the best slot has at least, (b, 1, h, W)
     wins = (torch.maximum(across, lower) >= least).any(3).any(0).cpu()  # (K, h)
     labels = torch.empty((len(masks), *size), dtype=torch.uint8, device=masks.device)
-    strips, heights = upper.unique_consecutive(return_counts=True)
-    parts = (x.split(heights.tolist(), dim) for x, dim in ((labels, 1), (shares, 0)))
-    for row, part, share in zip(strips.tolist(), *parts, strict=True):
+    heights = torch.bincount(upper, minlength=rows).tolist()
+    for row, (part, share) in enumerate(
+        zip(torch.split(labels, heights, 1), torch.split(shares, heights), strict=True)
+    ):
         best = None
         # A running maximum over slots reads memory in order: four times faster than argmax over dim 1, and ties go
         # to the lowest slot on every device.
