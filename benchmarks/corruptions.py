@@ -36,7 +36,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.readable import KINDS, LIMIT, Arrays, Kind
+from benchmarks.readable import KINDS, LIMIT, Arrays, Kind, same
 from featcache.errors import FeatcacheError
 from featcache.sources import open_source
 
@@ -101,10 +101,6 @@ def read(location: Path) -> Arrays:
             if video.segmentations is not None:
                 arrays.append(video.segmentations)
     return arrays
-
-
-def same(some: Arrays, others: Arrays) -> bool:
-    return len(some) == len(others) and all(np.array_equal(a, b) for a, b in zip(some, others, strict=True))
 
 
 class Reader:

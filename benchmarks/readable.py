@@ -100,6 +100,10 @@ def tfrecord(folder: Path) -> tuple[Path, Path]:
 # -- what others read --------------------------------------------------------------------------------------
 
 
+def same(some: Arrays, others: Arrays) -> bool:
+    return len(some) == len(others) and all(np.array_equal(a, b) for a, b in zip(some, others, strict=True))
+
+
 def by_ffmpeg(path: Path, ours: Arrays) -> Arrays | None:
     height, width = ours[0].shape[1:3]
     command = ["ffmpeg", "-v", "error", "-nostdin", "-threads", "1", "-i", str(path), "-map", "0:v:0"]
