@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cli import app
 from featcache.errors import UsageError
+from featcache.sources.video import Video
 from featcache.store.reading import FeatureStore
 from slotlab.report.write import write_report
 from slotlab.runs.folder import LOG, read_rows
@@ -104,6 +107,25 @@ def test_a_published_name_of_the_evaluation_split_is_found(tmp_path: Path) -> No
     assert (found.split, found.summary.videos) == ("val", 2)
     with pytest.raises(UsageError, match="no split 'nosuch'"):
         train(small("evaluate_every=6", "data.eval_split=nosuch"), store, tmp_path / "other")
+
+
+class OneDisc(DiscSource):
+    """As DAVIS 2016: one object a video."""
+
+    def read(self, split: str, index: int) -> Video:
+        video = super().read(split, index)
+        assert video.segmentations is not None
+        return replace(video, segmentations=np.minimum(video.segmentations, 1), instances=video.instances[:1])
+
+
+def test_of_one_object_there_is_no_fg_ari(tmp_path: Path) -> None:
+    """Neither in the scores nor on a page, which then draws mBO over the frames."""
+    run = make_run(tmp_path / "run", make_store(tmp_path / "one.zarr", OneDisc()))
+    write_report([run], tmp_path / "page.html")
+    kept = json.loads((run / "eval-validation.json").read_text())
+    assert kept["fg_ari"] is None and kept["fg_ari_video"] is None and kept["mbo"] > 0
+    page = (tmp_path / "page.html").read_text()
+    assert "mBO by frame" in page and "FG-ARI by frame" not in page
 
 
 def test_of_several_splits_one_must_be_named(home: Path, tmp_path: Path) -> None:
