@@ -125,7 +125,7 @@ def test_of_one_object_there_is_no_fg_ari(tmp_path: Path) -> None:
     kept = json.loads((run / "eval-validation.json").read_text())
     assert kept["fg_ari"] is None and kept["fg_ari_video"] is None and kept["mbo"] > 0
     page = (tmp_path / "page.html").read_text()
-    assert "mBO by frame" in page and "FG-ARI by frame" not in page
+    assert "mBO by frame" in page and "FG-ARI by frame" not in page  # charts over the frames, too
 
 
 def test_of_several_splits_one_must_be_named(home: Path, tmp_path: Path) -> None:

@@ -157,7 +157,9 @@ class _Gatherer:
                 for take in takers:
                     take(followed)
         self.chosen.setdefault(footage_key(split), views.choices())
-        base = replace(base, curves=over_videos(traces), choices=views.choices(), views=views.result())
+        undefined = {key for key, value in found.values.items() if value is None} if found else set()
+        curves = {name: curve for name, curve in over_videos(traces).items() if name not in undefined}
+        base = replace(base, curves=curves, choices=views.choices(), views=views.result())
         return base if predicts else replace(base, evaluation=found, kept=kept)
 
     def split_of(self, config: Config, store: FeatureStore) -> Split:
