@@ -17,7 +17,8 @@ from slotlab.models.predictors import TransformerPredictor
 from slotlab.models.randomness import Draws
 from slotlab.models.recurrence import Recurrence
 from slotlab.models.repeated import Repeated
-from slotlab.models.slot_attention import EPSILON, SlotAttention
+from slotlab.models.competition import EPSILON
+from slotlab.models.slot_attention import SlotAttention
 from slotlab.models.slot_model import SlotModel
 from slotlab.training.cost import Tally
 

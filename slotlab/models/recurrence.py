@@ -13,13 +13,14 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from slotlab.config.model import RecurrentConfig, SlotAttentionConfig
+from slotlab.models.competition import Projected
 from slotlab.models.curriculum import Curriculum
 from slotlab.models.host import found_on_host
 from slotlab.models.initializers import INITIALIZERS, Starts
 from slotlab.models.predictors import PREDICTORS
 from slotlab.models.randomness import Draws
 from slotlab.models.repeated import Repeated
-from slotlab.models.slot_attention import Attended, Projected, SlotAttention
+from slotlab.models.slot_attention import Attended, SlotAttention
 
 
 class Recurrence(nn.Module):
@@ -72,7 +73,7 @@ class Recurrence(nn.Module):
         """
         with torch.autocast(tokens.device.type, enabled=False):
             tokens = tokens.float()
-            projected = self.attend.project(tokens).frames()
+            projected = self.attend.project(tokens)
             active = self._drawn(len(tokens), draws, tokens.device)
             starts = {
                 index: self.initialize(*frame, draws)
@@ -80,7 +81,7 @@ class Recurrence(nn.Module):
                 if self.predict is None or self._starts(index)
             }
             apart = self.config.predictor is not None and self.config.predictor.stop_gradient
-            if apart and torch.is_grad_enabled() and len(starts) < len(projected):
+            if apart and torch.is_grad_enabled() and len(starts) < tokens.shape[1]:
                 frames = self._at_once(projected, starts, active)
             else:
                 frames = self._in_turn(projected, starts, active)
@@ -98,14 +99,15 @@ class Recurrence(nn.Module):
         )
 
     def _in_turn(
-        self, projected: Sequence[Projected], starts: Mapping[int, Tensor], active: Bool[Tensor, "B K"] | None
+        self, projected: Projected, starts: Mapping[int, Tensor], active: Bool[Tensor, "B K"] | None
     ) -> list[Attended]:
         """Frame by frame, from given slots ``starts`` (B, K, S) or those predicted by the frame before."""
-        rounds = [self._iterations(index, index in starts) for index in range(len(projected))]
+        patches = projected.frames()
+        rounds = [self._iterations(index, index in starts) for index in range(len(patches))]
         layers = self.attend.layers(rounds)
-        predict = None if self.predict is None else Repeated(self.predict, len(projected) - len(starts))
+        predict = None if self.predict is None else Repeated(self.predict, len(patches) - len(starts))
         frames: list[Attended] = []
-        for index, frame in enumerate(projected):
+        for index, frame in enumerate(patches):
             if index in starts:
                 slots = starts[index]
             else:
@@ -116,41 +118,42 @@ class Recurrence(nn.Module):
         return frames
 
     def _at_once(
-        self, projected: Sequence[Projected], starts: Mapping[int, Tensor], active: Bool[Tensor, "B K"] | None
+        self, projected: Projected, starts: Mapping[int, Tensor], active: Bool[Tensor, "B K"] | None
     ) -> list[Attended]:
         """The same where no gradient passes from a frame to the next: in turn without gradients, for the slots that the
         predictor gets, and then with them, all frames at once."""
         assert self.predict is not None
+        count = projected.key.shape[1]
+        earlier = Projected(projected.key[:, :-1], projected.value[:, :-1])
         with torch.no_grad():
-            before = [frame.slots for frame in self._in_turn(projected[:-1], starts, active)]
-        later = [index for index in range(len(projected)) if index not in starts]
+            before = [frame.slots for frame in self._in_turn(earlier, starts, active)]
+        later = [index for index in range(count) if index not in starts]
         given = torch.cat([before[index - 1] for index in later])  # (frames * B, K, S)
         slots = dict(starts)
         slots |= zip(later, self.predict(given, _for_each(later, active)).chunk(len(later)), strict=True)
         groups: dict[int, list[int]] = {}  # frames by their iterations
-        for index in range(len(projected)):
+        for index in range(count):
             groups.setdefault(self._iterations(index, index in starts), []).append(index)
         layers = self.attend.layers([*groups])
         frames: dict[int, Attended] = {}
         for iterations, group in groups.items():
-            together = Projected(
-                *(torch.cat([getattr(projected[i], name) for i in group]) for name in ("key", "value"))
-            )
+            (together,) = projected.as_one(group).frames()
             of_all = _for_each(group, active)
             found = self.attend.refine(together, layers, torch.cat([slots[i] for i in group]), iterations, of_all)
             parts = (part.chunk(len(group)) for part in (found.slots, found.attention, found.logits))
             for index, slots_of, attention, logits in zip(group, *parts, strict=True):
                 frames[index] = Attended(slots_of, attention, logits, active)
-        return [frames[index] for index in range(len(projected))]
+        return [frames[index] for index in range(count)]
 
     def _back(
-        self, projected: Sequence[Projected], last: Attended, active: Bool[Tensor, "B K"] | None
+        self, projected: Projected, last: Attended, active: Bool[Tensor, "B K"] | None
     ) -> list[Attended]:
         """All frames in their order, each found from the one after it."""
         assert self.predict is not None
-        layers = self.attend.layers([self.config.iterations] * len(projected))
+        patches = projected.frames()
+        layers = self.attend.layers([self.config.iterations] * len(patches))
         frames = [last]
-        for frame in reversed(projected[:-1]):
+        for frame in reversed(patches[:-1]):
             slots = self.predict(frames[-1].slots, active)
             frames.append(self.attend.refine(frame, layers, slots, self.config.iterations, active))
         return frames[::-1]
