@@ -55,8 +55,8 @@ def structure(output: Output, config: LossConfig) -> Tensor:
         both = torch.cat([volume.flatten(1) for volume in volumes], 1)
         least, most = (edge.view(-1, 1, 1, 1, 1) for edge in (both.amin(1), both.amax(1)))
     found, true = ((volume - least) / (most - least + 1e-6) for volume in volumes)
-    means = [_window(values) for values in (found, true, found * found, true * true, found * true)]
-    mean, mean_true, square, square_true, product = means
+    mean, square, product = _window(torch.stack([found, found * found, found * true]))
+    mean_true, square_true = _window(torch.stack([true, true * true]))
     covariance, spread = product - mean * mean_true, square + square_true - mean.square() - mean_true.square()
     place = (2 * mean * mean_true + 1e-4) / (mean.square() + mean_true.square() + 1e-4)
     return 1 - (place * (2 * covariance + 9e-4) / (spread + 9e-4)).mean()
@@ -67,11 +67,11 @@ def _volumes(tokens: Float[Tensor, "*B N D"], grid: tuple[int, int]) -> Float[Te
     return clips.reshape(*clips.shape[:2], *grid, -1).permute(0, 4, 1, 2, 3)
 
 
-def _window(volumes: Float[Tensor, "B D T rows columns"]) -> Float[Tensor, "B D t r c"]:
+def _window(volumes: Float[Tensor, "*B T rows columns"]) -> Float[Tensor, "*B t r c"]:
     """Means under a Gaussian window of 3, of standard deviation 1.5, without padding."""
     side = math.exp(-0.5 / 1.5**2)
     weights = [side / (1 + 2 * side), 1 / (1 + 2 * side)]
-    for axis in (2, 3, 4):
+    for axis in (-3, -2, -1):
         if (length := volumes.shape[axis] - 2) > 0:
             before, middle, after = (volumes.narrow(axis, start, length) for start in range(3))
             volumes = weights[0] * (before + after) + weights[1] * middle
