@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 EPSILON = 1e-8  # keeps the mean of a slot without patches finite
+NEVER = -1e9  # a logit whose softmax is 0; finite, so that a frame without any active slot gives no NaN
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,8 @@ class Projected:
     key: Float[Tensor, "B T N S"]
     value: Float[Tensor, "B T N S"]
 
-    def as_one(self, frames: Sequence[int]) -> Projected:
-        """Some frames of all clips, one frame after the other, as one frame of more clips."""
-        key, value = (torch.cat([part[:, i] for i in frames]).unsqueeze(1) for part in (self.key, self.value))
-        return Projected(key, value)
-
-    def frames(self) -> list[Patches]:
-        """The patches of each frame.
+    def frames(self, active: Bool[Tensor, "B K"] | None = None) -> list[Patches]:
+        """The patches of each frame; ``active``: False for slots that get none.
 
         Autograd takes two products and two additions after every round for the gradients of keys and values. Here they
         wait, as in :mod:`slotlab.models.repeated`: at the end of the backward pass, two products give those of all
@@ -41,8 +37,9 @@ class Projected:
             key, value = key.detach(), value.detach()
         value = F.pad(value, (0, 1), value=1.0)
         least = value.sum(-2, keepdim=True)  # (B, T, 1, S + 1)
+        padding = None if active is None else hide_padding(key.new_zeros(*active.shape, 1), active)
         parts = (part.unbind(1) for part in (key, value, least))
-        return [Patches(*frame, end, of) for *frame, of in zip(*parts, rounds, strict=True)]
+        return [Patches(*frame, active, padding, end, of) for *frame, of in zip(*parts, rounds, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -52,23 +49,25 @@ class Patches:
     key: Float[Tensor, "B N S"]
     value: Float[Tensor, "B N S+1"]  # and a 1, whose weighted sum is the sum of the weights
     least: Float[Tensor, "B 1 S+1"]  # their sum, of which every slot gets EPSILON
-    end: Tensor | None = None
-    rounds: list[Round] = field(default_factory=list)
+    active: Bool[Tensor, "B K"] | None  # False: a slot that gets none
+    padding: Float[Tensor, "B K 1"] | None  # what is added to the logits of each slot
+    end: Tensor | None  # precedes all rounds, so that its gradient comes after theirs
+    rounds: list[Round]
 
     def shared_among(
-        self, slots: Float[Tensor, "B K S"], padding: Float[Tensor, "B K 1"] | None = None
+        self, slots: Float[Tensor, "B K S"]
     ) -> tuple[Float[Tensor, "B K S"], Float[Tensor, "B K N"], Float[Tensor, "B K N"]]:
         """Each slot's mean value, weighted by its attention; the attention, which sums to one over the slots at every
-        patch; and the logits before it, to which ``padding`` is added."""
+        patch; and the logits before it."""
         if self.end is None or not torch.is_grad_enabled():
-            return self._means(slots, padding)[:3]
-        means, attention, logits = _Shared.apply(slots, self.end, self, padding)
+            return self.means(slots)[:3]
+        means, attention, logits = _Shared.apply(slots, self.end, self)
         return means, attention, logits
 
-    def _means(self, slots: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def means(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same, and the sums of the weights (B, K, 1)."""
         keys = self.key.mT
-        logits = torch.bmm(slots, keys) if padding is None else torch.baddbmm(padding, slots, keys)
+        logits = torch.bmm(slots, keys) if self.padding is None else torch.baddbmm(self.padding, slots, keys)
         attention = logits.softmax(1)
         sums = torch.baddbmm(self.least, attention, self.value, beta=EPSILON)  # (B, K, S + 1)
         weight = sums[..., -1:]
@@ -88,10 +87,8 @@ class _Shared(torch.autograd.Function):
     """:meth:`Patches.shared_among`; going back, it notes what keys and values wait for."""
 
     @staticmethod
-    def forward(
-        ctx: Any, slots: Tensor, end: Tensor, patches: Patches, padding: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        means, attention, logits, weight = patches._means(slots, padding)
+    def forward(ctx: Any, slots: Tensor, end: Tensor, patches: Patches) -> tuple[Tensor, Tensor, Tensor]:
+        means, attention, logits, weight = patches.means(slots)
         ctx.patches = patches
         ctx.save_for_backward(slots, means, attention, weight)
         ctx.set_materialize_grads(False)
@@ -101,7 +98,7 @@ class _Shared(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, of_means: Tensor | None, of_attention: Tensor | None, of_logits: Tensor | None
-    ) -> tuple[Tensor | None, None, None, None]:
+    ) -> tuple[Tensor | None, None, None]:
         slots, means, attention, weight = ctx.saved_tensors
         of_sums = torch.zeros_like(means) if of_means is None else of_means / weight
         # A mean moves by the distance of a patch from it.
@@ -114,7 +111,7 @@ class _Shared(torch.autograd.Function):
             through = through + of_logits
         ctx.patches.rounds.append(Round(slots, through, attention, of_sums))
         of_slots = torch.bmm(through, ctx.patches.key) if ctx.needs_input_grad[0] else None
-        return of_slots, None, None, None
+        return of_slots, None, None
 
 
 class _End(torch.autograd.Function):
@@ -134,7 +131,9 @@ class _End(torch.autograd.Function):
             return None, None, None
         some = next(rounds[0] for rounds in ctx.rounds if rounds)
         if any(len(rounds) < most for rounds in ctx.rounds):  # others add nothing
-            some = some._replace(of_logits=some.of_logits.new_zeros(some.of_logits.shape), of_sums=torch.zeros_like(some.of_sums))
+            some = some._replace(
+                of_logits=some.of_logits.new_zeros(some.of_logits.shape), of_sums=torch.zeros_like(some.of_sums)
+            )
         filled = [round for rounds in ctx.rounds for round in [*rounds, *[some] * (most - len(rounds))]]
         frames = len(ctx.rounds)
         slots, of_logits, attention, of_sums = (
@@ -146,3 +145,8 @@ class _End(torch.autograd.Function):
         of_key = torch.bmm(of_logits.mT, slots)
         of_value = torch.baddbmm(of_sums.sum(1, keepdim=True), attention.mT, of_sums, beta=EPSILON)
         return None, of_key.view(ctx.shape), of_value.view(ctx.shape)
+
+
+def hide_padding(logits: Float[Tensor, "B K N"], active: Bool[Tensor, "B K"] | None) -> Float[Tensor, "B K N"]:
+    """The logits with padded slots (``active`` False) set so low that the softmax over slots gives them 0."""
+    return logits if active is None else logits.masked_fill(~active.unsqueeze(-1), NEVER)

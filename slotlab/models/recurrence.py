@@ -80,11 +80,9 @@ class Recurrence(nn.Module):
                 for index, frame in enumerate(zip(tokens.unbind(1), clustered.unbind(1), strict=True))
                 if self.predict is None or self._starts(index)
             }
-            apart = self.config.predictor is not None and self.config.predictor.stop_gradient
-            if apart and torch.is_grad_enabled() and len(starts) < tokens.shape[1]:
-                frames = self._at_once(projected, starts, active)
-            else:
-                frames = self._in_turn(projected, starts, active)
+            if self._apart() and len(starts) < tokens.shape[1] and not there_and_back:
+                return self._at_once(projected, starts, active)
+            frames = self._in_turn(projected, starts, active)
             if self.config.on_host:
                 frames = self.matched(frames)
             if there_and_back:
@@ -95,14 +93,14 @@ class Recurrence(nn.Module):
             torch.stack([frame.slots for frame in frames], 1).flatten(0, 1),
             torch.stack([frame.attention for frame in frames], 1).flatten(0, 1),
             torch.stack([frame.logits for frame in frames], 1).flatten(0, 1),
-            None if active is None else active.repeat_interleave(len(frames), 0),
+            _of_frames(len(frames), active),
         )
 
     def _in_turn(
         self, projected: Projected, starts: Mapping[int, Tensor], active: Bool[Tensor, "B K"] | None
     ) -> list[Attended]:
         """Frame by frame, from given slots ``starts`` (B, K, S) or those predicted by the frame before."""
-        patches = projected.frames()
+        patches = projected.frames(active)
         rounds = [self._iterations(index, index in starts) for index in range(len(patches))]
         layers = self.attend.layers(rounds)
         predict = None if self.predict is None else Repeated(self.predict, len(patches) - len(starts))
@@ -114,18 +112,22 @@ class Recurrence(nn.Module):
                 assert predict is not None and self.config.predictor is not None
                 before = frames[-1].slots
                 slots = predict(before.detach() if self.config.predictor.stop_gradient else before, active)
-            frames.append(self.attend.refine(frame, layers, slots, rounds[index], active))
+            frames.append(self.attend.refine(frame, layers, slots, rounds[index]))
         return frames
 
     def _at_once(
         self, projected: Projected, starts: Mapping[int, Tensor], active: Bool[Tensor, "B K"] | None
-    ) -> list[Attended]:
-        """The same where no gradient passes from a frame to the next: in turn without gradients, for the slots that the
-        predictor gets, and then with them, all frames at once."""
+    ) -> Attended:
+        """The slots of :meth:`forward` where no gradient passes from a frame to the next.
+
+        In turn without gradients, for the slots that the predictor gets; then with them, all frames at once. Those with
+        more iterations than others begin before them.
+        """
         assert self.predict is not None
-        count = projected.key.shape[1]
-        earlier = Projected(projected.key[:, :-1], projected.value[:, :-1])
+        keys, values = projected.key.unbind(1), projected.value.unbind(1)
+        count = len(keys)
         with torch.no_grad():
+            earlier = Projected(projected.key[:, :-1], projected.value[:, :-1])
             before = [frame.slots for frame in self._in_turn(earlier, starts, active)]
         later = [index for index in range(count) if index not in starts]
         given = torch.cat([before[index - 1] for index in later])  # (frames * B, K, S)
@@ -135,27 +137,27 @@ class Recurrence(nn.Module):
         for index in range(count):
             groups.setdefault(self._iterations(index, index in starts), []).append(index)
         layers = self.attend.layers([*groups])
-        frames: dict[int, Attended] = {}
+        begun = dict(slots)
         for iterations, group in groups.items():
-            (together,) = projected.as_one(group).frames()
-            of_all = _for_each(group, active)
-            found = self.attend.refine(together, layers, torch.cat([slots[i] for i in group]), iterations, of_all)
-            parts = (part.chunk(len(group)) for part in (found.slots, found.attention, found.logits))
-            for index, slots_of, attention, logits in zip(group, *parts, strict=True):
-                frames[index] = Attended(slots_of, attention, logits, active)
-        return [frames[index] for index in range(count)]
+            if iterations > 1:
+                key, value, some = (torch.cat([part[index] for index in group]) for part in (keys, values, slots))
+                (patches,) = Projected(key.unsqueeze(1), value.unsqueeze(1)).frames(_for_each(group, active))
+                some = self.attend.begin(patches, layers, some, iterations - 1)
+                begun |= zip(group, some.chunk(len(group)), strict=True)
+        every = Projected(*(part.flatten(0, 1).unsqueeze(1) for part in (projected.key, projected.value)))
+        (patches,) = every.frames(_of_frames(count, active))
+        together, initial = (torch.stack([of[i] for i in range(count)], 1).flatten(0, 1) for of in (begun, slots))
+        return self.attend.finish(patches, layers, together, initial)
 
-    def _back(
-        self, projected: Projected, last: Attended, active: Bool[Tensor, "B K"] | None
-    ) -> list[Attended]:
+    def _back(self, projected: Projected, last: Attended, active: Bool[Tensor, "B K"] | None) -> list[Attended]:
         """All frames in their order, each found from the one after it."""
         assert self.predict is not None
-        patches = projected.frames()
+        patches = projected.frames(active)
         layers = self.attend.layers([self.config.iterations] * len(patches))
         frames = [last]
         for frame in reversed(patches[:-1]):
             slots = self.predict(frames[-1].slots, active)
-            frames.append(self.attend.refine(frame, layers, slots, self.config.iterations, active))
+            frames.append(self.attend.refine(frame, layers, slots, self.config.iterations))
         return frames[::-1]
 
     def matched(self, frames: Sequence[Attended]) -> list[Attended]:
@@ -186,6 +188,10 @@ class Recurrence(nn.Module):
         count = fewest + (draws.uniform((batch, 1), device) * (slots - fewest + 1)).long()
         return draws.uniform((batch, slots), device).argsort(1).argsort(1) < count
 
+    def _apart(self) -> bool:
+        """Whether there are gradients, and none passes from a frame to the next."""
+        return torch.is_grad_enabled() and self.config.predictor is not None and self.config.predictor.stop_gradient
+
     def _starts(self, index: int) -> bool:
         predictor = self.config.predictor
         if self.config.on_host:
@@ -207,3 +213,8 @@ def _likeliest(likeness: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
 def _for_each(frames: Sequence[int], active: Bool[Tensor, "B K"] | None) -> Bool[Tensor, "F K"] | None:
     """What holds for the clips, for that many frames of each, one frame of all clips after the other."""
     return None if active is None else active.repeat(len(frames), 1)
+
+
+def _of_frames(frames: int, active: Bool[Tensor, "B K"] | None) -> Bool[Tensor, "F K"] | None:
+    """The same, all frames of a clip one after the other."""
+    return None if active is None else active.repeat_interleave(frames, 0)

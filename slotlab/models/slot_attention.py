@@ -14,8 +14,6 @@ from slotlab.config.model import Gradient, GRUHidden
 from slotlab.models.competition import Patches, Projected
 from slotlab.models.repeated import Repeated
 
-NEVER = -1e9  # a logit whose softmax is 0; finite, so that a frame without any active slot gives no NaN
-
 
 @dataclass(frozen=True)
 class Layers:
@@ -97,8 +95,8 @@ class SlotAttention(nn.Module):
         active: Bool[Tensor, "B K"] | None = None,
     ) -> Attended:
         """Slots and attention after ``iterations`` >= 1 rounds from initial slots; ``active``: False for padding."""
-        (patches,) = self.project(inputs.unsqueeze(1)).frames()
-        return self.refine(patches, self.layers([iterations]), slots, iterations, active)
+        (patches,) = self.project(inputs.unsqueeze(1)).frames(active)
+        return self.refine(patches, self.layers([iterations]), slots, iterations)
 
     def project(self, inputs: Float[Tensor, "B T N D"]) -> Projected:
         """Keys and values of all tokens of clips.
@@ -115,39 +113,35 @@ class SlotAttention(nn.Module):
         mlp = None if self.mlp is None else Repeated(self.mlp, rounds)
         return Layers(Repeated(self.norm_slots, rounds), Repeated(self.gru, rounds), mlp)
 
-    def refine(
-        self,
-        patches: Patches,
-        layers: Layers,
-        slots: Float[Tensor, "B K S"],
-        iterations: int,
-        active: Bool[Tensor, "B K"] | None = None,
-    ) -> Attended:
+    def refine(self, patches: Patches, layers: Layers, slots: Float[Tensor, "B K S"], iterations: int) -> Attended:
         """Slots and attention after ``iterations`` >= 1 rounds of attention and update."""
-        initial, passes = slots, self.gradient == "full"
-        padding = None if active is None else hide_padding(slots.new_zeros(*active.shape, 1), active)  # (B, K, 1)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and passes):
-            for _ in range(iterations - 1):
-                slots = self._iterate(patches, layers, slots, padding)[0]
-        if not passes:
+        return self.finish(patches, layers, self.begin(patches, layers, slots, iterations - 1), slots)
+
+    def begin(
+        self, patches: Patches, layers: Layers, slots: Float[Tensor, "B K S"], rounds: int
+    ) -> Float[Tensor, "B K S"]:
+        """The slots after so many rounds, which come before the last."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient == "full"):
+            for _ in range(rounds):
+                slots = self._iterate(patches, layers, slots)[0]
+        return slots
+
+    def finish(
+        self, patches: Patches, layers: Layers, slots: Float[Tensor, "B K S"], initial: Float[Tensor, "B K S"]
+    ) -> Attended:
+        """Slots and attention after the last round, of ``slots`` which began as ``initial``."""
+        if self.gradient != "full":
             slots = slots.detach()
         if self.gradient == "bilevel":
             slots = slots + initial - initial.detach()  # value of slots, gradient to initial
-        return Attended(*self._iterate(patches, layers, slots, padding), active)
+        return Attended(*self._iterate(patches, layers, slots), patches.active)
 
-    def _iterate(
-        self, patches: Patches, layers: Layers, slots: Tensor, padding: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _iterate(self, patches: Patches, layers: Layers, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Slots, their attention and its logits after one more round."""
         normed = layers.norm(slots)
-        updates, attention, logits = patches.shared_among(normed, padding)
+        updates, attention, logits = patches.shared_among(normed)
         hidden = normed if self.gru_hidden == "normalised" else slots
         updated = layers.gru(updates.flatten(0, 1), hidden.flatten(0, 1)).view_as(slots)
         if layers.mlp is not None:
             updated = updated + layers.mlp(updated)
         return updated, attention, logits
-
-
-def hide_padding(logits: Float[Tensor, "B K N"], active: Bool[Tensor, "B K"] | None) -> Float[Tensor, "B K N"]:
-    """The logits with padded slots (``active`` False) set so low that the softmax over slots gives them 0."""
-    return logits if active is None else logits.masked_fill(~active.unsqueeze(-1), NEVER)

@@ -13,7 +13,7 @@ from torch import Tensor
 from featcache.errors import UsageError
 from slotlab.config.schema import LossConfig
 from slotlab.models.base import NO_SLOT, Output
-from slotlab.models.slot_attention import NEVER
+from slotlab.models.competition import NEVER
 from slotlab.training.processes import gathered, rank
 
 IGNORED = -100  # a target without a loss
