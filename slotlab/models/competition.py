@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from slotlab.models.repeated import joined
+
 EPSILON = 1e-8  # keeps the mean of a slot without patches finite
 NEVER = -1e9  # a logit whose softmax is 0; finite, so that a frame without any active slot gives no NaN
 
@@ -38,8 +40,8 @@ class Projected:
         value = F.pad(value, (0, 1), value=1.0)
         least = value.sum(-2, keepdim=True)  # (B, T, 1, S + 1)
         padding = None if active is None else hide_padding(key.new_zeros(*active.shape, 1), active)
-        parts = (part.unbind(1) for part in (key, value, least))
-        return [Patches(*frame, active, padding, end, of) for *frame, of in zip(*parts, rounds, strict=True)]
+        frames = zip(key.unbind(1), value.unbind(1), least.unbind(1), rounds, strict=True)
+        return [Patches(keys, values, sums, active, padding, end, of) for keys, values, sums, of in frames]
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,12 @@ class Patches:
 
 
 class Round(NamedTuple):
-    """What the gradients of keys and values are found from: of slots and attention, and of what is computed of them."""
+    """What the gradients of keys and values are found from."""
 
     slots: Float[Tensor, "B K S"]
-    of_logits: Float[Tensor, "B K N"]
     attention: Float[Tensor, "B K N"]
-    of_sums: Float[Tensor, "B K S"]
+    of_logits: Float[Tensor, "B K N"]  # their gradient
+    of_sums: Float[Tensor, "B K S"]  # and that of the values' sums, before their division
 
 
 class _Shared(torch.autograd.Function):
@@ -109,7 +111,7 @@ class _Shared(torch.autograd.Function):
         through = torch.ops.aten._softmax_backward_data(through, attention, 1, attention.dtype)
         if of_logits is not None:
             through = through + of_logits
-        ctx.patches.rounds.append(Round(slots, through, attention, of_sums))
+        ctx.patches.rounds.append(Round(slots, attention, through, of_sums))
         of_slots = torch.bmm(through, ctx.patches.key) if ctx.needs_input_grad[0] else None
         return of_slots, None, None
 
@@ -130,18 +132,16 @@ class _End(torch.autograd.Function):
         if most == 0:
             return None, None, None
         some = next(rounds[0] for rounds in ctx.rounds if rounds)
-        if any(len(rounds) < most for rounds in ctx.rounds):  # others add nothing
-            some = some._replace(
-                of_logits=some.of_logits.new_zeros(some.of_logits.shape), of_sums=torch.zeros_like(some.of_sums)
-            )
+        if any(len(rounds) < most for rounds in ctx.rounds):  # rounds that others lack, and which add nothing
+            nothing = (torch.zeros_like(gradient) for gradient in (some.of_logits, some.of_sums))
+            some = Round(some.slots, some.attention, *nothing)
         filled = [round for rounds in ctx.rounds for round in [*rounds, *[some] * (most - len(rounds))]]
-        frames = len(ctx.rounds)
-        slots, of_logits, attention, of_sums = (
-            (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).unflatten(1, (frames, -1)).flatten(0, 1)
-            for parts in zip(*filled, strict=True)
-        )  # (B T, rounds K, ...)
         for rounds in ctx.rounds:
             rounds.clear()
+        batch = ctx.shape[0] * ctx.shape[1]
+        slots, attention, of_logits, of_sums = (
+            joined(parts, 1).reshape(batch, most * parts[0].shape[1], -1) for parts in zip(*filled, strict=True)
+        )
         of_key = torch.bmm(of_logits.mT, slots)
         of_value = torch.baddbmm(of_sums.sum(1, keepdim=True), attention.mT, of_sums, beta=EPSILON)
         return None, of_key.view(ctx.shape), of_value.view(ctx.shape)

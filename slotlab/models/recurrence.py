@@ -19,7 +19,7 @@ from slotlab.models.host import found_on_host
 from slotlab.models.initializers import INITIALIZERS, Starts
 from slotlab.models.predictors import PREDICTORS
 from slotlab.models.randomness import Draws
-from slotlab.models.repeated import Repeated
+from slotlab.models.repeated import Repeated, joined
 from slotlab.models.slot_attention import Attended, SlotAttention
 
 
@@ -130,7 +130,7 @@ class Recurrence(nn.Module):
             earlier = Projected(projected.key[:, :-1], projected.value[:, :-1])
             before = [frame.slots for frame in self._in_turn(earlier, starts, active)]
         later = [index for index in range(count) if index not in starts]
-        given = torch.cat([before[index - 1] for index in later])  # (frames * B, K, S)
+        given = joined([before[index - 1] for index in later])  # (frames * B, K, S)
         slots = dict(starts)
         slots |= zip(later, self.predict(given, _for_each(later, active)).chunk(len(later)), strict=True)
         groups: dict[int, list[int]] = {}  # frames by their iterations
@@ -140,7 +140,7 @@ class Recurrence(nn.Module):
         begun = dict(slots)
         for iterations, group in groups.items():
             if iterations > 1:
-                key, value, some = (torch.cat([part[index] for index in group]) for part in (keys, values, slots))
+                key, value, some = (joined([part[index] for index in group]) for part in (keys, values, slots))
                 (patches,) = Projected(key.unsqueeze(1), value.unsqueeze(1)).frames(_for_each(group, active))
                 some = self.attend.begin(patches, layers, some, iterations - 1)
                 begun |= zip(group, some.chunk(len(group)), strict=True)
