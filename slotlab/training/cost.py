@@ -8,6 +8,7 @@ memory only where it is as large as their operands.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -231,16 +232,36 @@ FREE = {  # beside views: what touches no values
 }  # fmt: skip
 
 
+def convolution_flops(
+    features: Shape, weight: Shape, bias: Shape | None, *options: Any, out_shape: Shape, **rest: Any
+) -> int:
+    """FLOPs of a convolution where its window is on the features: padding can be skipped, and a CPU does.
+
+    torch's formula counts the padding, too: a sixth more for a window of 5 on a grid of 16 x 16.
+    """
+    stride, padding, dilation, transposed = options[:4]
+    counted = int(conv_flop_count(list(features), list(weight), list(out_shape), transposed))
+    if transposed:
+        return counted
+    axes = zip(features[2:], weight[2:], out_shape[2:], stride, padding, dilation, strict=True)
+    return round(counted * math.prod(_share_inside(*axis) for axis in axes))
+
+
+def _share_inside(length: int, window: int, places: int, stride: int, padding: int, dilation: int) -> float:
+    """The share of a window's entries that lie on ``length`` values, over all its places along an axis."""
+    entries = [stride * place - padding + dilation * entry for place in range(places) for entry in range(window)]
+    return sum(0 <= entry < length for entry in entries) / len(entries)
+
+
 def convolution_backward_flops(
-    gradient: Shape, features: Shape, weight: Shape, *rest: Any, out_shape: Sequence[Shape | None]
+    gradient: Shape, features: Shape, weight: Shape, bias: Any, *options: Any, out_shape: Sequence[Shape | None]
 ) -> int:
     """FLOPs of a convolution's backward pass: those of a forward pass for each gradient that is needed.
 
     torch's formula ignores groups, and so counts a depthwise convolution of C channels C times.
     """
-    transposed = rest[4]
     wanted = sum(shape is not None for shape in out_shape[:2])  # the features' and the weight's
-    return wanted * int(conv_flop_count(list(features), list(weight), list(gradient), transposed))
+    return wanted * convolution_flops(features, weight, None, *options, out_shape=gradient)
 
 
 def _attention_flops(query: Shape, key: Shape, value: Shape, *rest: Any, out_shape: Any = None, **options: Any) -> int:
@@ -254,6 +275,7 @@ def _attention_backward_flops(
 
 
 CORRECTED: dict[Any, Callable[..., int]] = {  # formulas of shapes that torch's counter has wrong, or lacks
+    aten.convolution: convolution_flops,
     aten.convolution_backward: convolution_backward_flops,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
