@@ -355,7 +355,7 @@ def test_torchrun_plans_a_rank_s_share_once(
     assert "batch 1" in said[0] and "one of 2 processes" in " ".join(said[0].split()) and said[1] == ""
 
 
-def test_a_world_model_is_planned_before_there_is_a_run(slotlab: Slotlab, tmp_path: Path) -> None:
+def test_a_world_model_is_planned_before_there_is_a_run(slotlab: Slotlab, tmp_path: Path, counted: None) -> None:
     """On tracks that are, but for their values, those of a run with so many slots."""
     tracks = tracks_of(tracked(tmp_path))
     features = DataSet.of_store(FeatureStore.open(tmp_path / "synthetic.zarr"))
@@ -365,7 +365,7 @@ def test_a_world_model_is_planned_before_there_is_a_run(slotlab: Slotlab, tmp_pa
     what = ("--videos", 9, "--backbone", "resnet18", "--input-size", 64, "--device", "rtx5090")
     said = slotlab("plan", *what, "--preset", "dynamics", "--slots", 5, "--batch-size", 2, "--json").json
     (form,) = said["training"]
-    assert form["stream_bytes"] == 9 * 24 * 5 * (256 + 16) * 2 and form["step_operations"] > 0
+    assert form["dtype"] == "float16" and form["stream_bytes"] == 9 * 24 * 5 * (256 + 16) * 2
 
 
 @pytest.mark.parametrize(

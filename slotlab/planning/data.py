@@ -57,7 +57,7 @@ class DataSet:
         return cls(name, _spec(backbone), {split: _split((frames,) * videos, frame_size, True)})
 
     def tracked(self, slots: int) -> DataSet:
-        """The tracks of these videos as a run of so many slots leaves them (``slotlab slots``), without its own vectors."""
+        """The tracks of these videos as a run of so many slots leaves them (``slotlab slots``); not its vectors."""
         tap, of = next(iter(self.spec.taps.items()))
         taps = {TRACKS: TapSpec((slots, 1), of.dim + of.patches)}
         return replace(self, spec=replace(self.spec, taps=taps, model={"tap": tap, "grid": list(of.grid)}))
