@@ -25,7 +25,7 @@ def unit(vectors: Float[Tensor, "*B D"], least: float = 1e-12) -> Float[Tensor, 
 class _Unit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, vectors: Tensor, least: float) -> Tensor:
-        length = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(least)
+        length: Tensor = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(least)
         divided = vectors / length
         ctx.least = least
         ctx.save_for_backward(divided, length)

@@ -105,12 +105,11 @@ class ClusteringModel(Model):
         """
         frames = features if features.ndim == 3 else torch.cat([features[:, 0], features[:, -1]])
         tokens = self.tokens(frames)
-        keys, objectness = self.encode(tokens)
-        # The first of each, and the last; a frame alone is both.
-        tokens, keys, objectness = (torch.split(part, len(features)) for part in (tokens, keys, objectness))
-        slots, active = self.find_slots(keys[0], objectness[0])
-        attention = self.attend(keys[-1], objectness[-1], slots, active)
-        return self.output(tokens[-1], slots, attention, 1 - objectness[-1])
+        parts = [torch.split(part, len(features)) for part in (tokens, *self.encode(tokens))]
+        _, first_keys, first_objectness = (part[0] for part in parts)
+        tokens, keys, objectness = (part[-1] for part in parts)  # a frame alone is first and last
+        slots, active = self.find_slots(first_keys, first_objectness)
+        return self.output(tokens, slots, self.attend(keys, objectness, slots, active), 1 - objectness)
 
     def segment(self, features: Float[Tensor, "T N D"], draws: Draws) -> Output:
         """Slots and masks of all frames of a video in order; each slot stays with its object (:mod:`.tracking`)."""
