@@ -241,6 +241,18 @@ def test_a_bound_is_the_longest_of_three_operation_by_operation() -> None:
     assert Bound.of(Cost(work, 0, 0, 0), DEVICE, "tf32").compute == pytest.approx(1.003)
 
 
+def test_convolutions_have_a_rate_of_their_own_where_it_was_measured() -> None:
+    work = {Work(10**12, 0, torch.float32, True): 1, Work(10**12, 0, torch.bfloat16, True): 1}
+    cost = Cost(work, 0, 0, 0)
+    assert Bound.of(cost, DEVICE, "float32").compute == pytest.approx(1 + 0.25)
+    assert Bound.of(cost, replace(DEVICE, convolutions=2e12), "float32").compute == pytest.approx(0.5 + 0.25)
+    config = load_config("log-2026", None, ["optim.batch_size=8"])
+    batch = movi_a().stored_as("float16").formats("train", "block12", (8, 1))[0][0]
+    step = count_step(config, ModelInput.of(config, movi_a().opened), batch, on_gpu=False)
+    convolved = sum(work.flops * count for work, count in step.work.items() if work.convolution)
+    assert 0.9 * step.flops < convolved < step.flops, "its decoder"
+
+
 def test_the_largest_batch_is_looked_for_or_not(counted: None) -> None:
     plans = [make_plan(load_config("image"), movi_a(1), CARD, ["int8"], largest=wanted) for wanted in (True, False)]
     found, left = (plan.training[0] for plan in plans)
@@ -296,7 +308,7 @@ def test_every_device_says_where_its_figures_are_from() -> None:
 
 def test_this_machine_is_measured() -> None:
     device = measured(CPU, "float32")
-    assert device.flops["float32"] > 1e9 and device.bandwidth > 1e8
+    assert device.flops["float32"] > 1e9 and device.bandwidth > 1e8 and (device.convolutions or 0) > 1e9
     assert device.free.device is None and not device.gpu and device.link is None
     assert device.source.startswith("measured here")
 

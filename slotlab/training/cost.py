@@ -44,11 +44,13 @@ aten = torch.ops.aten
 
 
 class Work(NamedTuple):
-    """One operation: FLOPs, bytes of all operands and results, and the type of its products (None without FLOPs)."""
+    """One operation: FLOPs, bytes of all operands and results, the type of its products (None without FLOPs), and
+    whether it is a convolution."""
 
     flops: int
     bytes: int
     dtype: torch.dtype | None
+    convolution: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,8 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
             count = FLOPS.get(func._overloadpacket)
             flops = 0 if count is None else int(count(*args, **kwargs, out_val=result))
             moved = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*operands, *results))
-            self.work[Work(flops, moved, operands[0].dtype if flops else None)] += 1
+            dtype = operands[0].dtype if flops else None
+            self.work[Work(flops, moved, dtype, func._overloadpacket in CONVOLUTIONS)] += 1
             self.operators[func._overloadpacket.__name__] += 1
         return result
 
@@ -280,6 +283,8 @@ CORRECTED: dict[Any, Callable[..., int]] = {  # formulas of shapes that torch's 
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
+
+CONVOLUTIONS = (aten.convolution, aten.convolution_backward)
 
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
