@@ -33,6 +33,7 @@ from featcache.stream.staging import Format
 from slotlab.config.schema import Config
 from slotlab.models.base import Model
 from slotlab.models.build import empty_model
+from slotlab.models.clustering.model import ClusteringModel
 from slotlab.models.decoders.broadcast import ROWS, MLPDecoder
 from slotlab.models.inputs import ModelInput
 from slotlab.models.randomness import Undrawn
@@ -195,10 +196,12 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def as_on_a_gpu(model: nn.Module) -> None:
     """Let a model compute on a CPU's tensors as it would on a GPU's: the broadcast decoder takes more rows at a time,
-    and a GRU cell is two products and one kernel."""
+    frames pass the encoder of ``default`` together, and a GRU cell is two products and one kernel."""
     for part in model.modules():
         if isinstance(part, MLPDecoder):
             part.rows = ROWS
+        elif isinstance(part, ClusteringModel):
+            part.by_turns = False
         elif isinstance(part, nn.GRUCell):
             part.forward = partial(_fused_gru, part)  # type: ignore[method-assign]
 

@@ -33,6 +33,7 @@ from slotlab.models.clustering.tracking import SEED_OBJECTNESS, Tracker, slot_me
 from slotlab.models.flow import patch_positions
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
+from slotlab.models.repeated import joined
 from slotlab.models.unit import unit
 
 GRADIENT_ITERATIONS = 3  # iterations that the gradient passes; earlier ones only move the slots into place
@@ -58,6 +59,7 @@ class ClusteringModel(Model):
         super().__init__()
         self.config, self.normaliser, self.grid, self.slots = config, normaliser, grid, config.slots
         self.keys = min(config.slot_dim, normaliser.dim)
+        self.by_turns: bool | None = None  # frames through the encoder; None: what suits the device
         self.register_buffer("position", patch_positions(grid))
         self.register_buffer("otsu", torch.tensor(float(normaliser.dim) ** 0.5))
         self.register_buffer("target_scale", torch.ones(()))
@@ -103,13 +105,23 @@ class ClusteringModel(Model):
 
         The two frames are drawn before they are read (``ClusteringConfig.frames_a_step``).
         """
-        frames = features if features.ndim == 3 else torch.cat([features[:, 0], features[:, -1]])
-        tokens = self.tokens(frames)
-        parts = [torch.split(part, len(features)) for part in (tokens, *self.encode(tokens))]
-        _, first_keys, first_objectness = (part[0] for part in parts)
-        tokens, keys, objectness = (part[-1] for part in parts)  # a frame alone is first and last
+        frames = [features] if features.ndim == 3 else [features[:, 0], features[:, -1]]
+        encoded = self._encoded(frames)
+        _, first_keys, first_objectness = encoded[0]
+        tokens, keys, objectness = encoded[-1]  # a frame alone is first and last
         slots, active = self.find_slots(first_keys, first_objectness)
         return self.output(tokens, slots, self.attend(keys, objectness, slots, active), 1 - objectness)
+
+    def _encoded(self, frames: list[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Tokens, keys and objectness of each: together, as few operations, or by turns, as a CPU's cache holds one."""
+        by_turns = frames[0].device.type == "cpu" if self.by_turns is None else self.by_turns
+        parts: list[tuple[Tensor, ...]] = []
+        for some in frames if by_turns else [joined(frames)]:
+            tokens = self.tokens(some)
+            parts.append((tokens, *self.encode(tokens)))
+        if by_turns:
+            return parts
+        return list(zip(*(torch.split(part, len(frames[0])) for part in parts[0]), strict=True))
 
     def segment(self, features: Float[Tensor, "T N D"], draws: Draws) -> Output:
         """Slots and masks of all frames of a video in order; each slot stays with its object (:mod:`.tracking`)."""
