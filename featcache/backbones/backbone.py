@@ -225,9 +225,7 @@ def _settle(
     return spec, size, wanted
 
 
-def _towers(
-    spec: BackboneSpec, size: tuple[int, int], weights: Weights, taps: Sequence[str]
-) -> dict[str, Tower]:
+def _towers(spec: BackboneSpec, size: tuple[int, int], weights: Weights, taps: Sequence[str]) -> dict[str, Tower]:
     """The tower of each ViT that taps are of."""
     build = open_clip_tower if spec.library == "open_clip" else timm_tower
     vits, towers = TAP.fullmatch(spec.default_tap) is not None, {}

@@ -65,9 +65,9 @@ class Weights:
     tag: str
 
     def of_vit(self, name: str) -> Weights:
-        """Those of one ViT in a file: of parameters whose names begin with ``name``, or, if that is "", of the only one.
+        """Those of one ViT in a file: whose parameters' names begin with ``name``, or, if that is "", the only one.
 
-        Random weights are the same for all. ``IncompatibleError`` if there is none of that name, or several without it.
+        Random weights are the same for all. ``IncompatibleError`` if there is none of that name, or "" means several.
         """
         if self.state_dict is None:
             return self
@@ -76,10 +76,10 @@ class Weights:
         if not name and len(roots) < 2:
             name = next(iter(roots), "")
         elif name not in roots:
-            there = f"those of {', '.join(roots)}" if any(roots) else "one without a name"
+            lacks = f"no ViT {name!r}" if name else f"{len(roots)} ViTs"
             raise IncompatibleError(
-                f"{self.origin} holds no ViT {name!r}; it holds {there}: name one in the tap, such as "
-                f"{f'{roots[0]}.' if any(roots) else ''}block12"
+                f"{self.origin}: holds {lacks}; begin a tap with the name of one, as in encoder.block12: "
+                f"{', '.join(filter(None, roots)) or 'it has none with a name'}"
             )
         own = {k.removeprefix(f"{name}."): v for k, v in self.state_dict.items() if k.startswith(f"{name}.")}
         return replace(self, state_dict=own) if name else self

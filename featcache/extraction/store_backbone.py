@@ -47,7 +47,8 @@ def token_maker(
 ) -> Callable[[npt.NDArray[np.uint8]], torch.Tensor]:
     """A function from frames (T, H, W, 3) uint8 to tokens (T, N, D) on the device, computed like the store's tokens.
 
-    ``tap`` may be several, ``A+B``, whose channels follow each other; ``weights`` and errors are those of :func:`store_backbone`.
+    ``tap`` may be several, ``A+B``, whose channels follow each other. ``weights`` and errors are those of
+    :func:`store_backbone`.
     """
     spec, backbone = store.spec, store_backbone(store, taps_of(tap), weights, str(device))
     # Half precision is emulated on a CPU; what a GPU rounded is within 1 % of the exact features.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ import zarr
 
 from featcache.errors import DataError, IncompatibleError, UsageError
 from featcache.moments import Moments
+from featcache.sources.fingerprint import digest
 from featcache.sources.video import Instance
 from featcache.store import manifest
 from featcache.store.encoding import ENCODINGS, Decoder, Encoding, Joined
@@ -122,6 +124,11 @@ class Split:
         ids = self.manifest.ids()
         counts = Counter(ids.values())
         return {video: name if counts[name] == 1 else f"{name}#{video}" for video, name in ids.items()}
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of what is stored of the split, and of how: two of the same hold the same values."""
+        return digest((json.dumps([self.store.spec.identity(), self.spec.form()]), self.manifest.digest()))
 
     @property
     def complete(self) -> bool:

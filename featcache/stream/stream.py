@@ -237,8 +237,8 @@ def decoder(split: Split, tap: str) -> Decoder | None:
 def open_readers(split: Split, tap: str, home: torch.device | None, threads: int = 1) -> dict[str, Rows]:
     """Readers of :func:`feature_arrays`, from memory on ``home``, or from files if it is None.
 
-    All arrays but those of the features are held in memory in any case: int8's scales are half a kilobyte per frame, and
-    such small copies from files would take as long as those of the codes.
+    All arrays but those of the features are held in memory in any case: int8's scales are half a kilobyte per frame,
+    and such small copies from files would take as long as those of the codes.
     """
     readers: dict[str, Rows] = {}
     for name, array in feature_arrays(split, tap).items():

@@ -59,7 +59,7 @@ class DataConfig(Section):
     tap: str | None = Field(None, description="Tap to read; video: the stored frames; unset: the store's first")
     target: str | None = Field(
         None,
-        description="Tap to reconstruct, which an autoregressive decoder also reads; unset: the one that slots are found in",
+        description="Tap to reconstruct, and to read by an autoregressive decoder; unset: the one that slots read",
     )
     train_split: str = Field("train", description="Split to train on")
     eval_split: str = Field("validation", description="Split to score and to look at")

@@ -146,8 +146,8 @@ class Normaliser(nn.Module):
             return self.recipe.apply(features.float(), self.shift, self.weight)
 
     def both(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised tokens to find slots in, and to reconstruct: the same, or, with a ``target``, those of its channels,
-        which follow the others in features (..., N, D + D')."""
+        """Normalised tokens to find slots in, and to reconstruct: the same, or, with a ``target``, those of its
+        channels, which follow the others in features (..., N, D + D')."""
         if self.target is None:
             tokens = self(features)
             return tokens, tokens
