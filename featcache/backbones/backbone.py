@@ -127,7 +127,7 @@ class Backbone:
         rows, columns = self.input_size
         if images.shape[1:] != (3, rows, columns):
             raise UsageError(f"images must be (B, 3, {rows}, {columns}) from preprocess, not {tuple(images.shape)}")
-        tokens = {}
+        tokens: dict[str, Tensor] = {}
         for vit, tower in self._towers.items():
             tokens |= self._passed(images, tower, [tap for tap in self._taps if tap.vit == vit])
         expected = self.grid[0] * self.grid[1]

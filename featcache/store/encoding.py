@@ -153,7 +153,7 @@ class Joined(Decoder):
         self.encoding, self.dims, self.decoded = encoding, dims, encoding.decoded  # dims: channels of each tap
 
     def decode_into(self, stored: Stored, out: Tensor) -> Tensor:
-        for (tap, _), part in zip(self.dims.items(), out.split(list(self.dims.values()), -1), strict=True):
+        for tap, part in zip(self.dims, torch.split(out, list(self.dims.values()), -1), strict=True):
             self.encoding.decode_into({array.folder: stored[array.path(tap)] for array in self.encoding.arrays}, part)
         return out
 

@@ -67,9 +67,12 @@ def _derive(published: Published) -> Derived:
 
 def _of_two_vits(published: Published) -> bool:
     """Whether it is a student: its two ViTs differ, of which a teacher or DINOSAUR has one, or the same one twice."""
-    other = {name: tensor for name, tensor in published.tensors.items() if name.startswith(TARGET)}
-    trained = {name: published.tensors.get(BACKBONE + name.removeprefix(TARGET)) for name in other}
-    return any(trained[name] is None or not torch.equal(trained[name], tensor) for name, tensor in other.items())
+    for name, tensor in published.tensors.items():
+        if name.startswith(TARGET):
+            trained = published.tensors.get(BACKBONE + name.removeprefix(TARGET))
+            if trained is None or not torch.equal(trained, tensor):
+                return True
+    return False
 
 
 def _starts(bos_tokens: Tensor) -> Tensor:

@@ -61,7 +61,8 @@ def kmeans(tokens: Tensor, k: int, rounds: int = 8, draws: Draws | None = None, 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
     """Tokens (B, R, K, D) of x (B, N, D) at index (B, R, K)."""
-    return x.gather(1, index.flatten(1).unsqueeze(-1).expand(-1, -1, x.shape[-1])).unflatten(1, index.shape[1:])
+    taken = x.gather(1, index.flatten(1).unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    return torch.unflatten(taken, 1, index.shape[1:])
 
 
 def _full_precision(tokens: Tensor) -> torch.autocast:
@@ -100,16 +101,16 @@ def _seed(x: Tensor, square: Tensor, k: int, draws: Draws | None, starts: int) -
 
 def _distance(x: Tensor, square: Tensor, index: Tensor) -> Tensor:
     """Squared distance of every token to those at index (B, R, K): (B, N, R, K)."""
-    cross = torch.bmm(x, _take(x, index).flatten(1, 2).transpose(1, 2)).unflatten(-1, index.shape[1:])
-    of_seeds = square.gather(1, index.flatten(1)).unflatten(1, index.shape[1:])
-    return (square[..., None, None] - 2 * cross + of_seeds.unsqueeze(1)).clamp_min_(0)
+    cross = torch.bmm(x, _take(x, index).flatten(1, 2).transpose(1, 2))  # (B, N, R K)
+    apart = square.unsqueeze(-1) - 2 * cross + square.gather(1, index.flatten(1)).unsqueeze(1)
+    return torch.unflatten(apart.clamp_min_(0), -1, index.shape[1:])
 
 
 def _closeness(x: Tensor, centres: Tensor) -> Tensor:
     """``x.c - |c|^2 / 2``, (B, N, R, K): largest where the distance is smallest."""
     flat = centres.flatten(1, 2)  # (B, R K, D)
     offset = flat.square().sum(-1).mul_(-0.5).unsqueeze(1)  # (B, 1, R K)
-    return torch.baddbmm(offset, x, flat.transpose(1, 2)).unflatten(-1, centres.shape[1:3])
+    return torch.unflatten(torch.baddbmm(offset, x, flat.transpose(1, 2)), -1, centres.shape[1:3])
 
 
 def _update(x: Tensor, square: Tensor, centres: Tensor) -> Tensor:
@@ -120,7 +121,8 @@ def _update(x: Tensor, square: Tensor, centres: Tensor) -> Tensor:
     member.scatter_(-1, labels.unsqueeze(-1), 1.0)
     size = member.sum(1).unsqueeze(-1)  # (B, R, K, 1)
     # A product with the one-hot labels sums in a fixed order, which index_add_ on a GPU does not.
-    mean = torch.bmm(member.flatten(2).transpose(1, 2), x).unflatten(1, centres.shape[1:3]) / size.clamp_min(1)
+    total = torch.bmm(member.flatten(2).transpose(1, 2), x)
+    mean = torch.unflatten(total, 1, centres.shape[1:3]) / size.clamp_min(1)
     empty = size == 0
     distance = square.unsqueeze(-1) - 2 * closeness
     farthest = distance.topk(k, dim=1).indices.mT  # (B, R, K)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -101,7 +102,7 @@ class SlotModel(Model):
             logits=attended.logits.unflatten(0, lead),
             masks=decoded.masks.unflatten(0, lead),
             reconstruction=decoded.reconstruction.unflatten(0, lead),
-            target=true.unflatten(0, lead),
+            target=torch.unflatten(true, 0, lead),
             grid=self.grid,
             positions=decoded.positions,
             active=None if active is None else active.unflatten(0, lead),

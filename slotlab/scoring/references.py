@@ -203,7 +203,7 @@ def grid_reference(segmentations: Tensor, grid: tuple[int, int], n_true: int) ->
 
 def labels_in(segmentations: Tensor) -> Tensor:
     """The labels of known pixels (labels,), in rising order, and always the background's."""
-    found = segmentations.unique()
+    found = torch.unique(segmentations)
     return torch.cat([found.new_zeros(1), found[found > 0]]).long()
 
 
