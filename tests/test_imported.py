@@ -288,6 +288,8 @@ def test_a_teacher_of_spot_reads_one_vit_though_its_file_has_it_twice(tmp_path: 
     told = slotlab(*command).json
     assert told["assumed"]["model.decoder.scans"] == "all" and told["assumed"]["model.decoder.heads"] == 6
     assert told["tap"] == "block12" and "--weights" not in told["extract"]
+    named = slotlab(*command, "--set", "data.tap=encoder.block12", "--out", "own").json["extract"]
+    assert "--tap encoder.block12 " in named and f"--weights {tmp_path / 'spot.ckpt'}" in named
     torch.save({"model": of | {"mask_token": torch.zeros(1)}}, tmp_path / "spot.ckpt")
     assert "mask_token: no tensor of spot's models" in slotlab(*command, "--out", "other").said
     fewer = {name: value for name, value in of.items() if not name.startswith("dec.blocks")}
