@@ -1,7 +1,5 @@
 """slotlab extract: the store of a backbone's features."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -171,7 +169,7 @@ def extract(
         terminal.out.print(f"{path}: {frames} frames. Next: slotlab stats {path}")
 
 
-def _tell(dtype: Dtype, rounding: Sequence[Rounding], damaged: Sequence[str]) -> None:
+def _tell(dtype: Dtype, rounding: "Sequence[Rounding]", damaged: Sequence[str]) -> None:
     from slotlab.commands import terminal
 
     for of in rounding:

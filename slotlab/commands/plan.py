@@ -1,7 +1,5 @@
 """slotlab plan: what a data set and a configuration will need on a device."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,7 +65,7 @@ def plan(
     show(made, preset, as_json)
 
 
-def show(made: Plan, preset: str, as_json: bool = False) -> None:
+def show(made: "Plan", preset: str, as_json: bool = False) -> None:
     """The plan on stdout: its table and its answer, or one JSON object."""
     from slotlab.commands import terminal
 
@@ -78,7 +76,7 @@ def show(made: Plan, preset: str, as_json: bool = False) -> None:
     terminal.out.print(made.answer, highlight=False)
 
 
-def table(made: Plan, preset: str) -> Any:
+def table(made: "Plan", preset: str) -> Any:
     """The plan's table, with a column for each stored form, and below it what it rests on."""
     from slotlab.commands.tables import plain_table
     from slotlab.planning.bound import LAUNCH, UTILISATION
@@ -111,7 +109,7 @@ def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms"
 
 
-ROWS: tuple[tuple[str, Callable[[TrainingPlan], str]], ...] = (
+ROWS: tuple[tuple[str, "Callable[[TrainingPlan], str]"], ...] = (
     ("tokens on disk", lambda form: _gigabytes(form.token_bytes)),
     ("where they live", lambda form: form.home.residence),
     ("  why", lambda form: form.home.why),

@@ -1,7 +1,5 @@
 """slotlab train: a run on a store."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 
