@@ -54,9 +54,11 @@ def kmeans(tokens: Tensor, k: int, rounds: int = 8, draws: Draws | None = None, 
         for _ in range(rounds):
             centres = _update(x, square, centres)
         closeness, labels = _closeness(x, centres).max(-1)  # (B, N, R)
-        best = closeness.sum(1).argmax(-1, keepdim=True)  # (B, 1), the first one of least inertia
-        found = centres.take_along_dim(best[..., None, None], 1).squeeze(1)
-        return Clusters(found + mean, labels.take_along_dim(best.unsqueeze(1), 2).squeeze(2))
+        if restarts == 1:  # a training step's: nothing to choose from
+            return Clusters(centres[:, 0] + mean, labels[..., 0])
+        best = closeness.sum(1).argmax(-1)[:, None, None]  # (B, 1, 1), the first one of least inertia
+        found = centres.gather(1, best.unsqueeze(-1).expand_as(centres[:, :1])).squeeze(1)
+        return Clusters(found + mean, labels.gather(2, best.expand(-1, x.shape[1], -1)).squeeze(2))
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
@@ -85,8 +87,8 @@ def _seed(x: Tensor, square: Tensor, k: int, draws: Draws | None, starts: int) -
     draws = draws or Draws(0)
     # With exponential variables e_n, the largest p_n / e_n falls on n with probability p_n / sum p, and the next
     # largest are further draws without replacement. This avoids a float cumsum, which is not deterministic on a GPU.
-    each = [draws.exponential((k, batch, count), x.device, batch=1) for _ in range(starts)]
-    waits = torch.stack(each, 2)  # (K, B, R, N)
+    each = [draws.exponential((k, batch, count), x.device, batch=1).unsqueeze(2) for _ in range(starts)]
+    waits = torch.cat(each, 2) if starts > 1 else each[0]  # (K, B, R, N)
     chosen = waits[0].argmin(-1, keepdim=True)  # (B, R, 1), each token as likely as any other
     nearest = _distance(x, square, chosen).squeeze(-1).mT  # (B, R, N), squared distance to the nearest seed
     trials = min(2 + int(math.log(k)), count)
@@ -94,7 +96,7 @@ def _seed(x: Tensor, square: Tensor, k: int, draws: Draws | None, starts: int) -
         candidates = (nearest / waits[step]).topk(trials, dim=-1).indices  # (B, R, trials)
         left = torch.minimum(nearest.mT.unsqueeze(-1), _distance(x, square, candidates))  # (B, N, R, trials)
         winner = left.sum(1).argmin(-1, keepdim=True)  # (B, R, 1)
-        nearest = left.take_along_dim(winner.unsqueeze(1), -1).squeeze(-1).mT
+        nearest = left.gather(3, winner.unsqueeze(1).expand(-1, count, -1, -1)).squeeze(-1).mT
         chosen = torch.cat([chosen, candidates.gather(-1, winner)], -1)
     return chosen
 
