@@ -37,7 +37,8 @@ def extract(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Store to make or to resume; default: cache/BACKBONE.zarr.")] = None,
     tap: Annotated[
-        list[str] | None, typer.Option(help="Tap: block12, block12.norm, block9.key ...; repeatable.")
+        list[str] | None,
+        typer.Option(help="Tap: block12, block12.norm, encoder.block9.key of one of several ViTs ...; repeatable."),
     ] = None,
     input_size: Annotated[
         str | None, typer.Option(help="Size of the backbone's input in pixels: a side, or rows x columns as 224x392.")

@@ -13,7 +13,7 @@ from featcache.sources.video import Source
 from featcache.store.encoding import ENCODINGS, FEATURES
 from featcache.store.layout import array_bytes, array_layouts
 from featcache.store.reading import FeatureStore
-from featcache.store.spec import MAX_CHUNK_FRAMES, SplitSpec, StoreSpec, TapSpec
+from featcache.store.spec import MAX_CHUNK_FRAMES, SplitSpec, StoreSpec, TapSpec, taps_of
 from featcache.stream.rows import TORCH_DTYPES
 from featcache.stream.staging import Format
 from featcache.stream.stream import VIDEO
@@ -114,7 +114,7 @@ class DataSet:
         """Bytes that live somewhere while a tap is streamed: its tokens, or all frames, padding included."""
         spec = self.trained(split)
         if tap != VIDEO:
-            return self._bytes(spec, tap)
+            return sum(self._bytes(spec, each) for each in taps_of(tap))
         return spec.rows * int(np.prod(spec.frame_size)) * 3
 
     def formats(self, split: str, tap: str, samples: tuple[int, int]) -> tuple[list[Format], Format | None]:
@@ -122,13 +122,15 @@ class DataSet:
         where the first of them is the batch."""
         if tap == VIDEO:
             return [Format((*samples, *self.splits[split].frame_size, 3), TORCH_DTYPES["uint8"])], None
-        encoding, of = ENCODINGS[self.spec.dtype], self.spec.taps[tap]
+        encoding, of, several = ENCODINGS[self.spec.dtype], self.spec.tap(tap), taps_of(tap)
         stored = [
-            Format((*samples, *array.shape(of.patches, of.dim)), TORCH_DTYPES[array.dtype]) for array in encoding.arrays
+            Format((*samples, *array.shape(of.patches, self.spec.taps[each].dim)), TORCH_DTYPES[array.dtype])
+            for each in several
+            for array in encoding.arrays
         ]
         assert encoding.arrays[0].folder == FEATURES
-        decoded = None if encoding.plain else Format((*samples, of.patches, of.dim), encoding.decoded)
-        return stored, decoded
+        plain = encoding.plain and len(several) == 1
+        return stored, None if plain else Format((*samples, of.patches, of.dim), encoding.decoded)
 
     @property
     def opened(self) -> FeatureStore:

@@ -146,27 +146,27 @@ def make_plan(
 def _training(config: Config, data: DataSet, device: Device, largest: bool) -> TrainingPlan:
     split = config.data.train_split
     inputs = ModelInput.of(config, data.opened)
-    size = data.stream_bytes(split, inputs.tap)
+    size = data.stream_bytes(split, inputs.stored)
     sampled, frames = batch_samples(config, data.ranks(split))
     costs: dict[int, Cost] = {}
 
     def cost(batch: int) -> Cost:
         if batch not in costs:
-            stored, decoded = data.formats(split, inputs.tap, (batch, frames))
+            stored, decoded = data.formats(split, inputs.stored, (batch, frames))
             costs[batch] = count_step(config, inputs, decoded or stored[0], on_gpu=device.gpu)
         return costs[batch]
 
     def ring(batch: int) -> int:
-        return ring_bytes(*data.formats(split, inputs.tap, (batch, frames)))
+        return ring_bytes(*data.formats(split, inputs.stored, (batch, frames)))
 
     def needs(batch: int) -> int:
         return cost(batch).peak + ring(batch)
 
-    home = choose_home(size, needs(sampled), device.free, mapped=inputs.tap != VIDEO)
+    home = choose_home(size, needs(sampled), device.free, mapped=inputs.stored != VIDEO)
     memory = device.free.host if device.free.device is None else device.free.device
     room = memory - SPARE - (size if home.residence == "device" else 0)
     unit = math.lcm(UNIT, config.optim.accumulate)
-    batch_bytes = sum(array.bytes for array in data.formats(split, inputs.tap, (sampled, frames))[0])
+    batch_bytes = sum(array.bytes for array in data.formats(split, inputs.stored, (sampled, frames))[0])
     arrives = {name: batch_bytes / rate for name, rate in device.arrival(home.residence).items()}
     data_by, seconds = max(arrives.items(), key=lambda item: item[1], default=("host link", 0.0))
     return TrainingPlan(

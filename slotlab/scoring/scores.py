@@ -121,7 +121,10 @@ class Scores:
         if self._summed is None:
             tables, videos = self.frame_tables()
             ids, position = torch.unique(videos, return_inverse=True)
-            self._summed = tables.new_zeros((len(ids), *tables.shape[1:])).index_add_(0, position, tables), ids
+            if torch.equal(ids, videos):  # images: each is its own sum, and a copy would double what is held
+                self._summed = tables, ids
+            else:
+                self._summed = tables.new_zeros((len(ids), *tables.shape[1:])).index_add_(0, position, tables), ids
         return self._summed
 
     def frame_values(self, objects: Tensor | None = None) -> dict[str, Tensor]:
