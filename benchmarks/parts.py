@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -45,13 +44,6 @@ def segments_alone(self: AgglomerativeModel, keys: Tensor) -> Tensor:
     return self.segments(keys, self.config.cut).mT.log()
 
 
-@torch.no_grad()
-def likeliest(slots: Tensor, others: Tensor) -> Tensor:
-    """A partner for every slot, though it may prefer another."""
-    there: Tensor = (slots @ others.mT).argmax(2)
-    return there
-
-
 def as_they_are(z: Tensor, grid: tuple[int, int]) -> Tensor:
     return z
 
@@ -73,7 +65,6 @@ PARTS: Mapping[str, Part] = {
     "learnt correction": Part(((AgglomerativeModel, "keys", keys_without_correction),), trains=True),
     "another frame": Part(training=("data.clip=1",), trains=True),
     "coarser segments teach": Part(training=("model.train_cut=0.35",), trains=True),
-    "mutual partners": Part(((model, "matched", likeliest),), trains=True),
     "place in the linkage": Part(((segments, "POSITION", 0.0),)),
     "neighbours in the linkage": Part(((segments, "smoothed", as_they_are),)),
     "competition": Part(((AgglomerativeModel, "compete", segments_alone),)),

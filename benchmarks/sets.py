@@ -1,10 +1,11 @@
 """One preset on many sets: training-free segments, the model untrained and trained, with and without guided edges.
 
     python -m benchmarks.sets --home STORE NAME=STORE[:SPLIT] ... [--own NAME=STORE[:SPLIT] ...] [--last NAME=N ...]
-        [--stride 1] [--preset objects] [--seeds 0 1 2] [--folder runs/sets] [--plain] [--json]
+        [--stride 1] [--preset objects] [--seeds 0 1 2] [--own-steps N] [--folder runs/sets] [--plain] [--json]
 
 ``carried`` is trained on the store ``--home`` alone and scored on every set as it is; ``own`` is trained on the set's
 own videos of ``--own``, which must not be among those scored: ``--last moving=4`` scores the last 4 of a split alone.
+``--own-steps`` makes that shorter. Each stands beside its start, a step at a rate of next to nothing.
 Runs are kept in the folder and used again. With ``--stride N`` every N-th frame of a video counts; slots are followed
 over all of them. A set's store may have another input size than the home's, which the preset ``objects`` can read.
 FG-ARI is a mean over frames of two objects or more, mBO over all frames with objects; both at the store's frame size,
@@ -34,6 +35,7 @@ from slotlab.scoring.tables import count_labels, ground_truth, labelled_frames, 
 from slotlab.training.train import train
 
 Pair = tuple[float, float]  # FG-ARI and mBO
+START = ["optim.steps=1", "optim.learning_rate=1e-12"]  # settings of an untrained run
 
 
 def split_of(place: str) -> Split:
@@ -100,6 +102,7 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--preset", default="objects")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--own-steps", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("runs/sets"))
     parser.add_argument("--plain", action="store_true", help="without guided edges, which take the longest")
     parser.add_argument("--json", action="store_true")
@@ -109,12 +112,10 @@ def main() -> None:
     for name, place in places.items():
         split = require_truth(split_of(place))
         videos = list(range(len(split.manifest)))[-int(last.get(name, 0)) :]
-        training = {
-            "untrained": (args.home, "home", ["optim.steps=1", "optim.learning_rate=1e-12"]),
-            "carried": (args.home, "home", []),
-        }
+        training = {"untrained": (args.home, "home", START), "carried": (args.home, "home", [])}
         if name in own:
-            training["own"] = (own[name], name, [])
+            steps = [f"optim.steps={args.own_steps}"] if args.own_steps else []
+            training |= {"own-untrained": (own[name], name, START), "own": (own[name], name, steps)}
         found[name] = measured(split, videos, training, args)
         if not args.json:
             print(line(name, found[name]), flush=True)

@@ -36,7 +36,7 @@ def output(positions: Tensor | None = None, clips: bool = True, slots: int = K) 
         grid=(1, N),
         positions=positions,
         similarity=draw(*lead, decoded, N, seed=6) if clips else None,
-        assigned=(torch.arange(N) % (slots + 1) - 1).expand(*lead, N),  # some to no slot
+        assigned=(torch.arange(N) % slots).expand(*lead, N),
     )
 
 
@@ -182,7 +182,7 @@ def test_assignment(clips: bool) -> None:
     assert given.assigned is not None
     logits, assigned = given.logits.reshape(-1, K, N), given.assigned.reshape(-1, N)
     found = [
-        math.log(sum(math.exp(float(v)) for v in logits[f, :, n])) - float(logits[f, k, n]) if k >= 0 else 0.0
+        math.log(sum(math.exp(float(v)) for v in logits[f, :, n])) - float(logits[f, k, n])
         for f in range(len(logits))
         for n, k in enumerate(assigned[f].tolist())
     ]

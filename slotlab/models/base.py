@@ -15,8 +15,6 @@ from slotlab.config.schema import Config
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 
-NO_SLOT = -1  # in ``Output.assigned``
-
 
 @dataclass(frozen=True)
 class Output:
@@ -36,7 +34,7 @@ class Output:
     positions: Int[Tensor, M] | None = None  # (M,) indices of decoded patches; None: all
     similarity: Float[Tensor, "*B M N"] | None = None  # logits over the patches of a later frame
     active: Bool[Tensor, "*B K"] | None = None  # slots that take part; the others have no mask; None: all
-    assigned: Int[Tensor, "*B N"] | None = None  # the slot that each patch should go to, NO_SLOT for none
+    assigned: Int[Tensor, "*B N"] | None = None  # the slot that each patch should go to
     future: Float[Tensor, "*B K S"] | None = None  # of predicted slots: what they should have been
     present: Bool[Tensor, "*B K"] | None = None  # which of these there were to be seen
 

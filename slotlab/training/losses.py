@@ -12,7 +12,7 @@ from torch import Tensor
 
 from featcache.errors import UsageError
 from slotlab.config.schema import LossConfig
-from slotlab.models.base import NO_SLOT, Output
+from slotlab.models.base import Output
 from slotlab.models.competition import NEVER
 from slotlab.models.unit import unit
 from slotlab.training.processes import gathered, rank
@@ -126,14 +126,14 @@ def slot_contrast(output: Output, config: LossConfig) -> Tensor:
 
 
 def assignment(output: Output, config: LossConfig) -> Tensor:
-    """Cross-entropy of the slot that each patch belongs to, mean over all patches; one that belongs to none adds 0.
+    """Cross-entropy of the slot that each patch belongs to, mean over all patches.
 
     ``UsageError`` for the output of a model that assigns no patches.
     """
     if output.assigned is None:
         raise UsageError("loss.assignment: needs model.kind = agglomerative")
     logits, assigned = output.logits.float().flatten(0, -3), output.assigned.flatten(0, -2)  # (F, K, N), (F, N)
-    return F.cross_entropy(logits, assigned, ignore_index=NO_SLOT, reduction="sum") / assigned.numel()
+    return F.cross_entropy(logits, assigned)
 
 
 def slot_mse(output: Output, config: LossConfig) -> Tensor:

@@ -20,10 +20,10 @@ Nothing that is learnt depends on the grid, and lengths are in sides of it: keys
 
 Training is swapped prediction (Caron et al., 2020, arXiv:2006.09882) of segments: the slots of one frame compete for
 the patches of another frame of the clip, by their likeness alone, and that frame's own segments say which one should
-have won: the one whose segment is the likeliest for theirs, and theirs for it. A patch whose segment has no such
-partner teaches nothing. The keys so learn what stays the same within an object and over time, and what differs between
-objects. The segments are those of the keys as they are, without gradient; nothing else is kept from step to step. A
-single image is paired with itself: its keys learn what a segment has in common, which the linkage knew by place.
+have won: the one whose segment is the likeliest for theirs. The keys so learn what stays the same within an object and
+over time, and what differs between objects. The segments are those of the keys as they are, without gradient; nothing
+else is kept from step to step. A single image is paired with itself: its keys learn what a segment has in common, which
+the linkage knew by place.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from featcache.errors import DataError
 from slotlab.config.model import AgglomerativeConfig
 from slotlab.config.schema import Config
 from slotlab.models.agglomerative.tracking import follow
-from slotlab.models.base import NO_SLOT, Model, Output
+from slotlab.models.base import Model, Output
 from slotlab.models.flow import patch_positions
 from slotlab.models.host import all_finite
 from slotlab.models.normalise import Normaliser
@@ -48,7 +48,6 @@ from slotlab.models.unit import unit
 NEVER = -1e4  # a cosine whose share is 0
 LEAST = 1e-6  # what a logarithm is taken of, at least
 NEAR = 1 / 8  # standard deviation of a patch's surroundings, in sides of the grid
-LEAST_LIKENESS = 0.5  # cosine of two frames' slots below which they are of no common object
 
 
 class AgglomerativeModel(Model):
@@ -91,7 +90,7 @@ class AgglomerativeModel(Model):
         keys, held = (x.reshape(*pairs.shape[:3], -1) for x in (keys, held))  # (B, 2, N, S) and (B, 2, N, K)
         slots = slot_means(held[:, -1], keys[:, -1])
         logits = likeness(slots, keys[:, 0], held[:, -1]) / self.config.train_temperature
-        partners = matched(slot_means(held[:, 0], keys[:, 0]), slots)
+        partners = likeness(slots, slot_means(held[:, 0], keys[:, 0]), held[:, -1]).argmax(1)  # (B, K)
         assigned = partners.gather(1, held[:, 0].argmax(-1))
         known = means(held[:, -1], tokens[:, -1])
         return self.output(tokens[:, 0], logits.softmax(1), logits, slots, known, assigned)
@@ -161,9 +160,9 @@ class AgglomerativeModel(Model):
 
 
 def likeness(
-    slots: Float[Tensor, "B K S"], keys: Float[Tensor, "B N S"], held: Float[Tensor, "B N K"]
+    slots: Float[Tensor, "B K S"], keys: Float[Tensor, "B N S"], held: Float[Tensor, "B M K"]
 ) -> Float[Tensor, "B K N"]:
-    """Cosines of slots and keys; far below any for a slot that holds nothing of its own frame."""
+    """Cosines of slots and keys; far below any for a slot that holds none of its own frame's M patches."""
     return (slots @ keys.mT).masked_fill((held.sum(1) == 0).unsqueeze(-1), NEVER)
 
 
@@ -175,15 +174,3 @@ def means(held: Float[Tensor, "B N K"], values: Float[Tensor, "B N S"]) -> Float
 def slot_means(held: Float[Tensor, "B N K"], keys: Float[Tensor, "B N S"]) -> Float[Tensor, "B K S"]:
     """Mean direction of the keys that each slot holds; 0 for a slot that holds nothing."""
     return unit(held.mT @ keys)
-
-
-@torch.no_grad()
-def matched(slots: Float[Tensor, "B K S"], others: Float[Tensor, "B K S"]) -> Int[Tensor, "B K"]:
-    """The other frame's slot that is the likeliest for each slot of a frame, and it for that one; else NO_SLOT.
-
-    Slots are unit vectors, and 0 where they hold nothing.
-    """
-    likeness = slots @ others.mT  # (B, K, K)
-    best, there = likeness.max(2)
-    mutual = likeness.argmax(1).gather(1, there) == torch.arange(slots.shape[1], device=slots.device)
-    return torch.where(mutual & (best > LEAST_LIKENESS), there, NO_SLOT)
