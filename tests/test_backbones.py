@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from featcache.backbones.backbone import Backbone, load_backbone
+from featcache.backbones.inference import forward
 from featcache.backbones.registry import ALIASES, BackboneSpec, get_spec, list_backbones
 from featcache.errors import UsageError
 
@@ -306,3 +307,17 @@ def test_preprocessing_equals_pillows_antialiased_resize(resnet: Backbone) -> No
 def test_frames_of_another_layout_are_refused(resnet: Backbone, frames: Tensor) -> None:
     with pytest.raises(UsageError, match=r"uint8 \(B, H, W, 3\)"):
         resnet.preprocess(frames)
+
+
+def test_float32_is_float32_in_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN would round what the patch embedding multiplies to ten bits."""
+    seen, call = [], Backbone.__call__
+
+    def noted(self: Backbone, images: Tensor) -> dict[str, Tensor]:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return call(self, images)
+
+    monkeypatch.setattr(Backbone, "__call__", noted)
+    backbone = load_backbone("resnet18", "random", taps=("layer1",), input_size=32)
+    forward(backbone, [np.zeros((1, 32, 32, 3), np.uint8)], 1, "float32")
+    assert seen == [False] and torch.backends.cudnn.allow_tf32

@@ -32,6 +32,9 @@ def plan(
         typer.Option("--set", help="Setting as key=value, for example optim.batch_size=64; repeatable."),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples in a step: frames, or clips.")] = None,
+    slots: Annotated[
+        int, typer.Option(min=1, help="Slots of the run whose tracks a world model is trained on, without --cache.")
+    ] = 13,
     as_json: Json = False,
 ) -> None:
     """Disk, memory and time that extraction and training will take on a device, counted before they run."""
@@ -61,7 +64,10 @@ def plan(
             assert videos is not None and size is not None
             sides = (size, size) if isinstance(size, int) else size
             of = DataSet.of_counts(videos, frames, sides, tower, settings.data.train_split)
-        made = make_plan(settings, of, place, list(ENCODINGS), tower)
+        forms = list(ENCODINGS)
+        if settings.model.kind == "dynamics":
+            of, forms = of.tracked(slots), [of.spec.dtype]  # as slotlab slots stores them
+        made = make_plan(settings, of, place, forms, tower)
     show(made, preset, as_json)
 
 

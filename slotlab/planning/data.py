@@ -18,6 +18,7 @@ from featcache.stream.rows import TORCH_DTYPES
 from featcache.stream.staging import Format
 from featcache.stream.stream import VIDEO
 from featcache.words import Dtype
+from slotlab.models.inputs import TRACKS
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,15 @@ class DataSet:
     name: str
     spec: StoreSpec
     splits: Mapping[str, SplitSpec]
+    processes: int = 1  # that share every batch of a store which is not in parts
 
     @classmethod
-    def of_store(cls, store: FeatureStore) -> DataSet:
+    def of_store(cls, store: FeatureStore, processes: int = 1) -> DataSet:
+        """Of a store that so many processes train on: the share of one of them."""
         splits = {name: store[name].spec for name in store.splits}
         part = next((f" (rank {spec.part[0]} of {spec.part[1]})" for spec in splits.values() if spec.part), "")
-        return cls(f"{store.path}{part}", store.spec, splits)
+        shared = f" (one of {processes} processes)" if processes > 1 and not part else ""
+        return cls(f"{store.path}{part}{shared}", store.spec, splits, processes)
 
     @classmethod
     def of_source(cls, source: Source, backbone: Backbone) -> DataSet:
@@ -52,6 +56,12 @@ class DataSet:
         name = f"{videos} videos of {frames} frames"
         return cls(name, _spec(backbone), {split: _split((frames,) * videos, frame_size, True)})
 
+    def tracked(self, slots: int) -> DataSet:
+        """The tracks of these videos as a run of so many slots leaves them (``slotlab slots``); not its vectors."""
+        tap, of = next(iter(self.spec.taps.items()))
+        taps = {TRACKS: TapSpec((slots, 1), of.dim + of.patches)}
+        return replace(self, spec=replace(self.spec, taps=taps, model={"tap": tap, "grid": list(of.grid)}))
+
     def stored_as(self, dtype: Dtype) -> DataSet:
         """The same data in another stored form."""
         return replace(self, spec=replace(self.spec, dtype=dtype))
@@ -67,7 +77,12 @@ class DataSet:
     def ranks(self, split: str) -> int:
         """The processes that share a batch of it."""
         part = self.splits[split].part
-        return part[1] if part else 1
+        return part[1] if part else self.processes
+
+    def samples(self, split: str, clip: int) -> int:
+        """Clips of an epoch that a process trains on."""
+        found = int((np.asarray(self.trained(split).lengths) - clip + 1).clip(0).sum())
+        return found if self.splits[split].part else found // self.processes
 
     @property
     def frames(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from featcache.errors import FeatcacheError, UsageError
+from featcache.machine import exact_convolutions
 from featcache.store.reading import FeatureStore, Split
 from slotlab.config.schema import Config
 from slotlab.models.base import Model, Output
@@ -69,7 +70,8 @@ class StoreModel:
     def output(self, features: Tensor, video: int) -> Output:
         """The output of :meth:`segment_input` with the decoder's masks always. ``DataError`` if they are not finite."""
         device = next(self.model.parameters()).device
-        return self.model.segment(features.to(device), Draws.of_step(self.config.seed, video)).checked()
+        with exact_convolutions():
+            return self.model.segment(features.to(device), Draws.of_step(self.config.seed, video)).checked()
 
 
 @dataclass(frozen=True)
