@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy import ndimage
 from torch import Tensor
 
@@ -295,6 +295,27 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
     broken = train(config, shared_tracks, tmp_path / "broken", resume=True)
     a, b = (load_file(run / "checkpoint/model.safetensors") for run in (whole, broken))
     assert all(torch.equal(a[key], b[key]) for key in a) and rows_of(whole) == rows_of(broken)
+
+
+def test_a_run_of_the_first_version_resumes_in_its_units_and_says_so(
+    tmp_path: Path, shared_tracks: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which were the same for all frames."""
+    config = small("checkpoint_every=2", preset="dynamics", optim__steps=4)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(DynamicsModel, "near", 1.0)
+        whole = train(config, shared_tracks, tmp_path / "whole")
+        with pytest.raises(Interrupted):
+            train(config, shared_tracks, tmp_path / "broken", report=stopping(3))
+    weights = tmp_path / "broken/checkpoint/model.safetensors"
+    save_file({key: value for key, value in load_file(weights).items() if key != "reach"}, weights)
+    told: list[str] = []
+    broken = train(config, shared_tracks, tmp_path / "broken", resume=True, remark=told.append)
+    assert rows_of(whole) == rows_of(broken)
+    assert "broken: begun by a version that kept no units of places for loss.slot_mse; it goes on" in told[-1]
+    told.clear()
+    train(config, shared_tracks, broken, resume=True, remark=told.append)
+    assert not any("begun by" in line for line in told), "saved again, it has them"
 
 
 def test_accumulated_parts_are_the_whole_batch(tmp_path: Path, shared_tracks: FeatureStore) -> None:

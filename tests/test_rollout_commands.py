@@ -13,10 +13,7 @@ import torch
 from PIL import Image
 
 import slotlab as product
-from featcache.backbones.backbone import load_backbone
 from featcache.errors import DataError, UsageError
-from featcache.extraction.extract import extract
-from featcache.extraction.plan import ExtractOptions, plan
 from featcache.store.reading import FeatureStore
 from slotlab.config.load import load_config
 from slotlab.dynamics.actions import Actions
@@ -29,7 +26,7 @@ from slotlab.runs.loaded import load_run
 from slotlab.training.train import train
 from tests.commands import Slotlab
 from tests.synthetic import GRID, DiscSource, make_store
-from tests.training import small
+from tests.training import of_frames, small
 
 # -- commands ----------------------------------------------------------------------------------------------
 
@@ -240,11 +237,8 @@ def test_damaged_tracks_are_told(tmp_path: Path, shared_tracks: FeatureStore) ->
 
 @pytest.mark.slow
 def test_your_own_frames_are_rolled_out(tmp_path: Path) -> None:
-    source = DiscSource({"train": (6, 6, 5, 6), "validation": (6, 6)})
-    backbone = load_backbone("resnet18", "random", input_size=64)
-    options = ExtractOptions(batch_size=4, precision="float32")
-    store = extract(plan(tmp_path / "store.zarr", source, backbone, options), source, backbone)
-    run = train(small(preset="default", optim__steps=2), store, tmp_path / "run")
+    run = tmp_path / "run"
+    store = of_frames(run)
     tracks = make_tracks(load_run(run), tmp_path / "run/tracks.zarr")
     made = train(small(preset="dynamics", optim__steps=2), tracks, tmp_path / "world")
     assert store_path(made) == tracks.path or store_path(made).resolve() == tracks.path.resolve()

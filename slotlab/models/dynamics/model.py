@@ -85,7 +85,7 @@ class DynamicsModel(Model):
         self.register_buffer("scale", torch.ones(size))
         balance = torch.tensor([1 / 2, 1 / 2, 1, 0] + [1 / channels] * channels) * size / 3
         self.register_buffer("balance", balance.sqrt(), persistent=False)
-        self.register_buffer("reach", torch.ones(steps), persistent=False)  # of losses alone
+        self.register_buffer("reach", torch.ones(steps))  # of losses alone
         self.register_buffer("persistence", torch.zeros(normaliser.dim))
         self.register_buffer("time", time_code(config.burn_in, width))
         self.embed = nn.Linear(size + (4 if config.kinematics else 0), width)
@@ -136,6 +136,15 @@ class DynamicsModel(Model):
         for ahead in range(1, len(self.reach) + 1):
             if len(gone := torch.cat([of.gone(ahead) for of in seen])):
                 self.reach[ahead - 1] = gone.square().mean().sqrt().clamp_min(1e-3)
+
+    def of_earlier_version(self, tensors: dict[str, Tensor]) -> list[str]:
+        if "reach" in tensors:
+            return []
+        tensors["reach"] = tensors["scale"][0].expand_as(self.reach).clone()
+        return [
+            "begun by a version that kept no units of places for loss.slot_mse; it goes on in those of the first "
+            "version, their variance at every frame"
+        ]
 
     def forward(self, features: Float[Tensor, "B T K C"], draws: Draws) -> Output:
         """The training pass on clips: the frames after the first ``burn_in`` are predicted. ``*B`` is (B, H)."""
