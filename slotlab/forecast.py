@@ -51,7 +51,8 @@ class Forecaster(RunSegmenter):
         device = self.dynamics.place.device
         output = self.model.segment(tokens.to(device), Draws.of_step(self.config.seed, 0))
         shown = output.checked().showing(self.config.published_masks)
-        tracks = tracks_of(shown, tokens.cpu(), self.dynamics.grid)[-self.dynamics.config.burn_in :]
+        fine = pictures if self.dynamics.config.refined else None
+        tracks = tracks_of(shown, tokens.cpu(), self.dynamics.grid, frames=fine)[-self.dynamics.config.burn_in :]
         seen = self.dynamics.see(tracks.unsqueeze(0).to(device))
         seen = replace(seen, actions=pushes[len(pictures) - len(tracks) :].unsqueeze(0).to(device))
         future = self.dynamics.roll_out(seen, steps)

@@ -53,9 +53,9 @@ def test_tracks_hold_what_the_run_found(tracked_run: Path, shared_tracks: Featur
     split, own = shared_tracks["validation"], run.store["validation"]
     output = run.segment(own, 1)
     features = own.tokens("block1", 1).double().numpy()
-    tracks = split.tokens("tracks", 1).float().numpy()  # (T, K, D + N)
+    tracks = split.tokens("tracks", 1).float().numpy()  # (T, K, D + N + 2)
     masks = output.masks.numpy()
-    np.testing.assert_allclose(tracks[..., DIM:], masks, atol=1e-3)
+    np.testing.assert_allclose(tracks[..., DIM:-2], masks, atol=1e-3)
     for t, k in ((0, 0), (3, 1)):
         if masks[t, k].sum() > 0.5:
             expected = np.average(features[t], axis=0, weights=masks[t, k])

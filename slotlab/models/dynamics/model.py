@@ -191,7 +191,7 @@ class DynamicsModel(Model):
 
     def see(self, tokens: Float[Tensor, "B T K C"]) -> Seen:
         """Stored tokens as slots that were seen."""
-        return see(tokens, self.normaliser, self.basis, self.place)
+        return see(tokens, self.normaliser, self.basis, self.place, self.actions, self.config.refined)
 
     @property
     def share(self) -> float:
@@ -310,7 +310,10 @@ class DynamicsModel(Model):
             return tokens
         dim, end = self.normaliser.dim, self.normaliser.dim + len(self.place)
         masks = on_grid(tokens[..., dim:end], self.grid).flip(-1).flatten(-2)
-        turned = torch.cat([tokens[..., :dim], masks, tokens[..., end:]], -1)
+        rest = tokens[..., end:]
+        if self.config.refined:
+            rest = torch.cat([rest[..., :-1], -rest[..., -1:]], -1)  # columns from the middle
+        turned = torch.cat([tokens[..., :dim], masks, rest], -1)
         chosen = draws.uniform((len(tokens), 1, 1, 1), tokens.device) < 0.5
         return torch.where(chosen, turned, tokens)
 
