@@ -112,6 +112,9 @@ def tokens(frames: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat([means, masks], -1).unsqueeze(0), features, masks
 
 
+READ = (normaliser(), torch.eye(DIM), places(GRID))  # how tokens are read
+
+
 def test_a_vector_is_the_place_the_size_and_the_mean_normalised_feature() -> None:
     given_tokens, features, masks = tokens(3)
     norm = normaliser()
@@ -124,6 +127,16 @@ def test_a_vector_is_the_place_the_size_and_the_mean_normalised_feature() -> Non
             assert float(vector[SIDE]) == pytest.approx(0.5 * np.log(mask.sum()), abs=1e-5)
             expected = np.average(norm(features[t]).numpy(), axis=0, weights=mask.ravel())
             np.testing.assert_allclose(vector[FEATURE], expected, atol=1e-4)
+
+
+def test_a_refined_place_stands_at_the_end_after_the_actions() -> None:
+    given_tokens, _, _ = tokens(3)
+    actions, place = torch.randn(1, 3, 1, 3).expand(-1, -1, SLOTS, -1), torch.randn(1, 3, SLOTS, 2)
+    plain, full = see(given_tokens, *READ), torch.cat([given_tokens, actions, place], -1)
+    seen = see(full, *READ, actions=3, refined=True)
+    assert torch.equal(seen.vectors[..., PLACE], place) and torch.equal(seen.actions, actions[:, :, 0])
+    assert torch.equal(seen.vectors[..., SIDE:], plain.vectors[..., SIDE:]) and torch.equal(seen.masks, plain.masks)
+    assert torch.equal(see(full, *READ, actions=3).vectors, plain.vectors), "of the masks, where those are wanted"
 
 
 def test_a_slot_that_is_away_keeps_its_last_vector_and_mask() -> None:
@@ -217,16 +230,20 @@ def test_the_future_reaches_no_prediction(empty: bool) -> None:
     torch.testing.assert_close(*(of.features for of in pictures))
 
 
-def test_a_mirrored_clip_has_a_mirrored_truth() -> None:
-    made = model(mirror=True).train()
+@pytest.mark.parametrize("refined", [False, True])
+def test_a_mirrored_clip_has_a_mirrored_truth(refined: bool) -> None:
+    made = model(mirror=True, refined=refined).train()
     given_tokens, _, masks = tokens(4)
+    if refined:
+        given_tokens = torch.cat([given_tokens, torch.rand(*given_tokens.shape[:3], 2)], -1)
     clips = given_tokens.expand(8, -1, -1, -1)
     output = made(clips, Draws(0))
     plain = masks[3].mT @ made.see(given_tokens).vectors[0, 3, :, FEATURE]
     turned = [not torch.allclose(of, plain, atol=1e-4) for of in output.target[:, 0]]
     assert 0 < sum(turned) < 8
-    columns = output.future[..., 0, :, 1]  # of the places
-    assert torch.allclose(columns[turned.index(True)], -columns[turned.index(False)], atol=1e-4)
+    rows, columns = output.future[..., 0, :, PLACE].unbind(-1)
+    one, other = turned.index(True), turned.index(False)
+    assert torch.allclose(columns[one], -columns[other], atol=1e-4) and torch.allclose(rows[one], rows[other])
 
 
 def test_hidden_slots_are_seen_once() -> None:
