@@ -42,10 +42,18 @@ class Seen:
         known = (self.last[:, frame] <= frame).unsqueeze(-1)
         return self.masks.gather(1, chosen)[:, 0] * known
 
-    def gone(self, ahead: int) -> Float[Tensor, "M 2"]:
-        """How far slots have gone after ``ahead`` frames, of those that are active in both."""
-        apart = self.vectors[:, ahead:, :, PLACE] - self.vectors[:, :-ahead, :, PLACE]
-        found: Tensor = apart[self.active[:, ahead:] & self.active[:, :-ahead]]
+    def strays(self, ahead: int) -> Float[Tensor, " M"]:
+        """Distances of slots, after ``ahead`` frames, from where their last step's speed takes them.
+
+        Of those that are active in the two frames of that step, and after.
+        """
+        last = self.vectors.shape[1] - ahead  # frames that have one so far ahead
+        if last < 2:
+            return self.vectors.new_zeros(0)
+        place, here = self.vectors[..., PLACE], self.active
+        speed = place[:, 1:last] - place[:, : last - 1]
+        apart = place[:, 1 + ahead :] - place[:, 1:last] - ahead * speed
+        found: Tensor = apart[here[:, 1 + ahead :] & here[:, 1:last] & here[:, : last - 1]].norm(dim=-1)
         return found
 
 
