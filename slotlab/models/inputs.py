@@ -68,6 +68,10 @@ class ModelInput(ABC):
         settled = {"tap": self.tap, "clip": clip, "shares": shares}
         return config.model_copy(update={"data": config.data.model_copy(update=settled)})
 
+    def fitted(self, config: Config) -> Config:
+        """The configuration of a model that reads such tokens."""
+        return config
+
     def read(self, split: Split, video: int) -> Tensor:
         """One whole video, in the form that the stream gives: tokens (T, N, D), or frames (T, H, W, 3) uint8.
 
@@ -175,9 +179,13 @@ class Tracks(ModelInput):
                 f"(model.burn_in = {seen} of them are seen); "
                 + (f"train with {shorter}" if longest > 1 else "single images have no next frame, name a run on videos")
             )
+        return self.fitted(config)
+
+    def fitted(self, config: Config) -> Config:
+        assert isinstance(config.model, DynamicsConfig)
         settled = {
             "slots": self.slots,
-            "actions": self.actions if wanted is None else wanted,
+            "actions": self.actions if config.model.actions is None else config.model.actions,
             "refined": config.model.refined and self.refined,
         }
         return config.model_copy(update={"model": config.model.model_copy(update=settled)})
