@@ -52,8 +52,8 @@ class Forecaster(RunSegmenter):
         output = self.model.segment(tokens.to(device), Draws.of_step(self.config.seed, 0))
         shown = output.checked().showing(self.config.published_masks)
         first = max(0, len(pictures) - self.dynamics.config.burn_in)  # of the frames to predict from
-        known = replace(shown, masks=shown.masks[first:])
         edges = pictures[first:] if self.dynamics.config.refined else None
+        known = shown.masks_on_grid[first:]
         tracks = tracks_of(known, tokens[first:].cpu(), self.dynamics.grid, frames=edges)
         seen = self.dynamics.see(tracks.unsqueeze(0).to(device))
         seen = replace(seen, actions=pushes[first:].unsqueeze(0).to(device))

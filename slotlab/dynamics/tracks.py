@@ -57,7 +57,7 @@ def features_tap(loaded: LoadedRun) -> str:
 
 
 def tracks_of(
-    output: Output,
+    masks: Tensor,
     tokens: Tensor,
     grid: tuple[int, int],
     actions: Tensor | None = None,
@@ -65,10 +65,10 @@ def tracks_of(
 ) -> Tensor:
     """Tokens of the tap ``tracks``, (T, K, D + N + A + 2): mean features, masks, and what is given of the rest.
 
-    tokens (T, N, D) are the features on their ``grid``; masks of another grid are averaged to it. ``actions`` are
-    (T, A); of ``frames`` (T, H, W, 3) come the places.
+    tokens (T, N, D) are the features on their ``grid``; masks (T, K, rows, columns) of another are averaged to it.
+    ``actions`` are (T, A); of ``frames`` (T, H, W, 3) come the places.
     """
-    masks = output.masks_on_grid.float().cpu()  # (T, K, rows, columns)
+    masks = masks.float().cpu()
     if tuple(masks.shape[-2:]) != grid:
         masks = F.interpolate(masks, size=grid, mode="area")
     flat = masks.flatten(2)
@@ -184,7 +184,7 @@ def _write_split(
             raise UsageError(f"{target.path}: unfinished, and has actions; name them again with slots --actions FILE")
         pushes = None if actions is None else actions.of[split.name][followed.video]
         frames = split.video(followed.video) if spec.model.get("refined") else None
-        tracks = tracks_of(followed.shown, features, loaded.store.spec.taps[tap].grid, pushes, frames)
+        tracks = tracks_of(followed.shown.masks_on_grid, features, loaded.store.spec.taps[tap].grid, pushes, frames)
         tokens = {SLOTS: followed.shown.slots.float().cpu(), TRACKS: tracks}
         if followed.video not in target.done:
             target.write(followed.video, _video(split, followed.video), tokens)
