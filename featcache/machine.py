@@ -187,6 +187,18 @@ def alternate(jobs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str,
     return rates
 
 
+@contextlib.contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Convolutions of float32 are float32 inside, on NVIDIA GPUs too: cuDNN would take TensorFloat-32, whose mantissa
+    has ten bits, unless told not to."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def timed(work: Callable[[], int], device: torch.device | None = None) -> float:
     """Rate of ``work`` in items (or bytes) a second, until the device has finished; ``work`` returns their number."""
     start = time.perf_counter()

@@ -261,15 +261,17 @@ class Sums:
         weights = logits.softmax(-1)
         return self.layer(f"{name}.proj_o", (weights @ v).movedim(0, -2).flatten(-2)), weights.mean(0).mT
 
-    def spot(self, frames: Tensor, first: Tensor, orders: int) -> list[tuple[Tensor, ...]]:
-        """The means over that many orders of the patches."""
+    def spot(
+        self, frames: Tensor, first: Tensor, orders: int, targets: Tensor | None = None
+    ) -> list[tuple[Tensor, ...]]:
+        """The means over that many orders of the patches. ``targets``: a student's, tokens of its other ViT."""
         group, found = "slot_attn.slot_attention", []
         spelled = {"project_": "to_", "mlp.0": "ff.1", "mlp.2": "ff.3", "norm_mlp": "ff.0"}
         named = {name.removeprefix(f"{group}."): value for name, value in self.of.items() if name.startswith(group)}
         for theirs, ours in spelled.items():
             named = {name.replace(theirs, ours, 1): value for name, value in named.items()}
         grouped = Sums({f"{group}.{name}": value for name, value in named.items()})
-        for frame in frames:
+        for frame, target in zip(frames, frames if targets is None else targets, strict=True):
             tokens = self.mlp("slot_attn.mlp", self.norm("slot_attn.layer_norm", frame), 2)
             slots, attention = grouped.slot_attention(
                 group, tokens, first, 3, normalised=False, norm="norm_inputs", mlp="ff"
@@ -277,7 +279,7 @@ class Sums:
             memory = self.norm("slot_proj.1", self.layer("slot_proj.0", slots))
             passes = []
             for order, begin in zip(scans(round(len(frame) ** 0.5))[:orders], self.of["bos_tokens"], strict=True):
-                x = torch.cat([begin[0], frame[order][:-1]])
+                x = torch.cat([begin[0], target[order][:-1]])
                 x, masks = self.norm("input_proj.1", self.layer("input_proj.0", x)), attention
                 for index in range(2):
                     of = f"dec.blocks.{index}"

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from featcache.backbones.backbone import Backbone, load_backbone
+from featcache.backbones.inference import forward
 from featcache.backbones.registry import ALIASES, BackboneSpec, get_spec, list_backbones
 from featcache.errors import UsageError
 
@@ -95,9 +96,9 @@ def test_short_name_builds_and_runs(spec: BackboneSpec) -> None:
     assert backbone.dims == {backbone.taps[0]: spec.dim}
     assert tokens.isfinite().all() and tokens.std() > 0.01
     assert backbone.provenance["weights_tag"] == "random"
-    assert backbone.provenance["prefix_tokens_dropped"] == getattr(backbone._tower.model, "num_prefix_tokens", 0)
+    assert backbone.provenance["prefix_tokens_dropped"] == getattr(backbone._towers[""].model, "num_prefix_tokens", 0)
     if spec.depth == 12:
-        assert len(backbone._tower.blocks) == 12 and backbone.taps == ("block12",)
+        assert len(backbone._towers[""].blocks) == 12 and backbone.taps == ("block12",)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_several_taps_in_one_pass_equal_each_alone(name: str) -> None:
 def test_pass_ends_with_the_last_block_needed() -> None:
     backbone = load_backbone("dino", "random", taps=["block2.key", "block3"])
     seen: list[int] = []
-    for index, block in enumerate(backbone._tower.blocks):
+    for index, block in enumerate(backbone._towers[""].blocks):
         block.register_forward_hook(lambda *_, index=index: seen.append(index))
     backbone(images())
     assert seen == [0, 1, 2]
@@ -165,7 +166,7 @@ def test_taps_are_what_the_whole_model_computes() -> None:
     backbone = load_backbone("dinov2_vits14_reg", "random", taps=["block12", "block12.norm"])
     seen: list[Tensor] = []
     x = images()
-    model = backbone._tower.model
+    model = backbone._towers[""].model
     handle = model.blocks[-1].register_forward_hook(lambda *args: seen.append(args[2]))
     with torch.no_grad():
         final = model.forward_features(x)  # class token, 4 registers, patches
@@ -180,7 +181,7 @@ def test_facets_equal_a_hook_on_the_fused_projection(name: str) -> None:
     facets = ["query", "key", "value"]
     backbone = load_backbone(name, "random", taps=[f"block9.{facet}" for facet in facets])
     seen: list[Tensor] = []
-    attention, x = backbone._tower.model.blocks[8].attn, images()
+    attention, x = backbone._towers[""].model.blocks[8].attn, images()
     torch.nn.init.normal_(attention.qkv.bias)  # zero in a fresh model, which would hide a wrong bias
     handle = attention.qkv.register_forward_hook(lambda *args: seen.append(args[2]))
     tokens = backbone(x)
@@ -196,7 +197,7 @@ def test_facets_equal_a_hook_on_the_fused_projection(name: str) -> None:
 def test_facets_of_other_families_are_what_attention_uses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = load_backbone(name, "random", taps=["block1.value"])
     seen: list[Tensor] = []
-    attention = backbone._tower.model.blocks[0].attn
+    attention = backbone._towers[""].model.blocks[0].attn
     for bias in ("q_bias", "v_bias"):
         if getattr(attention, bias, None) is not None:
             torch.nn.init.normal_(getattr(attention, bias))
@@ -215,7 +216,7 @@ def test_facets_of_other_families_are_what_attention_uses(name: str, monkeypatch
 def test_layers_of_a_convolutional_network_are_rows_of_their_map() -> None:
     backbone = load_backbone("resnet18", "random", taps=["layer4"])
     seen: list[Tensor] = []
-    backbone._tower.model.layer4.register_forward_hook(lambda *args: seen.append(args[2]))
+    backbone._towers[""].model.layer4.register_forward_hook(lambda *args: seen.append(args[2]))
     tokens = backbone(images())["layer4"]
     assert backbone.grid == (7, 7) and backbone.dims == {"layer4": 512}
     torch.testing.assert_close(tokens[0, 7 * 2 + 3], seen[0][0, :, 2, 3])
@@ -254,7 +255,7 @@ def test_images_of_another_size_are_refused() -> None:
 @pytest.mark.parametrize("size", [224, 320])
 def test_open_clip_and_timm_give_equal_tokens_for_the_same_clip(tmp_path: Path, size: int) -> None:
     name = "open_clip:ViT-B-16-quickgelu/openai"
-    source = load_backbone(name, "random")._tower.model
+    source = load_backbone(name, "random")._towers[""].model
     path = tmp_path / "clip.safetensors"
     save_file({f"visual.{k}": v.contiguous() for k, v in source.state_dict().items()}, path)
 
@@ -306,3 +307,17 @@ def test_preprocessing_equals_pillows_antialiased_resize(resnet: Backbone) -> No
 def test_frames_of_another_layout_are_refused(resnet: Backbone, frames: Tensor) -> None:
     with pytest.raises(UsageError, match=r"uint8 \(B, H, W, 3\)"):
         resnet.preprocess(frames)
+
+
+def test_float32_is_float32_in_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN would round what the patch embedding multiplies to ten bits."""
+    seen, call = [], Backbone.__call__
+
+    def noted(self: Backbone, images: Tensor) -> dict[str, Tensor]:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return call(self, images)
+
+    monkeypatch.setattr(Backbone, "__call__", noted)
+    backbone = load_backbone("resnet18", "random", taps=("layer1",), input_size=32)
+    forward(backbone, [np.zeros((1, 32, 32, 3), np.uint8)], 1, "float32")
+    assert seen == [False] and torch.backends.cudnn.allow_tf32

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from benchmarks import corruptions
-from benchmarks.corruptions import BAD, KINDS, Reader, damaged, run, table
+from benchmarks.corruptions import BAD, Reader, damaged, run, table
+from benchmarks.readable import KINDS
 from featcache.errors import DataError
 
 

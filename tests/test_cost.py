@@ -108,6 +108,21 @@ def test_attention_and_depthwise_convolutions_are_counted() -> None:
         assert Cost(tally.work, 0, 0, 0).flops == 2 * 2 * 6 * 9 * 3 * 3
 
 
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 2, 1), (2, 1, 1), (1, 4, 2), (3, 0, 1)])
+def test_a_convolution_is_counted_where_it_meets_values(stride: int, padding: int, dilation: int) -> None:
+    """A window of ones on ones sums to the number of products."""
+    options = {"stride": stride, "padding": padding, "dilation": dilation}
+    sizes = (2, 3, 9, 7), (4, 3, 5, 3)
+    products = 2 * float(nn.functional.conv2d(*(torch.ones(size) for size in sizes), **options).sum())
+    tally = Tally()
+    with FakeTensorMode(), tally:
+        features, weight = (torch.empty(size, requires_grad=True) for size in sizes)
+        out = nn.functional.conv2d(features, weight, **options)
+        assert Cost(tally.work, 0, 0, 0).flops == products
+        out.backward(torch.empty_like(out))
+        assert Cost(tally.work, 0, 0, 0).flops == 3 * products
+
+
 def test_a_composite_is_taken_apart_where_autograd_does_not() -> None:
     tally = Tally()
     with FakeTensorMode(), tally, torch.inference_mode():

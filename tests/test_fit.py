@@ -138,7 +138,7 @@ def test_oblong_inputs_are_what_timm_makes_of_them(name: str) -> None:
     backbone = load_backbone(name, weights="random", taps=("block2",), input_size=(3 * side, 5 * side))
     assert backbone.grid == (3, 5) and backbone.preprocessing["size"] == [3 * side, 5 * side]
     model = timm.create_model(backbone.spec.model_id, num_classes=0, img_size=(3 * side, 5 * side)).eval()
-    model.load_state_dict(backbone._tower.model.state_dict())
+    model.load_state_dict(backbone._towers[""].model.state_dict())
     images = backbone.preprocess(torch.from_numpy(Wide(LENGTHS).read("train", 0).frames))
     assert images.shape == (2, 3, 3 * side, 5 * side)
     with torch.no_grad():

@@ -280,24 +280,21 @@ def test_a_tensor_that_is_missing_unknown_or_unfit_is_named(
     assert not (tmp_path / "bad").exists()
 
 
-def test_a_student_of_spot_reads_two_vits_and_is_refused(tmp_path: Path, slotlab: Slotlab) -> None:
+def test_a_teacher_of_spot_reads_one_vit_though_its_file_has_it_twice(tmp_path: Path, slotlab: Slotlab) -> None:
     of = tensors(spot(384, N, learnt=True, orders=9))
-    block = "blocks.8.attn.qkv.weight"
-    vit = {f"{start}.{block}": torch.ones(2) for start in ("encoder", "second_encoder")}
+    vit = {f"{start}.blocks.8.attn.qkv.weight": torch.ones(2) for start in ("encoder", "second_encoder")}
     command = ("import-run", "spot.ckpt", "--from", "spot", "--backbone", VIT, "--json")
     torch.save({"model": of | vit, "epoch": 3}, tmp_path / "spot.ckpt")
     told = slotlab(*command).json
     assert told["assumed"]["model.decoder.scans"] == "all" and told["assumed"]["model.decoder.heads"] == 6
-    vit[f"encoder.{block}"] = torch.full((2,), 1.01)
-    torch.save({"model": of | vit, "epoch": 3}, tmp_path / "spot.ckpt")
-    ended = slotlab(*command, "--out", "student")
-    assert ended.code == 4 and ended.said.count("\n") == 1 and not (tmp_path / "student").exists()
-    assert f"trained further (encoder.{block} is not second_{'encoder.' + block})" in ended.said
+    assert told["tap"] == "block12" and "--weights" not in told["extract"]
+    named = slotlab(*command, "--set", "data.tap=encoder.block12", "--out", "own").json["extract"]
+    assert "--tap encoder.block12 " in named and f"--weights {tmp_path / 'spot.ckpt'}" in named
     torch.save({"model": of | {"mask_token": torch.zeros(1)}}, tmp_path / "spot.ckpt")
-    assert "mask_token: no tensor of spot's models" in slotlab(*command, "--out", "student").said
+    assert "mask_token: no tensor of spot's models" in slotlab(*command, "--out", "other").said
     fewer = {name: value for name, value in of.items() if not name.startswith("dec.blocks")}
     torch.save({"model": fewer}, tmp_path / "spot.ckpt")
-    assert "its decoder is no transformer" in slotlab(*command, "--out", "student").said
+    assert "its decoder is no transformer" in slotlab(*command, "--out", "other").said
 
 
 class Dangerous:

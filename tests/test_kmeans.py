@@ -89,7 +89,7 @@ def test_a_token_at_distance_0_is_no_seed_while_another_is_left() -> None:
 
 def test_an_emptied_cluster_moves_to_the_farthest_token(monkeypatch: pytest.MonkeyPatch) -> None:
     # Both seeds on one token: the second cluster is empty after the first round, and must take the outlier.
-    monkeypatch.setattr("slotlab.models.kmeans._seed", lambda *_: torch.tensor([[0, 0]]))
+    monkeypatch.setattr("slotlab.models.kmeans._seed", lambda *_: torch.tensor([[[0, 0]]]))
     tokens = torch.tensor([0.0, 0.1, 0.2, 9.0]).view(1, 4, 1)
     centres, labels = kmeans(tokens, 2, rounds=3)
     assert labels.tolist() == [[0, 0, 0, 1]]

@@ -26,7 +26,6 @@ from featcache.sources import images, open_source, video_file
 from featcache.sources.damaged import SoundVideos
 from featcache.store.reading import FeatureStore
 from featcache.words import Fit
-from slotlab.masks import labels
 from slotlab.pictures import frames as pictures
 from slotlab.pictures.frames import read_path
 from tests import published
@@ -283,14 +282,6 @@ def test_frames_are_prepared_a_few_at_a_time_to_the_same_bits(
     whole = backbone.preprocess(frames)
     monkeypatch.setattr(backbones, "PIXELS_AT_ONCE", 2 * 60 * 80)
     assert torch.equal(backbone.preprocess(frames), whole)
-
-
-def test_slots_are_upsampled_a_few_at_a_time_to_the_same_labels(monkeypatch: pytest.MonkeyPatch) -> None:
-    masks = torch.rand(2, 7, 4, 5).round(decimals=1)  # with ties
-    whole = labels.masks_to_labels(masks, (30, 40))
-    assert torch.equal(whole, torch.nn.functional.interpolate(masks, (30, 40), mode="bilinear").argmax(1))
-    monkeypatch.setattr(labels, "_VALUES_A_FRAME", 2 * 30 * 40)
-    assert torch.equal(labels.masks_to_labels(masks, (30, 40)), whole)
 
 
 def test_what_int8_loses_is_told(tmp_path: Path, photo: Image.Image, slotlab: Slotlab) -> None:

@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
-from slotlab.masks.labels import _VALUES_A_CHUNK, masks_to_labels
+from slotlab.masks.labels import _PIXELS_A_CHUNK, masks_to_labels
 from slotlab.scoring import metrics
 from slotlab.scoring.collapse import effective_slots, largest_activation, logit_std, mask_similarity, slot_similarity
 from slotlab.scoring.scores import Means, Scores
@@ -169,12 +169,31 @@ def test_masks_to_labels_upsamples_before_it_decides() -> None:
 def test_masks_to_labels_equals_argmax_over_many_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     masks = torch.rand(7, 4, 6, 5, generator=torch.Generator().manual_seed(0))
     masks[:, 3] = masks[:, 1]  # ties go to the lower slot
-    monkeypatch.setitem(_VALUES_A_CHUNK, "cpu", 2 * 4 * 24 * 25)
+    monkeypatch.setitem(_PIXELS_A_CHUNK, "cpu", 2 * 24 * 25)
     fine = torch.nn.functional.interpolate(masks, (24, 25), mode="bilinear", align_corners=False)
     labels = masks_to_labels(masks, (24, 25))
     assert torch.equal(labels, fine.argmax(1))
     truth = torch.randint(0, 3, (7, 24, 25), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     assert torch.equal(mask_tables(masks, truth, 3), contingency(labels.flatten(1), truth.flatten(1), 4, 3))
+
+
+@settings(deadline=None)
+@given(
+    st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 7), st.integers(1, 7)),  # B, K, h, w
+    st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    st.sampled_from([1, 3]),  # decimals: many ties, or few
+    st.integers(0, 2**16),
+)
+def test_only_slots_that_can_win_are_upsampled_and_none_is_missed(
+    shape: tuple[int, int, int, int], size: tuple[int, int], decimals: int, seed: int
+) -> None:
+    masks = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).softmax(1).round(decimals=decimals)
+    masks[:, ::4] = 0  # slots that hold nothing
+    masks = torch.cat([masks, masks], 1)  # equal ones: the lower wins
+    fine = torch.nn.functional.interpolate(masks.double(), size, mode="bilinear", align_corners=False)
+    labels = masks_to_labels(masks, size)
+    assert torch.allclose(fine.gather(1, labels[:, None])[:, 0], fine.amax(1), atol=1e-6)
+    assert labels.max() < shape[1]
 
 
 def test_masks_that_are_not_finite_are_refused() -> None:
@@ -275,6 +294,24 @@ def test_scores_of_some_objects() -> None:
     one = scores.of_objects(torch.tensor([[False] * 3, [False, True, False]]))
     assert one.values["mbo"] == pytest.approx(float(metrics.best_overlap(tables)[2, 1]))
     assert (one.frames, one.frames_ari, one.values["fg_ari"]) == (1, 0, None)
+
+
+@pytest.mark.parametrize("kind", [Scores, Means])
+def test_where_no_two_objects_meet_there_is_no_fg_ari(kind: type[Scores | Means]) -> None:
+    """Of one object it is 1, or 0 if a slot of another number takes a pixel: a mean of that says nothing."""
+    tables = torch.zeros(3, OBJECTS, SLOTS, dtype=torch.int64)
+    tables[:, 0] = 5
+    tables[0, 1, 0] = tables[1, 1, 0] = tables[2, 2, 1] = 9  # one object a frame, and in video 1 another one
+    apart, together = kind(), kind()
+    apart.add_video(tables[:2], 0)
+    apart.add_video(tables[2:], 1)
+    values = apart.summary().values
+    assert (values["fg_ari"], values["fg_ari_video"]) == (None, None) and values["mbo"] is not None
+    together.add_video(tables, 0)
+    values = together.summary().values
+    assert values["fg_ari"] is None and values["fg_ari_video"] == 1
+    together.add_video(tables[:1] + tables[2:], 1)
+    assert together.summary().values["fg_ari"] == 1
 
 
 def test_a_split_without_frames_or_foreground() -> None:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cli import app
 from featcache.errors import UsageError
+from featcache.sources.video import Video
 from featcache.store.reading import FeatureStore
 from slotlab.report.write import write_report
+from slotlab.runs.folder import LOG, read_rows
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.evaluate import evaluate
 from slotlab.scoring.references import KnownReferences, references
+from slotlab.training.train import train
 from tests.reporting import make_run
 from tests.synthetic import DiscSource, make_store
+from tests.training import small
 
 
 @pytest.fixture(scope="module")
@@ -48,20 +54,20 @@ def test_every_command_takes_the_only_split_and_says_so(
     sheet = tmp_path / "sheet.png"
     found, said = printed(capsys, "eval", home / run, *there, "--sheet", sheet, "--against", home / "features")
     assert (found["split"], found["frames"], found["videos"]) == ("heldout", 12, 3)
-    assert "no split 'validation'; taking its only one, 'heldout'" in " ".join(said.split())
+    assert "no split 'validation'; taking 'heldout'" in " ".join(said.split())
     assert found["floor_statistics"] == str(home / "own.zarr" / "train")
     assert found["against"]["scores"]["mbo"]["videos"] == 3
     assert sheet.read_bytes().startswith(b"\x89PNG")
     assert not (home / run / "eval-heldout.json").exists(), "the run's own store is there"
 
     found, said = printed(capsys, "masks", home / run, *there, "--out", tmp_path / "masks")
-    assert found["files"] == 12 and "taking its only one" in said
+    assert found["files"] == 12 and "taking 'heldout'" in said
     found, said = printed(capsys, "report", home / run, *there, "-o", tmp_path / "r.html")
     assert found["runs"][0]["split"] == "heldout" and found["runs"][0]["evaluation"]["videos"] == 3
     assert "no split 'validation'; it shows 'heldout'" in " ".join(said.split())
     if run == "pixels":  # needs no backbone
         found, said = printed(capsys, "robustness", home / run, *there, "--max-videos", 1, "--frames", 2)
-        assert found["split"] == "heldout" and "taking its only one" in said
+        assert found["split"] == "heldout" and "taking 'heldout'" in said
 
 
 def test_the_table_names_the_statistics_of_the_floor(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,6 +96,36 @@ def test_another_store_in_the_place_of_its_own_is_not_taken_for_it(home: Path, t
     (run / "store.json").write_text(json.dumps(note | {"path": str(other.path), "from_run": None}))
     found = evaluate(load_run(run, home / "other.zarr"))
     assert found.references.statistics == str(home / "other.zarr" / "heldout")
+
+
+def test_a_published_name_of_the_evaluation_split_is_found(tmp_path: Path) -> None:
+    """DAVIS, VOC and COCO call it val."""
+    store = FeatureStore.open(make_store(tmp_path / "davis.zarr", DiscSource({"train": (4,), "val": (4, 3)})).path)
+    run = train(small("evaluate_every=6", "optim.steps=6"), store, tmp_path / "run")
+    assert "eval_mbo" in read_rows(run / LOG)[-1]
+    found = evaluate(load_run(run))
+    assert (found.split, found.summary.videos) == ("val", 2)
+    with pytest.raises(UsageError, match="no split 'nosuch'"):
+        train(small("evaluate_every=6", "data.eval_split=nosuch"), store, tmp_path / "other")
+
+
+class OneDisc(DiscSource):
+    """As DAVIS 2016: one object a video."""
+
+    def read(self, split: str, index: int) -> Video:
+        video = super().read(split, index)
+        assert video.segmentations is not None
+        return replace(video, segmentations=np.minimum(video.segmentations, 1), instances=video.instances[:1])
+
+
+def test_of_one_object_there_is_no_fg_ari(tmp_path: Path) -> None:
+    """Neither in the scores nor on a page, which then draws mBO over the frames."""
+    run = make_run(tmp_path / "run", make_store(tmp_path / "one.zarr", OneDisc()))
+    write_report([run], tmp_path / "page.html")
+    kept = json.loads((run / "eval-validation.json").read_text())
+    assert kept["fg_ari"] is None and kept["fg_ari_video"] is None and kept["mbo"] > 0
+    page = (tmp_path / "page.html").read_text()
+    assert "mBO by frame" in page and "FG-ARI by frame" not in page  # charts over the frames, too
 
 
 def test_of_several_splits_one_must_be_named(home: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from featcache.upkeep.convert import ConvertOptions
 from featcache.upkeep.ranks import export_for_ranks
 from featcache.words import Dtype
 from slotlab.config.load import load_config
-from slotlab.models.inputs import ModelInput
+from slotlab.models.inputs import TRACKS, ModelInput
 from slotlab.planning import devices
 from slotlab.planning.bound import LAUNCH, UTILISATION, Bound
 from slotlab.planning.data import DataSet
@@ -36,6 +36,7 @@ from slotlab.training.train import training_stream
 from tests.commands import Slotlab
 from tests.synthetic import DIM, GRID, SIZE, DiscSource, fitted, make_store
 from tests.test_step import shortened
+from tests.training import tracked, tracks_of
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 CARD = DEVICES["rtx5090"]
@@ -117,6 +118,19 @@ def test_a_rank_s_store_is_planned_as_its_share(tmp_path: Path, counted: None) -
     own = store["train"].spec.own
     assert (plan.batch_size, plan.samples) == (3, sum(store["train"].spec.lengths[video] for video in own))
     assert "rank 1 of 2" in data.name
+
+
+def test_processes_share_a_store_s_batches_and_its_epoch(shared_store: FeatureStore, counted: None) -> None:
+    alone, shared = (
+        planned("dinosaur", DataSet.of_store(shared_store, count), CARD, "optim.batch_size=6", dtype="float16")
+        for count in (1, 2)
+    )
+    assert (shared.batch_size, shared.samples, shared.ring) == (3, alone.samples // 2, alone.ring // 2)
+    assert shared.stream_bytes == alone.stream_bytes, "each reads of all videos"
+    stream = training_stream(load_config("dinosaur", None, ["optim.batch_size=6"]), shared_store, Ranks(CPU, 1, 2))
+    assert stream.batch_size == 3
+    with pytest.raises(UsageError, match="6 has no 4 equal parts"):
+        planned("dinosaur", DataSet.of_store(shared_store, 4), CARD, "optim.batch_size=6", dtype="float16")
 
 
 def test_an_outline_is_planned_with_again() -> None:
@@ -227,6 +241,18 @@ def test_a_bound_is_the_longest_of_three_operation_by_operation() -> None:
     assert Bound.of(Cost(work, 0, 0, 0), DEVICE, "tf32").compute == pytest.approx(1.003)
 
 
+def test_convolutions_have_a_rate_of_their_own_where_it_was_measured() -> None:
+    work = {Work(10**12, 0, torch.float32, True): 1, Work(10**12, 0, torch.bfloat16, True): 1}
+    cost = Cost(work, 0, 0, 0)
+    assert Bound.of(cost, DEVICE, "float32").compute == pytest.approx(1 + 0.25)
+    assert Bound.of(cost, replace(DEVICE, convolutions=2e12), "float32").compute == pytest.approx(0.5 + 0.25)
+    config = load_config("log-2026", None, ["optim.batch_size=8"])
+    batch = movi_a().stored_as("float16").formats("train", "block12", (8, 1))[0][0]
+    step = count_step(config, ModelInput.of(config, movi_a().opened), batch, on_gpu=False)
+    convolved = sum(work.flops * count for work, count in step.work.items() if work.convolution)
+    assert 0.9 * step.flops < convolved < step.flops, "its decoder"
+
+
 def test_the_largest_batch_is_looked_for_or_not(counted: None) -> None:
     plans = [make_plan(load_config("image"), movi_a(1), CARD, ["int8"], largest=wanted) for wanted in (True, False)]
     found, left = (plan.training[0] for plan in plans)
@@ -282,7 +308,7 @@ def test_every_device_says_where_its_figures_are_from() -> None:
 
 def test_this_machine_is_measured() -> None:
     device = measured(CPU, "float32")
-    assert device.flops["float32"] > 1e9 and device.bandwidth > 1e8
+    assert device.flops["float32"] > 1e9 and device.bandwidth > 1e8 and (device.convolutions or 0) > 1e9
     assert device.free.device is None and not device.gpu and device.link is None
     assert device.source.startswith("measured here")
 
@@ -327,6 +353,31 @@ def test_train_plans_instead(shared_store: FeatureStore, slotlab: Slotlab, tmp_p
     sets = [part for override in fitted("default") for part in ("--set", override)]
     ended = slotlab("train", "--cache", shared_store.path, *sets, "--device", "cpu", "--out", "run", "--plan")
     assert ended.code == 0 and "largest batch" in ended.out and not (tmp_path / "run").exists()
+
+
+def test_torchrun_plans_a_rank_s_share_once(
+    shared_store: FeatureStore, slotlab: Slotlab, counted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = [part for override in fitted("default") for part in ("--set", override)]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        said.append(slotlab("train", "--cache", shared_store.path, *sets, "--device", "cpu", "--plan").out)
+    assert "batch 1" in said[0] and "one of 2 processes" in " ".join(said[0].split()) and said[1] == ""
+
+
+def test_a_world_model_is_planned_before_there_is_a_run(slotlab: Slotlab, tmp_path: Path, counted: None) -> None:
+    """On tracks that are, but for their values, those of a run with so many slots."""
+    tracks = tracks_of(tracked(tmp_path))
+    features = DataSet.of_store(FeatureStore.open(tmp_path / "synthetic.zarr"))
+    as_planned, real = features.tracked(tracks.spec.taps[TRACKS].patches), DataSet.of_store(tracks)
+    assert as_planned.token_bytes() == real.token_bytes(tap=TRACKS) > 0
+    assert ModelInput.of(load_config("dynamics"), as_planned.opened) == ModelInput.of(load_config("dynamics"), tracks)
+    what = ("--videos", 9, "--backbone", "resnet18", "--input-size", 64, "--device", "rtx5090")
+    said = slotlab("plan", *what, "--preset", "dynamics", "--slots", 5, "--batch-size", 2, "--json").json
+    (form,) = said["training"]
+    assert form["dtype"] == "float16" and form["stream_bytes"] == 9 * 24 * 5 * (256 + 16 + 2) * 2
 
 
 @pytest.mark.parametrize(

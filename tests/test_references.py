@@ -1,20 +1,33 @@
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from featcache.store.reading import FeatureStore, Split
+from slotlab.runs.loaded import LoadedRun, load_run
+from slotlab.scoring import references as module
+from slotlab.scoring.evaluate import evaluate
 from slotlab.scoring.metrics import adjusted_rand_index, mean_best_overlap
 from slotlab.scoring.references import (
     FLOORS,
+    References,
     area_weights,
     floor_tables,
     floor_title,
     floors_asked,
     grid_reference,
+    references,
 )
 from slotlab.scoring.scores import Scores
-from slotlab.scoring.tables import stacked
+from slotlab.scoring.tables import UNKNOWN, stacked
+from slotlab.training.train import train
+from slotlab.words import Floors
+from tests.synthetic import make_store
+from tests.training import small
 
 
 def _scene(size: int = 32) -> Tensor:
@@ -96,3 +109,57 @@ def test_tables_with_fewer_slots_get_empty_ones() -> None:
     alone.add_video(few, 0)
     values = torch.stack([torch.stack(list(of.frame_values().values()))[:, :2] for of in (scores, alone)])
     torch.testing.assert_close(values[0], values[1], equal_nan=True)
+
+
+def test_absent_labels_do_not_change_the_ceiling() -> None:
+    segmentations = _scene(64).to(torch.int16)
+    segmentations[0, :20, :9] = UNKNOWN
+    few, many = (grid_reference(segmentations, (6, 5), count) for count in (3, 40))
+    assert torch.equal(many[:, :3, :3], few) and not many[:, 3:].any() and not many[:, :, 3:].any()
+    renumbered = torch.where(segmentations == 2, 39, segmentations)
+    found = grid_reference(renumbered, (6, 5), 40)
+    assert torch.equal(found[:, [0, 1, 39]][:, :, [0, 1, 39]], few)
+
+
+def test_references_are_kept_beside_the_store_as_long_as_it_holds_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(tmp_path / "store.zarr")
+    runs = [tmp_path / f"{slots}-{seed}" for slots, seed in ((3, 0), (3, 1), (4, 0))]
+    for run in runs:
+        slots, seed = run.name.split("-")
+        train(small(f"seed={seed}", model__slots=int(slots), optim__steps=1), store, run)
+    measured, measure = [], module._measured
+
+    def counted(split: Split, loaded: LoadedRun, floors: list[str]) -> References:
+        measured.append((split.name, loaded.path.name))
+        return measure(split, loaded, floors)
+
+    monkeypatch.setattr(module, "_measured", counted)
+
+    def of(run: Path, split: str = "validation", floors: Floors = "usual") -> References:
+        here = FeatureStore.open(store.path)
+        return references(here[split], load_run(run, here.path), asked=floors)
+
+    first = of(runs[0])
+    assert of(runs[1]) == first == of(runs[0]) and measured == [("validation", "3-0")]
+    assert evaluate(load_run(runs[1])).references == first and len(measured) == 1, "eval, too"
+    assert of(runs[2]).floors["kmeans_raw"] != first.floors["kmeans_raw"], "of as many clusters as a run has slots"
+    assert of(runs[0], "train").ceiling != first.ceiling and len(measured) == 3
+    assert [*of(runs[1], floors="all").floors] == [*FLOORS] and len(measured) == 4, "more are asked for"
+    assert of(runs[0]) == first and len(measured) == 4, "and fewer again"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "scoring_code", lambda: "other code")
+        assert of(runs[0]) == first and len(measured) == 5
+    assert of(runs[0]) == first and len(measured) == 6, "what other code measured is gone"
+    kept = store.path / "validation" / "references.json"
+    kept.write_text(kept.read_text()[:-9])
+    assert of(runs[0]) == first and len(measured) == 7, "nor is a damaged file believed"
+    other = make_store(store.path.with_name("other.zarr"), scale=2.0)  # other values, and the file of the first
+    shutil.copy(kept, other.path / "validation" / kept.name)
+    assert references(other["validation"], load_run(runs[0], other.path)).floors and len(measured) == 8
+    shutil.rmtree(other.path / "train")  # whitened by the run's own store then
+    assert references(other["validation"], load_run(runs[0], other.path)).floors and len(measured) == 9
+    kept.unlink()
+    kept.mkdir()  # cannot be written
+    assert of(runs[0]) == first and of(runs[0]) == first and len(measured) == 11

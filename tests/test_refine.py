@@ -14,7 +14,7 @@ from cli import app
 from featcache.errors import UsageError
 from featcache.store.reading import FeatureStore
 from slotlab.config.load import load_config
-from slotlab.masks.labels import masks_to_labels
+from slotlab.masks.labels import fine_labels, masks_to_labels
 from slotlab.masks.refine import METHODS, Guided, refine
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.boundaries import boundary_f
@@ -76,6 +76,17 @@ def test_frames_do_not_change_each_other_and_sizes_may_be_odd() -> None:
     both = refine(masks, pictures, "guided")
     assert both.shape == (2, 3, 61, 83)
     torch.testing.assert_close(refine(masks[1:], pictures[1:], "guided")[0], both[1])
+
+
+def test_labels_along_edges_are_those_of_the_refined_masks_without_the_slots_that_hold_nothing() -> None:
+    pictures, truth = scene()
+    masks = torch.zeros(2, 9, 8, 8)
+    masks[0, [1, 4, 6]], masks[1, [0, 4, 8]] = grid_masks(truth, (8, 8), 3)  # other slots in each frame
+    labels = torch.from_numpy(fine_labels(masks, pictures.numpy(), "guided")).long()
+    expected = refine(masks, pictures, "guided").argmax(1)
+    assert (labels == expected).float().mean() > 0.9999  # six masks of 1e-6 less move what they share by that
+    with pytest.raises(ValueError, match="NaN"):
+        fine_labels(masks.where(masks > 0, torch.nan), pictures.numpy(), "guided")
 
 
 def test_a_grid_as_fine_as_the_frame_works() -> None:

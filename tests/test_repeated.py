@@ -12,12 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from slotlab.config.model import SlotAttentionConfig
 from slotlab.config.parts import PredictorConfig
+from slotlab.models.competition import EPSILON
 from slotlab.models.normalise import Normaliser
 from slotlab.models.predictors import TransformerPredictor
 from slotlab.models.randomness import Draws
 from slotlab.models.recurrence import Recurrence
 from slotlab.models.repeated import Repeated
-from slotlab.models.slot_attention import EPSILON, SlotAttention
+from slotlab.models.slot_attention import SlotAttention
 from slotlab.models.slot_model import SlotModel
 from slotlab.training.cost import Tally
 
@@ -166,5 +167,5 @@ def test_frames_at_once_are_frames_in_turn(options: dict[str, object], monkeypat
         return [output.slots, output.attention, *torch.autograd.grad(loss, parameters)]
 
     at_once = found()
-    monkeypatch.setattr(Recurrence, "_at_once", Recurrence._in_turn)
+    monkeypatch.setattr(Recurrence, "_apart", lambda self: False)
     torch.testing.assert_close(at_once, found(), rtol=1e-4, atol=1e-6)

@@ -187,7 +187,7 @@ def test_the_command_prints_and_keeps_its_result(features_run: Path, capsys: pyt
 
 def test_other_weights_are_refused(features_run: Path, real: FeatureStore, tmp_path: Path) -> None:
     backbone = load_backbone("dinov2_vits14", weights="random", taps=("block1",), input_size=56)
-    state = {name: value + 1e-3 for name, value in backbone._tower.model.state_dict().items()}
+    state = {name: value + 1e-3 for name, value in backbone._towers[""].model.state_dict().items()}
     file = tmp_path / "other.safetensors"
     save_file(state, file)
     with pytest.raises(IncompatibleError, match=r"made with another backbone \(model.weights_sha256: .*--weights"):

@@ -14,7 +14,8 @@ import h5py
 import numpy as np
 import pytest
 
-from benchmarks.corruptions import BAD, KINDS, Reader
+from benchmarks.corruptions import BAD, Reader
+from benchmarks.readable import KINDS
 from featcache.errors import DataError
 from featcache.sources import hdf5_file, open_source
 from featcache.sources.damaged import SoundVideos

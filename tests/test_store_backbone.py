@@ -23,7 +23,7 @@ from tests.synthetic import SIZE, DiscSource
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("weights") / "weights.safetensors"
     backbone = load_backbone("resnet18", weights="random", taps=("layer1",), input_size=SIZE)
-    save_file(backbone._tower.model.state_dict(), file)
+    save_file(backbone._towers[""].model.state_dict(), file)
     return file
 
 

@@ -96,10 +96,10 @@ def test_two_frames_of_a_clip_are_drawn_before_they_are_read(store: FeatureStore
 
 def test_tf32_is_for_the_step_alone(tmp_path: Path, store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward; looks, and what comes after, multiply as they did."""
-    seen: dict[str, str] = {}
+    seen: dict[str, tuple[str, bool]] = {}  # precision of products; whether convolutions may take TF32
 
     def note(where: str) -> None:
-        seen[where] = torch.get_float32_matmul_precision()
+        seen[where] = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
     trained, looked = TrainStep.gradients, train_module.look
 
@@ -120,8 +120,10 @@ def test_tf32_is_for_the_step_alone(tmp_path: Path, store: FeatureStore, monkeyp
     config = small("optim.precision=tf32", "evaluate_every=2", optim__steps=2)
     rows = rows_of(train(config, store, tmp_path / "run"))
     note("after")
-    assert seen == {"forward": "high", "backward": "high", "look": "highest", "after": "highest"}
-    exact = rows_of(train(small(optim__steps=2), store, tmp_path / "exact"))
+    left = ("highest", True)
+    assert seen == {"forward": ("high", True), "backward": ("high", True), "look": left, "after": left}
+    exact = rows_of(train(small("evaluate_every=2", optim__steps=2), store, tmp_path / "exact"))
+    assert seen == {"forward": ("highest", False), "backward": ("highest", False), "look": left, "after": left}
     np.testing.assert_allclose([row["loss"] for row in rows], [row["loss"] for row in exact], rtol=1e-2)
 
 

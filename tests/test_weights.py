@@ -225,7 +225,7 @@ def test_hub_file_is_read_from_the_local_hub_cache(tmp_path: Path, monkeypatch: 
 
     kept = backbone.provenance["weights_origin"]
     assert kept == {"kind": "hub", "place": "timm/resnet18.a1_in1k", "member": "model.safetensors"}
-    torch.testing.assert_close(backbone._tower.model.conv1.weight, published["conv1.weight"])
+    torch.testing.assert_close(backbone._towers[""].model.conv1.weight, published["conv1.weight"])
 
 
 # -- a file ------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ def test_facebook_dinov2_checkpoint_loads(tmp_path: Path) -> None:
 
 
 def test_facebook_register_checkpoint_loads(tmp_path: Path) -> None:
-    model = load_backbone("dinov2_vits14_reg", "random")._tower.model
+    model = load_backbone("dinov2_vits14_reg", "random")._towers[""].model
     theirs = dict(model.state_dict())
     registers, position = theirs.pop("reg_token"), theirs.pop("pos_embed")
     # The original gives the class token a row of the position embedding; timm folds it into the token.
@@ -266,18 +266,18 @@ def test_facebook_register_checkpoint_loads(tmp_path: Path) -> None:
         "mask_token": torch.zeros(1, 384),
     }
     torch.save(theirs, path)
-    loaded = load_backbone("dinov2_vits14_reg", str(path))._tower.model.state_dict()
+    loaded = load_backbone("dinov2_vits14_reg", str(path))._towers[""].model.state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded[name], tensor, msg=name)
 
 
 def test_dino_training_checkpoint_gives_its_teacher(tmp_path: Path) -> None:
-    model = load_backbone("dino_vits16", "random")._tower.model
+    model = load_backbone("dino_vits16", "random")._towers[""].model
     teacher = {f"backbone.{k}": v for k, v in model.state_dict().items()}
     student = {f"module.backbone.{k}": v + 1 for k, v in model.state_dict().items()}
     path = tmp_path / "dino_full.pth"
     torch.save({"student": student, "teacher": {**teacher, "head.mlp.0.weight": torch.zeros(4)}, "epoch": 3}, path)
-    loaded = load_backbone("dino_vits16", str(path))._tower.model.state_dict()
+    loaded = load_backbone("dino_vits16", str(path))._towers[""].model.state_dict()
     torch.testing.assert_close(loaded["blocks.3.attn.qkv.weight"], teacher["backbone.blocks.3.attn.qkv.weight"])
 
 
@@ -288,7 +288,7 @@ def test_openai_clip_archive_in_half_precision_loads(tmp_path: Path) -> None:
     class Clip(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.visual = Leaf(backbone._tower.model.state_dict())
+            self.visual = Leaf(backbone._towers[""].model.state_dict())
 
         def forward(self, x: Tensor) -> Tensor:
             return x
@@ -324,7 +324,7 @@ class Leaf(torch.nn.Module):
 @pytest.mark.slow
 def test_checkpoint_of_another_model_names_the_keys(tmp_path: Path) -> None:
     path = tmp_path / "small.safetensors"
-    state = load_backbone("dino_vits16", "random")._tower.model.state_dict()
+    state = load_backbone("dino_vits16", "random")._towers[""].model.state_dict()
     del state["norm.bias"]
     save_file({**state, "blocks.0.extra": torch.zeros(1)}, path)
     with pytest.raises(IncompatibleError, match=r"1 missing \(norm\.bias\); 1 unexpected \(blocks\.0\.extra\)"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from featcache.backbones.registry import TAP, BackboneSpec, get_spec, list_backbones
-from featcache.backbones.taps import FACETS, Tap, parse_block_tap, parse_tap
+from featcache.backbones.taps import FACETS, Tap, parse_block_tap, parse_tap, vit_of
 from featcache.backbones.towers import Tower, open_clip_tower, timm_tower
 from featcache.backbones.weights import RANDOM_SEED, Weights, resolve_weights, tensors_sha256
 from featcache.errors import IncompatibleError, UsageError
@@ -27,12 +27,15 @@ PIXELS_AT_ONCE = 1 << 25  # of frames that are resized: what that takes must fol
 
 
 class Backbone:
-    """A frozen model, its taps and its preprocessing. Made by `load_backbone`."""
+    """A frozen model, its taps and its preprocessing. Made by `load_backbone`.
+
+    Taps of several ViTs in one file of weights have a tower each.
+    """
 
     def __init__(
         self,
         spec: BackboneSpec,
-        tower: Tower,
+        towers: Mapping[str, Tower],
         taps: tuple[Tap, ...],
         input_size: tuple[int, int],
         weights: Weights,
@@ -43,10 +46,11 @@ class Backbone:
         self.device = device
         self.taps = tuple(tap.name for tap in taps)
         self._taps = taps
-        self._tower = tower
+        self._towers = towers  # by what the taps call their ViT
         self.dims: dict[str, int] = {}
         strides = {}
         for tap in taps:
+            tower = towers[tap.vit]
             info = {} if tower.blocks else tower.model.feature_info[tap.index]
             strides[tap.name] = int(info.get("reduction", spec.patch))
             self.dims[tap.name] = int(info.get("num_chs", spec.dim))
@@ -84,8 +88,10 @@ class Backbone:
     @contextmanager
     def emptied(self, device: torch.device) -> Iterator[None]:
         """Within the context the backbone is on that device, with weights that have no values."""
-        was = self.device, [(m, dict(m._parameters), dict(m._buffers)) for m in self._tower.model.modules()]
-        self._tower.model.to_empty(device=device)
+        models = [tower.model for tower in self._towers.values()]
+        was = self.device, [(m, dict(m._parameters), dict(m._buffers)) for model in models for m in model.modules()]
+        for model in models:
+            model.to_empty(device=device)
         self.device = device
         try:
             yield
@@ -116,12 +122,24 @@ class Backbone:
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Patch tokens (B, N, D) of each tap, patches row by row, for preprocessed images (B, 3, rows, columns).
 
-        One pass, which ends with the last block needed. Prefix tokens (class, registers) are dropped.
+        One pass of each ViT, which ends with the last block needed. Prefix tokens (class, registers) are dropped.
         """
         rows, columns = self.input_size
         if images.shape[1:] != (3, rows, columns):
             raise UsageError(f"images must be (B, 3, {rows}, {columns}) from preprocess, not {tuple(images.shape)}")
-        tower, inputs = self._tower, {}
+        tokens: dict[str, Tensor] = {}
+        for vit, tower in self._towers.items():
+            tokens |= self._passed(images, tower, [tap for tap in self._taps if tap.vit == vit])
+        expected = self.grid[0] * self.grid[1]
+        for name, value in tokens.items():  # models by timm: or open_clip: names may break the rules
+            if value.shape[1] != expected:
+                found = value.shape[1]
+                raise IncompatibleError(f"{self.spec.name} gave {found} tokens at {name}, not {expected}")
+        return {tap: tokens[tap] for tap in self.taps}
+
+    def _passed(self, images: Tensor, tower: Tower, taps: Sequence[Tap]) -> dict[str, Tensor]:
+        """Tokens of the taps of one tower."""
+        inputs = {}
 
         def keep(index: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -129,16 +147,16 @@ class Backbone:
 
             return hook
 
-        faceted = {tap.index for tap in self._taps if tap.kind in FACETS}
+        faceted = {tap.index for tap in taps if tap.kind in FACETS}
         handles = [_attention(tower.blocks[i]).register_forward_pre_hook(keep(i)) for i in sorted(faceted)]
-        indices = sorted({tap.index for tap in self._taps})
+        indices = sorted({tap.index for tap in taps})
         try:
             outputs = dict(zip(indices, tower.intermediates(images, indices), strict=True))
         finally:
             for handle in handles:
                 handle.remove()
         tokens = {}
-        for tap in self._taps:
+        for tap in taps:
             if tap.kind in FACETS:
                 projected = _project(_attention(tower.blocks[tap.index]), tap.kind, inputs[tap.index])
                 tokens[tap.name] = projected[:, self.spec.prefix_tokens :]
@@ -147,11 +165,6 @@ class Backbone:
                 tokens[tap.name] = tower.norm(outputs[tap.index])
             else:
                 tokens[tap.name] = outputs[tap.index]
-        expected = self.grid[0] * self.grid[1]
-        for name, value in tokens.items():  # models by timm: or open_clip: names may break the rules
-            if value.shape[1] != expected:
-                found = value.shape[1]
-                raise IncompatibleError(f"{self.spec.name} gave {found} tokens at {name}, not {expected}")
         return tokens
 
 
@@ -177,17 +190,14 @@ def load_backbone(
         IncompatibleError: a checkpoint of another model.
     """
     spec, size, wanted = _settle(name, taps, input_size)
-    found = resolve_weights(spec, weights)
-    # The library's initialiser draws from the global generator: leave the caller's as it was.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(RANDOM_SEED)
-        tower = _build(spec, size, found)
+    found, target = resolve_weights(spec, weights), torch.device(device)
+    towers = _towers(spec, size, found, wanted)
     if found.state_dict is None:
-        found = dataclasses.replace(found, sha256=tensors_sha256(tower.model.state_dict()))
-    parsed = tuple(parse_tap(tap, spec, tower) for tap in wanted)
-    target = torch.device(device)
-    tower.model.eval().requires_grad_(False).to(target)
-    return Backbone(spec, tower, parsed, size, dataclasses.replace(found, state_dict=None), target)
+        found = dataclasses.replace(found, sha256=tensors_sha256(next(iter(towers.values())).model.state_dict()))
+    for tower in towers.values():
+        tower.model.to(target)
+    parsed = tuple(parse_tap(tap, spec, towers[vit_of(tap)]) for tap in wanted)
+    return Backbone(spec, towers, parsed, size, dataclasses.replace(found, state_dict=None), target)
 
 
 def outline(name: str, taps: Sequence[str] = (), input_size: int | tuple[int, int] | None = None) -> Backbone:
@@ -195,11 +205,9 @@ def outline(name: str, taps: Sequence[str] = (), input_size: int | tuple[int, in
     spec, size, wanted = _settle(name, taps, input_size)
     weights = resolve_weights(spec, "random")
     with torch.device("meta"):
-        tower = _build(spec, size, weights)
-        tower.model.eval().requires_grad_(False)
-        return Backbone(
-            spec, tower, tuple(parse_tap(t, spec, tower) for t in wanted), size, weights, torch.device("meta")
-        )
+        towers = _towers(spec, size, weights, wanted)
+        parsed = tuple(parse_tap(tap, spec, towers[vit_of(tap)]) for tap in wanted)
+        return Backbone(spec, towers, parsed, size, weights, torch.device("meta"))
 
 
 def _settle(
@@ -217,8 +225,17 @@ def _settle(
     return spec, size, wanted
 
 
-def _build(spec: BackboneSpec, size: tuple[int, int], weights: Weights) -> Tower:
-    return (open_clip_tower if spec.library == "open_clip" else timm_tower)(spec, size, weights)
+def _towers(spec: BackboneSpec, size: tuple[int, int], weights: Weights, taps: Sequence[str]) -> dict[str, Tower]:
+    """The tower of each ViT that taps are of."""
+    build = open_clip_tower if spec.library == "open_clip" else timm_tower
+    vits, towers = TAP.fullmatch(spec.default_tap) is not None, {}
+    for name in dict.fromkeys(map(vit_of, taps)):
+        # The library's initialiser draws from the global generator: leave the caller's as it was.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(RANDOM_SEED)
+            towers[name] = build(spec, size, weights.of_vit(name) if vits else weights)
+        towers[name].model.eval().requires_grad_(False)
+    return towers
 
 
 def _check_input_size(name: str, size: tuple[int, int], patch: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 
 from featcache.backbones.backbone import Backbone
 from featcache.errors import UsageError, out_of_memory
-from featcache.machine import native_bfloat16
+from featcache.machine import exact_convolutions, native_bfloat16
 from featcache.text import bytes_text
 from featcache.words import Precision
 
@@ -96,7 +96,7 @@ def _frame_memory(backbone: Backbone, precision: Precision) -> int:
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     """A context in which torch computes in ``precision`` on the device."""
     if precision == "float32":
-        return nullcontext()
+        return exact_convolutions()
     return torch.autocast(device.type, getattr(torch, precision))
 
 

@@ -21,7 +21,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
-TAP = re.compile(r"block([1-9]\d*)(?:\.(\w+))?")
+# The ViT within a file of weights, a block, and what is read there; see featcache.backbones.taps.
+TAP = re.compile(r"(?:(?P<vit>[\w.]+)\.)?block(?P<block>[1-9]\d*)(?:\.(?P<kind>\w+))?")
 
 
 @dataclass(frozen=True)

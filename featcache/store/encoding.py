@@ -46,22 +46,31 @@ class StoredArray:
         return tuple(sizes[name] for name in self.dimensions)
 
 
-class Encoding(ABC):
+class Decoder(ABC):
+    """Makes tokens of the arrays that are stored of them."""
+
+    decoded: torch.dtype  # type of the tokens that a reader gets
+
+    @abstractmethod
+    def decode_into(self, stored: Stored, out: Tensor) -> Tensor:
+        """Decode into ``out`` (..., N, D), of the type ``decoded``, and return it."""
+
+    @abstractmethod
+    def decode(self, stored: Stored) -> Tensor:
+        """Tokens (..., N, D), of the type ``decoded``."""
+
+
+class Encoding(Decoder):
     """One stored form of patch tokens."""
 
     name: ClassVar[Dtype]
     arrays: ClassVar[tuple[StoredArray, ...]]  # `FEATURES` first
-    decoded: ClassVar[torch.dtype]  # type of the tokens that a reader gets
     error: ClassVar[float]  # median of ‖token - decoded‖ / ‖token‖ over tokens of DINOv2 ViT-S/14, block 12
     plain: ClassVar[bool] = False  # the stored array is what a reader gets
 
     @abstractmethod
     def encode(self, tokens: Tensor) -> dict[str, Tensor]:
         """The stored arrays of tokens (..., N, D) of any float type, on the tokens' device."""
-
-    @abstractmethod
-    def decode_into(self, stored: Stored, out: Tensor) -> Tensor:
-        """Decode into ``out`` (..., N, D), of the type ``decoded``, and return it."""
 
     def decode(self, stored: Stored) -> Tensor:
         """Tokens (..., N, D), of the type ``decoded``, from the arrays of :meth:`encode`."""
@@ -135,6 +144,23 @@ class Int8(Encoding):
 def _whole_lines(codes: Tensor, out: Tensor) -> bool:
     contiguous = codes.is_contiguous() and out.is_contiguous()
     return contiguous and out.data_ptr() % kernels.LINE == 0 == out.shape[-1] * out.itemsize % kernels.LINE
+
+
+class Joined(Decoder):
+    """Tokens of several taps, the channels of one after those of the other, from the arrays of all of them by path."""
+
+    def __init__(self, encoding: Encoding, dims: Mapping[str, int]) -> None:
+        self.encoding, self.dims, self.decoded = encoding, dims, encoding.decoded  # dims: channels of each tap
+
+    def decode_into(self, stored: Stored, out: Tensor) -> Tensor:
+        for tap, part in zip(self.dims, torch.split(out, list(self.dims.values()), -1), strict=True):
+            self.encoding.decode_into({array.folder: stored[array.path(tap)] for array in self.encoding.arrays}, part)
+        return out
+
+    def decode(self, stored: Stored) -> Tensor:
+        values = next(iter(stored.values()))  # of the first tap
+        shape = (*values.shape[:-1], sum(self.dims.values()))
+        return self.decode_into(stored, torch.empty(shape, dtype=self.decoded, device=values.device))
 
 
 ENCODINGS: Mapping[Dtype, Encoding] = {encoding.name: encoding for encoding in (Float16(), Int8())}

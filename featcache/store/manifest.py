@@ -7,6 +7,7 @@ the later one counts. Videos of one shard are appended together.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -72,6 +73,13 @@ class Rows(Mapping[int, Row]):
         """The name of each video, read from the beginning of its row."""
         starts = {video: _NAMED.match(line) for video, (_, line) in self._lines.items()}
         return {video: json.loads(start[1]) if start else self[video].id for video, start in starts.items()}
+
+    def digest(self) -> str:
+        """A hash of all rows, and so of the checksums of all that is stored of their videos."""
+        found = hashlib.sha256()
+        for _, line in self._lines.values():
+            found.update(line)
+        return found.hexdigest()
 
     def most_instances(self) -> int:
         """The most instances that a video has; 0 without videos."""

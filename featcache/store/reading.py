@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +15,11 @@ import zarr
 
 from featcache.errors import DataError, IncompatibleError, UsageError
 from featcache.moments import Moments
+from featcache.sources.fingerprint import digest
 from featcache.sources.video import Instance
 from featcache.store import manifest
-from featcache.store.encoding import ENCODINGS, Encoding
-from featcache.store.spec import READABLE, SplitSpec, StoreSpec, spread
+from featcache.store.encoding import ENCODINGS, Decoder, Encoding, Joined
+from featcache.store.spec import READABLE, SplitSpec, StoreSpec, spread, taps_of
 
 
 class FeatureStore:
@@ -72,11 +74,15 @@ class FeatureStore:
         return self[name or ("train" if "train" in self.splits else next(iter(self.splits), "train"))]
 
     def tap(self, name: str | None) -> str:
-        """The name of a tap; None: the first one. ``IncompatibleError`` if the store lacks it."""
+        """The name of a tap, or of several, ``A+B``, that are read together; None: the first one.
+
+        ``IncompatibleError`` if the store lacks one.
+        """
         if name is None:
             return next(iter(self.spec.taps))
-        if name not in self.spec.taps:
-            raise IncompatibleError(f"{self.path}: no tap {name!r}; it has: {', '.join(self.spec.taps)}")
+        for tap in taps_of(name):
+            if tap not in self.spec.taps:
+                raise IncompatibleError(f"{self.path}: no tap {tap!r}; it has: {', '.join(self.spec.taps)}")
         return name
 
 
@@ -118,6 +124,11 @@ class Split:
         ids = self.manifest.ids()
         counts = Counter(ids.values())
         return {video: name if counts[name] == 1 else f"{name}#{video}" for video, name in ids.items()}
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of what is stored of the split, and of how: two of the same hold the same values."""
+        return digest((json.dumps([self.store.spec.identity(), self.spec.form()]), self.manifest.digest()))
 
     @property
     def complete(self) -> bool:
@@ -221,11 +232,19 @@ class Split:
     def read_tokens(self, tap: str, rows: slice) -> torch.Tensor:
         """Patch tokens of consecutive rows (F, N, D), through zarr, decoded."""
         arrays = self.token_arrays(tap)
-        return self.store.encoding.decode({k: torch.from_numpy(np.asarray(a[rows])) for k, a in arrays.items()})
+        return self.decoder(tap).decode({k: torch.from_numpy(np.asarray(a[rows])) for k, a in arrays.items()})
 
     def token_arrays(self, tap: str) -> dict[str, zarr.Array[Any]]:
-        """The arrays that hold a tap's tokens, by their folders."""
-        return {stored.folder: self.array(stored.path(tap)) for stored in self.store.encoding.arrays}
+        """The arrays that hold a tap's tokens, by their folders; those of several taps, ``A+B``, by their paths."""
+        several, stored = taps_of(tap), self.store.encoding.arrays
+        if len(several) > 1:
+            return {array.path(tap): self.array(array.path(tap)) for tap in several for array in stored}
+        return {array.folder: self.array(array.path(tap)) for array in stored}
+
+    def decoder(self, tap: str) -> Decoder:
+        """What makes tokens of :meth:`token_arrays`."""
+        dims = {tap: self.store.spec.taps[tap].dim for tap in taps_of(tap)}
+        return self.store.encoding if len(dims) == 1 else Joined(self.store.encoding, dims)
 
     def video(self, video: int) -> npt.NDArray[np.uint8]:
         """Frames (T, H, W, 3)."""

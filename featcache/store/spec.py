@@ -21,6 +21,7 @@ SCHEMA = 2
 READABLE = (1, SCHEMA)  # stores of schema 1 have no array of ignored pixels: all of their truth is known
 
 MAX_CHUNK_FRAMES = 64
+JOINT = "+"  # between the names of taps that are read together
 
 
 # xarray wants dimension names; zarr-python warns that unsigned bytes are fine but strings are not: none here.
@@ -57,6 +58,11 @@ class StoreSpec:
     schema: int = SCHEMA
     exported_from: str = ""  # the store or file that the values were copied from; "" for an extraction
     dtype_through: Dtype | Literal[""] = ""  # a coarser form that the values passed through before a copy
+
+    def tap(self, name: str) -> TapSpec:
+        """The shape of the tokens of a tap; of several, ``A+B``, the channels of one follow those of the other."""
+        each = [self.taps[tap] for tap in taps_of(name)]
+        return TapSpec(each[0].grid, sum(tap.dim for tap in each))  # all taps of a store have one grid
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -178,6 +184,11 @@ class SplitSpec:
     def from_json(cls, raw: Mapping[str, Any]) -> SplitSpec:
         values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in raw.items()}
         return cls(**values)
+
+
+def taps_of(name: str) -> list[str]:
+    """The taps that are read together under a name: of ``A+B``, A and B."""
+    return name.split(JOINT)
 
 
 def spread(videos: Sequence[int], most: int) -> tuple[int, ...]:

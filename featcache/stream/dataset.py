@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from featcache.errors import UsageError
-from featcache.store.encoding import Encoding
+from featcache.store.encoding import Decoder
 from featcache.store.reading import FeatureStore, Split
 from featcache.stream.order import clip_starts
 from featcache.stream.rows import TORCH_DTYPES, Rows, open_rows
@@ -136,7 +136,7 @@ class _Readers:
 class _Gather:
     """Reads spans of consecutive rows of a few arrays, and decodes them."""
 
-    def __init__(self, split: Split, arrays: Mapping[str, Any], encoding: Encoding | None) -> None:
+    def __init__(self, split: Split, arrays: Mapping[str, Any], encoding: Decoder | None) -> None:
         self._rows: dict[str, Rows] = {name: open_rows(split, array.path) for name, array in arrays.items()}
         self._formats = {name: (array.shape[1:], TORCH_DTYPES[str(array.dtype)]) for name, array in arrays.items()}
         self._encoding = encoding

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from featcache.memory.pages import host_empty
-from featcache.store.encoding import Encoding
+from featcache.store.encoding import Decoder
 from featcache.stream.rows import Rows
 
 PIECE, PIECES = 32 << 20, 3  # bytes of a piece of page-locked memory, and their number: one is always being read
@@ -117,7 +117,7 @@ class Staging:
     ``encoding`` decodes the stored arrays; None: there is one array, used as it is.
     """
 
-    def __init__(self, device: torch.device, *, on_device: bool, encoding: Encoding | None = None) -> None:
+    def __init__(self, device: torch.device, *, on_device: bool, encoding: Decoder | None = None) -> None:
         self._device, self._encoding = device, encoding
         self._direct = on_device or device.type == "cpu"  # rows are gathered where they are used
         self._pieces: list[Piece] = []

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from featcache.errors import UsageError
 from featcache.machine import readable, start_limited
-from featcache.store.encoding import Encoding
+from featcache.store.encoding import FEATURES, Decoder
 from featcache.store.reading import Split
+from featcache.store.spec import taps_of
 from featcache.stream.order import orders
 from featcache.stream.residence import RING, Free, Home, choose_home, ring_bytes
 from featcache.stream.rows import TORCH_DTYPES, FileRows, ResidentRows, Rows, open_rows
@@ -64,8 +65,8 @@ class FeatureStream:
 
     Args:
         split: a finished split of a store.
-        tap: name of the features, or ``video`` for the stored frames. These are compressed, so that they stream best
-            from ``host`` or ``device``.
+        tap: name of the features; of several, ``A+B``, whose channels follow each other; or ``video`` for the stored
+            frames. These are compressed, so that they stream best from ``host`` or ``device``.
         batch_size: samples in a batch of this rank.
         clip: consecutive frames T of one video in a sample; 1 gives single frames without a time axis.
         frames: function from the number of samples seen to the frames that the next batch takes of each clip: indices
@@ -226,21 +227,24 @@ def feature_arrays(split: Split, tap: str) -> dict[str, zarr.Array[Any]]:
     return {VIDEO: split.array(VIDEO)} if tap == VIDEO else split.token_arrays(tap)
 
 
-def decoder(split: Split, tap: str) -> Encoding | None:
-    """The encoding that decodes what is read; None if that needs no decoding."""
-    return None if tap == VIDEO or split.store.encoding.plain else split.store.encoding
+def decoder(split: Split, tap: str) -> Decoder | None:
+    """What decodes :func:`feature_arrays`; None if there is one of them, which needs no decoding."""
+    if tap == VIDEO or (split.store.encoding.plain and len(taps_of(tap)) == 1):
+        return None
+    return split.decoder(tap)
 
 
 def open_readers(split: Split, tap: str, home: torch.device | None, threads: int = 1) -> dict[str, Rows]:
     """Readers of :func:`feature_arrays`, from memory on ``home``, or from files if it is None.
 
-    All arrays except the first are held in memory in any case: int8's scales are half a kilobyte per frame, and such
-    small copies from files would take as long as those of the codes.
+    All arrays but those of the features are held in memory in any case: int8's scales are half a kilobyte per frame,
+    and such small copies from files would take as long as those of the codes.
     """
     readers: dict[str, Rows] = {}
     for name, array in feature_arrays(split, tap).items():
         reader = open_rows(split, array.path, threads)
-        keep = torch.device("cpu") if home is None and readers else home
+        small = tap != VIDEO and not name.startswith(FEATURES)
+        keep = torch.device("cpu") if home is None and small else home
         readers[name] = reader if keep is None else ResidentRows.load(reader, array, split, keep, threads)
     return readers
 
@@ -258,7 +262,7 @@ def batch_formats(split: Split, tap: str, samples: tuple[int, int]) -> tuple[dic
     }
     if (encoding := decoder(split, tap)) is None:
         return stored, next(iter(stored.values()))
-    spec = split.store.spec.taps[tap]
+    spec = split.store.spec.tap(tap)
     return stored, Format((*samples, spec.patches, spec.dim), encoding.decoded)
 
 

@@ -1,7 +1,5 @@
 """The ``slotlab`` command: its subcommands, and the way errors are shown."""
 
-from __future__ import annotations
-
 import io
 import logging
 import os

@@ -1,7 +1,5 @@
 """slotlab bench: measured rates beside this machine's limits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -176,7 +174,7 @@ def _size(value: int | None) -> str:
     return "–" if value is None else bytes_text(value)
 
 
-TRAINING_ROWS: tuple[tuple[str, Callable[[TrainingRate], str]], ...] = (
+TRAINING_ROWS: tuple[tuple[str, "Callable[[TrainingRate], str]"], ...] = (
     ("samples/s", lambda r: f"{r.samples_per_s:.1f}"),
     ("frames/s", lambda r: f"{r.frames_per_s:.1f}"),
     ("  of the rate on resident data", lambda r: _share(r.ratio)),

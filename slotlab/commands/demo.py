@@ -1,7 +1,5 @@
 """slotlab demo: every step on the embedded sample."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

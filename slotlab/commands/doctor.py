@@ -1,7 +1,5 @@
 """slotlab doctor: facts about this machine for a bug report or a first look."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import platform

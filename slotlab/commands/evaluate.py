@@ -1,7 +1,5 @@
 """slotlab eval: the scores of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -118,7 +116,7 @@ def evaluate(
             terminal.out.print(paired_table(compared))
 
 
-def _other(run: Path, loaded: LoadedRun, cache: Path | None) -> LoadedRun:
+def _other(run: Path, loaded: "LoadedRun", cache: Path | None) -> "LoadedRun":
     """The run to test against, on the store of ``--cache`` if that holds its features; else on its own store."""
     from slotlab.runs.loaded import load_run
 

@@ -1,7 +1,5 @@
 """slotlab compare, ablate and table: experiments of many runs."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """slotlab extract: the store of a backbone's features."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +37,8 @@ def extract(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Store to make or to resume; default: cache/BACKBONE.zarr.")] = None,
     tap: Annotated[
-        list[str] | None, typer.Option(help="Tap: block12, block12.norm, block9.key ...; repeatable.")
+        list[str] | None,
+        typer.Option(help="Tap: block12, block12.norm, encoder.block9.key of one of several ViTs ...; repeatable."),
     ] = None,
     input_size: Annotated[
         str | None, typer.Option(help="Size of the backbone's input in pixels: a side, or rows x columns as 224x392.")
@@ -170,7 +169,7 @@ def extract(
         terminal.out.print(f"{path}: {frames} frames. Next: slotlab stats {path}")
 
 
-def _tell(dtype: Dtype, rounding: Sequence[Rounding], damaged: Sequence[str]) -> None:
+def _tell(dtype: Dtype, rounding: "Sequence[Rounding]", damaged: Sequence[str]) -> None:
     from slotlab.commands import terminal
 
     for of in rounding:

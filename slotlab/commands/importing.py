@@ -1,7 +1,5 @@
 """slotlab import-run: a published checkpoint as a run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """slotlab masks and segment: masks as files, for the videos of a store or for your own pictures and videos."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

@@ -1,7 +1,5 @@
 """slotlab plan: what a data set and a configuration will need on a device."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +32,9 @@ def plan(
         typer.Option("--set", help="Setting as key=value, for example optim.batch_size=64; repeatable."),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples in a step: frames, or clips.")] = None,
+    slots: Annotated[
+        int, typer.Option(min=1, help="Slots of the run whose tracks a world model is trained on, without --cache.")
+    ] = 13,
     as_json: Json = False,
 ) -> None:
     """Disk, memory and time that extraction and training will take on a device, counted before they run."""
@@ -63,11 +64,14 @@ def plan(
             assert videos is not None and size is not None
             sides = (size, size) if isinstance(size, int) else size
             of = DataSet.of_counts(videos, frames, sides, tower, settings.data.train_split)
-        made = make_plan(settings, of, place, list(ENCODINGS), tower)
+        forms = list(ENCODINGS)
+        if settings.model.kind == "dynamics":
+            of, forms = of.tracked(slots), [of.spec.dtype]  # as slotlab slots stores them
+        made = make_plan(settings, of, place, forms, tower)
     show(made, preset, as_json)
 
 
-def show(made: Plan, preset: str, as_json: bool = False) -> None:
+def show(made: "Plan", preset: str, as_json: bool = False) -> None:
     """The plan on stdout: its table and its answer, or one JSON object."""
     from slotlab.commands import terminal
 
@@ -78,7 +82,7 @@ def show(made: Plan, preset: str, as_json: bool = False) -> None:
     terminal.out.print(made.answer, highlight=False)
 
 
-def table(made: Plan, preset: str) -> Any:
+def table(made: "Plan", preset: str) -> Any:
     """The plan's table, with a column for each stored form, and below it what it rests on."""
     from slotlab.commands.tables import plain_table
     from slotlab.planning.bound import LAUNCH, UTILISATION
@@ -111,7 +115,7 @@ def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms"
 
 
-ROWS: tuple[tuple[str, Callable[[TrainingPlan], str]], ...] = (
+ROWS: tuple[tuple[str, "Callable[[TrainingPlan], str]"], ...] = (
     ("tokens on disk", lambda form: _gigabytes(form.token_bytes)),
     ("where they live", lambda form: form.home.residence),
     ("  why", lambda form: form.home.why),

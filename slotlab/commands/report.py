@@ -1,7 +1,5 @@
 """slotlab report and view: the page on runs, as a file or served."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

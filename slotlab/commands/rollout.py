@@ -1,7 +1,5 @@
 """slotlab rollout: what a dynamics run predicts, scored."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

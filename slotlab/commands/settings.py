@@ -1,7 +1,5 @@
 """slotlab settings: the keys of a configuration."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

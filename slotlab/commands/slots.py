@@ -1,7 +1,5 @@
 """slotlab slots: a run's slots of every video, as data."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,7 +66,7 @@ def slots(
     terminal.out.print(f"{written}: slots written.{then}")
 
 
-def _said(of: Identity | None, films: bool) -> str:
+def _said(of: "Identity | None", films: bool) -> str:
     if of is None or of.covered is None:
         return "no ground truth to compare the tracks with"
     if of.accuracy is None:

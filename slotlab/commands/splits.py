@@ -15,6 +15,6 @@ def chosen_split(loaded: LoadedRun, name: str | None) -> Split:
     """:meth:`LoadedRun.split`."""
     split, usual = loaded.split(name), loaded.config.data.eval_split
     if name is None and split.name != usual:
-        note = f"note: {loaded.store.path} has no split {usual!r}; taking its only one, {split.name!r}"
+        note = f"note: {loaded.store.path} has no split {usual!r}; taking {split.name!r}"
         terminal.err.print(note)
     return split

@@ -1,7 +1,5 @@
 """slotlab stats, verify, export, import and weights: stores, and the weights of backbones."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -112,6 +112,8 @@ def scores_table(found: Evaluation) -> Table:
         f"{found.diagnostics['effective_slots']:.1f} effective slots, "
         f"mask similarity {found.diagnostics['mask_similarity']:.2f}"
     )
+    if found.values["fg_ari"] is None:
+        table.caption += "\nno frame shows two objects, so there is no FG-ARI"
     if found.left_out:
         table.caption += f"\n{found.left_out}"
     if found.references.statistics:

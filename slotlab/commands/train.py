@@ -1,7 +1,5 @@
 """slotlab train: a run on a store."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,13 +80,14 @@ def train(
             warning = f"warning: optim.precision=bfloat16 has {bfloat16_verdict(speed)}"
             terminal.err.print(warning, style="yellow")
     if plan:
-        from slotlab.commands.plan import show
-        from slotlab.planning.data import DataSet
-        from slotlab.planning.devices import measured
-        from slotlab.planning.plan import make_plan
+        if is_leader():
+            from slotlab.commands.plan import show
+            from slotlab.planning.data import DataSet
+            from slotlab.planning.devices import measured
+            from slotlab.planning.plan import make_plan
 
-        here = measured(place, settings.optim.precision)
-        show(make_plan(settings, DataSet.of_store(store), here, [store.spec.dtype]), preset)
+            here, data = measured(place, settings.optim.precision), DataSet.of_store(store, count())
+            show(make_plan(settings, data, here, [store.spec.dtype]), preset)
         return
     shown = [context.with_resource(terminal.training_display(settings.optim.steps))]
     if tensorboard:

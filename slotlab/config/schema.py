@@ -57,6 +57,10 @@ class DataConfig(Section):
     """The data to read, and its normalisation."""
 
     tap: str | None = Field(None, description="Tap to read; video: the stored frames; unset: the store's first")
+    target: str | None = Field(
+        None,
+        description="Tap to reconstruct, and to read by an autoregressive decoder; unset: the one that slots read",
+    )
     train_split: str = Field("train", description="Split to train on")
     eval_split: str = Field("validation", description="Split to score and to look at")
     normalize: str = Field(
@@ -77,8 +81,19 @@ class DataConfig(Section):
         for setting in ("center", "shrinkage")
     }
 
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The taps that are read, by name; none where the store's first is."""
+        return tuple(tap for tap in (self.tap, self.target) if tap is not None)
+
     def chosen(self, key: str) -> str:
         return parse_normalisation(self.normalize)[0] if key == "normalize" else super().chosen(key)
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.target is not None and self.tap is None:
+            raise ValueError("data.target needs data.tap: name the tap in which slots are found, too")
+        return self
 
     @field_validator("normalize")
     @classmethod
@@ -242,6 +257,8 @@ class Config(Section):
             raise ValueError(
                 "loss.diversity and loss.sharpness need model.decoder.masks = soft: hard masks neither overlap nor blur"
             )
+        if self.data.target is not None and self.model.kind != "slot_attention":
+            raise ValueError("data.target needs model.kind = slot_attention: other models reconstruct what they read")
         if (self.model.kind == "pixel") != (self.data.tap == "video"):
             raise ValueError("model.kind = pixel needs data.tap = video (stored frames), which no other model reads")
         return self

@@ -178,7 +178,8 @@ def plan_comparison(settings: Settings, out: Path, cache_folder: Path) -> Compar
     splits = tuple(dict.fromkeys([*(d.train_split for d in data), *(d.eval_split for d in data)]))
     for name in splits:
         if name not in source.splits():
-            raise UsageError(f"{source.location}: no split {name!r}; it has: {', '.join(source.splits())}")
+            known = ", ".join(source.splits())
+            raise UsageError(f"{source.location}: no split {name!r}; it has: {known}; choose one to score with --split")
         if any(d.eval_split == name for d in data) and source.read(name, 0).segmentations is None:
             raise DataError(f"{source.location}: {name} has no masks, so there is nothing to score against")
     weights = _weights(settings.weights, specs)

@@ -15,7 +15,7 @@ from slotlab.config.schema import Config
 from slotlab.dynamics.measures import COMPARED_AT, MEASURES
 from slotlab.dynamics.rollout import features_at, load_dynamics, roll_out
 from slotlab.experiments.plan import Run
-from slotlab.runs.loaded import load_run
+from slotlab.runs.loaded import evaluation_split, load_run
 from slotlab.scoring.evaluate import evaluate
 from slotlab.scoring.evaluation import Evaluation
 from slotlab.scoring.metrics import shown, shown_of_videos
@@ -101,5 +101,5 @@ def check_scores(config: Config, store: FeatureStore) -> None:
         raise UsageError("predicts without slots; train it apart, and show it with slotlab rollout RUN --dense DENSE")
     if config.model.scored_by == "rollout":
         features_at(store)
-    if not store[config.data.eval_split].require_complete().has_truth:
+    if not evaluation_split(config, store, config.data.eval_split).require_complete().has_truth:
         raise DataError(f"{store.path}: {config.data.eval_split} has no masks, so there is nothing to score against")

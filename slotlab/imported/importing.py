@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from featcache.backbones.backbone import outline
+from featcache.backbones.backbone import Backbone, outline
+from featcache.backbones.origin import Origin
 from featcache.backbones.registry import get_spec
 from featcache.backbones.registry import input_size as preprocessed_size
+from featcache.backbones.taps import vit_of
 from featcache.errors import IncompatibleError, UsageError
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import StoreSpec, TapSpec, flatten
@@ -23,7 +25,7 @@ from slotlab.imported.spot import SPOT
 from slotlab.imported.videosaur import SLOTCONTRAST, VIDEOSAUR
 from slotlab.imported.vits import backbone_of
 from slotlab.models.build import empty_model
-from slotlab.models.inputs import Features
+from slotlab.models.inputs import ModelInput
 from slotlab.runs import checkpoint
 from slotlab.runs.folder import create_imported
 from slotlab.runs.imported import wanted_store
@@ -80,8 +82,7 @@ def import_run(
     overrides = list(overrides)
     config = configuration(published, derived, overrides)
     wanted = _wanted(published, table, derived, config, backbone, input_size)
-    ((tap, sizes),) = wanted.taps.items()
-    model = empty_model(config, Features(tap, sizes.grid, sizes.dim))
+    model = empty_model(config, ModelInput.of(config, FeatureStore(run, wanted)))  # its description: no data is read
     translate(table, published, derived, config, model)
 
     origin: dict[str, Any] = {"source": source, "repository": table.repository, "checkpoint": str(path.resolve())}
@@ -131,18 +132,28 @@ def _wanted(
             f"{published.path}: {derived.patches} patches are of no square picture; add --input-size ROWSxCOLUMNS"
         )
     size = input_size or (side * get_spec(chosen).patch,) * 2
-    shape = outline(chosen, (str(config.data.tap),), size)
-    (tap,), patches = shape.taps, shape.grid[0] * shape.grid[1]
-    if (patches, shape.dims[tap]) != (derived.patches, derived.dim):
+    shape = outline(chosen, config.data.taps, size)
+    patches, dim = shape.grid[0] * shape.grid[1], shape.dims[shape.taps[0]]
+    if (patches, dim) != (derived.patches, derived.dim):
         raise IncompatibleError(
             f"{published.path}: was trained on {derived.patches} tokens of {derived.dim} channels, and {chosen} gives "
-            f"{patches} of {shape.dims[tap]} at {size[0]}x{size[1]} px; name the backbone with --backbone, and its "
-            "input with --input-size ROWSxCOLUMNS"
+            f"{patches} of {dim} at {size[0]}x{size[1]} px; name the backbone with --backbone, and its input with "
+            "--input-size ROWSxCOLUMNS"
         )
     return StoreSpec(
         backbone=shape.spec.name,
         model={key: value for key, value in shape.provenance.items() if not key.startswith("weights_")}
-        | {"weights_tag": shape.spec.tag},
+        | _weights(published, shape),
         preprocessing=shape.preprocessing,
-        taps={tap: TapSpec(shape.grid, shape.dims[tap])},
+        taps={tap: TapSpec(shape.grid, shape.dims[tap]) for tap in shape.taps},
     )
+
+
+def _weights(published: Published, shape: Backbone) -> dict[str, Any]:
+    """Which weights of the backbone the features are of: the published ones, or, of taps that name a ViT of the
+    checkpoint, those in it."""
+    if not any(map(vit_of, shape.taps)):
+        return {"weights_tag": shape.spec.tag}
+    origin = Origin("file", str(published.path.resolve()))
+    named = {"weights_tag": f"file:{published.path.name}", "weights_sha256": published.sha256}
+    return named | {"weights_origin": asdict(origin)}

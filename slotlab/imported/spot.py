@@ -1,4 +1,8 @@
-"""Checkpoints of SPOT's source: the teacher, and its DINOSAUR, with their autoregressive transformer decoder."""
+"""Checkpoints of SPOT's source: teachers, students and its DINOSAUR, with their autoregressive transformer decoder.
+
+A student's slots are found in tokens of a ViT whose last blocks were trained further. What it reconstructs, and its
+decoder reads, are tokens of the ViT as it was. A checkpoint holds both ViTs.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +19,10 @@ from slotlab.imported.published import Published
 from slotlab.imported.source import BLOCK, Derived, Rule, Source
 
 GROUP, ATTEND, BLOCKS = "slot_attn", "slot_attn.slot_attention", "dec.blocks."
-BACKBONE, TARGET = "encoder.", "second_encoder."  # the ViT that slots read; the one whose tokens the decoder predicts
+BACKBONE, TARGET = "encoder.", "second_encoder."  # the ViT whose tokens slots read; the one whose are reconstructed
 SCANS = [0, 1, 3, 2, 7, 6, 5, 4, 8]  # of each of our scans, the place among SPOT's
 QKV = ("query", "key", "value")
+LAST = "block12"  # no final norm there: --encoder_final_norm is off
 
 
 def _derive(published: Published) -> Derived:
@@ -25,12 +30,11 @@ def _derive(published: Published) -> Derived:
     slot_dim, dim = shape(f"{ATTEND}.project_k.weight")
     if not (layers := published.blocks(BLOCKS)):
         raise IncompatibleError(f"{published.path}: its decoder is no transformer, the only one that is known")
-    _of_one_vit(published)
     orders = shape("bos_tokens")[0]
     if orders not in (1, len(SCANS)):
         raise IncompatibleError(f"{published.path}: {orders} orders of the patches, and 1 or {len(SCANS)} are known")
     values: dict[str, Any] = {
-        "data.tap": "block12",
+        "data.tap": LAST,
         "model.slot_dim": slot_dim,
         "model.projection": "wide",
         "model.iterations": 3,
@@ -44,6 +48,9 @@ def _derive(published: Published) -> Derived:
         "optim.steps": 89_000,
     }
     assumed = ["optim.steps", "data.tap", "model.iterations", "model.decoder.heads"]
+    if _of_two_vits(published):
+        values |= {"data.tap": BACKBONE + LAST, "data.target": TARGET + LAST}
+        assumed.append("data.target")
     if orders > 1:
         assumed.append("model.decoder.scans")
     needed = {}
@@ -58,18 +65,14 @@ def _derive(published: Published) -> Derived:
     return Derived("spot", values, tuple(assumed), needed, dim, patches)
 
 
-def _of_one_vit(published: Published) -> None:
-    """Refuse a model whose slots and whose decoder read tokens of two ViTs: a store has those of one."""
+def _of_two_vits(published: Published) -> bool:
+    """Whether it is a student: its two ViTs differ, of which a teacher or DINOSAUR has one, or the same one twice."""
     for name, tensor in published.tensors.items():
-        if not name.startswith(TARGET):
-            continue
-        trained = BACKBONE + name.removeprefix(TARGET)
-        if trained not in published.tensors or not torch.equal(published.tensors[trained], tensor):
-            raise IncompatibleError(
-                f"{published.path}: a student, whose slots read tokens of a ViT that was trained further ({trained} is "
-                f"not {name}) and whose decoder reads those of the published one, and a store has one of them; import "
-                "its teacher, the checkpoint of SPOT's train_spot.py"
-            )
+        if name.startswith(TARGET):
+            trained = published.tensors.get(BACKBONE + name.removeprefix(TARGET))
+            if trained is None or not torch.equal(trained, tensor):
+                return True
+    return False
 
 
 def _starts(bos_tokens: Tensor) -> Tensor:

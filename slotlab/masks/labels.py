@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -23,15 +23,17 @@ def fine_labels(
     size = (pictures.shape[1], pictures.shape[2])
     if method is None:
         return torch.cat([labels for _, labels in label_chunks(masks, size)]).cpu().numpy()
-    frames = torch.from_numpy(pictures)
-    parts = [refine_masks(masks[t : t + 1], frames[t : t + 1], method).argmax(1) for t in range(len(frames))]
-    return torch.cat(parts).to(torch.uint8).cpu().numpy()
+    _check(masks)
+    labels = torch.empty((len(masks), *size), dtype=torch.uint8, device=masks.device)
+    for mask, picture, part in zip(masks, torch.from_numpy(pictures), labels, strict=True):
+        held = (mask > 0).flatten(1).any(1).nonzero()[:, 0]  # slots without a patch get no pixel
+        fine = refine_masks(mask[held].unsqueeze(0), picture.unsqueeze(0), method)[0]
+        _label_largest(part, zip(held.tolist(), fine, strict=True))
+    return labels.cpu().numpy()
 
 
-# Upsampled mask values held at once: on the CPU about what its cache holds, on a GPU 512 MB.
-_VALUES_A_CHUNK = {"cpu": 2**21, "cuda": 2**27}
-
-_VALUES_A_FRAME = 2**27  # of a frame so large that its slots are upsampled a few at a time
+# Pixels whose labels are found at once: on the CPU what its cache holds of them, on a GPU enough to fill it.
+_PIXELS_A_CHUNK = {"cpu": 2**18, "cuda": 2**24}
 
 _MAX_LABELS = 256  # labels are held as uint8 between upsampling and counting
 
@@ -48,27 +50,52 @@ def masks_to_labels(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
 def label_chunks(masks: Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the batch with their labels (b, H, W) uint8; arguments and errors as for :func:`masks_to_labels`."""
+    _check(masks)
+    step = max(1, _PIXELS_A_CHUNK.get(masks.device.type, 2**20) // (size[0] * size[1]))
+    for start in range(0, len(masks), step):
+        frames = slice(start, start + step)
+        yield frames, _labels(masks[frames].float(), size)
+
+
+def _check(masks: Tensor) -> None:
     if masks.ndim != 4 or not 1 <= masks.shape[1] <= _MAX_LABELS:
         raise ValueError(f"masks must be (B, K, h, w), 1 <= K <= {_MAX_LABELS}, not {tuple(masks.shape)}")
     if not bool(torch.isfinite(masks).all()):
         raise ValueError("masks hold NaN or infinity, so they have no argmax; did the model diverge?")
-    slots = masks.shape[1]
-    step = max(1, _VALUES_A_CHUNK.get(masks.device.type, 2**24) // (slots * size[0] * size[1]))
-    few = max(1, _VALUES_A_FRAME // (size[0] * size[1]))
-    for start in range(0, len(masks), step):
-        frames = slice(start, start + step)
-        best = labels = None
-        for first in range(0, slots, few):
-            some = masks[frames, first : first + few].float()
-            fine = F.interpolate(some, size=size, mode="bilinear", align_corners=False)
-            # A running maximum over slots reads memory in order: four times faster than argmax over dim 1, and
-            # ties go to the lowest slot on every device.
-            for slot, here in enumerate(fine.unbind(1), first):
-                if best is None or labels is None:
-                    best = here.clone()
-                    labels = torch.zeros(best.shape, dtype=torch.uint8, device=masks.device)
-                    continue
-                labels.masked_fill_(here > best, slot)
-                torch.maximum(best, here, out=best)
-        assert labels is not None
-        yield frames, labels
+
+
+def _labels(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Labels (b, H, W) uint8 of masks (b, K, h, w). Pixels between the centres of the same two rows of the grid are a
+    strip; there, only slots that somewhere lie above the lower ends of all others need upsampling: few of many.
+    """
+    rows = masks.shape[2]
+    across = F.interpolate(masks, size=(rows, size[1]), mode="bilinear", align_corners=False)  # (b, K, h, W)
+    at = ((torch.arange(size[0]) + 0.5) * (rows / size[0]) - 0.5).clamp(min=0)  # (H,), in rows of the grid
+    upper = at.long()
+    shares = (at - upper).to(masks.device)[:, None]  # (H, 1), of the lower row
+    lower = torch.cat([across[:, :, 1:], across[:, :, -1:]], 2)
+    least = torch.minimum(across, lower).amax(1, keepdim=True)  # what the best slot has at least, (b, 1, h, W)
+    wins = (torch.maximum(across, lower) >= least).any(3).any(0).cpu()  # (K, h)
+    labels = torch.empty((len(masks), *size), dtype=torch.uint8, device=masks.device)
+    heights = torch.bincount(upper, minlength=rows).tolist()
+    for row, (part, share) in enumerate(
+        zip(torch.split(labels, heights, 1), torch.split(shares, heights), strict=True)
+    ):
+        slots = wins[:, row].nonzero().flatten().tolist()
+        ends = ((slot, across[:, slot, row, None], lower[:, slot, row, None]) for slot in slots)
+        _label_largest(part, ((slot, here.lerp(below, share)) for slot, here, below in ends))
+    return labels
+
+
+def _label_largest(labels: Tensor, values: Iterable[tuple[int, Tensor]]) -> None:
+    """Write the slot of the largest value into labels (...) uint8. values: slots in rising order, with theirs (...)."""
+    # A running maximum over slots reads memory in order: four times faster than argmax over dim 1, and ties go to the
+    # lowest slot on every device.
+    best: Tensor | None = None
+    for slot, value in values:
+        if best is None:
+            best = value.clone()
+            labels.fill_(slot)
+            continue
+        labels.masked_fill_(value > best, slot)
+        torch.maximum(best, value, out=best)

@@ -32,6 +32,9 @@ def build_model(config: Config, store: FeatureStore) -> Model:
     data, inputs, split = config.data, ModelInput.of(config, store), store[config.data.train_split]
     moments = inputs.moments(split)
     normaliser = Normaliser.from_moments(data.normalize, moments, data.shrinkage, data.center)
+    if inputs.target is not None:
+        of_target = inputs.target.moments(split)
+        normaliser.target = Normaliser.from_moments(data.normalize, of_target, data.shrinkage, data.center)
     model = MODELS[config.model.kind].of(config, normaliser, inputs.grid)
     model.take(moments)
     model.calibrate(inputs.sample(split))
@@ -42,4 +45,6 @@ def empty_model(config: Config, inputs: ModelInput) -> Model:
     """The model before a checkpoint is loaded into it: statistics of the store are saved with the weights."""
     positions = inputs.patches if config.data.center == "position" else 1
     normaliser = Normaliser(config.data.normalize, inputs.dim, positions)
+    if inputs.target is not None:
+        normaliser.target = Normaliser(config.data.normalize, inputs.target.dim, positions)
     return MODELS[config.model.kind].of(config, normaliser, inputs.grid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,7 @@ from torch import Tensor
 from featcache.errors import DataError, IncompatibleError, UsageError
 from featcache.moments import Moments
 from featcache.store.reading import FeatureStore, Split
+from featcache.store.spec import JOINT
 from featcache.stream.stream import VIDEO
 from slotlab.config.model import DynamicsConfig, PixelConfig
 from slotlab.config.schema import Config
@@ -35,6 +36,7 @@ class ModelInput(ABC):
     tap: str  # ``video`` for the stored frames
     grid: tuple[int, int]
     dim: int
+    target: ModelInput | None = field(default=None, kw_only=True)  # what is reconstructed; None: the same
 
     @staticmethod
     def of(config: Config, store: FeatureStore) -> ModelInput:
@@ -43,13 +45,17 @@ class ModelInput(ABC):
             return Tracks.in_store(store)
         if isinstance(config.model, PixelConfig):  # the configuration allows it with data.tap = video alone
             return Frames(VIDEO, (config.model.resolution, config.model.resolution), dim=3)
-        tap = store.tap(config.data.tap)
-        spec = store.spec.taps[tap]
-        return Features(tap, spec.grid, spec.dim)
+        target = None if config.data.target is None else Features.at(config.data.target, store)
+        return replace(Features.at(config.data.tap, store), target=target)
 
     @property
     def patches(self) -> int:
         return self.grid[0] * self.grid[1]
+
+    @property
+    def stored(self) -> str:
+        """What is read of a store: the tap, and that of the target, whose channels follow those of the tap."""
+        return self.tap if self.target is None else f"{self.tap}{JOINT}{self.target.tap}"
 
     def settle(self, config: Config, split: Split) -> Config:
         """The configuration with its tap named, so that a store with more taps cannot change which one it means.
@@ -77,13 +83,7 @@ class ModelInput(ABC):
 
         ``DataError`` if tokens are not finite: no extraction stores such.
         """
-        tokens = split.tokens(self.tap, video)
-        if not bool(tokens.isfinite().all()):
-            raise DataError(
-                f"{split.path}: video {split.names[video]}, tap {self.tap}: features are not finite, the store is "
-                f"damaged; see what can be repaired with slotlab verify {split.store.path}"
-            )
-        return tokens
+        return finite_tokens(split, self.stored, video)
 
     @abstractmethod
     def tokens(self, split: Split, video: int) -> Float[Tensor, "T N D"]:
@@ -107,11 +107,28 @@ class ModelInput(ABC):
             yield frames[:: math.ceil(len(frames) / SAMPLE_FRAMES)].clone()  # a copy, so that the rest can be freed
 
 
+def finite_tokens(split: Split, tap: str, video: int) -> Tensor:
+    """A video's tokens (T, N, D) as stored. ``DataError`` if they are not finite."""
+    tokens = split.tokens(tap, video)
+    if not bool(tokens.isfinite().all()):
+        raise DataError(
+            f"{split.path}: video {split.names[video]}, tap {tap}: features are not finite, the store is damaged; see "
+            f"what can be repaired with slotlab verify {split.store.path}"
+        )
+    return tokens
+
+
 class Features(ModelInput):
     """A tap's patch tokens."""
 
+    @classmethod
+    def at(cls, tap: str | None, store: FeatureStore) -> Features:
+        """Those of a store's tap, None: its first. ``IncompatibleError`` if the store lacks it."""
+        name = store.tap(tap)
+        return cls(name, store.spec.taps[name].grid, store.spec.taps[name].dim)
+
     def tokens(self, split: Split, video: int) -> Float[Tensor, "T N D"]:
-        return self.read(split, video).float()
+        return finite_tokens(split, self.tap, video).float()
 
     def moments(self, split: Split) -> Moments:
         return split.statistics(self.tap)
@@ -119,7 +136,7 @@ class Features(ModelInput):
     def from_frames(self, store: FeatureStore, weights: str | None, device: torch.device) -> FromFrames:
         from featcache.extraction.store_backbone import token_maker  # backbones take seconds to import
 
-        return token_maker(store, self.tap, weights, device)
+        return token_maker(store, self.stored, weights, device)
 
 
 @dataclass(frozen=True)

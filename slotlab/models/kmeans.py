@@ -1,7 +1,7 @@
 """Batched k-means over patch tokens: a slot initialiser inside the training step, and the floor of evaluations.
 
 It clusters each sample of the batch alone, but all at once, in matrix products over (B, N, D) and (B, N, K): no
-(B, N, K, D) tensor, no loop over samples, no wait for the device.
+(B, N, K, D) tensor, no loop over samples, no wait for the device. All R starts of a sample move together, too.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def kmeans_plus_plus(tokens: Tensor, k: int, draws: Draws | None = None) -> Tens
     """
     with _full_precision(tokens):
         x = _centred(tokens, k)[0]
-        return _seed(x, x.square().sum(-1), k, draws)
+        return _seed(x, x.square().sum(-1), k, draws, 1)[:, 0]
 
 
 @torch.no_grad()
@@ -50,30 +50,21 @@ def kmeans(tokens: Tensor, k: int, rounds: int = 8, draws: Draws | None = None, 
     with _full_precision(tokens):
         x, mean = _centred(tokens, k)
         square = x.square().sum(-1)
-        best, centres, labels = _lloyd(x, square, k, rounds, draws)
-        for _ in range(restarts - 1):
-            score, *other = _lloyd(x, square, k, rounds, draws)
-            better = score > best  # (B,)
-            best = torch.where(better, score, best)
-            centres = torch.where(better[:, None, None], other[0], centres)
-            labels = torch.where(better[:, None], other[1], labels)
-        return Clusters(centres + mean, labels)
-
-
-def _lloyd(x: Tensor, square: Tensor, k: int, rounds: int, draws: Draws | None) -> tuple[Tensor, Tensor, Tensor]:
-    """K-means from one start: summed closeness (B,), largest at the least inertia; centres (B, K, D); labels (B, N).
-
-    square (B, N) is |x|^2, here and below."""
-    centres = _take(x, _seed(x, square, k, draws))
-    for _ in range(rounds):
-        centres = _update(x, square, centres)
-    closeness, labels = _closeness(x, centres).max(-1)
-    return closeness.sum(-1), centres, labels
+        centres = _take(x, _seed(x, square, k, draws, restarts))
+        for _ in range(rounds):
+            centres = _update(x, square, centres)
+        closeness, labels = _closeness(x, centres).max(-1)  # (B, N, R)
+        if restarts == 1:  # a training step's: nothing to choose from
+            return Clusters(centres[:, 0] + mean, labels[..., 0])
+        best = closeness.sum(1).argmax(-1)[:, None, None]  # (B, 1, 1), the first one of least inertia
+        found = centres.gather(1, best.unsqueeze(-1).expand_as(centres[:, :1])).squeeze(1)
+        return Clusters(found + mean, labels.gather(2, best.expand(-1, x.shape[1], -1)).squeeze(2))
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    """Tokens (B, K, D) of x (B, N, D) at index (B, K)."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    """Tokens (B, R, K, D) of x (B, N, D) at index (B, R, K)."""
+    taken = x.gather(1, index.flatten(1).unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    return torch.unflatten(taken, 1, index.shape[1:])
 
 
 def _full_precision(tokens: Tensor) -> torch.autocast:
@@ -90,47 +81,53 @@ def _centred(tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return x - mean, mean
 
 
-def _seed(x: Tensor, square: Tensor, k: int, draws: Draws | None) -> Tensor:
+def _seed(x: Tensor, square: Tensor, k: int, draws: Draws | None, starts: int) -> Tensor:
+    """Indices (B, R, K) of the first centres of each start; square (B, N) is |x|^2, here and below."""
     batch, count, _ = x.shape
+    draws = draws or Draws(0)
     # With exponential variables e_n, the largest p_n / e_n falls on n with probability p_n / sum p, and the next
     # largest are further draws without replacement. This avoids a float cumsum, which is not deterministic on a GPU.
-    waits = (draws or Draws(0)).exponential((k, batch, count), x.device, batch=1)
-    chosen = waits[0].argmin(-1, keepdim=True)  # (B, 1), each token as likely as any other
-    nearest = _distance(x, square, chosen).squeeze(-1)  # (B, N), squared distance to the nearest seed
+    each = [draws.exponential((k, batch, count), x.device, batch=1).unsqueeze(2) for _ in range(starts)]
+    waits = torch.cat(each, 2) if starts > 1 else each[0]  # (K, B, R, N)
+    chosen = waits[0].argmin(-1, keepdim=True)  # (B, R, 1), each token as likely as any other
+    nearest = _distance(x, square, chosen).squeeze(-1).mT  # (B, R, N), squared distance to the nearest seed
     trials = min(2 + int(math.log(k)), count)
     for step in range(1, k):
-        candidates = (nearest / waits[step]).topk(trials, dim=-1).indices  # (B, trials)
-        left = torch.minimum(nearest.unsqueeze(-1), _distance(x, square, candidates))  # (B, N, trials)
-        winner = left.sum(1).argmin(-1, keepdim=True)  # (B, 1)
-        nearest = left.gather(2, winner.unsqueeze(1).expand(-1, count, -1)).squeeze(-1)
-        chosen = torch.cat([chosen, candidates.gather(1, winner)], 1)
+        candidates = (nearest / waits[step]).topk(trials, dim=-1).indices  # (B, R, trials)
+        left = torch.minimum(nearest.mT.unsqueeze(-1), _distance(x, square, candidates))  # (B, N, R, trials)
+        winner = left.sum(1).argmin(-1, keepdim=True)  # (B, R, 1)
+        nearest = left.gather(3, winner.unsqueeze(1).expand(-1, count, -1, -1)).squeeze(-1).mT
+        chosen = torch.cat([chosen, candidates.gather(-1, winner)], -1)
     return chosen
 
 
 def _distance(x: Tensor, square: Tensor, index: Tensor) -> Tensor:
-    """Squared distance of every token to those at index (B, K): (B, N, K)."""
-    cross = torch.bmm(x, _take(x, index).transpose(1, 2))
-    return (square.unsqueeze(-1) - 2 * cross + square.gather(1, index).unsqueeze(1)).clamp_min_(0)
+    """Squared distance of every token to those at index (B, R, K): (B, N, R, K)."""
+    cross = torch.bmm(x, _take(x, index).flatten(1, 2).transpose(1, 2))  # (B, N, R K)
+    apart = square.unsqueeze(-1) - 2 * cross + square.gather(1, index.flatten(1)).unsqueeze(1)
+    return torch.unflatten(apart.clamp_min_(0), -1, index.shape[1:])
 
 
 def _closeness(x: Tensor, centres: Tensor) -> Tensor:
-    """``x.c - |c|^2 / 2``, (B, N, K): largest where the distance is smallest."""
-    offset = centres.square().sum(-1).mul_(-0.5).unsqueeze(1)  # (B, 1, K)
-    return torch.baddbmm(offset, x, centres.transpose(1, 2))
+    """``x.c - |c|^2 / 2``, (B, N, R, K): largest where the distance is smallest."""
+    flat = centres.flatten(1, 2)  # (B, R K, D)
+    offset = flat.square().sum(-1).mul_(-0.5).unsqueeze(1)  # (B, 1, R K)
+    return torch.unflatten(torch.baddbmm(offset, x, flat.transpose(1, 2)), -1, centres.shape[1:3])
 
 
 def _update(x: Tensor, square: Tensor, centres: Tensor) -> Tensor:
-    """One Lloyd round: each centre becomes the mean of its tokens."""
-    k = centres.shape[1]
-    closeness, labels = _closeness(x, centres).max(-1)  # (B, N)
-    member = torch.zeros((*labels.shape, k), device=x.device)  # (B, N, K), one-hot
+    """One Lloyd round of all starts (B, R, K, D): each centre becomes the mean of its tokens."""
+    k = centres.shape[2]
+    closeness, labels = _closeness(x, centres).max(-1)  # (B, N, R)
+    member = torch.zeros((*labels.shape, k), device=x.device)  # (B, N, R, K), one-hot
     member.scatter_(-1, labels.unsqueeze(-1), 1.0)
-    size = member.sum(1).unsqueeze(-1)  # (B, K, 1)
+    size = member.sum(1).unsqueeze(-1)  # (B, R, K, 1)
     # A product with the one-hot labels sums in a fixed order, which index_add_ on a GPU does not.
-    mean = torch.bmm(member.transpose(1, 2), x) / size.clamp_min(1)
+    total = torch.bmm(member.flatten(2).transpose(1, 2), x)
+    mean = torch.unflatten(total, 1, centres.shape[1:3]) / size.clamp_min(1)
     empty = size == 0
-    distance = square - 2 * closeness
-    farthest = distance.topk(k, dim=1).indices  # (B, K)
+    distance = square.unsqueeze(-1) - 2 * closeness
+    farthest = distance.topk(k, dim=1).indices.mT  # (B, R, K)
     # The e-th empty cluster takes the e-th farthest token.
-    turn = (empty.squeeze(-1).cumsum(1) - 1).clamp_min_(0)  # (B, K)
-    return torch.where(empty, _take(x, farthest.gather(1, turn)), mean)
+    turn = (empty.squeeze(-1).cumsum(-1) - 1).clamp_min_(0)  # (B, R, K)
+    return torch.where(empty, _take(x, farthest.gather(-1, turn)), mean)

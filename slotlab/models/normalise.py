@@ -87,6 +87,7 @@ class Normaliser(nn.Module):
         form, number = parse_normalisation(kind)
         self.recipe = RECIPES[form]
         self.dim = int(number) if form.endswith("=K") else dim  # of the output
+        self.target: Normaliser | None = None  # of the tokens to reconstruct, where these are others
         if self.dim > dim:
             raise UsageError(f"normalisation {kind}: the features have only {dim} channels")
         self.register_buffer("shift", torch.zeros(positions, dim))
@@ -143,6 +144,15 @@ class Normaliser(nn.Module):
             raise ValueError(f"features have {features.shape[-1]} channels, the normaliser {self.shift.shape[-1]}")
         with torch.autocast(features.device.type, enabled=False):
             return self.recipe.apply(features.float(), self.shift, self.weight)
+
+    def both(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised tokens to find slots in, and to reconstruct: the same, or, with a ``target``, those of its
+        channels, which follow the others in features (..., N, D + D')."""
+        if self.target is None:
+            tokens = self(features)
+            return tokens, tokens
+        own = self.shift.shape[-1]
+        return self(features[..., :own]), self.target(features[..., own:])
 
     def of_means(self, means: Tensor, shares: Tensor) -> Tensor:
         """Normalised means (..., K, D') over patches of raw ones (..., K, D).

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from slotlab.config.model import PixelConfig
 from slotlab.config.schema import Config
 from slotlab.models.base import Model, Output
+from slotlab.models.competition import hide_padding
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 from slotlab.models.recurrence import Recurrence
-from slotlab.models.slot_attention import hide_padding
 
 CONVOLUTIONS = 4  # of the encoder
 

@@ -13,13 +13,14 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from slotlab.config.model import RecurrentConfig, SlotAttentionConfig
+from slotlab.models.competition import Projected
 from slotlab.models.curriculum import Curriculum
 from slotlab.models.host import found_on_host
 from slotlab.models.initializers import INITIALIZERS, Starts
 from slotlab.models.predictors import PREDICTORS
 from slotlab.models.randomness import Draws
-from slotlab.models.repeated import Repeated
-from slotlab.models.slot_attention import Attended, Projected, SlotAttention
+from slotlab.models.repeated import Repeated, joined
+from slotlab.models.slot_attention import Attended, SlotAttention
 
 
 class Recurrence(nn.Module):
@@ -72,18 +73,16 @@ class Recurrence(nn.Module):
         """
         with torch.autocast(tokens.device.type, enabled=False):
             tokens = tokens.float()
-            projected = self.attend.project(tokens).frames()
+            projected = self.attend.project(tokens)
             active = self._drawn(len(tokens), draws, tokens.device)
             starts = {
                 index: self.initialize(*frame, draws)
                 for index, frame in enumerate(zip(tokens.unbind(1), clustered.unbind(1), strict=True))
                 if self.predict is None or self._starts(index)
             }
-            apart = self.config.predictor is not None and self.config.predictor.stop_gradient
-            if apart and torch.is_grad_enabled() and len(starts) < len(projected):
-                frames = self._at_once(projected, starts, active)
-            else:
-                frames = self._in_turn(projected, starts, active)
+            if self._apart() and len(starts) < tokens.shape[1] and not there_and_back:
+                return self._at_once(projected, starts, active)
+            frames = self._in_turn(projected, starts, active)
             if self.config.on_host:
                 frames = self.matched(frames)
             if there_and_back:
@@ -94,65 +93,71 @@ class Recurrence(nn.Module):
             torch.stack([frame.slots for frame in frames], 1).flatten(0, 1),
             torch.stack([frame.attention for frame in frames], 1).flatten(0, 1),
             torch.stack([frame.logits for frame in frames], 1).flatten(0, 1),
-            None if active is None else active.repeat_interleave(len(frames), 0),
+            _of_frames(len(frames), active),
         )
 
     def _in_turn(
-        self, projected: Sequence[Projected], starts: Mapping[int, Tensor], active: Bool[Tensor, "B K"] | None
+        self, projected: Projected, starts: Mapping[int, Tensor], active: Bool[Tensor, "B K"] | None
     ) -> list[Attended]:
         """Frame by frame, from given slots ``starts`` (B, K, S) or those predicted by the frame before."""
-        rounds = [self._iterations(index, index in starts) for index in range(len(projected))]
+        patches = projected.frames(active)
+        rounds = [self._iterations(index, index in starts) for index in range(len(patches))]
         layers = self.attend.layers(rounds)
-        predict = None if self.predict is None else Repeated(self.predict, len(projected) - len(starts))
+        predict = None if self.predict is None else Repeated(self.predict, len(patches) - len(starts))
         frames: list[Attended] = []
-        for index, frame in enumerate(projected):
+        for index, frame in enumerate(patches):
             if index in starts:
                 slots = starts[index]
             else:
                 assert predict is not None and self.config.predictor is not None
                 before = frames[-1].slots
                 slots = predict(before.detach() if self.config.predictor.stop_gradient else before, active)
-            frames.append(self.attend.refine(frame, layers, slots, rounds[index], active))
+            frames.append(self.attend.refine(frame, layers, slots, rounds[index]))
         return frames
 
     def _at_once(
-        self, projected: Sequence[Projected], starts: Mapping[int, Tensor], active: Bool[Tensor, "B K"] | None
-    ) -> list[Attended]:
-        """The same where no gradient passes from a frame to the next: in turn without gradients, for the slots that the
-        predictor gets, and then with them, all frames at once."""
+        self, projected: Projected, starts: Mapping[int, Tensor], active: Bool[Tensor, "B K"] | None
+    ) -> Attended:
+        """The slots of :meth:`forward` where no gradient passes from a frame to the next.
+
+        In turn without gradients, for the slots that the predictor gets; then with them, all frames at once. Those with
+        more iterations than others begin before them.
+        """
         assert self.predict is not None
+        keys, values = projected.key.unbind(1), projected.value.unbind(1)
+        count = len(keys)
         with torch.no_grad():
-            before = [frame.slots for frame in self._in_turn(projected[:-1], starts, active)]
-        later = [index for index in range(len(projected)) if index not in starts]
-        given = torch.cat([before[index - 1] for index in later])  # (frames * B, K, S)
+            earlier = Projected(projected.key[:, :-1], projected.value[:, :-1])
+            before = [frame.slots for frame in self._in_turn(earlier, starts, active)]
+        later = [index for index in range(count) if index not in starts]
+        given = joined([before[index - 1] for index in later])  # (frames * B, K, S)
         slots = dict(starts)
         slots |= zip(later, self.predict(given, _for_each(later, active)).chunk(len(later)), strict=True)
         groups: dict[int, list[int]] = {}  # frames by their iterations
-        for index in range(len(projected)):
+        for index in range(count):
             groups.setdefault(self._iterations(index, index in starts), []).append(index)
         layers = self.attend.layers([*groups])
-        frames: dict[int, Attended] = {}
+        begun = dict(slots)
         for iterations, group in groups.items():
-            together = Projected(
-                *(torch.cat([getattr(projected[i], name) for i in group]) for name in ("key", "value"))
-            )
-            of_all = _for_each(group, active)
-            found = self.attend.refine(together, layers, torch.cat([slots[i] for i in group]), iterations, of_all)
-            parts = (part.chunk(len(group)) for part in (found.slots, found.attention, found.logits))
-            for index, slots_of, attention, logits in zip(group, *parts, strict=True):
-                frames[index] = Attended(slots_of, attention, logits, active)
-        return [frames[index] for index in range(len(projected))]
+            if iterations > 1:
+                key, value, some = (joined([part[index] for index in group]) for part in (keys, values, slots))
+                (patches,) = Projected(key.unsqueeze(1), value.unsqueeze(1)).frames(_for_each(group, active))
+                some = self.attend.begin(patches, layers, some, iterations - 1)
+                begun |= zip(group, some.chunk(len(group)), strict=True)
+        every = Projected(*(part.flatten(0, 1).unsqueeze(1) for part in (projected.key, projected.value)))
+        (patches,) = every.frames(_of_frames(count, active))
+        together, initial = (torch.stack([of[i] for i in range(count)], 1).flatten(0, 1) for of in (begun, slots))
+        return self.attend.finish(patches, layers, together, initial)
 
-    def _back(
-        self, projected: Sequence[Projected], last: Attended, active: Bool[Tensor, "B K"] | None
-    ) -> list[Attended]:
+    def _back(self, projected: Projected, last: Attended, active: Bool[Tensor, "B K"] | None) -> list[Attended]:
         """All frames in their order, each found from the one after it."""
         assert self.predict is not None
-        layers = self.attend.layers([self.config.iterations] * len(projected))
+        patches = projected.frames(active)
+        layers = self.attend.layers([self.config.iterations] * len(patches))
         frames = [last]
-        for frame in reversed(projected[:-1]):
+        for frame in reversed(patches[:-1]):
             slots = self.predict(frames[-1].slots, active)
-            frames.append(self.attend.refine(frame, layers, slots, self.config.iterations, active))
+            frames.append(self.attend.refine(frame, layers, slots, self.config.iterations))
         return frames[::-1]
 
     def matched(self, frames: Sequence[Attended]) -> list[Attended]:
@@ -183,6 +188,10 @@ class Recurrence(nn.Module):
         count = fewest + (draws.uniform((batch, 1), device) * (slots - fewest + 1)).long()
         return draws.uniform((batch, slots), device).argsort(1).argsort(1) < count
 
+    def _apart(self) -> bool:
+        """Whether there are gradients, and none passes from a frame to the next."""
+        return torch.is_grad_enabled() and self.config.predictor is not None and self.config.predictor.stop_gradient
+
     def _starts(self, index: int) -> bool:
         predictor = self.config.predictor
         if self.config.on_host:
@@ -204,3 +213,8 @@ def _likeliest(likeness: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
 def _for_each(frames: Sequence[int], active: Bool[Tensor, "B K"] | None) -> Bool[Tensor, "F K"] | None:
     """What holds for the clips, for that many frames of each, one frame of all clips after the other."""
     return None if active is None else active.repeat(len(frames), 1)
+
+
+def _of_frames(frames: int, active: Bool[Tensor, "B K"] | None) -> Bool[Tensor, "F K"] | None:
+    """The same, all frames of a clip one after the other."""
+    return None if active is None else active.repeat_interleave(frames, 0)

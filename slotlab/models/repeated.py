@@ -45,10 +45,15 @@ class Repeated:
         self.inputs, self.gradients = [], []
         if not gradients:
             return [None] * len(self.parameters)
-        together = [None if parts[0] is None else torch.cat(parts) for parts in zip(*inputs, strict=True)]
+        together = [None if parts[0] is None else joined(parts) for parts in zip(*inputs, strict=True)]
         with torch.enable_grad():
             result = self.module(*together)
-        return torch.autograd.grad(result, self.parameters, torch.cat(gradients))
+        return torch.autograd.grad(result, self.parameters, joined(gradients))
+
+
+def joined(parts: list[Tensor] | tuple[Tensor, ...], dim: int = 0) -> Tensor:
+    """The tensors one after the other; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 class _Call(torch.autograd.Function):

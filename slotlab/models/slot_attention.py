@@ -11,22 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from slotlab.config.model import Gradient, GRUHidden
+from slotlab.models.competition import Patches, Projected
 from slotlab.models.repeated import Repeated
-
-EPSILON = 1e-8  # keeps the mean of a slot without patches finite
-NEVER = -1e9  # a logit whose softmax is 0; finite, so that a frame without any active slot gives no NaN
-
-
-@dataclass(frozen=True)
-class Projected:
-    """What slots attend to: of every patch a key, which holds the map of the queries and the scale too, and a value."""
-
-    key: Float[Tensor, "*B N S"]
-    value: Float[Tensor, "*B N S"]
-
-    def frames(self) -> list[Projected]:
-        """Those of each frame, of clips (B, T, N, S)."""
-        return [Projected(*frame) for frame in zip(self.key.unbind(1), self.value.unbind(1), strict=True)]
 
 
 @dataclass(frozen=True)
@@ -109,10 +95,11 @@ class SlotAttention(nn.Module):
         active: Bool[Tensor, "B K"] | None = None,
     ) -> Attended:
         """Slots and attention after ``iterations`` >= 1 rounds from initial slots; ``active``: False for padding."""
-        return self.refine(self.project(inputs), self.layers([iterations]), slots, iterations, active)
+        (patches,) = self.project(inputs.unsqueeze(1)).frames(active)
+        return self.refine(patches, self.layers([iterations]), slots, iterations)
 
-    def project(self, inputs: Float[Tensor, "*B N D"]) -> Projected:
-        """Keys and values of all tokens, for example of all frames of a clip at once.
+    def project(self, inputs: Float[Tensor, "B T N D"]) -> Projected:
+        """Keys and values of all tokens of clips.
 
         A logit is (W_q q) . (W_k x), which is q . (W_q^T W_k x): the queries' map is applied here, once.
         """
@@ -126,39 +113,35 @@ class SlotAttention(nn.Module):
         mlp = None if self.mlp is None else Repeated(self.mlp, rounds)
         return Layers(Repeated(self.norm_slots, rounds), Repeated(self.gru, rounds), mlp)
 
-    def refine(
-        self,
-        projected: Projected,
-        layers: Layers,
-        slots: Float[Tensor, "B K S"],
-        iterations: int,
-        active: Bool[Tensor, "B K"] | None = None,
-    ) -> Attended:
+    def refine(self, patches: Patches, layers: Layers, slots: Float[Tensor, "B K S"], iterations: int) -> Attended:
         """Slots and attention after ``iterations`` >= 1 rounds of attention and update."""
-        initial, passes = slots, self.gradient == "full"
-        with torch.set_grad_enabled(torch.is_grad_enabled() and passes):
-            for _ in range(iterations - 1):
-                slots = self._iterate(projected, layers, slots, active).slots
-        if not passes:
+        return self.finish(patches, layers, self.begin(patches, layers, slots, iterations - 1), slots)
+
+    def begin(
+        self, patches: Patches, layers: Layers, slots: Float[Tensor, "B K S"], rounds: int
+    ) -> Float[Tensor, "B K S"]:
+        """The slots after so many rounds, which come before the last."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.gradient == "full"):
+            for _ in range(rounds):
+                slots = self._iterate(patches, layers, slots)[0]
+        return slots
+
+    def finish(
+        self, patches: Patches, layers: Layers, slots: Float[Tensor, "B K S"], initial: Float[Tensor, "B K S"]
+    ) -> Attended:
+        """Slots and attention after the last round, of ``slots`` which began as ``initial``."""
+        if self.gradient != "full":
             slots = slots.detach()
         if self.gradient == "bilevel":
             slots = slots + initial - initial.detach()  # value of slots, gradient to initial
-        return self._iterate(projected, layers, slots, active)
+        return Attended(*self._iterate(patches, layers, slots), patches.active)
 
-    def _iterate(self, projected: Projected, layers: Layers, slots: Tensor, active: Tensor | None) -> Attended:
+    def _iterate(self, patches: Patches, layers: Layers, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots, their attention and its logits after one more round."""
         normed = layers.norm(slots)
-        logits = hide_padding(normed @ projected.key.transpose(1, 2), active)  # (B, K, N)
-        attention = logits.softmax(dim=1)  # the slots compete for each patch
-        # A weighted mean over the patches. By logarithms: the gradient of a quotient takes three times the operations.
-        weights = (attention + EPSILON).log().softmax(-1)
-        updates = weights @ projected.value  # (B, K, S)
+        updates, attention, logits = patches.shared_among(normed)
         hidden = normed if self.gru_hidden == "normalised" else slots
         updated = layers.gru(updates.flatten(0, 1), hidden.flatten(0, 1)).view_as(slots)
         if layers.mlp is not None:
             updated = updated + layers.mlp(updated)
-        return Attended(updated, attention, logits, active)
-
-
-def hide_padding(logits: Float[Tensor, "B K N"], active: Bool[Tensor, "B K"] | None) -> Float[Tensor, "B K N"]:
-    """The logits with padded slots (``active`` False) set so low that the softmax over slots gives them 0."""
-    return logits if active is None else logits.masked_fill(~active.unsqueeze(-1), NEVER)
+        return updated, attention, logits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ class SlotModel(Model):
 
     Args:
         config: parts and sizes.
-        normaliser: turns stored features into the tokens that are both input and target.
+        normaliser: turns stored features into the tokens that slots are found in and those that are reconstructed.
         grid: rows and columns of patches.
         reconstructs: whether a loss uses the reconstruction.
         similarity: whether a loss uses the predicted similarity with the patches of a later frame.
@@ -41,7 +42,7 @@ class SlotModel(Model):
     ) -> None:
         super().__init__()
         self.config, self.grid, self.slots = config, grid, config.slots
-        dim, slot_dim = normaliser.dim, config.slot_dim
+        dim, slot_dim, target = normaliser.dim, config.slot_dim, normaliser.target or normaliser
         self.normaliser = normaliser
         hidden = config.projection_hidden or dim
         width = dim if config.projection == "wide" else slot_dim
@@ -53,7 +54,7 @@ class SlotModel(Model):
         )
         self.recur = Recurrence(config, width, grid)
         self.decode = DECODERS[config.decoder.kind](
-            Sizes(slot_dim, grid, dim, reconstructs, similarity), config.decoder
+            Sizes(slot_dim, grid, target.dim, reconstructs, similarity), config.decoder
         )
 
     @classmethod
@@ -86,8 +87,8 @@ class SlotModel(Model):
         clips = features if features.ndim == 4 else features.unsqueeze(1)
         if clips.shape[1] > 1 and self.recur.predict is None:
             raise ValueError("clips of several frames need a model with a predictor")
-        target = self.normaliser(clips)  # (B, T, N, D)
-        attended = self.recur(self.project(target), target, draws, there_and_back)  # B * T frames from here on
+        tokens, target = self.normaliser.both(clips)  # (B, T, N, D)
+        attended = self.recur(self.project(tokens), tokens, draws, there_and_back)  # B * T frames from here on
         true = target.flatten(0, 1)
         decoded = self.decode(attended, true, draws)
         if self.recur.curriculum is not None and self.training:
@@ -101,7 +102,7 @@ class SlotModel(Model):
             logits=attended.logits.unflatten(0, lead),
             masks=decoded.masks.unflatten(0, lead),
             reconstruction=decoded.reconstruction.unflatten(0, lead),
-            target=true.unflatten(0, lead),
+            target=torch.unflatten(true, 0, lead),
             grid=self.grid,
             positions=decoded.positions,
             active=None if active is None else active.unflatten(0, lead),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from slotlab.models.slot_attention import NEVER
+from slotlab.models.competition import NEVER
 
 
 class Attention(nn.Module):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from slotlab.planning.devices import Device
 from slotlab.training.cost import Cost
 
@@ -13,8 +11,6 @@ LAUNCH = 5e-6  # seconds from one kernel to the next where the host queues them 
 
 # Share of its bound that work is expected to reach. No GPU has been measured: an assumption.
 UTILISATION = 0.5
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -39,9 +35,8 @@ class Bound:
         alone = {"compute": 0.0, "memory": 0.0, "launches": 0.0}
         longest = dict(alone)
         for work, count in cost.work.items():
-            kind = "bfloat16" if work.dtype in HALF else "tf32" if precision == "tf32" else "float32"
             seconds = {
-                "compute": work.flops / device.flops[kind] if work.flops else 0.0,
+                "compute": work.flops / device.rate(work.dtype, work.convolution, precision) if work.flops else 0.0,
                 "memory": work.bytes / device.bandwidth,
                 "launches": LAUNCH,
             }

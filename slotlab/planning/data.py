@@ -13,11 +13,12 @@ from featcache.sources.video import Source
 from featcache.store.encoding import ENCODINGS, FEATURES
 from featcache.store.layout import array_bytes, array_layouts
 from featcache.store.reading import FeatureStore
-from featcache.store.spec import MAX_CHUNK_FRAMES, SplitSpec, StoreSpec, TapSpec
+from featcache.store.spec import MAX_CHUNK_FRAMES, SplitSpec, StoreSpec, TapSpec, taps_of
 from featcache.stream.rows import TORCH_DTYPES
 from featcache.stream.staging import Format
 from featcache.stream.stream import VIDEO
 from featcache.words import Dtype
+from slotlab.models.inputs import TRACKS
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,15 @@ class DataSet:
     name: str
     spec: StoreSpec
     splits: Mapping[str, SplitSpec]
+    processes: int = 1  # that share every batch of a store which is not in parts
 
     @classmethod
-    def of_store(cls, store: FeatureStore) -> DataSet:
+    def of_store(cls, store: FeatureStore, processes: int = 1) -> DataSet:
+        """Of a store that so many processes train on: the share of one of them."""
         splits = {name: store[name].spec for name in store.splits}
         part = next((f" (rank {spec.part[0]} of {spec.part[1]})" for spec in splits.values() if spec.part), "")
-        return cls(f"{store.path}{part}", store.spec, splits)
+        shared = f" (one of {processes} processes)" if processes > 1 and not part else ""
+        return cls(f"{store.path}{part}{shared}", store.spec, splits, processes)
 
     @classmethod
     def of_source(cls, source: Source, backbone: Backbone) -> DataSet:
@@ -52,6 +56,13 @@ class DataSet:
         name = f"{videos} videos of {frames} frames"
         return cls(name, _spec(backbone), {split: _split((frames,) * videos, frame_size, True)})
 
+    def tracked(self, slots: int) -> DataSet:
+        """The tracks of these videos as a run of so many slots leaves them (``slotlab slots``); not its vectors."""
+        tap, of = next(iter(self.spec.taps.items()))
+        taps = {TRACKS: TapSpec((slots, 1), of.dim + of.patches + 2)}
+        model = {"tap": tap, "grid": list(of.grid), "refined": True}
+        return replace(self, spec=replace(self.spec, taps=taps, model=model))
+
     def stored_as(self, dtype: Dtype) -> DataSet:
         """The same data in another stored form."""
         return replace(self, spec=replace(self.spec, dtype=dtype))
@@ -67,7 +78,12 @@ class DataSet:
     def ranks(self, split: str) -> int:
         """The processes that share a batch of it."""
         part = self.splits[split].part
-        return part[1] if part else 1
+        return part[1] if part else self.processes
+
+    def samples(self, split: str, clip: int) -> int:
+        """Clips of an epoch that a process trains on."""
+        found = int((np.asarray(self.trained(split).lengths) - clip + 1).clip(0).sum())
+        return found if self.splits[split].part else found // self.processes
 
     @property
     def frames(self) -> int:
@@ -99,7 +115,7 @@ class DataSet:
         """Bytes that live somewhere while a tap is streamed: its tokens, or all frames, padding included."""
         spec = self.trained(split)
         if tap != VIDEO:
-            return self._bytes(spec, tap)
+            return sum(self._bytes(spec, each) for each in taps_of(tap))
         return spec.rows * int(np.prod(spec.frame_size)) * 3
 
     def formats(self, split: str, tap: str, samples: tuple[int, int]) -> tuple[list[Format], Format | None]:
@@ -107,13 +123,15 @@ class DataSet:
         where the first of them is the batch."""
         if tap == VIDEO:
             return [Format((*samples, *self.splits[split].frame_size, 3), TORCH_DTYPES["uint8"])], None
-        encoding, of = ENCODINGS[self.spec.dtype], self.spec.taps[tap]
+        encoding, of, several = ENCODINGS[self.spec.dtype], self.spec.tap(tap), taps_of(tap)
         stored = [
-            Format((*samples, *array.shape(of.patches, of.dim)), TORCH_DTYPES[array.dtype]) for array in encoding.arrays
+            Format((*samples, *array.shape(of.patches, self.spec.taps[each].dim)), TORCH_DTYPES[array.dtype])
+            for each in several
+            for array in encoding.arrays
         ]
         assert encoding.arrays[0].folder == FEATURES
-        decoded = None if encoding.plain else Format((*samples, of.patches, of.dim), encoding.decoded)
-        return stored, decoded
+        plain = encoding.plain and len(several) == 1
+        return stored, None if plain else Format((*samples, of.patches, of.dim), encoding.decoded)
 
     @property
     def opened(self) -> FeatureStore:

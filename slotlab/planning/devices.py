@@ -14,7 +14,7 @@ from featcache.machine import free_memory, machine, pick_device, timed
 from featcache.stream.residence import Free
 from featcache.stream.staging import page_locked
 from featcache.words import Residence
-from slotlab.training.speed import matmul_rate
+from slotlab.training.speed import convolution_rate, matmul_rate
 
 GIB = 1 << 30
 
@@ -25,6 +25,8 @@ USABLE = 0.9
 # Bytes a second of random clips from a disk that no cache holds: an NVMe drive of PCIe 4.0 reaches 5 to 7 GB/s in
 # sequence, and less so. `slotlab bench stream` measures yours.
 DISK = 3e9
+
+HALF = (torch.bfloat16, torch.float16)
 
 COPIED = 1 << 27  # bytes of the array that the memory's rate is measured on
 
@@ -41,10 +43,19 @@ class Device:
     link: float | None  # bytes from the host's memory, one way; None: it computes in that memory
     source: str  # of these figures
     cuda_name: str = ""  # torch's name of it
+    convolutions: float | None = None  # FLOPs in float32; None: as of products
 
     @property
     def gpu(self) -> bool:
         return self.link is not None
+
+    def rate(self, dtype: torch.dtype | None, convolution: bool, precision: str) -> float:
+        """FLOPs a second of an operation whose float32 products have this ``optim.precision``."""
+        if dtype in HALF:
+            return self.flops["bfloat16"]
+        if convolution and self.convolutions is not None:
+            return self.convolutions
+        return self.flops["tf32" if precision == "tf32" else "float32"]
 
     def arrival(self, residence: Residence) -> dict[str, float]:
         """What a batch passes on its way from where the features live, and the bytes a second of each.
@@ -131,7 +142,7 @@ def present(device: torch.device, *precisions: str) -> Device:
 
 
 def measured(device: torch.device, *precisions: str) -> Device:
-    """A device of this machine, by what it reaches of a large product and of a copy: a second or two."""
+    """A device of this machine, by what it reaches of a large product, a convolution and a copy: a second or two."""
     flops = {kind: matmul_rate(device, kind)() for kind in {*precisions, "float32", *_halved(device)}}
     values = torch.ones(COPIED // 4, device=device)
     target = torch.empty_like(values)
@@ -145,7 +156,8 @@ def measured(device: torch.device, *precisions: str) -> Device:
     if device.type == "cuda":
         held = page_locked(COPIED)
         link = _send_rate(torch.ones(COPIED, dtype=torch.uint8) if held is None else held, device)
-    return Device(device.type, machine(device), Free.now(device), bandwidth, flops, link, "measured here, now")
+    made = Device(device.type, machine(device), Free.now(device), bandwidth, flops, link, "measured here, now")
+    return replace(made, convolutions=convolution_rate(device)())
 
 
 def _halved(device: torch.device) -> tuple[str, ...]:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from featcache.backbones.backbone import Backbone
 from featcache.errors import UsageError
 from featcache.machine import readable
@@ -132,8 +130,9 @@ def make_plan(
     """
     if config.data.train_split not in data.splits:
         raise UsageError(f"{data.name}: no split {config.data.train_split!r}; it has: {', '.join(data.splits)}")
-    if config.optim.batch_size % config.optim.accumulate:
-        raise UsageError(f"optim.batch_size {config.optim.batch_size} has no {config.optim.accumulate} equal parts")
+    size, parts, ranks = config.optim.batch_size, config.optim.accumulate, data.ranks(config.data.train_split)
+    if size % (parts * ranks):
+        raise UsageError(f"optim.batch_size {size} has no {parts * ranks} equal parts ({ranks} ranks, {parts} of each)")
     return Plan(
         device,
         data,
@@ -148,30 +147,29 @@ def _training(config: Config, data: DataSet, device: Device, largest: bool) -> T
     split = config.data.train_split
     inputs = ModelInput.of(config, data.opened)
     config = inputs.fitted(config)
-    size = data.stream_bytes(split, inputs.tap)
+    size = data.stream_bytes(split, inputs.stored)
     sampled, frames = batch_samples(config, data.ranks(split))
     costs: dict[int, Cost] = {}
 
     def cost(batch: int) -> Cost:
         if batch not in costs:
-            stored, decoded = data.formats(split, inputs.tap, (batch, frames))
+            stored, decoded = data.formats(split, inputs.stored, (batch, frames))
             costs[batch] = count_step(config, inputs, decoded or stored[0], on_gpu=device.gpu)
         return costs[batch]
 
     def ring(batch: int) -> int:
-        return ring_bytes(*data.formats(split, inputs.tap, (batch, frames)))
+        return ring_bytes(*data.formats(split, inputs.stored, (batch, frames)))
 
     def needs(batch: int) -> int:
         return cost(batch).peak + ring(batch)
 
-    home = choose_home(size, needs(sampled), device.free, mapped=inputs.tap != VIDEO)
+    home = choose_home(size, needs(sampled), device.free, mapped=inputs.stored != VIDEO)
     memory = device.free.host if device.free.device is None else device.free.device
     room = memory - SPARE - (size if home.residence == "device" else 0)
     unit = math.lcm(UNIT, config.optim.accumulate)
-    batch_bytes = sum(array.bytes for array in data.formats(split, inputs.tap, (sampled, frames))[0])
+    batch_bytes = sum(array.bytes for array in data.formats(split, inputs.stored, (sampled, frames))[0])
     arrives = {name: batch_bytes / rate for name, rate in device.arrival(home.residence).items()}
     data_by, seconds = max(arrives.items(), key=lambda item: item[1], default=("host link", 0.0))
-    lengths = np.asarray(data.trained(split).lengths)
     return TrainingPlan(
         dtype=data.spec.dtype,
         token_bytes=data.token_bytes(),
@@ -185,7 +183,7 @@ def _training(config: Config, data: DataSet, device: Device, largest: bool) -> T
         bound=Bound.of(cost(sampled), device, config.optim.precision),
         data=seconds,
         data_by=data_by,
-        samples=int((lengths - config.data.clip + 1).clip(0).sum()),
+        samples=data.samples(split, config.data.clip),
         steps=config.optim.steps,
     )
 

@@ -100,7 +100,16 @@ def seen_by(run: RunData, position: int, video: int) -> dict[str, Any]:
     """One run's masks of a video, with the video's scores."""
     scores = run.evaluation.by_video.get(run.split.names[video], {}) if run.evaluation else {}
     shown_scores = {key: scores.get(key) for key in shown("headline")}
-    return {"run": position, **run.views[video].packed, "scores": shown_scores}
+    view = run.views[video].packed
+    held = [slot for slot, masses in enumerate(zip(*view["mass"], strict=True)) if any(masses)]
+    return {"run": position, **view, "held": held, "scores": shown_scores}
+
+
+def scores_of(runs: Sequence[RunData]) -> dict[str, str]:
+    """Key -> title of the scores beside a video: those that an evaluation defines, or all before there is one."""
+    scored = [run.evaluation.values for run in runs if run.evaluation]
+    defined = {key: title for key, title in shown("headline").items() if any(of[key] is not None for of in scored)}
+    return defined or shown("headline")
 
 
 def pack(runs: Sequence[RunData], most_frames: int) -> list[Mapping[str, Any]]:

@@ -122,9 +122,9 @@ class _Gatherer:
         rows = tuple(read_rows(path / LOG))
         if not checkpoint.exists(path):
             store = FeatureStore.open(self.cache or store_path(path))
-            return RunData(name, rows, path, config, store, choose_split(config, store, self.split))
+            return RunData(name, rows, path, config, store, self.split_of(config, store))
         loaded = load_run(path, self.cache, self.device)
-        split = choose_split(config, loaded.store, self.split).require_complete()
+        split = self.split_of(config, loaded.store).require_complete()
         base = RunData(name, rows, path, config, loaded.store, split, checkpoint.state(path)["step"], loaded)
         if split.name != (wanted := self.split or config.data.eval_split):
             self.say(f"{name}: {loaded.store.path} has no split {wanted!r}; it shows {split.name!r}")
@@ -157,8 +157,13 @@ class _Gatherer:
                 for take in takers:
                     take(followed)
         self.chosen.setdefault(footage_key(split), views.choices())
-        base = replace(base, curves=over_videos(traces), choices=views.choices(), views=views.result())
+        undefined = {key for key, value in found.values.items() if value is None} if found else set()
+        curves = {name: curve for name, curve in over_videos(traces).items() if name not in undefined}
+        base = replace(base, curves=curves, choices=views.choices(), views=views.result())
         return base if predicts else replace(base, evaluation=found, kept=kept)
+
+    def split_of(self, config: Config, store: FeatureStore) -> Split:
+        return evaluation_split(config, store, self.split, or_training=True)
 
     def predicted(self, loaded: LoadedRun, split: Split, name: str) -> dict[str, Any]:
         """The rollout of a run that predicts, and whether its folder holds it; none where its features are gone."""
@@ -174,14 +179,6 @@ class _Gatherer:
             for warning in keep_result(loaded.path, loaded.store, found, "rollout"):
                 self.say(warning)
         return {"rollout": found, "kept": current_rollout(loaded, split) is not None}
-
-
-def choose_split(config: Config, store: FeatureStore, name: str | None) -> Split:
-    """The split of :func:`evaluation_split`, or the training split where the default one is missing."""
-    data, known = config.data, store.splits
-    if name is None and data.eval_split not in known and data.train_split in known:
-        name = data.train_split
-    return evaluation_split(config, store, name)
 
 
 def current_evaluation(loaded: LoadedRun, split: Split) -> Evaluation | None:

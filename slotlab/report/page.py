@@ -17,7 +17,7 @@ from slotlab.report import charts, gallery, tables
 from slotlab.report.gather import Gathered, Logged, RunData
 from slotlab.report.options import PageOptions
 from slotlab.report.provenance import environment, provenance
-from slotlab.scoring.metrics import Score, scores_in, shown, title_of
+from slotlab.scoring.metrics import Score, scores_in, title_of
 from slotlab.scoring.references import floor_title
 
 NAMED_RUNS = 3  # most runs that a default title names
@@ -86,6 +86,7 @@ def render(gathered: Gathered, options: PageOptions) -> str:
     """The page as one string of HTML."""
     runs = gathered.runs
     cards = gallery.pack(runs, options.frames)
+    scores = gallery.scores_of(runs)
     context: dict[str, Any] = {
         "title": options.title or default_title(runs),
         "options": options,
@@ -93,12 +94,12 @@ def render(gathered: Gathered, options: PageOptions) -> str:
         "coverage": coverage(runs),
         "cards": cards,
         "ranked_by": title_of(options.rank),
-        "scores": shown("headline"),
+        "scores": scores,
         "data": {
             "cards": cards,
             "palette": colours(),
             "runs": [run.name for run in runs],
-            "scores": list(shown("headline").items()),
+            "scores": list(scores.items()),
         },
         "provenance": [provenance(run) for run in runs],
         "environment": environment(),

@@ -176,11 +176,13 @@ def check_store(run: Path, store: FeatureStore) -> None:
 
 
 def _check_features(run: Path, config: Config, noted: Mapping[str, Any], store: FeatureStore) -> None:
-    tap = config.data.tap
-    if tap is not None and tap not in store.spec.taps:
-        has = ", ".join(store.spec.taps)
-        raise IncompatibleError(f"{store.path}: no tap {tap!r}; it has: {has}; of {run}, {_remedy(run, noted, store)}")
-    name = store.tap(tap)
+    names = config.data.taps or (store.tap(None),)
+    for tap in names:
+        if tap not in store.spec.taps:
+            raise IncompatibleError(
+                f"{store.path}: no tap {tap!r}; it has: {', '.join(store.spec.taps)}; of {run}, "
+                f"{_remedy(run, noted, store)}"
+            )
     # How features are stored and which part of a frame they are of, not what they mean.
     ignored: tuple[str, ...] = (
         "dtype",
@@ -192,17 +194,20 @@ def _check_features(run: Path, config: Config, noted: Mapping[str, Any], store: 
         "preprocessing.margin",
     )
     if config.any_grid:
-        ignored += ("preprocessing.size", "model.grid", f"{name} grid")
+        ignored += ("preprocessing.size", "model.grid", *(f"{name} grid" for name in names))
 
     def deciding(identity: Mapping[str, Any], taps: Mapping[str, Any]) -> dict[str, Any]:
-        known = {**identity, **{f"{name} {key}": value for key, value in taps.get(name, {}).items()}}
+        known = dict(identity)
+        for name in names:
+            known |= {f"{name} {key}": value for key, value in taps.get(name, {}).items()}
         return {key: value for key, value in known.items() if not key.startswith(ignored)}
 
     spec = json.loads(json.dumps(store.spec.to_json()))
     now = deciding(json.loads(json.dumps(store.spec.identity())), spec["taps"])
     then = deciding(noted["identity"], noted["spec"]["taps"])
-    if noted["imported"]:  # a checkpoint says which weights the backbone had, not in which file they were
-        now.pop("model.weights_sha256", None)
+    if noted["imported"]:  # a checkpoint says which weights the backbone had, not in which file, unless in itself
+        if "model.weights_sha256" not in then:
+            now.pop("model.weights_sha256", None)
         if str(now.get("model.weights_tag")).startswith("file:"):
             now["model.weights_tag"] = then["model.weights_tag"]
     if differences := compare_settings(now, then):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from featcache.backbones.origin import Origin
 from featcache.backbones.registry import input_size
 from featcache.extraction.command import extract_command
 from featcache.extraction.fit import fit_of
@@ -17,8 +18,13 @@ DATA = "VIDEOS"  # stands for a folder that only the user knows
 def wanted_store(run: Path, wanted: StoreSpec, instead_of: FeatureStore | None = None) -> tuple[str, Path]:
     """The command that extracts what a run wants, and the store that it makes: of the videos of another store, with its
     frames and masks, or else of a folder that the user names."""
+    origin = Origin.read(wanted.model.get("weights_origin"))
     named = partial(
-        extract_command, backbone=wanted.backbone, taps=wanted.taps, input_size=input_size(wanted.preprocessing)
+        extract_command,
+        backbone=wanted.backbone,
+        taps=wanted.taps,
+        input_size=input_size(wanted.preprocessing),
+        weights=origin.weights if origin else "",
     )
     if instead_of is None:
         out = Path("cache") / f"{run.resolve().name}.zarr"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from featcache.errors import FeatcacheError, UsageError
+from featcache.machine import exact_convolutions
 from featcache.store.reading import FeatureStore, Split
 from slotlab.config.schema import Config
 from slotlab.models.base import Model, Output
@@ -19,14 +20,22 @@ from slotlab.runs import checkpoint
 from slotlab.runs.folder import check_store, store_path
 
 
-def evaluation_split(config: Config, store: FeatureStore, name: str | None = None) -> Split:
-    """The split ``name``; by default the configuration's evaluation split, or else the store's only split.
+def evaluation_split(
+    config: Config, store: FeatureStore, name: str | None = None, *, or_training: bool = False
+) -> Split:
+    """The split ``name``; by default the configuration's evaluation split.
 
-    ``UsageError`` if the store has no such split.
+    A store that lacks the latter gives its only split besides the training split (DAVIS names it ``val``), or its only
+    one; with ``or_training``, for looks and reports, at last the training split. ``UsageError`` if none of these is
+    there.
     """
-    known, chosen = store.splits, name or config.data.eval_split
-    if name is None and chosen not in known and len(known) == 1:
-        chosen = known[0]
+    data, known, chosen = config.data, store.splits, name or config.data.eval_split
+    if name is None and chosen not in known:
+        others = [split for split in known if split != data.train_split] or known
+        if len(others) == 1:
+            chosen = others[0]
+        elif or_training and data.train_split in known:
+            chosen = data.train_split
     if chosen not in known:
         raise UsageError(f"{store.path}: no split {chosen!r}; choose one with --split: {', '.join(known)}")
     return store[chosen]
@@ -61,7 +70,8 @@ class StoreModel:
     def output(self, features: Tensor, video: int) -> Output:
         """The output of :meth:`segment_input` with the decoder's masks always. ``DataError`` if they are not finite."""
         device = next(self.model.parameters()).device
-        return self.model.segment(features.to(device), Draws.of_step(self.config.seed, video)).checked()
+        with exact_convolutions():
+            return self.model.segment(features.to(device), Draws.of_step(self.config.seed, video)).checked()
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from featcache.store.reading import Split
 from slotlab.masks.binarise import parse_binarisation
-from slotlab.masks.labels import masks_to_labels
-from slotlab.masks.refine import refine
+from slotlab.masks.labels import fine_labels, masks_to_labels
 from slotlab.models.randomness import Draws
 from slotlab.runs.loaded import StoreModel
 from slotlab.scoring.boundaries import BoundaryScores
@@ -83,12 +82,12 @@ class OutlineScorer:
         ideal = grid_masks(truth, followed.output.grid, labels)
         self._reference.add(masks_to_labels(ideal, size), truth, labels, labels)
         if self._method:
-            pictures = torch.from_numpy(self._split.video(video))[labelled]
+            pictures = self._split.video(video)[labelled.numpy()]
             began = time.perf_counter()
             coarse = followed.shown.masks_on_grid[labelled.to(followed.shown.masks.device)]
-            fine = refine(coarse, pictures, self._method).cpu()  # waits for the device
+            fine = torch.from_numpy(fine_labels(coarse, pictures, self._method))  # waits for the device
             self._seconds += time.perf_counter() - began
-            refined = self._refined.add(masks_to_labels(fine, size), truth, slots, labels)
+            refined = self._refined.add(fine, truth, slots, labels)
             self._refined_scores.add_video(refined, video)
         for way, scores in self._binarised.items():
             scores.add(way.label(masks, size, Draws.of_step(self._seed, video)), truth, slots, labels)

@@ -164,6 +164,7 @@ class Score:
     frames: tuple[Place, ...]  # places that show its mean over frames
     videos: tuple[Place, ...] = ()  # places that show its mean over whole videos
     higher_is_better: bool = True
+    compares: bool = False  # objects with each other: not defined for a split without two in a frame, or in a video
 
     def order(self, value: float) -> float:
         """The value, negated if lower is better: a sort key."""
@@ -171,7 +172,7 @@ class Score:
 
 
 SCORES: tuple[Score, ...] = (
-    Score("fg_ari", "FG-ARI", foreground_ari, EVERYWHERE, ("summary", "comparison", "headline")),
+    Score("fg_ari", "FG-ARI", foreground_ari, EVERYWHERE, ("summary", "comparison", "headline"), compares=True),
     Score("mbo", "mBO", mean_best_overlap, EVERYWHERE, ("summary",)),
     Score("miou", "mIoU", mean_iou, ("summary", "parts", "comparison")),
     Score("ari", "ARI", whole_ari, ("summary",)),

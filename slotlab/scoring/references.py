@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from featcache.store.kept import Kept
 from featcache.store.reading import Split
 from slotlab.models.kmeans import kmeans
 from slotlab.models.normalise import Normaliser
@@ -20,6 +21,7 @@ from slotlab.models.randomness import Draws
 from slotlab.models.segments import MOST_PATCHES, SHRINKAGE, normalised_cuts, soft_segments
 from slotlab.runs.loaded import LoadedRun
 from slotlab.scoring.collapse import effective_slots, kept_slots
+from slotlab.scoring.digest import scoring_code
 from slotlab.scoring.intervals import Float
 from slotlab.scoring.metrics import SCORES
 from slotlab.scoring.scores import Means, Values, in_order
@@ -119,13 +121,32 @@ def references(
 ) -> References:
     """The grid's ceiling, and the floors asked for; k-means takes as many clusters as the model has slots.
 
-    They take longer than the scores, so ``known`` keeps them for other runs with the same key.
+    They take longer than the scores, so ``known`` keeps them for other runs with the same key, and the split's folder
+    for other evaluations of what it holds, by the same code.
     """
     known = {} if known is None else known
     key, floors = references_key(split, loaded), floors_asked(asked, loaded.model.grid)
     if key not in known or not set(floors) <= known[key].floors.keys():
-        known[key] = _measured(split, loaded, floors)
+        known[key] = _kept(split, loaded, floors) or _measured(split, loaded, floors)
     return known[key]
+
+
+def _kept(split: Split, loaded: LoadedRun, floors: list[str]) -> References | None:
+    """What an earlier evaluation measured of the same values by the same code, if that has the floors."""
+    file, key = _place(split, loaded)
+    raw = file.get(key)
+    if raw is None or not set(floors) <= raw["floor"].keys():
+        return None
+    chosen = {name: raw["floor"][name] for name in floors}
+    return References.from_dict(raw | {"floor": chosen, "floor_statistics": str(statistics_split(split, loaded).path)})
+
+
+def _place(split: Split, loaded: LoadedRun) -> tuple[Kept, str]:
+    """The file that keeps them, and the key in it: all that they depend on, by content."""
+    inputs, statistics = loaded.inputs, statistics_split(split, loaded)
+    read = (inputs.tap, inputs.dim, *loaded.model.grid, loaded.model.slots, *(score.key for score in SCORES))
+    version = f"{scoring_code()} {split.digest}"
+    return Kept(split.path, "references", version), " ".join(map(str, (*read, statistics.digest)))
 
 
 def _measured(split: Split, loaded: LoadedRun, floors: list[str]) -> References:
@@ -144,17 +165,20 @@ def _measured(split: Split, loaded: LoadedRun, floors: list[str]) -> References:
         truth, raw = truth[labelled], loaded.inputs.tokens(split, video)[labelled]
         whitened = whiten(raw)
         ceiling.add_video(grid_reference(truth, grid, labels), video)
-        effective.append(effective_slots(grid_masks(truth, grid, labels)).numpy())
+        effective.append(effective_slots(_shares(truth, grid, labels_in(truth))).numpy())
         for name, scores in found.items():
             tokens = whitened if FLOORS[name].whitened else raw
             scores.add_video(floor_tables(name, tokens, grid, clusters, truth, labels, seed=video), video)
     values = {name: scores.summary().values for name, scores in found.items()}
-    return References(
+    measured = References(
         ceiling.summary().values,
         kept_slots(effective),
         {name: {score.key: of[score.key] for score in SCORES} for name, of in values.items()},
         str(statistics.path),
     )
+    file, key = _place(split, loaded)
+    file.add(key, measured.as_dict())
+    return measured
 
 
 _FRAMES_A_CHUNK = 8  # one-hot ground truth is (frames, n_true, H, W) floats: 23 MB at 256x256 and 11 labels
@@ -170,8 +194,17 @@ def grid_reference(segmentations: Tensor, grid: tuple[int, int], n_true: int) ->
     tables = []
     for start in range(0, len(segmentations), _FRAMES_A_CHUNK):
         truth = segmentations[start : start + _FRAMES_A_CHUNK]
-        tables.append(mask_tables(grid_masks(truth, grid, n_true), truth, n_true))
+        there = labels_in(truth)  # few of a split's labels, whose masks are upsampled: the others are empty
+        table = truth.new_zeros((len(truth), n_true, n_true), dtype=torch.int64)
+        table[:, :, there] = mask_tables(_shares(truth, grid, there), truth, n_true)
+        tables.append(table)
     return torch.cat(tables)
+
+
+def labels_in(segmentations: Tensor) -> Tensor:
+    """The labels of known pixels (labels,), in rising order, and always the background's."""
+    found = torch.unique(segmentations)
+    return torch.cat([found.new_zeros(1), found[found > 0]]).long()
 
 
 def grid_masks(segmentations: Tensor, grid: tuple[int, int], n_true: int) -> Tensor:
@@ -179,10 +212,15 @@ def grid_masks(segmentations: Tensor, grid: tuple[int, int], n_true: int) -> Ten
 
     segmentations (F, H, W) integer labels below n_true, or ``UNKNOWN``.
     """
+    return _shares(segmentations, grid, torch.arange(n_true))
+
+
+def _shares(segmentations: Tensor, grid: tuple[int, int], labels: Tensor) -> Tensor:
+    """:func:`grid_masks` of some labels (labels,), among them all that there are."""
     height, width = segmentations.shape[1:]
     rows = area_weights(height, grid[0], segmentations.device)  # (h, H)
     columns = area_weights(width, grid[1], segmentations.device)  # (w, W)
-    ids = torch.arange(n_true, device=segmentations.device).view(1, -1, 1, 1)
+    ids = labels.to(segmentations.device).view(1, -1, 1, 1)
     onehot = segmentations.unsqueeze(1) == ids  # (F, n_true, H, W)
     shares = rows @ (onehot.float() @ columns.T)
     partly = (segmentations == UNKNOWN).flatten(1).any(1)  # in other frames the shares of a patch sum to one

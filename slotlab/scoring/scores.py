@@ -121,7 +121,10 @@ class Scores:
         if self._summed is None:
             tables, videos = self.frame_tables()
             ids, position = torch.unique(videos, return_inverse=True)
-            self._summed = tables.new_zeros((len(ids), *tables.shape[1:])).index_add_(0, position, tables), ids
+            if torch.equal(ids, videos):  # images: each is its own sum, and a copy would double what is held
+                self._summed = tables, ids
+            else:
+                self._summed = tables.new_zeros((len(ids), *tables.shape[1:])).index_add_(0, position, tables), ids
         return self._summed
 
     def frame_values(self, objects: Tensor | None = None) -> dict[str, Tensor]:
@@ -130,11 +133,13 @@ class Scores:
         objects (V, n_true - 1) bool keeps some objects only, as in :meth:`of_objects`, and leaves out scores that are
         not defined for some objects.
         """
-        return _values(*self.frame_tables(), objects)
+        tables, videos = self.frame_tables()
+        return _compared(_values(tables, videos, objects), shows_several(tables))
 
     def video_values(self, objects: Tensor | None = None) -> dict[str, Tensor]:
         """Scores of each video's summed table by key, (V,) float64, in rising order of video ids."""
-        return _values(*self.video_tables(), objects)
+        tables, videos = self.video_tables()
+        return _compared(_values(tables, videos, objects), shows_several(tables))
 
     def summary(self) -> Summary:
         """Means over the split; None for a score that no frame defines."""
@@ -176,6 +181,7 @@ class Means:
         self._held, self._videos = Scores(), 0
         self._frames: dict[str, list[Tensor]] = defaultdict(list)
         self._whole: dict[str, list[Tensor]] = defaultdict(list)
+        self._several = [False, False]  # whether a frame, a video shows two objects
         self._counts = np.zeros(3, np.int64)  # frames, labelled ones, skipped ones
 
     def add_video(self, tables: Tensor, video: int) -> None:
@@ -189,18 +195,36 @@ class Means:
         """Means over the split. ``ValueError`` if nothing was added."""
         if self._held or not self._videos:
             self._reduce()
-        values = [{key: torch.cat(of) for key, of in kind.items()} for kind in (self._frames, self._whole)]
+        values = [
+            _compared({key: torch.cat(of) for key, of in kind.items()}, several)
+            for kind, several in zip((self._frames, self._whole), self._several, strict=True)
+        ]
         frames, labelled, skipped = self._counts.tolist()
         return Summary(frames, self._videos, _means(*values), labelled_frames=labelled, skipped_frames=skipped)
 
     def _reduce(self) -> None:
         tables, _ = self._held.frame_tables()
-        for kept, values in ((self._frames, self._held.frame_values()), (self._whole, self._held.video_values())):
-            for key, of in values.items():
-                kept[key].append(of)
+        for kind, (kept, of) in enumerate(
+            ((self._frames, self._held.frame_tables()), (self._whole, self._held.video_tables()))
+        ):
+            for key, values in _values(*of, None).items():
+                kept[key].append(values)
+            self._several[kind] |= shows_several(of[0])
         counts = len(self._held), len(tables), int((visible(tables) == 0).sum())
         self._counts += counts
         self._held = Scores()
+
+
+def shows_several(tables: Tensor) -> bool:
+    """Whether any of the tables (B, n_true, K) has two visible objects."""
+    return bool((visible(tables) > 1).any())
+
+
+def _compared(values: dict[str, Tensor], several: bool) -> dict[str, Tensor]:
+    """The values, NaN for scores that compare objects if there are never two: an FG-ARI would be 1, or 0 if split."""
+    if several:
+        return values
+    return values | {score.key: values[score.key].fill_(torch.nan) for score in SCORES if score.compares}
 
 
 def _values(tables: Tensor, videos: Tensor, objects: Tensor | None) -> dict[str, Tensor]:

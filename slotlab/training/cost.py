@@ -8,6 +8,7 @@ memory only where it is as large as their operands.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ from featcache.stream.staging import Format
 from slotlab.config.schema import Config
 from slotlab.models.base import Model
 from slotlab.models.build import empty_model
+from slotlab.models.clustering.model import ClusteringModel
 from slotlab.models.decoders.broadcast import ROWS, MLPDecoder
 from slotlab.models.inputs import ModelInput
 from slotlab.models.randomness import Undrawn
@@ -43,11 +45,13 @@ aten = torch.ops.aten
 
 
 class Work(NamedTuple):
-    """One operation: FLOPs, bytes of all operands and results, and the type of its products (None without FLOPs)."""
+    """One operation: FLOPs, bytes of all operands and results, the type of its products (None without FLOPs), and
+    whether it is a convolution."""
 
     flops: int
     bytes: int
     dtype: torch.dtype | None
+    convolution: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,8 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
             count = FLOPS.get(func._overloadpacket)
             flops = 0 if count is None else int(count(*args, **kwargs, out_val=result))
             moved = sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in (*operands, *results))
-            self.work[Work(flops, moved, operands[0].dtype if flops else None)] += 1
+            dtype = operands[0].dtype if flops else None
+            self.work[Work(flops, moved, dtype, func._overloadpacket in CONVOLUTIONS)] += 1
             self.operators[func._overloadpacket.__name__] += 1
         return result
 
@@ -191,10 +196,12 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def as_on_a_gpu(model: nn.Module) -> None:
     """Let a model compute on a CPU's tensors as it would on a GPU's: the broadcast decoder takes more rows at a time,
-    and a GRU cell is two products and one kernel."""
+    frames pass the encoder of ``default`` together, and a GRU cell is two products and one kernel."""
     for part in model.modules():
         if isinstance(part, MLPDecoder):
             part.rows = ROWS
+        elif isinstance(part, ClusteringModel):
+            part.by_turns = False
         elif isinstance(part, nn.GRUCell):
             part.forward = partial(_fused_gru, part)  # type: ignore[method-assign]
 
@@ -231,16 +238,36 @@ FREE = {  # beside views: what touches no values
 }  # fmt: skip
 
 
+def convolution_flops(
+    features: Shape, weight: Shape, bias: Shape | None, *options: Any, out_shape: Shape, **rest: Any
+) -> int:
+    """FLOPs of a convolution where its window is on the features: padding can be skipped, and a CPU does.
+
+    torch's formula counts the padding, too: a sixth more for a window of 5 on a grid of 16 x 16.
+    """
+    stride, padding, dilation, transposed = options[:4]
+    counted = int(conv_flop_count(list(features), list(weight), list(out_shape), transposed))
+    if transposed:
+        return counted
+    axes = zip(features[2:], weight[2:], out_shape[2:], stride, padding, dilation, strict=True)
+    return round(counted * math.prod(_share_inside(*axis) for axis in axes))
+
+
+def _share_inside(length: int, window: int, places: int, stride: int, padding: int, dilation: int) -> float:
+    """The share of a window's entries that lie on ``length`` values, over all its places along an axis."""
+    entries = [stride * place - padding + dilation * entry for place in range(places) for entry in range(window)]
+    return sum(0 <= entry < length for entry in entries) / len(entries)
+
+
 def convolution_backward_flops(
-    gradient: Shape, features: Shape, weight: Shape, *rest: Any, out_shape: Sequence[Shape | None]
+    gradient: Shape, features: Shape, weight: Shape, bias: Any, *options: Any, out_shape: Sequence[Shape | None]
 ) -> int:
     """FLOPs of a convolution's backward pass: those of a forward pass for each gradient that is needed.
 
     torch's formula ignores groups, and so counts a depthwise convolution of C channels C times.
     """
-    transposed = rest[4]
     wanted = sum(shape is not None for shape in out_shape[:2])  # the features' and the weight's
-    return wanted * int(conv_flop_count(list(features), list(weight), list(gradient), transposed))
+    return wanted * convolution_flops(features, weight, None, *options, out_shape=gradient)
 
 
 def _attention_flops(query: Shape, key: Shape, value: Shape, *rest: Any, out_shape: Any = None, **options: Any) -> int:
@@ -254,10 +281,13 @@ def _attention_backward_flops(
 
 
 CORRECTED: dict[Any, Callable[..., int]] = {  # formulas of shapes that torch's counter has wrong, or lacks
+    aten.convolution: convolution_flops,
     aten.convolution_backward: convolution_backward_flops,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
+
+CONVOLUTIONS = (aten.convolution, aten.convolution_backward)
 
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,

@@ -8,7 +8,7 @@ from featcache.store.reading import FeatureStore, Split
 from slotlab.config.schema import Config, DataConfig
 from slotlab.models.base import Model
 from slotlab.models.inputs import ModelInput
-from slotlab.runs.loaded import StoreModel
+from slotlab.runs.loaded import StoreModel, evaluation_split
 from slotlab.scoring.collapse import Diagnostics, warnings
 from slotlab.scoring.follow import follow
 from slotlab.scoring.metrics import shown, shown_of_videos
@@ -42,9 +42,9 @@ def look(model: Model, config: Config, store: FeatureStore) -> dict[str, Any]:
 
 
 def look_split(config: Config, store: FeatureStore) -> Split:
-    """The split to look at: the evaluation split, or the training split if the store lacks the default one.
+    """The split to look at: :func:`evaluation_split`, or the training split.
 
     ``UsageError`` if the store lacks a split that the configuration names.
     """
-    name, unnamed = config.data.eval_split, DataConfig().eval_split
-    return store[config.data.train_split if name == unnamed and name not in store.splits else name]
+    named = config.data.eval_split
+    return evaluation_split(config, store, None if named == DataConfig().eval_split else named, or_training=True)

@@ -13,7 +13,8 @@ from torch import Tensor
 from featcache.errors import UsageError
 from slotlab.config.schema import LossConfig
 from slotlab.models.base import NO_SLOT, Output
-from slotlab.models.slot_attention import NEVER
+from slotlab.models.competition import NEVER
+from slotlab.models.unit import unit
 from slotlab.training.processes import gathered, rank
 
 IGNORED = -100  # a target without a loss
@@ -55,8 +56,8 @@ def structure(output: Output, config: LossConfig) -> Tensor:
         both = torch.cat([volume.flatten(1) for volume in volumes], 1)
         least, most = (edge.view(-1, 1, 1, 1, 1) for edge in (both.amin(1), both.amax(1)))
     found, true = ((volume - least) / (most - least + 1e-6) for volume in volumes)
-    means = [_window(values) for values in (found, true, found * found, true * true, found * true)]
-    mean, mean_true, square, square_true, product = means
+    mean, square, product = _window(torch.stack([found, found * found, found * true])).unbind()
+    mean_true, square_true = _window(torch.stack([true, true * true])).unbind()
     covariance, spread = product - mean * mean_true, square + square_true - mean.square() - mean_true.square()
     place = (2 * mean * mean_true + 1e-4) / (mean.square() + mean_true.square() + 1e-4)
     return 1 - (place * (2 * covariance + 9e-4) / (spread + 9e-4)).mean()
@@ -67,11 +68,11 @@ def _volumes(tokens: Float[Tensor, "*B N D"], grid: tuple[int, int]) -> Float[Te
     return clips.reshape(*clips.shape[:2], *grid, -1).permute(0, 4, 1, 2, 3)
 
 
-def _window(volumes: Float[Tensor, "B D T rows columns"]) -> Float[Tensor, "B D t r c"]:
+def _window(volumes: Float[Tensor, "*B T rows columns"]) -> Float[Tensor, "*B t r c"]:
     """Means under a Gaussian window of 3, of standard deviation 1.5, without padding."""
     side = math.exp(-0.5 / 1.5**2)
     weights = [side / (1 + 2 * side), 1 / (1 + 2 * side)]
-    for axis in (2, 3, 4):
+    for axis in (-3, -2, -1):
         if (length := volumes.shape[axis] - 2) > 0:
             before, middle, after = (volumes.narrow(axis, start, length) for start in range(3))
             volumes = weights[0] * (before + after) + weights[1] * middle
@@ -90,9 +91,9 @@ def temporal_similarity(output: Output, config: LossConfig) -> Tensor:
     shift = config.similarity_shift
     predicted = output.similarity[:, :-shift].float()  # (B, T - shift, M, N)
     with torch.no_grad(), torch.autocast(predicted.device.type, enabled=False):
-        unit = F.normalize(output.target.float(), dim=-1)  # (B, T, N, D)
-        decoded = unit if output.positions is None else unit[..., output.positions, :]
-        closeness = decoded[:, :-shift] @ unit[:, shift:].transpose(-2, -1)  # (B, T - shift, M, N)
+        directions = unit(output.target.float())  # (B, T, N, D)
+        decoded = directions if output.positions is None else directions[..., output.positions, :]
+        closeness = decoded[:, :-shift] @ directions[:, shift:].transpose(-2, -1)  # (B, T - shift, M, N)
         away = closeness < 0
         lost = away.all(-1, keepdim=True)
         logits = closeness.masked_fill(away, -torch.inf).masked_fill(lost, 0.0) / config.similarity_temperature
@@ -110,7 +111,7 @@ def slot_contrast(output: Output, config: LossConfig) -> Tensor:
     if output.slots.ndim != 4:
         raise UsageError("loss.slot_contrast: needs slots carried over clips; set model.predictor.kind")
     with torch.autocast(output.slots.device.type, enabled=False):
-        frames = F.normalize(output.slots.float(), dim=-1).transpose(0, 1).flatten(1, 2)  # (T, B K, S)
+        frames = unit(output.slots.float()).transpose(0, 1).flatten(1, 2)  # (T, B K, S)
         before = gathered(frames[:-1]).transpose(0, 1)  # (T - 1, R, B K, S)
         logits = frames[1:] @ before.flatten(1, 2).transpose(-2, -1) / config.contrast_temperature  # (.., B K, R B K)
         if output.active is not None:
@@ -189,10 +190,10 @@ def _frames(values: Float[Tensor, "*B K M"]) -> Float[Tensor, "F K M"]:
 
 def _mean_cosine(vectors: Float[Tensor, "F K M"], kept: Bool[Tensor, "F K"]) -> Tensor:
     """Mean cosine (F,) of the pairs of vectors that are kept; 0 where there are no two."""
-    unit = F.normalize(vectors, dim=-1) * kept.unsqueeze(-1)
+    directions = unit(vectors) * kept.unsqueeze(-1)
     count = kept.sum(1)
     # sum over i != j of <u_i, u_j> = |sum of u|^2 - sum of |u|^2
-    pairs = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))
+    pairs = directions.sum(1).square().sum(-1) - directions.square().sum((1, 2))
     return pairs / (count * (count - 1)).clamp_min(1)
 
 

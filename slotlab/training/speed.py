@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from featcache.errors import UsageError, out_of_memory
@@ -215,6 +216,24 @@ def matmul_rate(device: torch.device, precision: str) -> Callable[[], float]:
             for _ in range(count):
                 torch.mm(left, right, out=out)
         return int(count * 2 * side**3)
+
+    timed(work, device)
+    return lambda: timed(work, device)
+
+
+def convolution_rate(device: torch.device) -> Callable[[], float]:
+    """A job whose rate is the FLOPs per second of float32 convolutions of many channels, without padding.
+
+    Where other code computes them than products, it may be the faster: on a processor of AMD, oneDNN multiplies with
+    AVX-512 and MKL with AVX2.
+    """
+    images, channels, side, window = 8, 384, 20, 5
+    features = torch.randn(images, channels, side, side, device=device)
+    weight = torch.randn(channels, channels, window, window, device=device)
+
+    def work() -> int:
+        found = F.conv2d(features, weight)
+        return 2 * found.numel() * channels * window**2
 
     timed(work, device)
     return lambda: timed(work, device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from featcache.machine import limited_executor
+from featcache.machine import exact_convolutions, limited_executor
 from featcache.store.reading import FeatureStore
 from slotlab.config.schema import Config, LossConfig
 from slotlab.models.base import Model
@@ -225,13 +225,14 @@ class TrainStep:
 
 @contextmanager
 def matrix_products(precision: str) -> Iterator[None]:
-    """Computes float32 products as ``optim.precision`` says, backward passes included; a context manager.
+    """Computes float32 products and convolutions as ``optim.precision`` says, backward passes included: a context.
 
     ``tf32`` is TensorFloat-32: NVIDIA GPUs since Ampere multiply it several times faster, with ten bits of mantissa.
     Other processors, and code outside the context, use float32.
     """
     if precision != "tf32":
-        yield
+        with exact_convolutions():
+            yield
         return
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")

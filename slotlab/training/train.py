@@ -142,7 +142,7 @@ def training_stream(config: Config, store: FeatureStore, ranks: Ranks) -> Featur
         raise UsageError(f"optim.batch_size {optim.batch_size} has no {data.shares} equal shares; choose a multiple")
     return FeatureStream(
         store[data.train_split].require_share(ranks.rank, ranks.count),
-        ModelInput.of(config, store).tap,
+        ModelInput.of(config, store).stored,
         batch_size=optim.batch_size // ranks.count,
         clip=data.clip,
         frames=frames_drawn(config),
@@ -161,7 +161,7 @@ def _reserve(config: Config, store: FeatureStore, ranks: Ranks) -> int:
     if config.data.residence != "auto" or ranks.device.type != "cuda":
         return 0
     inputs = ModelInput.of(config, store)
-    _, batch = batch_formats(store[config.data.train_split], inputs.tap, batch_samples(config, ranks.count))
+    _, batch = batch_formats(store[config.data.train_split], inputs.stored, batch_samples(config, ranks.count))
     return count_step(config, inputs, batch, on_gpu=True).peak
 
 

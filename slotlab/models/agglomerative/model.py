@@ -43,6 +43,7 @@ from slotlab.models.host import all_finite
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 from slotlab.models.segments import distances, segments, side, smoothed
+from slotlab.models.unit import unit
 
 NEVER = -1e4  # a cosine whose share is 0
 LEAST = 1e-6  # what a logarithm is taken of, at least
@@ -109,8 +110,8 @@ class AgglomerativeModel(Model):
 
     def keys(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N S"]:
         """Unit keys of normalised tokens."""
-        unit = F.normalize(tokens, dim=-1)
-        return F.normalize((self.line(unit) + self.bend(unit)).float(), dim=-1)
+        directions = unit(tokens)
+        return unit((self.line(directions) + self.bend(directions)).float())
 
     def before_compiling(self) -> None:
         # Not a decorator: it would import torch's compiler, two seconds, wherever a model is imported.
@@ -129,7 +130,7 @@ class AgglomerativeModel(Model):
     def compete(self, keys: Float[Tensor, "B N S"]) -> Float[Tensor, "B K N"]:
         """Logits of the slots that a frame's own segments give, by likeness and by what surrounds a patch."""
         held = self.segments(keys, self.config.cut)  # (B, N, K)
-        smooth = F.normalize(keys + smoothed(keys, self.grid), dim=-1)
+        smooth = unit(keys + smoothed(keys, self.grid))
         alike = likeness(slot_means(held, smooth), smooth, held)
         apart = distances(self.grid).to(keys.device) / (NEAR * side(self.grid))  # (N, N)
         around = (-apart.square() / 2).softmax(-1)
@@ -173,7 +174,7 @@ def means(held: Float[Tensor, "B N K"], values: Float[Tensor, "B N S"]) -> Float
 
 def slot_means(held: Float[Tensor, "B N K"], keys: Float[Tensor, "B N S"]) -> Float[Tensor, "B K S"]:
     """Mean direction of the keys that each slot holds; 0 for a slot that holds nothing."""
-    return F.normalize(held.mT @ keys, dim=-1)
+    return unit(held.mT @ keys)
 
 
 @torch.no_grad()

@@ -33,6 +33,8 @@ from slotlab.models.clustering.tracking import SEED_OBJECTNESS, Tracker, slot_me
 from slotlab.models.flow import patch_positions
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
+from slotlab.models.repeated import joined
+from slotlab.models.unit import unit
 
 GRADIENT_ITERATIONS = 3  # iterations that the gradient passes; earlier ones only move the slots into place
 RESIDUAL_GAIN = 4.0  # factor of the learnt objectness, whose logits are large
@@ -57,6 +59,7 @@ class ClusteringModel(Model):
         super().__init__()
         self.config, self.normaliser, self.grid, self.slots = config, normaliser, grid, config.slots
         self.keys = min(config.slot_dim, normaliser.dim)
+        self.by_turns: bool | None = None  # frames through the encoder; None: what suits the device
         self.register_buffer("position", patch_positions(grid))
         self.register_buffer("otsu", torch.tensor(float(normaliser.dim) ** 0.5))
         self.register_buffer("target_scale", torch.ones(()))
@@ -101,15 +104,23 @@ class ClusteringModel(Model):
 
         The two frames are drawn before they are read (``ClusteringConfig.frames_a_step``).
         """
-        if features.ndim == 4:
-            slots, active = self.find_slots(*self.encode(self.tokens(features[:, 0])))
-            tokens = self.tokens(features[:, -1])
-            keys, objectness = self.encode(tokens)
-        else:
-            tokens = self.tokens(features)
-            keys, objectness = self.encode(tokens)
-            slots, active = self.find_slots(keys, objectness)
+        frames = [features] if features.ndim == 3 else [features[:, 0], features[:, -1]]
+        encoded = self._encoded(frames)
+        _, first_keys, first_objectness = encoded[0]
+        tokens, keys, objectness = encoded[-1]  # a frame alone is first and last
+        slots, active = self.find_slots(first_keys, first_objectness)
         return self.output(tokens, slots, self.attend(keys, objectness, slots, active), 1 - objectness)
+
+    def _encoded(self, frames: list[Tensor]) -> list[tuple[Tensor, ...]]:
+        """Tokens, keys and objectness of each: together, as few operations, or by turns, as a CPU's cache holds one."""
+        by_turns = frames[0].device.type == "cpu" if self.by_turns is None else self.by_turns
+        parts: list[tuple[Tensor, ...]] = []
+        for some in frames if by_turns else [joined(frames)]:
+            tokens = self.tokens(some)
+            parts.append((tokens, *self.encode(tokens)))
+        if by_turns:
+            return parts
+        return list(zip(*(torch.split(part, len(frames[0])) for part in parts[0]), strict=True))
 
     def segment(self, features: Float[Tensor, "T N D"], draws: Draws) -> Output:
         """Slots and masks of all frames of a video in order; each slot stays with its object (:mod:`.tracking`)."""
@@ -181,7 +192,7 @@ class ClusteringModel(Model):
         leading = tokens[..., : self.keys]
         smooth = F.avg_pool2d(self._bordered_map(leading), 3, stride=1)
         base = F.normalize((leading + smooth.flatten(2).transpose(1, 2)) / 2, dim=-1)
-        keys = F.normalize(base + residual[..., :-1], dim=-1, eps=LEAST_NORM)
+        keys = unit(base + residual[..., :-1], LEAST_NORM)
         objectness = (logit + RESIDUAL_GAIN * residual[..., -1]).sigmoid()
         return torch.cat([keys, self.config.position_weight * position], -1), objectness
 
@@ -214,9 +225,10 @@ class ClusteringModel(Model):
         candidate = objectness > SEED_OBJECTNESS  # (B, N)
         chosen = objectness.argmax(1)
         slots, active = [keys[batch, chosen]], [candidate.any(1)]
-        distance = (keys - slots[0].unsqueeze(1)).square().sum(-1)  # (B, N) to the nearest slot
+        # (B, N) to the nearest slot; 0 where none may begin
+        distance = (keys - slots[0].unsqueeze(1)).square().sum(-1) * candidate
         for _ in range(self.config.slots - 2):
-            farthest, chosen = (distance * candidate).max(1)
+            farthest, chosen = distance.max(1)
             active.append(farthest > self.config.new_slot_distance)
             slots.append(keys[batch, chosen])
             distance = torch.minimum(distance, (keys - slots[-1].unsqueeze(1)).square().sum(-1))

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slotlab.config.parts import DecoderConfig
+from slotlab.models.competition import hide_padding
 from slotlab.models.decoders.base import Decoded, Decoder, Heads, Sizes, hidden_layers, positions_parameter, select
 from slotlab.models.randomness import Draws
-from slotlab.models.slot_attention import Attended, hide_padding
+from slotlab.models.slot_attention import Attended
 
 # Rows of hidden activations (one for each slot and patch) that pass the layers at a time, or nearly as many: few enough
 # for a CPU's cache, and enough to fill a GPU.

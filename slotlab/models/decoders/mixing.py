@@ -7,9 +7,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from slotlab.config.parts import DecoderConfig
+from slotlab.models.competition import hide_padding
 from slotlab.models.decoders.base import Decoded, Decoder, Heads, Sizes, hidden_layers, positions_parameter, select
 from slotlab.models.randomness import Draws
-from slotlab.models.slot_attention import Attended, hide_padding
+from slotlab.models.slot_attention import Attended
 from slotlab.models.transformer import CrossBlock, xavier
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slotlab.config.parts import DecoderConfig
+from slotlab.models.competition import hide_padding
 from slotlab.models.decoders.base import Decoded, Decoder, Sizes
 from slotlab.models.randomness import Draws
-from slotlab.models.slot_attention import Attended, hide_padding
+from slotlab.models.slot_attention import Attended
 
 KERNEL = 5  # side of all convolutions but the last
 LARGEST_LOGIT = 10.0
