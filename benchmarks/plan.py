@@ -77,8 +77,8 @@ def sizes(config: Config, side: int, dim: int) -> tuple[ModelInput, Format]:
         return Frames("video", (pixels, pixels), 3), Format((*samples, 256, 256, 3), torch.uint8)
     if config.model.kind == "dynamics":
         slots = 13
-        tokens = Format((*samples, slots, dim + side**2), torch.float16)
-        return Tracks("tracks", (side, side), dim, "block12", slots), tokens
+        tokens = Format((*samples, slots, dim + side**2 + 2), torch.float16)
+        return Tracks("tracks", (side, side), dim, "block12", slots, refined=True), tokens
     return Features("block12", (side, side), dim), Format((*samples, side**2, dim), torch.float16)
 
 

@@ -51,9 +51,12 @@ class Forecaster(RunSegmenter):
         device = self.dynamics.place.device
         output = self.model.segment(tokens.to(device), Draws.of_step(self.config.seed, 0))
         shown = output.checked().showing(self.config.published_masks)
-        tracks = tracks_of(shown, tokens.cpu(), self.dynamics.grid)[-self.dynamics.config.burn_in :]
+        first = max(0, len(pictures) - self.dynamics.config.burn_in)  # of the frames to predict from
+        edges = pictures[first:] if self.dynamics.config.refined else None
+        known = shown.masks_on_grid[first:]
+        tracks = tracks_of(known, tokens[first:].cpu(), self.dynamics.grid, frames=edges)
         seen = self.dynamics.see(tracks.unsqueeze(0).to(device))
-        seen = replace(seen, actions=pushes[len(pictures) - len(tracks) :].unsqueeze(0).to(device))
+        seen = replace(seen, actions=pushes[first:].unsqueeze(0).to(device))
         future = self.dynamics.roll_out(seen, steps)
         found = self.dynamics.decode(seen, future)
         masks = F.interpolate(on_grid(found.sharp[0], self.dynamics.grid), size=window.size, mode="bilinear")

@@ -18,7 +18,7 @@ from featcache.store.reading import FeatureStore
 from featcache.store.writing import StoreWriter
 from slotlab.dynamics.actions import read_actions
 from slotlab.dynamics.rollout import load_dynamics
-from slotlab.dynamics.tracks import make_tracks, with_actions
+from slotlab.dynamics.tracks import make_tracks
 from slotlab.models.dynamics.model import DynamicsModel
 from slotlab.models.dynamics.state import PLACE
 from slotlab.models.inputs import Tracks
@@ -59,6 +59,12 @@ class PushedSource(DiscSource):
         return Video(f"{split}-{index}", frames, masks, (Instance("cube", "large", "red", "metal", shown),))
 
 
+def centres_of(masks: torch.Tensor) -> torch.Tensor:
+    """Mean row and column, (T, K, 2), of masks (T, K, H, W)."""
+    y, x = (axis.float() for axis in torch.meshgrid(torch.arange(32), torch.arange(32), indexing="ij"))
+    return torch.stack([(masks * axis).sum((2, 3)) / masks.sum((2, 3)) for axis in (y, x)], -1)
+
+
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FeatureStore, Path]:
     """A run on these videos, its tracks with the pushes, and their file."""
@@ -87,7 +93,9 @@ def followed(pushed: tuple[Path, FeatureStore, Path], tmp_path_factory: pytest.T
                 masks = torch.stack([1 - block, block], 1)
                 means = masks @ split.tokens("block1", video).float() / masks.sum(-1, keepdim=True)
                 pushes = torch.from_numpy(source.pushes(split.name, video))
-                tokens = with_actions(torch.cat([means, masks], -1), pushes)
+                whole = torch.from_numpy(read.segmentations).float()
+                place = (centres_of(torch.stack([1 - whole, whole], 1)) - 15.5) / 8
+                tokens = torch.cat([means, masks, pushes.unsqueeze(1).expand(-1, 2, -1), place], -1)
                 target.write(video, read, {"tracks": tokens, "slots": other[split.name].tokens("slots", video).float()})
             target.finish({tap: other[split.name].statistics(tap) for tap in ("tracks", "slots", "block1")})
             target.close()
@@ -99,9 +107,9 @@ def test_actions_stand_beside_the_slots(pushed: tuple[Path, FeatureStore, Path],
     run, tracks, _ = pushed
     inputs, split, source = Tracks.in_store(tracks), tracks["validation"], PushedSource()
     assert (inputs.actions, inputs.dim, inputs.patches) == (2, 12, 16)
-    tokens = inputs.read(split, 3)  # (T, K, D + N + A)
+    tokens = inputs.read(split, 3)  # (T, K, D + N + A + 2)
     expected = torch.from_numpy(source.pushes("validation", 3)).unsqueeze(1).expand(-1, 2, -1)
-    assert torch.equal(tokens[..., -2:].long(), expected)
+    assert torch.equal(tokens[..., -4:-2].long(), expected)
     torch.testing.assert_close(inputs.masks(tokens), load_run(run).segment(load_run(run).store["validation"], 3).masks,
                                atol=1e-3, rtol=0)  # fmt: skip
     assert make_tracks(load_run(run), tracks.path).spec.model["actions"] == 2, "they stay"

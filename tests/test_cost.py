@@ -35,8 +35,8 @@ def inputs_of(config: Config, side: int = 8, dim: int = 96) -> tuple[ModelInput,
         shape = (*batch_samples(config), 2 * pixels, 2 * pixels, 3)
         return Frames("video", (pixels, pixels), 3), Format(shape, torch.uint8)
     if config.model.kind == "dynamics":
-        shape = (*batch_samples(config), 4, dim + side**2)
-        return Tracks("tracks", (side, side), dim, "block1", 4), Format(shape, torch.float16)
+        shape = (*batch_samples(config), 4, dim + side**2 + 2)
+        return Tracks("tracks", (side, side), dim, "block1", 4, refined=True), Format(shape, torch.float16)
     return Features("block1", (side, side), dim), Format((*batch_samples(config), side**2, dim), torch.float16)
 
 

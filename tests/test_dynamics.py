@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy import ndimage
 from torch import Tensor
 
@@ -112,6 +112,9 @@ def tokens(frames: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat([means, masks], -1).unsqueeze(0), features, masks
 
 
+READ = (normaliser(), torch.eye(DIM), places(GRID))  # how tokens are read
+
+
 def test_a_vector_is_the_place_the_size_and_the_mean_normalised_feature() -> None:
     given_tokens, features, masks = tokens(3)
     norm = normaliser()
@@ -124,6 +127,16 @@ def test_a_vector_is_the_place_the_size_and_the_mean_normalised_feature() -> Non
             assert float(vector[SIDE]) == pytest.approx(0.5 * np.log(mask.sum()), abs=1e-5)
             expected = np.average(norm(features[t]).numpy(), axis=0, weights=mask.ravel())
             np.testing.assert_allclose(vector[FEATURE], expected, atol=1e-4)
+
+
+def test_a_refined_place_stands_at_the_end_after_the_actions() -> None:
+    given_tokens, _, _ = tokens(3)
+    actions, place = torch.randn(1, 3, 1, 3).expand(-1, -1, SLOTS, -1), torch.randn(1, 3, SLOTS, 2)
+    plain, full = see(given_tokens, *READ), torch.cat([given_tokens, actions, place], -1)
+    seen = see(full, *READ, actions=3, refined=True)
+    assert torch.equal(seen.vectors[..., PLACE], place) and torch.equal(seen.actions, actions[:, :, 0])
+    assert torch.equal(seen.vectors[..., SIDE:], plain.vectors[..., SIDE:]) and torch.equal(seen.masks, plain.masks)
+    assert torch.equal(see(full, *READ, actions=3).vectors, plain.vectors), "of the masks, where those are wanted"
 
 
 def test_a_slot_that_is_away_keeps_its_last_vector_and_mask() -> None:
@@ -217,16 +230,20 @@ def test_the_future_reaches_no_prediction(empty: bool) -> None:
     torch.testing.assert_close(*(of.features for of in pictures))
 
 
-def test_a_mirrored_clip_has_a_mirrored_truth() -> None:
-    made = model(mirror=True).train()
+@pytest.mark.parametrize("refined", [False, True])
+def test_a_mirrored_clip_has_a_mirrored_truth(refined: bool) -> None:
+    made = model(mirror=True, refined=refined).train()
     given_tokens, _, masks = tokens(4)
+    if refined:
+        given_tokens = torch.cat([given_tokens, torch.rand(*given_tokens.shape[:3], 2)], -1)
     clips = given_tokens.expand(8, -1, -1, -1)
     output = made(clips, Draws(0))
     plain = masks[3].mT @ made.see(given_tokens).vectors[0, 3, :, FEATURE]
     turned = [not torch.allclose(of, plain, atol=1e-4) for of in output.target[:, 0]]
     assert 0 < sum(turned) < 8
-    columns = output.future[..., 0, :, 1]  # of the places
-    assert torch.allclose(columns[turned.index(True)], -columns[turned.index(False)], atol=1e-4)
+    rows, columns = output.future[..., 0, :, PLACE].unbind(-1)
+    one, other = turned.index(True), turned.index(False)
+    assert torch.allclose(columns[one], -columns[other], atol=1e-4) and torch.allclose(rows[one], rows[other])
 
 
 def test_hidden_slots_are_seen_once() -> None:
@@ -244,10 +261,10 @@ def test_hidden_slots_are_seen_once() -> None:
 
 
 def test_the_slot_loss_is_the_mean_square_of_standardised_parts() -> None:
-    """Of places in units of how far slots go in as many frames."""
+    """Of places in units of their own."""
     made = model(steps=2).train()
     made.scale.uniform_(0.5, 2.0)
-    made.reach.copy_(torch.tensor([0.4, 0.7]))
+    made.stray.copy_(torch.tensor([0.4, 0.7]))
     given_tokens, _, _ = tokens(5)
     given_tokens[0, 3, 1] = 0  # is away, so that it adds nothing
     output = made(given_tokens, Draws(0))
@@ -255,30 +272,31 @@ def test_the_slot_loss_is_the_mean_square_of_standardised_parts() -> None:
     with torch.no_grad():
         future = made.roll_out(seen, 2)
     error = ((future - seen.vectors[:, 3:]) / made.scale).square().numpy()[0]  # (2, K, S)
-    places_off = (future - seen.vectors[:, 3:])[0, ..., PLACE] / made.reach.view(2, 1, 1)
+    places_off = (future - seen.vectors[:, 3:])[0, ..., PLACE] / made.stray.view(2, 1, 1)
     parts = places_off.square().mean(-1).numpy(), error[..., SIDE], error[..., FEATURE].mean(-1)
     each = np.mean(parts, 0)
     each[0, 1] = 0
     assert float(slot_mse(output, LossConfig()).detach()) == pytest.approx(each.mean(), rel=1e-4)
 
 
-def test_the_reach_is_how_far_slots_go() -> None:
-    """Of slots that hold something in both frames."""
+def test_places_count_in_units_of_how_far_off_constant_speed_is() -> None:
+    """The median over slots that hold something in the two frames that give the speed, and in the later one."""
     made = model(steps=3)
     videos = [tokens(6, seed)[0][0] for seed in range(2)]
     videos[1][2:4, 0] = 0
     made.calibrate(videos)
     seen = [made.see(video.unsqueeze(0)) for video in videos]
     for ahead in (1, 2, 3):
-        gone = [
-            (of.vectors[0, t + ahead, k, PLACE] - of.vectors[0, t, k, PLACE]).numpy()
-            for of in seen
-            for t in range(6 - ahead)
-            for k in range(SLOTS)
-            if of.active[0, t, k] and of.active[0, t + ahead, k]
-        ]
-        assert len(gone) < 2 * SLOTS * (6 - ahead)
-        assert float(made.reach[ahead - 1]) == pytest.approx(np.sqrt(np.mean(np.square(gone))), rel=1e-4)
+        off = []
+        for of in seen:
+            place, here = of.vectors[0, ..., PLACE].numpy(), of.active[0]
+            for t in range(1, 6 - ahead):
+                for k in range(SLOTS):
+                    if here[t - 1, k] and here[t, k] and here[t + ahead, k]:
+                        expected = place[t, k] + ahead * (place[t, k] - place[t - 1, k])
+                        off.append(np.linalg.norm(place[t + ahead, k] - expected))
+        assert len(off) < 2 * SLOTS * (5 - ahead)
+        assert float(made.stray[ahead - 1]) == pytest.approx(sorted(off)[(len(off) - 1) // 2], rel=1e-4)
 
 
 # -- training ----------------------------------------------------------------------------------------------
@@ -295,6 +313,28 @@ def test_a_resumed_run_is_the_unbroken_one_bit_for_bit(
     broken = train(config, shared_tracks, tmp_path / "broken", resume=True)
     a, b = (load_file(run / "checkpoint/model.safetensors") for run in (whole, broken))
     assert all(torch.equal(a[key], b[key]) for key in a) and rows_of(whole) == rows_of(broken)
+
+
+def test_a_run_of_the_first_version_resumes_in_its_units_and_says_so(
+    tmp_path: Path, shared_tracks: FeatureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which were the same for all frames."""
+    losses = ("loss.slot_mse=1.0", "loss.slot_huber=0")
+    config = small("checkpoint_every=2", *losses, preset="dynamics", optim__steps=4)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(DynamicsModel, "near", 1.0)
+        whole = train(config, shared_tracks, tmp_path / "whole")
+        with pytest.raises(Interrupted):
+            train(config, shared_tracks, tmp_path / "broken", report=stopping(3))
+    weights = tmp_path / "broken/checkpoint/model.safetensors"
+    save_file({key: value for key, value in load_file(weights).items() if key != "stray"}, weights)
+    told: list[str] = []
+    broken = train(config, shared_tracks, tmp_path / "broken", resume=True, remark=told.append)
+    assert rows_of(whole) == rows_of(broken)
+    assert "broken: begun by a version that kept no units of places for loss.slot_mse; it goes on" in told[-1]
+    told.clear()
+    train(config, shared_tracks, broken, resume=True, remark=told.append)
+    assert not any("begun by" in line for line in told), "saved again, it has them"
 
 
 def test_accumulated_parts_are_the_whole_batch(tmp_path: Path, shared_tracks: FeatureStore) -> None:

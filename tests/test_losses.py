@@ -6,7 +6,9 @@ import itertools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import scipy.special
 import torch
 from torch import Tensor
 
@@ -191,13 +193,16 @@ def test_assignment(clips: bool) -> None:
         value("assignment", replace(given, assigned=None))
 
 
-def test_slot_mse() -> None:
+@pytest.mark.parametrize("name", ["slot_mse", "slot_huber"])
+def test_slot_errors(name: str) -> None:
     given = predicted(output())
     assert given.future is not None and given.present is not None
     error = ((given.slots.double() - given.future.double()) ** 2).numpy().mean(-1)
-    assert value("slot_mse", given) == pytest.approx((error * given.present.numpy()).mean(), rel=1e-5)
-    with pytest.raises(UsageError, match="slot_mse"):
-        value("slot_mse", replace(given, future=None))
+    if name == "slot_huber":  # of scipy, at 1; twice, so that small errors are their squares
+        error = 2 * scipy.special.pseudo_huber(1.0, np.sqrt(error))
+    assert value(name, given) == pytest.approx((error * given.present.numpy()).mean(), rel=1e-5)
+    with pytest.raises(UsageError, match=name):
+        value(name, replace(given, future=None))
 
 
 def test_all_losses_have_finite_gradients_and_add_up() -> None:

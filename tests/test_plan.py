@@ -377,7 +377,7 @@ def test_a_world_model_is_planned_before_there_is_a_run(slotlab: Slotlab, tmp_pa
     what = ("--videos", 9, "--backbone", "resnet18", "--input-size", 64, "--device", "rtx5090")
     said = slotlab("plan", *what, "--preset", "dynamics", "--slots", 5, "--batch-size", 2, "--json").json
     (form,) = said["training"]
-    assert form["dtype"] == "float16" and form["stream_bytes"] == 9 * 24 * 5 * (256 + 16) * 2
+    assert form["dtype"] == "float16" and form["stream_bytes"] == 9 * 24 * 5 * (256 + 16 + 2) * 2
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,10 @@ from featcache.upkeep.verify import verify
 from slotlab.dynamics.measures import MEASURES, Truth, frame_values, object_centres
 from slotlab.dynamics.rollout import features_at, load_dynamics, roll_out
 from slotlab.dynamics.rows import ROWS, Clip, Predicted, copy, oracle, rollout, velocity_masks
-from slotlab.dynamics.tracks import Identity, make_tracks, store_identity
+from slotlab.dynamics.tracks import Identity, make_tracks, refined_places, store_identity
 from slotlab.masks.labels import masks_to_labels
-from slotlab.models.dynamics.state import PLACE
+from slotlab.models.dynamics.model import DynamicsModel
+from slotlab.models.dynamics.state import PLACE, places
 from slotlab.pictures.strip import Strips
 from slotlab.runs.loaded import LoadedRun, load_run
 from slotlab.training.train import train
@@ -53,9 +54,9 @@ def test_tracks_hold_what_the_run_found(tracked_run: Path, shared_tracks: Featur
     split, own = shared_tracks["validation"], run.store["validation"]
     output = run.segment(own, 1)
     features = own.tokens("block1", 1).double().numpy()
-    tracks = split.tokens("tracks", 1).float().numpy()  # (T, K, D + N)
+    tracks = split.tokens("tracks", 1).float().numpy()  # (T, K, D + N + 2)
     masks = output.masks.numpy()
-    np.testing.assert_allclose(tracks[..., DIM:], masks, atol=1e-3)
+    np.testing.assert_allclose(tracks[..., DIM:-2], masks, atol=1e-3)
     for t, k in ((0, 0), (3, 1)):
         if masks[t, k].sum() > 0.5:
             expected = np.average(features[t], axis=0, weights=masks[t, k])
@@ -66,6 +67,44 @@ def test_tracks_hold_what_the_run_found(tracked_run: Path, shared_tracks: Featur
     mean = split.statistics("block1").mean
     np.testing.assert_array_equal(mean, own.statistics("block1").mean)
     assert verify(shared_tracks.path) == []
+
+
+def test_places_are_those_of_the_pixels() -> None:
+    """A disc that moves by fractions of a patch, by masks that are its share of every patch."""
+    y, x = np.mgrid[:64, :64]
+    rng = np.random.default_rng(0)
+    centres = np.array([[20.0, 22.0], [21.5, 25.0], [24.0, 29.5]])
+    discs = np.stack([(y - a) ** 2 + (x - b) ** 2 < 9**2 for a, b in centres])
+    frames = np.where(discs[..., None], 200, rng.integers(40, 60, (3, 64, 64, 3))).astype(np.uint8)
+    soft = torch.from_numpy(discs).float().unflatten(1, (8, 8)).unflatten(3, (8, 8)).mean((2, 4)) * 0.8 + 0.1
+    found = refined_places(torch.stack([soft, 1 - soft], 1), frames)[:, 0]
+    np.testing.assert_allclose(found, (centres - 31.5) / 8, atol=0.05)
+    weights = soft.flatten(1).numpy()
+    coarse = np.stack([np.average(places((8, 8)), axis=0, weights=weight) for weight in weights])
+    assert np.abs(coarse - (centres - 31.5) / 8).max() > 0.2, "which masks on the grid do not tell"
+
+
+def test_tracks_of_an_earlier_version_are_read_as_they_were(
+    tmp_path: Path, tracked_run: Path, monkeypatch: pytest.MonkeyPatch, slotlab: Slotlab
+) -> None:
+    """They have no places but the masks' centres; unfinished ones are finished so."""
+    run, path = load_run(tracked_run), tmp_path / "t.zarr"
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as earlier, pytest.raises(KeyboardInterrupt):
+        earlier.setattr("slotlab.dynamics.tracks._noted", lambda *_: {})
+        make_tracks(run, path, stop)
+    store = make_tracks(run, path)
+    assert store.spec.taps["tracks"].dim == DIM + GRID[0] * GRID[1]
+    options = [part for one in ("data.clip=5", "model.burn_in=3", "model.width=16") for part in ("--set", one)]
+    ended = slotlab(
+        "train", "--preset", "dynamics", "--cache", path, *options, "--steps", 1, "--out", tmp_path / "world"
+    )
+    assert ended.code == 0 and "tracks of an earlier version, without places by the frames' edges" in ended.said
+    model = load_dynamics(tmp_path / "world").model
+    assert isinstance(model, DynamicsModel) and not model.config.refined
 
 
 def test_tracks_are_made_once_and_not_mixed(tmp_path: Path, tracked_run: Path) -> None:

@@ -1,4 +1,4 @@
-"""The code of docs/python.md, run as it is printed, one block after the other."""
+"""The code of pages, run as it is printed, one block after the other."""
 
 from __future__ import annotations
 
@@ -12,13 +12,34 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import featcache
+import slotlab
 from featcache.store.reading import FeatureStore
+from slotlab.dynamics.actions import Actions
+from slotlab.dynamics.tracks import make_tracks
+from slotlab.runs.loaded import load_run
+from slotlab.segment import Future
+from slotlab.training.train import train
+from tests.media import ENCODERS, save_movie
 from tests.synthetic import DIM, GRID, make_store
+from tests.training import of_frames, small, tracks_of
 
-PAGE = Path(__file__).parent.parent / "docs/python.md"
-BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.M | re.S)
 TAPS = ("block12", "block12.key")
 CLIPS = (3, 4, GRID[0] * GRID[1], DIM)  # three of the five videos have four frames
+
+
+def blocks(page: str) -> list[str]:
+    """The Python of a page."""
+    return re.findall(r"^```python\n(.*?)^```", (Path(__file__).parent.parent / page).read_text(), re.M | re.S)
+
+
+def run_all(printed: list[str], defined: dict[str, Any]) -> dict[str, Any]:
+    """What is defined after these blocks."""
+    for block in printed:
+        exec(compile(block, "<page>", "exec"), defined)
+    return defined
+
+
+# -- docs/python.md ----------------------------------------------------------------------------------------
 
 
 class Theirs(nn.Module):
@@ -44,19 +65,15 @@ class Theirs(nn.Module):
 
 @pytest.fixture
 def printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What is defined after all blocks."""
     make_store(tmp_path / "cache/dinov2.zarr", taps=TAPS)
     monkeypatch.chdir(tmp_path)
-    defined: dict[str, Any] = {"model": Theirs()}
-    for block in BLOCKS:
-        exec(compile(block, str(PAGE), "exec"), defined)
-    return defined
+    return run_all(blocks("docs/python.md"), {"model": Theirs()})
 
 
 def test_the_page_runs_as_it_is_printed(printed: dict[str, Any]) -> None:
     store, model = FeatureStore.open(Path("cache/dinov2.zarr")), printed["model"]
     whole = [video for video in store["train"].videos if store["train"].spec.lengths[video] == 4]
-    assert len(BLOCKS) == 3 and len(whole) == CLIPS[0] and isinstance(printed["cache"], featcache.Cache)
+    assert len(whole) == CLIPS[0] and isinstance(printed["cache"], featcache.Cache)
     right = {tap: torch.stack([store["train"].tokens(tap, video) for video in whole]).float() for tap in TAPS}
     for name, tap in (("video", TAPS[0]), ("keys", TAPS[1])):
         found = model.given[name]
@@ -65,3 +82,36 @@ def test_the_page_runs_as_it_is_printed(printed: dict[str, Any]) -> None:
         assert torch.equal(found[order], right[tap]), "of the tap that the page names, shuffled"
     (batch,) = printed["data"]
     assert batch["video"].shape == CLIPS and isinstance(printed["data"], DataLoader)
+
+
+# -- world models ------------------------------------------------------------------------------------------
+
+
+SHAPES = [(8, 4, 2), (8, 4, 32, 32), (8, 16, 256)]  # four slots, frames of 32 pixels, 4 x 4 tokens of 256
+
+
+@pytest.mark.slow
+def test_futures_are_what_the_pages_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run, world = Path("runs/mine"), Path("runs/mine-dynamics-0")
+    store = of_frames(run)
+    frames = store["validation"].video(0)
+    save_movie(Path("video.mp4"), *ENCODERS["h264"][:1], frames)
+    (in_readme,) = (block for block in blocks("README.md") if "rollout" in block)
+    alone, acting = blocks("docs/dynamics.md")
+    train(small(preset="dynamics", optim__steps=2), tracks_of(run), world)
+    for block in (in_readme, alone):
+        assert shapes(run_all([block], {"slotlab": slotlab})["future"]) == SHAPES
+
+    drawn = {
+        name: {video: torch.randn(length, 3) for video, length in enumerate(store[name].spec.lengths)}
+        for name in store.splits
+    }
+    tracks = make_tracks(load_run(run), Path("pushed.zarr"), actions=Actions(3, drawn))
+    train(small(preset="dynamics", optim__steps=2), tracks, Path("runs/acting"))
+    given = {"frames": frames, "tried": torch.randn(len(frames) + 8 - 1, 3)}
+    assert shapes(run_all([acting], given | {"world": slotlab.load("runs/acting")})["future"]) == SHAPES
+
+
+def shapes(future: Future) -> list[tuple[int, ...]]:
+    return [tuple(values.shape) for values in (future.places, future.masks, future.features)]

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from featcache.backbones.backbone import load_backbone
+from featcache.extraction.extract import extract
+from featcache.extraction.plan import ExtractOptions, plan
 from featcache.store.reading import FeatureStore
 from slotlab.config.load import load_config
 from slotlab.config.schema import Config
@@ -49,6 +52,16 @@ def tracked(folder: Path) -> Path:
     """A run of twelve steps whose model follows objects through videos of six frames."""
     source = DiscSource({"train": (6, 6, 5, 6), "validation": (6, 6, 6)})
     return train(small(preset="default"), make_store(folder / "synthetic.zarr", source), folder / "run")
+
+
+def of_frames(run: Path) -> FeatureStore:
+    """The store of a run that reads pictures: features of a backbone whose weights are random."""
+    source = DiscSource({"train": (6, 6, 5, 6), "validation": (6, 6)})
+    backbone = load_backbone("resnet18", "random", input_size=64)
+    options = ExtractOptions(batch_size=4, precision="float32")
+    store = extract(plan(run.with_suffix(".zarr"), source, backbone, options), source, backbone)
+    train(small(preset="default", optim__steps=2), store, run)
+    return store
 
 
 def tracks_of(run: Path) -> FeatureStore:

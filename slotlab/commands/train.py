@@ -58,6 +58,8 @@ def train(
     from featcache.store.reading import FeatureStore
     from featcache.upkeep.ranks import own_store
     from slotlab.commands import terminal
+    from slotlab.config.model import DynamicsConfig
+    from slotlab.models.inputs import Tracks
     from slotlab.training.processes import count, is_leader, rank
     from slotlab.training.train import train as run_train
 
@@ -67,6 +69,10 @@ def train(
     store, place = FeatureStore.open(own_store(cache, rank(), count())), pick_device(device)
     for idle in settings.unread() if is_leader() else ():
         terminal.err.print(f"note: {idle}")
+    predicts = isinstance(settings.model, DynamicsConfig) and settings.model.refined
+    if predicts and is_leader() and not Tracks.in_store(store).refined:
+        without = "tracks of an earlier version, without places by the frames' edges; those of the masks are read"
+        terminal.err.print(f"note: {store.path}: {without} (slotlab slots RUN --out NEW measures them)")
     if settings.optim.precision == "bfloat16" and place.type == "cpu" and is_leader():
         from slotlab.commands.doctor import bfloat16_speed, bfloat16_verdict
 

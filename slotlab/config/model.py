@@ -376,6 +376,9 @@ class DynamicsConfig(ForecastConfig):
         "joint", description="Attention over slots and frames together, by turns, or by both at once"
     )
     channels: int = Field(48, ge=1, description="Directions of most variance in which a slot's feature is kept")
+    refined: bool = Field(
+        False, description="Slots' places by the frame's edges, where the tracks have them, and not by their masks"
+    )
     kinematics: bool = Field(True, description="Velocity and acceleration as inputs; predictions are changes of speed")
     masked_slots: int = Field(0, ge=0, description="Slots of a training clip that are hidden after its first frame")
     mirror: bool = Field(True, description="Half of the training clips mirrored, left for right; none with actions")

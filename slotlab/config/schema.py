@@ -123,6 +123,7 @@ class LossConfig(Section):
     slot_contrast: float = _weight(0.0, "Slot contrast", "the slot contrast (SlotContrast)")
     assignment: float = _weight(0.0, "Assignment", "the cross-entropy of the slot that a patch belongs to")
     slot_mse: float = _weight(0.0, "Slot MSE", "the squared error of predicted slots, in units of their variance")
+    slot_huber: float = _weight(0.0, "Slot error", "the same, of which large ones count by their size, not its square")
     diversity: float = _weight(0.0, "Diversity", "the mean cosine between masks")
     slot_diversity: float = _weight(0.0, "Slot diversity", "the mean cosine between slots")
     sharpness: float = _weight(0.0, "Sharpness", "the masks' entropy")
@@ -248,8 +249,9 @@ class Config(Section):
             raise ValueError("model.first_slots needs the reconstruction, whose error says where slots are added")
         if self.loss.assignment and self.model.kind != "agglomerative":
             raise ValueError("loss.assignment needs model.kind = agglomerative, whose segments are what is assigned")
-        if self.loss.slot_mse and self.model.kind != "dynamics":
-            raise ValueError("loss.slot_mse needs model.kind = dynamics, which predicts slots")
+        for name in ("slot_mse", "slot_huber"):
+            if getattr(self.loss, name) and self.model.kind != "dynamics":
+                raise ValueError(f"loss.{name} needs model.kind = dynamics, which predicts slots")
         hard = self.model.kind == "slot_attention" and self.model.decoder.hard
         if hard and (self.loss.diversity or self.loss.sharpness):
             raise ValueError(

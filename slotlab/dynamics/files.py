@@ -37,8 +37,10 @@ def columns(tracks: Tracks, split: Split, video: int, labels: int) -> Columns:
     tokens = tracks.read(split, video)
     masks = tracks.masks(tokens)  # (T, K, N)
     area = masks.sum(-1)
-    centre = masks @ (places(tracks.grid) + torch.tensor([height / 2, width / 2]))
-    centre = centre / area.clamp_min(LEAST_AREA).unsqueeze(-1) / torch.tensor([height, width])
+    centre = masks @ places(tracks.grid) / area.clamp_min(LEAST_AREA).unsqueeze(-1)
+    if tracks.refined:
+        centre = tokens[..., -2:].float()
+    centre = centre / torch.tensor([height, width]) + 0.5
     identity = torch.full(area.shape, NO_OBJECT)
     maps = on_grid(masks, tracks.grid)
     if labels:
@@ -52,7 +54,7 @@ def columns(tracks: Tracks, split: Split, video: int, labels: int) -> Columns:
         "areas": (area / (height * width)).numpy(),
         "active": (area >= LEAST_AREA).numpy(),
         "identity": identity.to(torch.int16).numpy(),
-        **({"actions": tokens[:, 0, -tracks.actions :].float().numpy()} if tracks.actions else {}),
+        **({"actions": tracks.actions_of(tokens).numpy()} if tracks.actions else {}),
     }
 
 

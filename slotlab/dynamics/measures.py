@@ -14,7 +14,7 @@ from slotlab.dynamics.rows import Clip, Predicted
 from slotlab.dynamics.tracks import own_slots
 from slotlab.models.dynamics.motion import on_grid
 from slotlab.scoring.metrics import MATCHED_IOU, best_overlap, foreground_ari, matched_iou, matched_slots
-from slotlab.scoring.tables import ground_truth, mask_tables
+from slotlab.scoring.tables import UNKNOWN, ground_truth, mask_tables
 
 HORIZONS = (1, 2, 4, 8, 12, 18)  # frames ahead that tables show
 COMPARED_AT = (2, 4, 8)  # frames ahead that tables of several runs show
@@ -80,11 +80,15 @@ class Truth:
 
 def object_centres(truth: Tensor, labels: int) -> Tensor:
     """Mean row and column of each object's pixels, (T, labels - 1, 2); NaN where it has none. truth (T, H, W)."""
-    height, width = truth.shape[1:]
-    objects = truth.unsqueeze(1) == torch.arange(1, labels).view(1, -1, 1, 1)  # (T, objects, H, W)
-    rows = objects.sum(3).double() @ torch.arange(height).double()
-    columns = objects.sum(2).double() @ torch.arange(width).double()
-    return torch.stack([rows, columns], -1) / objects.sum((2, 3)).unsqueeze(-1)
+    frames, height, width = truth.shape
+    known = labels - UNKNOWN  # of each frame, pixels of unknown truth first
+    cell = truth.long() - UNKNOWN + known * torch.arange(frames).view(-1, 1, 1)
+
+    def sums(of: Tensor) -> Tensor:
+        return torch.bincount(cell.flatten(), of.double().expand(cell.shape).flatten(), known * frames)
+
+    pixels, rows, columns = sums(torch.ones(())), sums(torch.arange(height).unsqueeze(1)), sums(torch.arange(width))
+    return (torch.stack([rows, columns], -1) / pixels.unsqueeze(-1)).view(frames, known, 2)[:, 1 - UNKNOWN :]
 
 
 def last_known(centres: Tensor) -> Tensor:

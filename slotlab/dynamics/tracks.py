@@ -1,10 +1,10 @@
 """The slots that a run follows through the videos of its store, as a store of their own.
 
 It has two taps of a grid of K x 1, one token a slot, so that the stream feeds them as it feeds features: ``slots``, the
-run's own vectors; and ``tracks``, the mean feature of what each slot holds followed by its mask on the grid of the
-features, from which slots of all videos and of all kinds of models are predicted alike. Actions, where the videos have
-some, are a part of every token of ``tracks``. Frames, masks and tables of the
-ground truth are copied, and with the statistics of the taps those of the features.
+run's own vectors; and ``tracks``, from which slots of all videos and of all kinds of models are predicted alike: the
+mean feature of what each slot holds (D), its mask on the grid of the features (N), the action of its frame where the
+videos have actions (A), and its place by the frame's edges (2). Frames, masks and tables of the ground truth are
+copied, and with the statistics of the taps those of the features.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,8 +32,10 @@ from featcache.store.writing import SplitWriter, StoreWriter
 from featcache.stream.stream import VIDEO
 from slotlab.config.model import ForecastConfig
 from slotlab.dynamics.actions import Actions
+from slotlab.masks.refine import refine
 from slotlab.models.base import Model, Output
 from slotlab.models.dynamics.motion import on_grid
+from slotlab.models.dynamics.state import places
 from slotlab.models.inputs import TRACKS, Tracks
 from slotlab.runs import checkpoint
 from slotlab.runs.loaded import LoadedRun
@@ -41,6 +45,8 @@ from slotlab.scoring.tables import count_labels, ground_truth, mask_tables
 
 SLOTS = "slots"  # the tap of the run's own vectors
 LEAST = 1e-6  # patches; divisor of a mean is at least this
+FINE = 8  # pixels a patch at which places are measured, at most: 16 take four times as long and tell little more
+AT_ONCE = 8  # frames
 
 Progress = Callable[[str, int, int], None]  # split, frames done, frames in all
 
@@ -50,22 +56,53 @@ def features_tap(loaded: LoadedRun) -> str:
     return loaded.store.tap(None) if loaded.tap == VIDEO else loaded.tap
 
 
-def tracks_of(output: Output, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Tokens of the tap ``tracks``, (T, K, D + N): mean features and masks.
+def tracks_of(
+    masks: Tensor,
+    tokens: Tensor,
+    grid: tuple[int, int],
+    actions: Tensor | None = None,
+    frames: npt.NDArray[np.uint8] | None = None,
+) -> Tensor:
+    """Tokens of the tap ``tracks``, (T, K, D + N + A + 2): mean features, masks, and what is given of the rest.
 
-    tokens (T, N, D) are the features on their ``grid``; masks of another grid are averaged to it.
+    tokens (T, N, D) are the features on their ``grid``; masks (T, K, rows, columns) of another are averaged to it.
+    ``actions`` are (T, A); of ``frames`` (T, H, W, 3) come the places.
     """
-    masks = output.masks_on_grid.float().cpu()  # (T, K, rows, columns)
+    masks = masks.float().cpu()
     if tuple(masks.shape[-2:]) != grid:
         masks = F.interpolate(masks, size=grid, mode="area")
-    masks = masks.flatten(2)
-    means = masks @ tokens.float() / masks.sum(-1, keepdim=True).clamp_min(LEAST)
-    return torch.cat([means, masks], -1)
+    flat = masks.flatten(2)
+    parts = [flat @ tokens.float() / flat.sum(-1, keepdim=True).clamp_min(LEAST), flat]
+    if actions is not None:
+        parts.append(actions.unsqueeze(1).expand(-1, masks.shape[1], -1).to(masks))
+    if frames is not None:
+        parts.append(refined_places(masks, frames))
+    return torch.cat(parts, -1)
 
 
-def with_actions(tracks: Tensor, actions: Tensor) -> Tensor:
-    """Tokens (T, K, C) with the action (T, A) of their frame at their end."""
-    return torch.cat([tracks, actions.unsqueeze(1).expand(-1, tracks.shape[1], -1).to(tracks)], -1)
+def refined_places(masks: Tensor, frames: npt.NDArray[np.uint8]) -> Tensor:
+    """Rows and columns of slots' centres from the frame's middle, in patches, (T, K, 2) float32.
+
+    Masks (T, K, h, w) are refined along the edges of their frames (T, H, W, 3), and each pixel goes to one slot: so it
+    is known several times as well how far an object goes in a frame, which is often less than a patch. A slot without a
+    pixel has the centre of its mask.
+    """
+    found, grid = [], masks.shape[-2:]
+    for some, shown in zip(torch.split(masks, AT_ONCE), torch.split(torch.from_numpy(frames), AT_ONCE), strict=True):
+        size = [min(FINE * cells, pixels) for cells, pixels in zip(grid, shown.shape[1:3], strict=True)]
+        small = F.interpolate(shown.movedim(-1, 1).float(), size=size, mode="area").round().byte().movedim(1, -1)
+        fine = refine(some, small, "guided")
+        whole = torch.zeros_like(fine).scatter_(1, fine.argmax(1, keepdim=True), 1.0)
+        place = _centres(whole) * (torch.tensor(grid) / torch.tensor(size))
+        found.append(torch.where(whole.sum((2, 3)).unsqueeze(-1) > 0, place, _centres(some)))
+    return torch.cat(found)
+
+
+def _centres(masks: Tensor) -> Tensor:
+    """Mean row and column of masks (T, K, h, w) from the frame's middle, in their cells, (T, K, 2)."""
+    area = masks.sum((2, 3)).clamp_min(LEAST).unsqueeze(-1)
+    centres: Tensor = masks.flatten(2) @ places((masks.shape[2], masks.shape[3])) / area
+    return centres
 
 
 def make_tracks(
@@ -85,8 +122,7 @@ def make_tracks(
     if not splits:
         raise DataError(f"{loaded.store.path}: has no videos; extract some with slotlab extract")
     first = loaded.segment(splits[0], splits[0].videos[0])
-    noted = _noted(out) if actions is None else {"actions": actions.size, "actions_digest": actions.digest}
-    spec = tracks_spec(loaded, first, noted)
+    spec = tracks_spec(loaded, first, _noted(out, actions))
     with StoreWriter(out, spec) as writer:
         for split in splits:
             of = replace(split.spec, statistics_videos=0, shard_chunks=0)
@@ -95,23 +131,23 @@ def make_tracks(
     return FeatureStore.open(out)
 
 
-def _noted(out: Path) -> dict[str, Any]:
-    """What a store of tracks that is there already says of its actions, which are kept."""
-    if not (out / "zarr.json").exists():
-        return {}
-    model = FeatureStore.open(out).spec.model
-    return {key: model[key] for key in ("actions", "actions_digest") if key in model}
+def _noted(out: Path, actions: Actions | None) -> dict[str, Any]:
+    """What tokens have beside features and masks. A store of tracks that is there already keeps what it has."""
+    there = (out / "zarr.json").exists()
+    model = FeatureStore.open(out).spec.model if there else {"refined": True}
+    noted = {key: model[key] for key in ("actions", "actions_digest", "refined") if key in model}
+    return noted if actions is None else noted | {"actions": actions.size, "actions_digest": actions.digest}
 
 
 def tracks_spec(loaded: LoadedRun, output: Output, noted: Mapping[str, Any]) -> StoreSpec:
     """The specification of a run's tracks; it names the run's weights, so that another run's do not pass for it, and
-    what is ``noted`` of actions."""
+    what is ``noted`` of actions and places."""
     tap = features_tap(loaded)
     features = loaded.store.spec.taps[tap]
     slots, width = output.slots.shape[-2:]
     state = {"step": checkpoint.state(loaded.path)["step"], "weights": weights_digest(loaded.model)}
     model = {"library": "slotlab", "kind": loaded.config.model.kind, "tap": tap, "grid": list(features.grid), **state}
-    width_of_tracks = features.dim + features.patches + noted.get("actions", 0)
+    width_of_tracks = features.dim + features.patches + noted.get("actions", 0) + (2 if noted.get("refined") else 0)
     return StoreSpec(
         backbone=loaded.store.spec.backbone,
         model=model | dict(noted) | {"features": dict(loaded.store.spec.model)},
@@ -144,13 +180,11 @@ def _write_split(
     moments = {name: Moments.empty(of.patches, of.dim) for name, of in spec.taps.items()}
     for followed in follow(loaded, split):
         features = split.tokens(tap, followed.video)
-        tracks = tracks_of(followed.shown, features, loaded.store.spec.taps[tap].grid)
-        if spec.model.get("actions"):
-            if actions is None:
-                raise UsageError(
-                    f"{target.path}: unfinished, and has actions; name them again with slots --actions FILE"
-                )
-            tracks = with_actions(tracks, actions.of[split.name][followed.video])
+        if spec.model.get("actions") and actions is None:
+            raise UsageError(f"{target.path}: unfinished, and has actions; name them again with slots --actions FILE")
+        pushes = None if actions is None else actions.of[split.name][followed.video]
+        frames = split.video(followed.video) if spec.model.get("refined") else None
+        tracks = tracks_of(followed.shown.masks_on_grid, features, loaded.store.spec.taps[tap].grid, pushes, frames)
         tokens = {SLOTS: followed.shown.slots.float().cpu(), TRACKS: tracks}
         if followed.video not in target.done:
             target.write(followed.video, _video(split, followed.video), tokens)

@@ -92,9 +92,8 @@ class Model(nn.Module):
         Most models have none, and do nothing here.
         """
 
-    @classmethod
-    def of_earlier_version(cls, tensors: dict[str, Tensor]) -> list[str]:
-        """Remove a checkpoint's tensors that this version does not use; return a sentence for each change of result."""
+    def of_earlier_version(self, tensors: dict[str, Tensor]) -> list[str]:
+        """Make a checkpoint's tensors those of this version; return a sentence for each change of result."""
         return []
 
     def grow(self, step: int, steps: int, draws: Draws, mean: Callable[[Tensor], Tensor]) -> bool:

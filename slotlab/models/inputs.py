@@ -74,6 +74,10 @@ class ModelInput(ABC):
         settled = {"tap": self.tap, "clip": clip, "shares": shares}
         return config.model_copy(update={"data": config.data.model_copy(update=settled)})
 
+    def fitted(self, config: Config) -> Config:
+        """The configuration of a model that reads such tokens."""
+        return config
+
     def read(self, split: Split, video: int) -> Tensor:
         """One whole video, in the form that the stream gives: tokens (T, N, D), or frames (T, H, W, 3) uint8.
 
@@ -137,14 +141,15 @@ class Features(ModelInput):
 
 @dataclass(frozen=True)
 class Tracks(ModelInput):
-    """The slots that a run followed through every video (``slotlab slots``): each one's mean feature and mask.
+    """The slots that a run followed through every video (``slotlab slots``): each one's mean feature, mask and place.
 
     ``grid`` and ``dim`` are those of the features that they are means of.
     """
 
     features: str  # the tap of these features
     slots: int
-    actions: int = 0  # numbers of the action at the end of each token
+    actions: int = 0  # numbers of the action after the mask of each token
+    refined: bool = False  # whether a place by the frame's edges stands at its end
 
     @classmethod
     def in_store(cls, store: FeatureStore) -> Tracks:
@@ -156,15 +161,21 @@ class Tracks(ModelInput):
             )
         of, model = store.spec.taps[TRACKS], store.spec.model
         grid = (model["grid"][0], model["grid"][1])
-        actions = model.get("actions", 0)
-        return cls(TRACKS, grid, of.dim - grid[0] * grid[1] - actions, model["tap"], of.patches, actions)
+        actions, refined = model.get("actions", 0), model.get("refined", False)
+        dim = of.dim - grid[0] * grid[1] - actions - (2 if refined else 0)
+        return cls(TRACKS, grid, dim, model["tap"], of.patches, actions, refined)
 
     def masks(self, tokens: Float[Tensor, "*B K C"]) -> Float[Tensor, "*B K N"]:
         """The masks in stored tokens."""
         return tokens[..., self.dim : self.dim + self.patches].float()
 
+    def actions_of(self, tokens: Float[Tensor, "T K C"]) -> Float[Tensor, "T A"]:
+        """The actions in stored tokens."""
+        start = self.dim + self.patches
+        return tokens[:, 0, start : start + self.actions].float()
+
     def settle(self, config: Config, split: Split) -> Config:
-        """The configuration with the tap named, and the numbers of slots and of what an action has.
+        """The configuration with the tap named, the numbers of slots and of what an action has, and known places.
 
         ``UsageError`` if no video is long enough, or the configuration wants other actions than there are.
         """
@@ -185,7 +196,15 @@ class Tracks(ModelInput):
                 f"(model.burn_in = {seen} of them are seen); "
                 + (f"train with {shorter}" if longest > 1 else "single images have no next frame, name a run on videos")
             )
-        settled = {"slots": self.slots, "actions": self.actions if wanted is None else wanted}
+        return self.fitted(config)
+
+    def fitted(self, config: Config) -> Config:
+        assert isinstance(config.model, DynamicsConfig)
+        settled = {
+            "slots": self.slots,
+            "actions": self.actions if config.model.actions is None else config.model.actions,
+            "refined": config.model.refined and self.refined,
+        }
         return config.model_copy(update={"model": config.model.model_copy(update=settled)})
 
     def tokens(self, split: Split, video: int) -> Float[Tensor, "T N D"]:

@@ -59,8 +59,9 @@ class DataSet:
     def tracked(self, slots: int) -> DataSet:
         """The tracks of these videos as a run of so many slots leaves them (``slotlab slots``); not its vectors."""
         tap, of = next(iter(self.spec.taps.items()))
-        taps = {TRACKS: TapSpec((slots, 1), of.dim + of.patches)}
-        return replace(self, spec=replace(self.spec, taps=taps, model={"tap": tap, "grid": list(of.grid)}))
+        taps = {TRACKS: TapSpec((slots, 1), of.dim + of.patches + 2)}
+        model = {"tap": tap, "grid": list(of.grid), "refined": True}
+        return replace(self, spec=replace(self.spec, taps=taps, model=model))
 
     def stored_as(self, dtype: Dtype) -> DataSet:
         """The same data in another stored form."""

@@ -146,6 +146,7 @@ def make_plan(
 def _training(config: Config, data: DataSet, device: Device, largest: bool) -> TrainingPlan:
     split = config.data.train_split
     inputs = ModelInput.of(config, data.opened)
+    config = inputs.fitted(config)
     size = data.stream_bytes(split, inputs.stored)
     sampled, frames = batch_samples(config, data.ranks(split))
     costs: dict[int, Cost] = {}

@@ -141,10 +141,22 @@ def slot_mse(output: Output, config: LossConfig) -> Tensor:
 
     ``UsageError`` for the output of a model that predicts no slots.
     """
+    return _slot_errors(output, "slot_mse").mean()
+
+
+def slot_huber(output: Output, config: LossConfig) -> Tensor:
+    """The same, but for large errors twice the error and not its square (pseudo-Huber, by slot).
+
+    A slot that has lost its object, or that hits what nobody could foresee, so counts no more than some that are near.
+    """
+    return (2 * ((1 + _slot_errors(output, "slot_huber")).sqrt() - 1)).mean()
+
+
+def _slot_errors(output: Output, name: str) -> Float[Tensor, "*B K"]:
+    """Mean squared error of each predicted slot; 0 for one that is not present."""
     if output.future is None or output.present is None:
-        raise UsageError("loss.slot_mse: needs model.kind = dynamics")
-    error = (output.slots.float() - output.future).square().mean(-1)
-    return (error * output.present).mean()
+        raise UsageError(f"loss.{name}: needs model.kind = dynamics")
+    return (output.slots.float() - output.future).square().mean(-1) * output.present
 
 
 def diversity(output: Output, config: LossConfig) -> Tensor:
@@ -194,6 +206,7 @@ LOSSES: dict[str, Callable[[Output, LossConfig], Tensor]] = {
     "slot_contrast": slot_contrast,
     "assignment": assignment,
     "slot_mse": slot_mse,
+    "slot_huber": slot_huber,
     "diversity": diversity,
     "slot_diversity": slot_diversity,
     "sharpness": sharpness,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -204,9 +204,13 @@ class TrainStep:
         state = {"step": self.count, "schedule": plain_state(self.schedule), "stream": stream}
         checkpoint.save(run, self.model, self.average, self.optimizer, state)
 
-    def load(self, run: Path) -> dict[str, int]:
-        """Load the run's checkpoint, and return the state of its stream."""
-        checkpoint.load_model(run, self.model, checkpoint.MODEL)
+    def load(self, run: Path, remark: Callable[[str], None] = lambda _: None) -> dict[str, int]:
+        """Load the run's checkpoint, and return the state of its stream.
+
+        ``remark`` gets a line for each difference from the version that made the run.
+        """
+        for differs in checkpoint.load_model(run, self.model, checkpoint.MODEL):
+            remark(f"{run}: {differs}")
         if self.average is not None:
             checkpoint.load_model(run, self.average, checkpoint.AVERAGE)
         checkpoint.load_optimizer(run, self.optimizer)

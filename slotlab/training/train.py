@@ -46,8 +46,8 @@ def train(
 
     On the CPU, a resumed run equals an unbroken one bit for bit. Under torchrun each rank takes its share of every
     batch, and the run equals that of a single process up to rounding. ``init_from`` is a run whose parameters are the
-    start; ``report`` gets each logged row, and ``remark`` one line before the first step: where the features live, and
-    why.
+    start; ``report`` gets each logged row, and ``remark`` lines before the first step: where the features live, and
+    why; how a resumed run differs from the version that began it.
 
     Raises ``UsageError`` if the run exists already (or, with ``resume``, does not) or the batch cannot be shared,
     ``IncompatibleError`` if the run was made with another configuration or store, or ``init_from`` with another model,
@@ -89,7 +89,7 @@ def _train(
         create_run(config, store, run, init_from)
     ranks.wait()
     if continues:
-        stream.load_state_dict(step.load(run))
+        stream.load_state_dict(step.load(run, remark if ranks.leads else lambda _: None))
     spent = keep_rows(run / LOG, step.count) if ranks.leads else 0.0  # seconds
     pace = Pace(config, step, stream, spent)
 

@@ -92,8 +92,7 @@ class ClusteringModel(Model):
         tokens = self.tokens(features)
         self.target_scale.copy_(self.target(tokens).square().mean().rsqrt())
 
-    @classmethod
-    def of_earlier_version(cls, tensors: dict[str, Tensor]) -> list[str]:
+    def of_earlier_version(self, tensors: dict[str, Tensor]) -> list[str]:
         weight = tensors.pop("lasting.weight", None)
         tensors.pop("lasting.bias", None)
         if weight is None or not bool(weight.any()):

@@ -36,6 +36,7 @@ from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 
 LEAST_MASK = 1e-6  # of a logit
+LEAST_STRAY = 0.05  # patches, about how well a place is known
 
 
 class Pictures(NamedTuple):
@@ -68,7 +69,7 @@ class DynamicsModel(Model):
     mean: Tensor  # (S,) of a vector's parts
     scale: Tensor  # (S,) standard deviation of them; one number for all channels of the feature
     balance: Tensor  # (S,) factors by which place, side and feature weigh alike
-    reach: Tensor  # (H,) patches; how far slots go in 1 to H frames, by coordinate, root mean square
+    stray: Tensor  # (H,) patches; how far slots are from where constant speed takes them in 1 to H frames, median
     persistence: Tensor  # (D,) correlation of a patch's feature with that of the frame before
     time: Tensor  # (L, 1, W)
     push_mean: Tensor  # (A,) of actions
@@ -85,7 +86,7 @@ class DynamicsModel(Model):
         self.register_buffer("scale", torch.ones(size))
         balance = torch.tensor([1 / 2, 1 / 2, 1, 0] + [1 / channels] * channels) * size / 3
         self.register_buffer("balance", balance.sqrt(), persistent=False)
-        self.register_buffer("reach", torch.ones(steps), persistent=False)  # of losses alone
+        self.register_buffer("stray", torch.ones(steps))  # of losses alone
         self.register_buffer("persistence", torch.zeros(normaliser.dim))
         self.register_buffer("time", time_code(config.burn_in, width))
         self.embed = nn.Linear(size + (4 if config.kinematics else 0), width)
@@ -132,10 +133,19 @@ class DynamicsModel(Model):
         self.scale[PLACE] = vectors[:, PLACE].square().mean().sqrt()
         self.scale[SIDE] = vectors[:, SIDE].std(correction=0).clamp_min(1e-3)
         self.scale[FEATURE] = vectors[:, FEATURE].square().mean().sqrt()
-        self.reach.fill_(self.scale[0])  # where no slot is active for so long
-        for ahead in range(1, len(self.reach) + 1):
-            if len(gone := torch.cat([of.gone(ahead) for of in seen])):
-                self.reach[ahead - 1] = gone.square().mean().sqrt().clamp_min(1e-3)
+        self.stray.fill_(self.scale[0])  # where no slot is active for so long
+        for ahead in range(1, len(self.stray) + 1):
+            if len(strays := torch.cat([of.strays(ahead) for of in seen])):
+                self.stray[ahead - 1] = strays.median().clamp_min(LEAST_STRAY)
+
+    def of_earlier_version(self, tensors: dict[str, Tensor]) -> list[str]:
+        if "stray" in tensors:
+            return []
+        tensors["stray"] = tensors["scale"][0].expand_as(self.stray).clone()
+        return [
+            "begun by a version that kept no units of places for loss.slot_mse; it goes on in those of the first "
+            "version, their variance at every frame"
+        ]
 
     def forward(self, features: Float[Tensor, "B T K C"], draws: Draws) -> Output:
         """The training pass on clips: the frames after the first ``burn_in`` are predicted. ``*B`` is (B, H)."""
@@ -182,7 +192,7 @@ class DynamicsModel(Model):
 
     def see(self, tokens: Float[Tensor, "B T K C"]) -> Seen:
         """Stored tokens as slots that were seen."""
-        return see(tokens, self.normaliser, self.basis, self.place)
+        return see(tokens, self.normaliser, self.basis, self.place, self.actions, self.config.refined)
 
     @property
     def share(self) -> float:
@@ -285,12 +295,12 @@ class DynamicsModel(Model):
 
     @property
     def near(self) -> Float[Tensor, "H 1 S"]:
-        """Factors that put places of each predicted frame into units of how far slots go in as many frames.
+        """Factors that put places of each predicted frame into units of how far off constant speed is by then.
 
         So the first frames, whose errors are small, count as much as the last ones.
         """
-        factors = torch.ones(len(self.reach), 1, len(self.scale), device=self.reach.device)
-        factors[..., PLACE] = self.scale[PLACE] / self.reach.view(-1, 1, 1)
+        factors = torch.ones(len(self.stray), 1, len(self.scale), device=self.stray.device)
+        factors[..., PLACE] = self.scale[PLACE] / self.stray.view(-1, 1, 1)
         return factors
 
     # -- draws of training -----------------------------------------------------------------------------
@@ -301,7 +311,10 @@ class DynamicsModel(Model):
             return tokens
         dim, end = self.normaliser.dim, self.normaliser.dim + len(self.place)
         masks = on_grid(tokens[..., dim:end], self.grid).flip(-1).flatten(-2)
-        turned = torch.cat([tokens[..., :dim], masks, tokens[..., end:]], -1)
+        rest = tokens[..., end:]
+        if self.config.refined:
+            rest = torch.cat([rest[..., :-1], -rest[..., -1:]], -1)  # columns from the middle
+        turned = torch.cat([tokens[..., :dim], masks, rest], -1)
         chosen = draws.uniform((len(tokens), 1, 1, 1), tokens.device) < 0.5
         return torch.where(chosen, turned, tokens)
 

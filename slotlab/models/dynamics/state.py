@@ -1,7 +1,8 @@
 """Tracked slots as vectors: what each slot holds, where, and how large it is; all videos share one space.
 
 A token of the tap ``tracks`` (``slotlab slots``) is a slot of one frame: the mean feature of what it holds, as stored
-features are (D), its mask (N), and, if there are actions, that of its frame (A). From these come its vector's parts::
+features are (D), its mask (N), the action of its frame, if there are any (A), and its place by the frame's edges (2),
+which tracks of an early version do not have. From these come its vector's parts::
 
     place   2  rows and columns from the frame's middle, in patches
     side    1  logarithm of the square root of its area in patches
@@ -41,10 +42,18 @@ class Seen:
         known = (self.last[:, frame] <= frame).unsqueeze(-1)
         return self.masks.gather(1, chosen)[:, 0] * known
 
-    def gone(self, ahead: int) -> Float[Tensor, "M 2"]:
-        """How far slots have gone after ``ahead`` frames, of those that are active in both."""
-        apart = self.vectors[:, ahead:, :, PLACE] - self.vectors[:, :-ahead, :, PLACE]
-        found: Tensor = apart[self.active[:, ahead:] & self.active[:, :-ahead]]
+    def strays(self, ahead: int) -> Float[Tensor, " M"]:
+        """Distances of slots, after ``ahead`` frames, from where their last step's speed takes them.
+
+        Of those that are active in the two frames of that step, and after.
+        """
+        last = self.vectors.shape[1] - ahead  # frames that have one so far ahead
+        if last < 2:
+            return self.vectors.new_zeros(0)
+        place, here = self.vectors[..., PLACE], self.active
+        speed = place[:, 1:last] - place[:, : last - 1]
+        apart = place[:, 1 + ahead :] - place[:, 1:last] - ahead * speed
+        found: Tensor = apart[here[:, 1 + ahead :] & here[:, 1:last] & here[:, : last - 1]].norm(dim=-1)
         return found
 
 
@@ -58,15 +67,20 @@ def see(
     normaliser: Normaliser,
     basis: Float[Tensor, "D P"],
     place: Float[Tensor, "N 2"],
+    actions: int = 0,
+    refined: bool = False,
 ) -> Seen:
-    """The vectors, masks and actions of stored tokens, C = D + N + A."""
+    """The vectors and masks of stored tokens, and the first ``actions`` numbers of what follows a mask.
+
+    Places are those at the tokens' ends if ``refined``, else the masks' centres.
+    """
     sizes = [normaliser.dim, len(place), tokens.shape[-1] - normaliser.dim - len(place)]
-    features, masks, actions = torch.split(tokens.float(), sizes, -1)
+    features, masks, rest = torch.split(tokens.float(), sizes, -1)
     area = masks.sum(-1)
     active = area >= LEAST_AREA
     share = masks / area.clamp_min(LEAST_AREA).unsqueeze(-1)
     parts = [
-        share @ place,
+        rest[..., -2:] if refined else share @ place,
         area.clamp_min(LEAST_AREA).log().unsqueeze(-1) / 2,
         torch.full_like(area, SEEN).unsqueeze(-1),
         normaliser.of_means(features, share) @ basis,
@@ -74,7 +88,7 @@ def see(
     last = last_active(active)
     vectors = torch.cat(parts, -1)
     vectors = vectors.gather(1, last.unsqueeze(-1).expand_as(vectors))
-    return Seen(vectors, masks, active, last, actions[:, :, 0])
+    return Seen(vectors, masks, active, last, rest[:, :, 0, :actions])
 
 
 def last_active(active: Bool[Tensor, "B T K"]) -> Int[Tensor, "B T K"]:
