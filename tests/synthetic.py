@@ -156,7 +156,7 @@ def make_store(
 
 def arrays_of(path: Path) -> dict[str, bytes]:
     """Every file of a store that holds array values or describes them, by its place in the store."""
-    skipped = ("manifest.jsonl", ".lock")
+    skipped = ("manifest.jsonl", ".lock", "references.json")
     return {
         str(file.relative_to(path)): file.read_bytes()
         for file in sorted(path.rglob("*"))
