@@ -36,7 +36,7 @@ def import_run(
     found = run_import(
         checkpoint,
         source,
-        out or Path("runs") / checkpoint.stem,
+        out or Path("runs") / Path(checkpoint.name.removesuffix(".tar")).stem,
         overrides=override or (),
         backbone=backbone,
         input_size=(size, size) if isinstance(size, int) else size,
