@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from featcache.errors import DataError, UsageError
 from featcache.moments import Moments
@@ -130,3 +130,33 @@ def test_colours_stand_in_the_palette_alone() -> None:
     assert len(files) > 100
     found = [file.name for file in files if re.search(r"#[0-9a-fA-F]{6}\b", file.read_text())]
     assert found == ["palette.py"]
+
+
+# How colours look without one kind of cone: Machado, Oliveira & Fernandes 2009, table of severity 1, for linear RGB.
+SIGHT = {
+    "all cones": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "protanopia": (
+        (0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)
+    ),
+    "deuteranopia": (
+        (0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)
+    ),
+    "tritanopia": (
+        (1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lines", [palette.LINES, palette.LINES_ON_DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("sight", SIGHT)
+def test_lines_are_told_apart(lines: tuple[str, ...], sight: str) -> None:
+    colours = np.array([palette.rgb(line) for line in lines]) / 255
+    linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
+    seen = (linear @ np.array(SIGHT[sight]).T).clip(0, 1)
+    encoded = np.where(seen <= 0.0031308, 12.92 * seen, 1.055 * seen ** (1 / 2.4) - 0.055)
+    pixels = Image.fromarray((255 * encoded).round().astype(np.uint8)[None])
+    to_lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    light, *hue = np.moveaxis(np.array(ImageCms.applyTransform(pixels, to_lab))[0].astype(float), -1, 0)
+    lab = np.stack([light * 100 / 255, *(np.where(axis > 127, axis - 256, axis) for axis in hue)], -1)
+    apart = np.linalg.norm(lab[:, None] - lab, axis=-1) + 1e3 * np.eye(len(lines))
+    assert apart.min() > 9, [lines[i] for i in np.unravel_index(apart.argmin(), apart.shape)]

@@ -22,9 +22,10 @@ OTHERS = (
 # Stripes where the truth of pixels is not known.
 IGNORED = ("#ffffff", "#9aa2ae")
 STRIPE = 4  # pixels, along a row
-# Lines on white and on near-black: the same hues, each with a contrast of at least 3:1.
-LINES = ("#0072B2", "#C65200", "#008660", "#B0578D", "#2F7FB0", "#946600", "#5B5B5B")
-LINES_ON_DARK = ("#56B4E9", "#F0883E", "#2FC79A", "#E0A0C4", "#8FCBF0", "#E6B450", "#B5B5B5")
+# Lines on white and on near-black: similar hues, each with a contrast of at least 3:1, and 10 apart in Lab for readers
+# with either kind of colour blindness.
+LINES = ("#0072B2", "#C65200", "#008660", "#B0578D", "#3A2F9E", "#6B4E00", "#5B5B5B")
+LINES_ON_DARK = ("#56B4E9", "#F0883E", "#2FC79A", "#E0A0C4", "#6C6CE8", "#FFE08A", "#8A8A8A")
 # Custom properties of light pages, also used by charts in files.
 LIGHT = {
     "ground": "#fbfbfa", "surface": "#ffffff", "raised": "#ffffff", "sunken": "#f3f3f1",
