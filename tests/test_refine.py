@@ -85,6 +85,7 @@ def test_labels_along_edges_are_those_of_the_refined_masks_without_the_slots_tha
     labels = torch.from_numpy(fine_labels(masks, pictures.numpy(), "guided")).long()
     expected = refine(masks, pictures, "guided").argmax(1)
     assert (labels == expected).float().mean() > 0.9999  # six masks of 1e-6 less move what they share by that
+    assert not fine_labels(torch.zeros(2, 9, 8, 8), pictures.numpy(), "guided").any()  # as where all tie
     with pytest.raises(ValueError, match="NaN"):
         fine_labels(masks.where(masks > 0, torch.nan), pictures.numpy(), "guided")
 

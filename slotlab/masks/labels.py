@@ -24,9 +24,11 @@ def fine_labels(
     if method is None:
         return torch.cat([labels for _, labels in label_chunks(masks, size)]).cpu().numpy()
     _check(masks)
-    labels = torch.empty((len(masks), *size), dtype=torch.uint8, device=masks.device)
+    labels = torch.zeros((len(masks), *size), dtype=torch.uint8, device=masks.device)
     for mask, picture, part in zip(masks, torch.from_numpy(pictures), labels, strict=True):
         held = (mask > 0).flatten(1).any(1).nonzero()[:, 0]  # slots without a patch get no pixel
+        if not len(held):
+            continue  # equal masks: the lowest slot's
         fine = refine_masks(mask[held].unsqueeze(0), picture.unsqueeze(0), method)[0]
         _label_largest(part, zip(held.tolist(), fine, strict=True))
     return labels.cpu().numpy()
