@@ -71,7 +71,7 @@ def part(store: FeatureStore, out: Path, chosen: Chosen, stride: int, features: 
                 shard_chunks=0,
                 lengths=tuple(len(video.frames) for video in videos),
                 names=tuple(f"{video.id}/{first}" for video, (_, first) in zip(videos, pieces, strict=True)),
-                fingerprints=tuple(f"{split.spec.fingerprints[video]}/{first}/{stride}" for video, first in pieces),
+                fingerprints=tuple(f"{split.spec.content}/{video}/{first}/{stride}" for video, first in pieces),
             )
             target = writer.split(name, form)
             moments = {tap: Moments.empty(shape.patches, shape.dim) for tap, shape in spec.taps.items()}
@@ -114,10 +114,12 @@ def cells(found: Sequence[Rollout], stride: int) -> list[str]:
     for measure in SHOWN:
         at = []
         for ahead in AHEAD:
-            each = [of.means("rollout", measure.key)[ahead // stride - 1] for of in found]
-            known = [value for value in each if value is not None]
+            known = [v for of in found if (v := of.means("rollout", measure.key)[ahead // stride - 1]) is not None]
+            if not known:
+                at.append("–")
+                continue
             mean, low, high = (f"{of(known):.{measure.digits}f}" for of in (statistics.fmean, min, max))
-            at.append(f"{mean} ({low}–{high})" if len(each) > 1 else mean)
+            at.append(f"{mean} ({low}–{high})" if len(found) > 1 else mean)
         told.append(", ".join(at))
     return told
 
