@@ -85,10 +85,17 @@ def part(store: FeatureStore, out: Path, chosen: Chosen, stride: int, features: 
             target.close()
 
 
+def finished(path: Path) -> bool:
+    if not path.exists():
+        return False
+    store = FeatureStore.open(path)
+    return {TRAIN, VALIDATION} <= {*store.splits} and all(store[name].complete for name in store.splits)
+
+
 def stores(run: Path, folder: Path, videos: int, stride: int, hold_out: int, burn_in: int) -> Path:
     """The tracks of a part of the videos, made unless they are there, beside their features."""
     tracks, features = (folder / f"{kind}-{videos}-{stride}-{hold_out}.zarr" for kind in ("tracks", "features"))
-    if not tracks.exists():
+    if not finished(tracks):
         whole = FeatureStore.open(tracks_path(run))
         dense = features_at(whole)
         chosen = some({name: whole[name] for name in whole.splits}, videos, stride, hold_out, burn_in)
