@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -16,7 +17,7 @@ from sklearn.metrics import adjusted_rand_score
 from featcache.errors import DataError, IncompatibleError
 from featcache.store.reading import FeatureStore
 from featcache.upkeep.verify import verify
-from slotlab.dynamics.measures import MEASURES, Truth, frame_values, object_centres
+from slotlab.dynamics.measures import MEASURES, Truth, frame_values, hits, object_centres
 from slotlab.dynamics.rollout import features_at, load_dynamics, roll_out
 from slotlab.dynamics.rows import ROWS, Clip, Predicted, copy, oracle, rollout, velocity_masks
 from slotlab.dynamics.tracks import Identity, make_tracks, refined_places, store_identity
@@ -231,6 +232,41 @@ def test_places_are_told_in_pixels(loaded: LoadedRun) -> None:
     )
     np.testing.assert_allclose(right["centre"], 0, atol=1e-4)
     np.testing.assert_allclose(wrong["centre"], 8, atol=1e-4)
+
+
+def test_what_hits_something_changes_its_acceleration() -> None:
+    """One object falls all the way, one turns back between frames 4 and 5, one is hidden in frame 4."""
+    t = torch.arange(8.0).double()
+    falls = torch.stack([0.05 * t**2, 0.5 * t], -1)
+    turns = torch.stack([t, (t - 4.5).abs()], -1)
+    hidden = falls.clone()
+    hidden[4] = torch.nan
+    found = hits(torch.stack([falls, turns, hidden], 1))
+    assert found.any(0).tolist() == [False, True, False]
+    assert found[:, 1].nonzero().flatten().tolist() == [5, 7], "where the push begins, and where it ends"
+    assert not hits(falls[:2].unsqueeze(1)).any()
+
+
+def test_errors_of_features_are_told_of_objects(loaded: LoadedRun) -> None:
+    """Over the patches that an object covers, by how much of each it does."""
+    clip = clip_of(loaded)
+    truth = truth_of(loaded, clip)
+    predicted = rollout(clip)
+    one = torch.zeros_like(truth.groups["moving"])
+    one[:, 1] = True
+    found = frame_values(predicted, clip, replace(truth, groups={"one": one}))
+    errors = []  # of each patch: as if it were the whole frame
+    for patch in range(16):
+        only = Clip(clip.model, clip.seen, predicted.features.new_zeros(clip.dense.shape), clip.burn_in)
+        only.dense[:] = clip.dense
+        only.dense[clip.burn_in :] = predicted.features
+        only.dense[clip.burn_in :, patch] = clip.dense[clip.burn_in :, patch]
+        errors.append(16 * frame_values(predicted, only, None)["mse"].numpy())
+    share = (truth.labels.numpy() == 2).reshape(3, 4, 8, 4, 8).mean((2, 4)).reshape(3, 16)
+    np.testing.assert_allclose(found["mse_one"], (share * np.stack(errors, -1)).sum(-1) / share.sum(-1), rtol=1e-5)
+    assert {"mbo_hit", "centre_free", "mse_still"} <= frame_values(predicted, clip, truth).keys()
+    bare = frame_values(Predicted(predicted.features), clip, truth)
+    assert "mse_moving" in bare and "mbo_moving" not in bare
 
 
 def test_the_rows_are_what_they_say(loaded: LoadedRun) -> None:

@@ -269,12 +269,13 @@ def read_shown(
     return fitted(strided(source.read_smaller(split, index, shrink), stride), preprocessing)
 
 
-def strided(video: Video, stride: int) -> Video:
-    """Every ``stride``-th frame of a video, with its ground truth."""
-    if stride == 1:
+def strided(video: Video, stride: int, first: int = 0) -> Video:
+    """Every ``stride``-th frame of a video from the ``first`` on, with its ground truth."""
+    if stride == 1 and first == 0:
         return video
-    instances = tuple(replace(i, visibility=i.visibility[::stride]) for i in video.instances)
-    masks = None if video.segmentations is None else video.segmentations[::stride]
-    ignore = None if video.ignore is None else video.ignore[::stride]
-    labelled = None if video.labelled is None else video.labelled[::stride]
-    return Video(video.id, video.frames[::stride], masks, instances, ignore, labelled)
+    kept = slice(first, None, stride)
+    instances = tuple(replace(i, visibility=i.visibility[kept]) for i in video.instances)
+    masks = None if video.segmentations is None else video.segmentations[kept]
+    ignore = None if video.ignore is None else video.ignore[kept]
+    labelled = None if video.labelled is None else video.labelled[kept]
+    return Video(video.id, video.frames[kept], masks, instances, ignore, labelled)

@@ -19,6 +19,7 @@ from slotlab.scoring.tables import UNKNOWN, ground_truth, mask_tables
 HORIZONS = (1, 2, 4, 8, 12, 18)  # frames ahead that tables show
 COMPARED_AT = (2, 4, 8)  # frames ahead that tables of several runs show
 MOVED = 1.0  # patches from its last seen place beyond which an object has moved
+HIT = 0.2  # patches a frame squared by which an acceleration changes where an object hits something
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,17 @@ class Truth:
         # An object that was away in the last seen frame counts from where it was before.
         moved = (centres[burn_in:] - last_known(centres[:burn_in])).norm(dim=-1) > MOVED * patch
         steps = len(truth) - burn_in
-        groups = {"moving": moved, "still": ~moved}
+        hit = hits(centres / patch)[burn_in:].cummax(0).values
+        groups = {"moving": moved, "still": ~moved, "hit": moved & hit, "free": moved & ~hit}
         groups |= {name: of[video].expand(steps, -1) for name, of in named.items()}
         shown = ~centres[..., 0].isnan()  # (T, objects)
         enters = bool((shown[burn_in:].any(0) & ~shown[:burn_in].any(0)).any())
         return cls(truth[burn_in:], labels, centres[burn_in:], own_slots(seen), groups, enters)
+
+    def shares(self, grid: tuple[int, int]) -> Tensor:
+        """How much of each patch each object covers, (H, objects, N) float64."""
+        each = self.labels.unsqueeze(1) == torch.arange(1, self.count, device=self.labels.device).view(-1, 1, 1)
+        return F.interpolate(each.double(), size=grid, mode="area").flatten(2)
 
 
 def object_centres(truth: Tensor, labels: int) -> Tensor:
@@ -91,6 +98,16 @@ def object_centres(truth: Tensor, labels: int) -> Tensor:
     return (torch.stack([rows, columns], -1) / pixels.unsqueeze(-1)).view(frames, known, 2)[:, 1 - UNKNOWN :]
 
 
+def hits(centres: Tensor) -> Tensor:
+    """Whether the acceleration of each object differs from that of the frame before, (T, objects) bool.
+
+    Of centres (T, objects, 2) in patches, by their third differences: by more than gravity and perspective change it.
+    """
+    changed = torch.zeros(centres.shape[:2], dtype=torch.bool)
+    changed[3:] = centres.diff(n=3, dim=0).norm(dim=-1) > HIT
+    return changed
+
+
 def last_known(centres: Tensor) -> Tensor:
     """The last centre of each object that is not NaN, (objects, 2), of centres (T, objects, 2)."""
     known = centres[0]
@@ -102,20 +119,25 @@ def last_known(centres: Tensor) -> Tensor:
 def frame_values(predicted: Predicted, clip: Clip, truth: Truth | None) -> dict[str, Tensor]:
     """Each measure of the predicted frames, (H,) float64, NaN where it is not defined; of groups, ``mbo_metal``.
 
-    Errors of features are of those standardised by channel, over patches and channels.
+    Errors of features are of those standardised by channel, over patches and channels; of an object, over its patches.
     """
     # The model's features are standardised about the mean of each place; here about that of all, as others' are.
     offset = clip.model.normaliser.shift
     offset = (offset - offset.mean(0)) * clip.model.normaliser.weight
     unit = (1 + offset.square().mean(0)).rsqrt()
     guess, target = ((x + offset) * unit for x in (predicted.features, clip.dense[clip.burn_in :]))
+    errors = (guess - target).double().square().mean(2)  # (H, N)
     found = {
-        "mse": (guess - target).double().square().mean((1, 2)),
+        "mse": errors.mean(1),
         "cosine": F.cosine_similarity(guess, target, dim=-1).double().mean(1),
     }
-    if truth is None or predicted.masks is None or predicted.places is None:
+    if truth is None:
         return found
     grid = clip.model.grid
+    covered = truth.shares(grid)
+    of_objects = {"mse": (covered @ errors.unsqueeze(-1)).squeeze(-1) / covered.sum(-1)}
+    if predicted.masks is None or predicted.places is None:
+        return found | grouped(of_objects, truth)
     tables = mask_tables(on_grid(predicted.masks, grid), truth.labels, truth.count)
     slots = matched_slots(tables, above=MATCHED_IOU)
     visible = tables[:, 1:].sum(-1) > 0
@@ -124,15 +146,21 @@ def frame_values(predicted: Predicted, clip: Clip, truth: Truth | None) -> dict[
     middle = (torch.tensor(truth.labels.shape[1:]) - 1) / 2
     places = predicted.places[:, truth.own.clamp_min(0)] * size + middle
     away = (places - truth.centres).norm(dim=-1)
-    of_objects = {
+    found["fg_ari"] = foreground_ari(tables)
+    of_frames = {
         "mbo": best_overlap(tables),
         "miou": matched_iou(tables),
         "centre": torch.where((truth.own >= 0) & visible, away, torch.nan),
         "identity": torch.where(held, (slots == truth.own).double(), torch.nan),
     }
-    found["fg_ari"] = foreground_ari(tables)
-    found |= {key: values.nanmean(-1) for key, values in of_objects.items()}
-    for name, chosen in truth.groups.items():
-        for key in ("mbo", "centre"):
-            found[f"{key}_{name}"] = torch.where(chosen, of_objects[key], torch.nan).nanmean(-1)
-    return found
+    found |= {key: values.nanmean(-1) for key, values in of_frames.items()}
+    return found | grouped(of_objects | {key: of_frames[key] for key in ("mbo", "centre")}, truth)
+
+
+def grouped(of_objects: Mapping[str, Tensor], truth: Truth) -> dict[str, Tensor]:
+    """Means (H,) of values of objects (H, objects), for each group of objects."""
+    return {
+        f"{key}_{name}": torch.where(chosen, values, torch.nan).nanmean(-1)
+        for name, chosen in truth.groups.items()
+        for key, values in of_objects.items()
+    }

@@ -187,7 +187,7 @@ def _write_split(
         tracks = tracks_of(followed.shown.masks_on_grid, features, loaded.store.spec.taps[tap].grid, pushes, frames)
         tokens = {SLOTS: followed.shown.slots.float().cpu(), TRACKS: tracks}
         if followed.video not in target.done:
-            target.write(followed.video, _video(split, followed.video), tokens)
+            target.write(followed.video, stored_video(split, followed.video), tokens)
         for name, values in tokens.items():
             moments[name] = moments[name] + Moments.from_tokens(rounded(values))
         done += len(followed)
@@ -195,7 +195,7 @@ def _write_split(
     target.finish(moments | {tap: split.statistics(tap)})
 
 
-def _video(split: Split, video: int) -> Video:
+def stored_video(split: Split, video: int) -> Video:
     """A video of a store, as a source gives it."""
     masks = split.segmentations(video) if split.spec.masks else None
     ignored = split.ignored(video) if split.spec.ignored else None
