@@ -90,4 +90,5 @@ class _ReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (made,) = ctx.saved_tensors
-        return torch.ops.aten.threshold_backward(gradient, made, 0)
+        before: Tensor = torch.ops.aten.threshold_backward(gradient, made, 0)
+        return before

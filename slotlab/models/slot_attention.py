@@ -137,8 +137,7 @@ class SlotAttention(nn.Module):
 
     def _iterate(self, patches: Patches, layers: Layers, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Slots, their attention and its logits after one more round."""
-        normed = layers.norm(slots)
-        updates, attention, logits = patches.shared_among(normed)
+        updates, attention, logits, normed = patches.shared_among(layers.norm(slots))
         hidden = normed if self.gru_hidden == "normalised" else slots
         updated = layers.gru(updates.flatten(0, 1), hidden.flatten(0, 1)).view_as(slots)
         if layers.mlp is not None:

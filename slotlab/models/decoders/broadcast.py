@@ -20,8 +20,9 @@ from slotlab.models.repeated import joined
 from slotlab.models.slot_attention import Attended
 
 # Rows of hidden activations (one for each slot and patch) that pass the layers at a time, or nearly as many: few enough
-# for a CPU's cache, and enough to fill a GPU.
-ROWS_ON_CPU, ROWS = 1 << 11, 1 << 20
+# for a CPU's cache; as many as a GPU has memory for, as each turn has kernels to launch; fewer where a compiler unrolls
+# the turns, and keeps gradients beside activations.
+ROWS_ON_CPU, ROWS, ROWS_COMPILED = 1 << 11, 1 << 20, 1 << 18
 
 
 class MLPDecoder(Decoder):
@@ -67,9 +68,8 @@ class MLPDecoder(Decoder):
         return Decoded(tokens, masks.transpose(1, 2), similarity, positions)
 
     def _patches_at_a_time(self, slots: Float[Tensor, "B K S"], patches: int) -> int:
-        # torch.compile unrolls the loop, so take as few turns there as memory allows, on a CPU too.
-        cached = slots.device.type == "cpu" and not torch.compiler.is_compiling()
-        rows = self.rows or (ROWS_ON_CPU if cached else ROWS)
+        usual = ROWS_ON_CPU if slots.device.type == "cpu" else ROWS
+        rows = ROWS_COMPILED if torch.compiler.is_compiling() else self.rows or usual
         turns = max(1, round(patches * slots.shape[0] * slots.shape[1] / rows))
         return math.ceil(patches / turns)
 

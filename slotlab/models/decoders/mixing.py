@@ -75,9 +75,7 @@ class Render(nn.Module):
 
     def __init__(self, sizes: Sizes, config: DecoderConfig) -> None:
         super().__init__()
-        self.layers = MLP(
-            nn.Linear(sizes.slot_dim, config.hidden), *hidden_layers(config.hidden, config.layers - 1)
-        )
+        self.layers = MLP(nn.Linear(sizes.slot_dim, config.hidden), *hidden_layers(config.hidden, config.layers - 1))
         self.heads = Heads(config.hidden, sizes)
 
     def forward(self, mixed: Float[Tensor, "B M S"]) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B M N"] | None]:

@@ -9,6 +9,7 @@ it no longer needs, and products add to the gradients of parameters themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -82,45 +83,36 @@ class _Mixed(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_mixed: Tensor | None, of_masks: Tensor | None) -> tuple[Tensor | None, ...]:
-        portions, wanted = ctx.portions, ctx.needs_input_grad[3:]
-        saved = ctx.saved_tensors
-        (slots, position, weight, bias, *layers), kept = saved[: len(wanted)], saved[len(wanted) :]
-        given = Given(slots, position, ctx.noise, ctx.active)
+        portions, wanted, saved = ctx.portions, ctx.needs_input_grad[3:], ctx.saved_tensors
+        slots, position, weight, _, *layers = saved[: len(wanted)]
+        given, kept = Given(slots, position, ctx.noise, ctx.active), iter(saved[len(wanted) :])
         if of_mixed is None:
             of_mixed = slots.new_zeros(len(slots), len(position), slots.shape[2])
-        found = _Sums(wanted)
-        of_position = []
-        for turn, (place, (logits, masks)) in enumerate(zip(portions.places, ctx.weighed, strict=True)):
-            count = len(layers) // 2
-            if kept:
-                activations = [None, *kept[turn * count : (turn + 1) * count]]
-            else:
-                activations = _activations(given, place, layers)
-            hidden, of_some = activations[-1], of_mixed[:, place]  # (B, m, K, H), (B, m, H)
-            rows = hidden.flatten(0, 2)
+        found, of_position = _Sums(wanted), []
+        for place, (logits, masks) in zip(portions.places, ctx.weighed, strict=True):
+            later = list(islice(kept, len(layers) // 2)) or _activations(given, place, layers)[1:]
+            hidden = later[-1] if later else given.first(place)  # (B, m, K, H)
+            of_some = of_mixed[:, place]  # (B, m, H)
             of_weights = (hidden @ of_some.unsqueeze(-1)).squeeze(-1).to(masks.dtype)  # (B, m, K)
             if of_masks is not None:
                 of_weights = of_weights + of_masks[:, place]
-            (of_logits,) = torch.autograd.grad(masks, logits, of_weights)
-            of_logits = of_logits.reshape(-1, 1)
-            found.add(2, of_logits, rows)
-            # From here on the gradient of each layer's result, in place.
-            gradient = of_logits @ weight  # (B m K, H)
-            gradient.view(-1, *hidden.shape[2:]).baddbmm_(
-                masks.to(hidden.dtype).flatten(0, 1).unsqueeze(-1), of_some.flatten(0, 1).unsqueeze(1)
-            )
-            for layer in reversed(range(count)):
-                after = activations.pop().flatten(0, 2)
+            (of_logits,) = (part.reshape(-1, 1) for part in torch.autograd.grad(masks, logits, of_weights))
+            found.linear(2, of_logits, hidden)
+            gradient = of_logits @ weight  # (B m K, H), of the last activation, and of those before it further on
+            weights = masks.to(hidden.dtype).flatten(0, 1).unsqueeze(-1)  # (B m, K, 1)
+            gradient.view(-1, *hidden.shape[2:]).baddbmm_(weights, of_some.flatten(0, 1).unsqueeze(1))
+            before = hidden
+            for index in reversed(range(0, len(layers), 2)):
+                after = later.pop()
                 _through_relu(gradient, after)
-                if activations[-1] is None:
-                    activations[-1] = given.first(place)
-                found.add(4 + 2 * layer, gradient, activations[-1].flatten(0, 2))
-                gradient = torch.mm(gradient, layers[2 * layer], out=after)
-            _through_relu(gradient, activations.pop().flatten(0, 2))
+                before = later[-1] if later else given.first(place)
+                found.linear(4 + index, gradient, before)
+                gradient = torch.mm(gradient, layers[index], out=after.flatten(0, 2))
+            _through_relu(gradient, before)
             of_sum = gradient.view(hidden.shape)
-            found.plus(0, of_sum.sum(1))
+            found.add(0, of_sum.sum(1))
             of_position.append(of_sum.sum((0, 2)))
-        found.plus(1, joined(of_position))
+        found.add(1, joined(of_position))
         return None, None, None, *found.sums
 
 
@@ -131,27 +123,29 @@ class _Sums:
         self.wanted = wanted
         self.sums: list[Tensor | None] = [None] * len(wanted)
 
-    def plus(self, index: int, more: Tensor) -> None:
+    def add(self, index: int, more: Tensor) -> None:
         total = self.sums[index]
         self.sums[index] = more if total is None else total.add_(more)
 
-    def add(self, index: int, gradient: Float[Tensor, "R E"], rows: Float[Tensor, "R D"]) -> None:
-        """What a linear layer's weight and bias, ``index`` and the next, get from the gradient of its result."""
+    def linear(self, index: int, gradient: Float[Tensor, "R E"], given: Float[Tensor, "B m K D"]) -> None:
+        """What the weight and the bias of a linear layer, ``index`` and the next, get from the gradient of its
+        result."""
+        rows, total = given.flatten(0, 2), self.sums[index]
         if self.wanted[index]:
-            total = self.sums[index]
             self.sums[index] = gradient.T @ rows if total is None else total.addmm_(gradient.T, rows)
         if self.wanted[index + 1]:
-            self.plus(index + 1, gradient.sum(0))
+            self.add(index + 1, gradient.sum(0))
 
 
 def _activations(given: Given, place: slice, layers: Sequence[Tensor]) -> list[Tensor]:
-    """The activations of all layers."""
+    """The activations of all layers, each (B, m, K, H)."""
     made = [given.first(place)]
     for weight, bias in zip(layers[::2], layers[1::2], strict=True):
         made.append(linear_relu(made[-1], weight, bias))
     return made
 
 
-def _through_relu(gradient: Tensor, activation: Tensor) -> None:
+def _through_relu(gradient: Float[Tensor, "R H"], activation: Float[Tensor, "B m K H"]) -> None:
     """The gradient before a ReLU, in place of that after it."""
-    torch.ops.aten.threshold_backward.grad_input(gradient, activation, 0, grad_input=gradient)
+    after = activation.flatten(0, 2)
+    torch.ops.aten.threshold_backward.grad_input(gradient, after, 0, grad_input=gradient)
