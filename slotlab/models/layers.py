@@ -46,7 +46,7 @@ def linear_relu(
     device = input.device.type
     by_hand = torch.is_grad_enabled() and (device == "cuda" if few_kernels is None else few_kernels)
     if torch.compiler.is_compiling() or device not in HAS_IT or (torch.is_grad_enabled() and not by_hand):
-        return F.linear(input, weight, bias).relu_()
+        return F.relu(F.linear(input, weight, bias))  # in place is slower: the result is a view
     if torch.is_autocast_enabled(device):  # which does not know the operation
         input, weight, bias = (part.to(torch.get_autocast_dtype(device)) for part in (input, weight, bias))
     rows = input.reshape(-1, input.shape[-1])
