@@ -13,7 +13,7 @@ from slotlab.training.cost import Tally
 B, T, N, K, S = 2, 3, 9, 4, 5
 ACTIVE = torch.tensor([[True, True, False, True], [True, False, False, True]])
 
-Found = tuple[Tensor, Tensor, Tensor]
+Found = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -21,13 +21,14 @@ def draw(*shape: int, seed: int) -> Tensor:
 
 
 def as_published(key: Tensor, value: Tensor, slots: Tensor, active: Tensor | None) -> Found:
-    """Means, attention and logits of Locatello et al. (2020), algorithm 1, without the slots that take no part."""
+    """Means, attention and logits of Locatello et al. (2020), algorithm 1, without the slots that take no part; and
+    the slots."""
     logits = slots @ key.mT
     if active is not None:
         logits = logits.where(active.unsqueeze(-1), -torch.inf)
     attention = logits.softmax(1)
     weights = attention + EPSILON
-    return weights / weights.sum(-1, keepdim=True) @ value, attention, logits
+    return weights / weights.sum(-1, keepdim=True) @ value, attention, logits, slots
 
 
 @pytest.mark.parametrize("active", [None, ACTIVE], ids=["all slots", "some slots"])
@@ -42,11 +43,11 @@ def test_results_and_gradients_are_those_of_the_formula(active: Tensor | None, l
     def found(rounds: list) -> tuple[Found, list[Tensor]]:  # type: ignore[type-arg]
         first = rounds[0](slots * torch.tensor([1.0, -loses, 1.0, loses])[:, None])
         middle = rounds[1](first[0] + slots)
-        means, attention, logits = rounds[1](middle[0].tanh())
+        means, attention, logits, passed = rounds[1](middle[0].tanh())
         rounds[2](slots)  # no loss reaches it
         loss = (means * seen).square().sum() + (attention * draw(B, K, N, seed=3).detach()).sum()
-        loss = loss + (logits.where(seen.bool(), 0.0) ** 3).sum() + first[1].square().sum()
-        return (means * seen, attention, logits * seen), list(torch.autograd.grad(loss, (key, value, slots)))
+        loss = loss + (logits.where(seen.bool(), 0.0) ** 3).sum() + first[1].square().sum() + (passed**3).sum()
+        return (means * seen, attention, logits * seen, passed), list(torch.autograd.grad(loss, (key, value, slots)))
 
     ours, formula = found(mine), found(theirs)
     for result, expected in zip(ours[0][:2], formula[0][:2], strict=True):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.names import torch_block
 from featcache.errors import UsageError
@@ -23,6 +24,7 @@ from slotlab.models.randomness import Draws, Share
 from slotlab.models.slot_attention import Attended
 from slotlab.models.slot_model import SlotModel
 from slotlab.models.transformer import Attention
+from slotlab.training.cost import Tally
 
 B, N, K, S, D = 3, 16, 5, 8, 12
 GRID = (4, 4)
@@ -58,13 +60,13 @@ def published_mlp_decoder(decoder: MLPDecoder, slots: Tensor) -> tuple[Tensor, T
 
 
 def test_a_compiled_mlp_decoder_takes_no_more_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One activation of all patches of a large batch is gigabytes; a compiler unrolls as few turns as ROWS allows."""
+    """One activation of all patches of a large batch is gigabytes; a compiler unrolls as few turns as memory allows."""
     decoder, rows = build("mlp").train(), []
     assert isinstance(decoder, MLPDecoder)
     expected = decode(decoder)
     decoder.mask.register_forward_hook(lambda module, given, made: rows.append(made.numel()))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(broadcast, "ROWS", 3 * B * K)
+    monkeypatch.setattr(broadcast, "ROWS_COMPILED", 3 * B * K)
     found = decode(decoder)
     assert rows == [4 * B * K] * 4, "equal turns, about as many rows as were set"
     torch.testing.assert_close(found.reconstruction, expected.reconstruction, rtol=0, atol=1e-6)
@@ -92,6 +94,52 @@ def test_mlp_decoder_equals_the_published_one(
     theirs = torch.autograd.grad((expected * weights).sum(), parameters)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("masks", ["soft", "straight_through", "gumbel"])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_gradient_by_hand_is_autograd_s(
+    monkeypatch: pytest.MonkeyPatch, masks: str, layers: int, recompute: bool
+) -> None:
+    """As a compiler gets it, in portions of which the last is shorter, with padding, frozen layers and losses on both
+    results or one."""
+    monkeypatch.setattr("slotlab.models.decoders.broadcast.ROWS_ON_CPU", 5 * B * K)
+    active = torch.arange(K).expand(B, -1) < torch.tensor([[5], [3], [4]])
+    decoder = build("mlp", layers=layers, recompute=recompute, masks=masks).double().train()
+    assert isinstance(decoder, MLPDecoder)
+    decoder.mask.bias.requires_grad_(False)
+    slots = attended().slots.double().requires_grad_()
+    wanted = [slots, *(p for p in decoder.parameters() if p.requires_grad)]
+
+    def found(on_tokens: float, on_masks: float) -> list[Tensor]:
+        decoded = decoder(replace(attended(active), slots=slots), draw(B, N, D).double(), Draws(0))
+        losses = [(decoded.reconstruction * draw(B, N, D, seed=2)).sum(), (decoded.masks * draw(B, K, N, seed=3)).sum()]
+        loss = sum(weight * loss for weight, loss in zip((on_tokens, on_masks), losses, strict=True) if weight)
+        gradients = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)  # type: ignore[arg-type]
+        return [decoded.reconstruction, decoded.masks, *gradients]
+
+    for weights in ((1.0, 1.0), (1.0, 0.0), (0.0, 1.0)):
+        ours = found(*weights)
+        with monkeypatch.context() as compiling:
+            compiling.setattr(torch.compiler, "is_compiling", lambda: True)
+            torch.testing.assert_close(ours, found(*weights), rtol=1e-5, atol=1e-6)
+
+
+def test_the_gradient_of_a_further_portion_adds_no_sum_of_weights() -> None:
+    """Of three layers: 7 operations there and 25 back. Products add to the gradients of weights by themselves."""
+
+    def operations(portions: int) -> int:
+        tally = Tally()
+        with FakeTensorMode(), tally:
+            decoder = build("mlp")
+            assert isinstance(decoder, MLPDecoder)
+            decoder.rows = B * K * N // portions
+            tally.restart()
+            decode(decoder).reconstruction.sum().backward()
+        return tally.cost(0, 0).operations
+
+    assert [operations(2 * n) - operations(n) for n in (2, 4)] == [2 * 32, 4 * 32]
 
 
 def kept_values(decoder: Decoder) -> int:

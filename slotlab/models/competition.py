@@ -58,13 +58,14 @@ class Patches:
 
     def shared_among(
         self, slots: Float[Tensor, "B K S"]
-    ) -> tuple[Float[Tensor, "B K S"], Float[Tensor, "B K N"], Float[Tensor, "B K N"]]:
+    ) -> tuple[Float[Tensor, "B K S"], Float[Tensor, "B K N"], Float[Tensor, "B K N"], Float[Tensor, "B K S"]]:
         """Each slot's mean value, weighted by its attention; the attention, which sums to one over the slots at every
-        patch; and the logits before it."""
+        patch; the logits before it; and the slots as they are, for what follows: the product that gives their gradient
+        then adds to that of what follows."""
         if self.end is None or not torch.is_grad_enabled():
-            return self.means(slots)[:3]
-        means, attention, logits = _Shared.apply(slots, self.end, self)
-        return means, attention, logits
+            return *self.means(slots)[:3], slots
+        means, attention, logits, passed = _Shared.apply(slots, self.end, self)
+        return means, attention, logits, passed
 
     def means(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same, and the sums of the weights (B, K, 1)."""
@@ -89,17 +90,21 @@ class _Shared(torch.autograd.Function):
     """:meth:`Patches.shared_among`; going back, it notes what keys and values wait for."""
 
     @staticmethod
-    def forward(ctx: Any, slots: Tensor, end: Tensor, patches: Patches) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, slots: Tensor, end: Tensor, patches: Patches) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         means, attention, logits, weight = patches.means(slots)
         ctx.patches = patches
         ctx.save_for_backward(slots, means, attention, weight)
         ctx.set_materialize_grads(False)
-        return means, attention, logits
+        return means, attention, logits, slots.view_as(slots)
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, of_means: Tensor | None, of_attention: Tensor | None, of_logits: Tensor | None
+        ctx: Any,
+        of_means: Tensor | None,
+        of_attention: Tensor | None,
+        of_logits: Tensor | None,
+        of_passed: Tensor | None,
     ) -> tuple[Tensor | None, None, None]:
         slots, means, attention, weight = ctx.saved_tensors
         of_sums = torch.zeros_like(means) if of_means is None else of_means / weight
@@ -112,7 +117,10 @@ class _Shared(torch.autograd.Function):
         if of_logits is not None:
             through = through + of_logits
         ctx.patches.rounds.append(Round(slots, attention, through, of_sums))
-        of_slots = torch.bmm(through, ctx.patches.key) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[0]:
+            return None, None, None
+        key = ctx.patches.key
+        of_slots = torch.bmm(through, key) if of_passed is None else torch.baddbmm(of_passed, through, key)
         return of_slots, None, None
 
 

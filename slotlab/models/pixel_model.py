@@ -20,6 +20,7 @@ from slotlab.config.model import PixelConfig
 from slotlab.config.schema import Config
 from slotlab.models.base import Model, Output
 from slotlab.models.competition import hide_padding
+from slotlab.models.layers import MLP
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 from slotlab.models.recurrence import Recurrence
@@ -58,9 +59,7 @@ class PixelModel(Model):
             *_layers([normaliser.dim, *[width] * CONVOLUTIONS], lambda i, o: nn.Conv2d(i, o, 5, padding=2))
         )
         self.encoder_position = PositionEmbedding(grid, width)
-        self.project = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, slot_dim), nn.ReLU(), nn.Linear(slot_dim, slot_dim)
-        )
+        self.project = MLP(nn.LayerNorm(width), nn.Linear(width, slot_dim), nn.ReLU(), nn.Linear(slot_dim, slot_dim))
         self.recur = Recurrence(config, slot_dim, grid)
         self.decode = BroadcastDecoder(config, normaliser.dim, grid)
 

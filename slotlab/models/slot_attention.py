@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from slotlab.config.model import Gradient, GRUHidden
 from slotlab.models.competition import Patches, Projected
+from slotlab.models.layers import MLP
 from slotlab.models.repeated import Repeated
 
 
@@ -80,9 +81,7 @@ class SlotAttention(nn.Module):
         self.to_query = nn.Linear(slot_dim, slot_dim, bias=False)
         self.gru = GRU(slot_dim, slot_dim)
         self.mlp = (
-            nn.Sequential(
-                nn.LayerNorm(slot_dim), nn.Linear(slot_dim, mlp_hidden), nn.ReLU(), nn.Linear(mlp_hidden, slot_dim)
-            )
+            MLP(nn.LayerNorm(slot_dim), nn.Linear(slot_dim, mlp_hidden), nn.ReLU(), nn.Linear(mlp_hidden, slot_dim))
             if mlp_hidden
             else None
         )
@@ -138,8 +137,7 @@ class SlotAttention(nn.Module):
 
     def _iterate(self, patches: Patches, layers: Layers, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Slots, their attention and its logits after one more round."""
-        normed = layers.norm(slots)
-        updates, attention, logits = patches.shared_among(normed)
+        updates, attention, logits, normed = patches.shared_among(layers.norm(slots))
         hidden = normed if self.gru_hidden == "normalised" else slots
         updated = layers.gru(updates.flatten(0, 1), hidden.flatten(0, 1)).view_as(slots)
         if layers.mlp is not None:

@@ -15,6 +15,7 @@ from slotlab.models.base import Model, Output
 from slotlab.models.decoders import DECODERS
 from slotlab.models.decoders.base import Sizes
 from slotlab.models.initializers import Learnt
+from slotlab.models.layers import MLP
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 from slotlab.models.recurrence import Recurrence
@@ -50,7 +51,7 @@ class SlotModel(Model):
         self.project: nn.Module = (
             nn.Linear(dim, width)
             if config.projection == "linear"
-            else nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, width))
+            else MLP(nn.LayerNorm(dim), nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, width))
         )
         self.recur = Recurrence(config, width, grid)
         self.decode = DECODERS[config.decoder.kind](

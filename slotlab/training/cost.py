@@ -36,6 +36,7 @@ from slotlab.models.build import empty_model
 from slotlab.models.clustering.model import ClusteringModel
 from slotlab.models.decoders.broadcast import ROWS, MLPDecoder
 from slotlab.models.inputs import ModelInput
+from slotlab.models.layers import MLP
 from slotlab.models.randomness import Undrawn
 from slotlab.training.processes import Ranks
 from slotlab.training.step import TrainStep, freeze_unreached
@@ -196,12 +197,15 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def as_on_a_gpu(model: nn.Module) -> None:
     """Let a model compute on a CPU's tensors as it would on a GPU's: the broadcast decoder takes more rows at a time,
-    frames pass the encoder of ``default`` together, and a GRU cell is two products and one kernel."""
+    a linear layer and its ReLU are one kernel, frames pass the encoder of ``default`` together, and a GRU cell is two
+    products and one kernel."""
     for part in model.modules():
         if isinstance(part, MLPDecoder):
             part.rows = ROWS
         elif isinstance(part, ClusteringModel):
             part.by_turns = False
+        elif isinstance(part, MLP):
+            part.few_kernels = True
         elif isinstance(part, nn.GRUCell):
             part.forward = partial(_fused_gru, part)  # type: ignore[method-assign]
 
@@ -291,6 +295,9 @@ CONVOLUTIONS = (aten.convolution, aten.convolution_backward)
 
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
+    aten._addmm_activation: flop_registry[aten.addmm],
+    aten.addmm_: flop_registry[aten.addmm],
+    aten.baddbmm_: flop_registry[aten.baddbmm],
     **{operator: shape_wrapper(formula) for operator, formula in CORRECTED.items()},  # type: ignore[no-untyped-call]
 }
 

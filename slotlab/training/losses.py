@@ -118,7 +118,8 @@ def slot_contrast(output: Output, config: LossConfig) -> Tensor:
             active = output.active.transpose(0, 1).flatten(1)  # (T, B K)
             seen = gathered(active[:-1]).transpose(0, 1).flatten(1, 2)  # (T - 1, R B K)
             logits = logits.masked_fill(~seen.unsqueeze(1), NEVER)
-    itself = torch.arange(frames.shape[1], device=logits.device) + rank() * frames.shape[1]  # (B K,)
+    mine = frames.shape[1]
+    itself = torch.arange(rank() * mine, (rank() + 1) * mine, device=logits.device)  # (B K,)
     itself = itself.expand(len(logits), -1)
     if output.active is not None:
         itself = itself.where(active[1:], IGNORED)

@@ -31,6 +31,7 @@ from slotlab.config.schema import Config
 from slotlab.models.base import Model, Output
 from slotlab.models.clustering.tracking import SEED_OBJECTNESS, Tracker, slot_means
 from slotlab.models.flow import patch_positions
+from slotlab.models.layers import MLP
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 from slotlab.models.repeated import joined
@@ -66,12 +67,12 @@ class ClusteringModel(Model):
         hidden = config.hidden
         self.embed = nn.Linear(normaliser.dim + 3, hidden)
         self.context = nn.Conv2d(hidden, hidden, 3, groups=hidden)
-        self.residual = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, self.keys + 1))
+        self.residual = MLP(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, self.keys + 1))
         last = self.residual[-1]
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        self.decode = nn.Sequential(
+        self.decode = MLP(
             nn.Linear(self.keys + 3, hidden),
             nn.ReLU(),
             nn.Linear(hidden, hidden),

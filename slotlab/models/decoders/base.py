@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from slotlab.config.parts import DecoderConfig
+from slotlab.models.layers import MLP
 from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import Attended
 
@@ -82,9 +83,9 @@ def select(positions: Float[Tensor, "N W"], chosen: Int[Tensor, M] | None) -> Fl
     return positions if chosen is None else positions[chosen]
 
 
-def hidden_layers(width: int, count: int) -> nn.Sequential:
+def hidden_layers(width: int, count: int) -> MLP:
     """An activation, and ``count`` further hidden layers."""
     layers: list[nn.Module] = [nn.ReLU()]
     for _ in range(count):
         layers += [nn.Linear(width, width), nn.ReLU()]
-    return nn.Sequential(*layers)
+    return MLP(*layers)

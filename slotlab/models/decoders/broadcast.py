@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
-from itertools import repeat
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from slotlab.config.parts import DecoderConfig
 from slotlab.models.competition import hide_padding
 from slotlab.models.decoders.base import Decoded, Decoder, Heads, Sizes, hidden_layers, positions_parameter, select
+from slotlab.models.decoders.portions import Given, Portions, averaged, mixed
 from slotlab.models.randomness import Draws
+from slotlab.models.repeated import joined
 from slotlab.models.slot_attention import Attended
 
 # Rows of hidden activations (one for each slot and patch) that pass the layers at a time, or nearly as many: few enough
-# for a CPU's cache, and enough to fill a GPU.
-ROWS_ON_CPU, ROWS = 1 << 11, 1 << 18
+# for a CPU's cache; as many as a GPU has memory for, as each turn has kernels to launch; fewer where a compiler unrolls
+# the turns, and keeps gradients beside activations.
+ROWS_ON_CPU, ROWS, ROWS_COMPILED = 1 << 11, 1 << 20, 1 << 18
 
 
 class MLPDecoder(Decoder):
@@ -57,62 +60,44 @@ class MLPDecoder(Decoder):
         if self.training and self.config.masks == "gumbel":
             shape = (len(slots), len(from_position), slots.shape[1])
             noise = -draws.exponential(shape, slots.device).log()  # (B, M, K), of Gumbel's distribution
-        parts = []
-        step = self._patches_at_a_time(slots, len(from_position))
-        noises = repeat(None) if noise is None else torch.split(noise, step, 1)
-        for some, of_some in zip(torch.split(from_position, step), noises, strict=False):
-            given = (from_slots, some, of_some, active)
-            if self.config.recompute and torch.is_grad_enabled():
-                parts.append(checkpoint(self._mix, *given, use_reentrant=False, preserve_rng_state=False))
-            else:
-                parts.append(self._mix(*given))
-        # (B, M, H), (B, M, K)
-        mixed, masks = parts[0] if len(parts) == 1 else (torch.cat(part, 1) for part in zip(*parts, strict=True))
-        tokens, similarity = self.heads(mixed)
+        patches = len(from_position)
+        step = self._patches_at_a_time(slots, patches)
+        places = [slice(start, start + step) for start in range(0, patches, step)]
+        hidden, masks = self._mix(Given(from_slots, from_position, noise, active), places)
+        tokens, similarity = self.heads(hidden)
         return Decoded(tokens, masks.transpose(1, 2), similarity, positions)
 
     def _patches_at_a_time(self, slots: Float[Tensor, "B K S"], patches: int) -> int:
-        # torch.compile unrolls the loop, so take as few turns there as memory allows, on a CPU too.
-        cached = slots.device.type == "cpu" and not torch.compiler.is_compiling()
-        rows = self.rows or (ROWS_ON_CPU if cached else ROWS)
+        usual = ROWS_ON_CPU if slots.device.type == "cpu" else ROWS
+        rows = ROWS_COMPILED if torch.compiler.is_compiling() else self.rows or usual
         turns = max(1, round(patches * slots.shape[0] * slots.shape[1] / rows))
         return math.ceil(patches / turns)
 
-    def _mix(
-        self,
-        from_slots: Float[Tensor, "B K H"],
-        from_position: Float[Tensor, "M H"],
-        noise: Float[Tensor, "B M K"] | None,
-        active: Bool[Tensor, "B K"] | None,
-    ) -> tuple[Float[Tensor, "B M H"], Float[Tensor, "B M K"]]:
-        """Hidden vectors averaged over the slots by the masks, and these masks."""
-        # With slots in the last dimension but one, the average over them is a matrix product without a copy.
-        hidden = self.hidden[2:](self._second_layer(from_slots, from_position))  # (B, M, K, H)
-        logits = self.mask(hidden).squeeze(-1).float()  # (B, M, K)
-        logits = hide_padding(logits.transpose(1, 2), active).transpose(1, 2)
-        masks = self._masks(logits if noise is None else logits + noise)
-        return (masks.unsqueeze(2).to(hidden.dtype) @ hidden).squeeze(2), masks
+    def _mix(self, given: Given, places: Sequence[slice]) -> tuple[Float[Tensor, "B M H"], Float[Tensor, "B M K"]]:
+        """Hidden vectors of all patches, averaged over the slots by the masks, and these masks."""
+        recompute = self.config.recompute and torch.is_grad_enabled()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            linear = [layer for layer in self.hidden if isinstance(layer, nn.Linear)]
+            return mixed(given, Portions(places, self.masks, recompute), linear, self.mask)
+        parts = []
+        for place in places:  # torch.compile decides itself what to keep, but for this
+            if recompute:
+                parts.append(checkpoint(self._mix_some, given, place, use_reentrant=False, preserve_rng_state=False))
+            else:
+                parts.append(self._mix_some(given, place))
+        hidden, masks = (joined(part, 1) for part in zip(*parts, strict=True))
+        return hidden, masks
 
-    def _second_layer(
-        self, from_slots: Float[Tensor, "B K H"], from_position: Float[Tensor, "M H"]
-    ) -> Float[Tensor, "B M K H"]:
-        """Output of the first activation and of the second linear layer, if there is one.
+    def _mix_some(self, given: Given, place: slice) -> tuple[Float[Tensor, "B m H"], Float[Tensor, "B m K"]]:
+        hidden = self.hidden(given.slots[:, None] + given.position[place, None])
+        masks = self.masks(self.mask(hidden).squeeze(-1), given, place)
+        return averaged(hidden, masks), masks
 
-        The backward pass recomputes the activation alone, not the linear layer.
-        """
-
-        def layers(slots: Tensor, position: Tensor) -> Tensor:
-            hidden: Tensor = self.hidden[:2](slots[:, None] + position[:, None])
-            return hidden
-
-        # torch.compile decides itself what to keep.
-        keeps = self.config.layers == 1 or self.config.recompute or torch.compiler.is_compiling()
-        if keeps or not torch.is_grad_enabled():
-            return layers(from_slots, from_position)
-        hidden: Tensor = checkpoint(layers, from_slots, from_position, use_reentrant=False, preserve_rng_state=False)
-        return hidden
-
-    def _masks(self, logits: Float[Tensor, "B M K"]) -> Float[Tensor, "B M K"]:
+    def masks(self, logits: Float[Tensor, "B m K"], given: Given, place: slice) -> Float[Tensor, "B m K"]:
+        """The masks of some patches, by their logits."""
+        logits = hide_padding(logits.float().transpose(1, 2), given.active).transpose(1, 2)
+        if given.noise is not None:
+            logits = logits + given.noise[:, place]
         temperature = self.config.mask_temperature
         soft = (logits if temperature == 1 else logits / temperature).softmax(-1)
         if not self.training or self.config.masks == "soft":

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from slotlab.config.parts import DecoderConfig
 from slotlab.models.competition import hide_padding
 from slotlab.models.decoders.base import Decoded, Decoder, Heads, Sizes, hidden_layers, positions_parameter, select
+from slotlab.models.layers import MLP
 from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import Attended
 from slotlab.models.transformer import CrossBlock, xavier
@@ -74,9 +75,7 @@ class Render(nn.Module):
 
     def __init__(self, sizes: Sizes, config: DecoderConfig) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(sizes.slot_dim, config.hidden), *hidden_layers(config.hidden, config.layers - 1)
-        )
+        self.layers = MLP(nn.Linear(sizes.slot_dim, config.hidden), *hidden_layers(config.hidden, config.layers - 1))
         self.heads = Heads(config.hidden, sizes)
 
     def forward(self, mixed: Float[Tensor, "B M S"]) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B M N"] | None]:

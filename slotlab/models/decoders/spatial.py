@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from slotlab.config.parts import DecoderConfig
 from slotlab.models.competition import hide_padding
 from slotlab.models.decoders.base import Decoded, Decoder, Sizes
+from slotlab.models.layers import MLP
 from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import Attended
 
@@ -39,7 +40,7 @@ class SpatialBroadcastDecoder(Decoder):
     def __init__(self, sizes: Sizes, config: DecoderConfig) -> None:
         super().__init__(sizes, config)
         slot_dim, width = sizes.slot_dim, config.hidden
-        self.widen = nn.Sequential(
+        self.widen = MLP(
             nn.LayerNorm(slot_dim), nn.Linear(slot_dim, 2 * slot_dim), nn.ReLU(), nn.Linear(2 * slot_dim, width)
         )
         self.first = nn.Conv2d(width + 2, width, KERNEL, padding="same")
