@@ -13,6 +13,7 @@ from torch import Tensor
 # Constants, not settings: no preset ever changed them. They were chosen on the sample's training videos.
 FLOW_RADIUS = 0.34  # reach of the flow, a frame's side being 2: 2.5 patches of 16; half as much more a frame back
 FLOW_TEMPERATURE = 0.1  # divisor of the tokens' cosines: a cosine 0.3 lower gets a twentieth of the weight
+PRIOR_FLOOR = 0.05  # a slot's share of patches that nothing flows to; at 0 no object could come into sight
 
 
 class Seen(NamedTuple):
