@@ -21,7 +21,7 @@ from slotlab.models.flow import PRIOR_FLOOR, Seen, flow
 
 FLOW_FRAMES = 5  # past frames that attention flows from
 LEAST_OVERLAP = 0.02  # of a slot and what flows to it (Dice): less is another object; chosen on training videos
-OTHER_OBJECT = 0.2  # cosine of keys below which a slot is another object, wherever it lies
+OTHER_OBJECT = 0.4  # cosine of keys below which a slot is another object, wherever it lies
 SAME_OBJECT = 0.8  # cosine of keys from which a new slot is an object that has been away
 
 
