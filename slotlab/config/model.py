@@ -337,7 +337,7 @@ class AgglomerativeConfig(KindConfig):
             (0.5,),
             "is gone: a slot's share around a patch counts, by near_weight",
             "made by a version in which a slot's share of the whole frame counted; its masks change a little",
-        )
+        ),
     }
 
     @property
