@@ -173,7 +173,7 @@ def test_a_seed_gives_one_run_and_the_run_is_read_back(tmp_path: Path, store: Fe
 
 def test_cuts_follow_how_far_apart_close_patches_of_the_training_set_are() -> None:
     """The median, over pairs of neighbours, of what the linkage takes for their distance; and it scales the cut."""
-    tokens, _ = video(*THREE, noise=0.3)
+    tokens, _ = video(*THREE, noise=0.1)
     of = model(tracking=False)
     plain = masks_of(of, tokens)
     of.calibrate([tokens])
