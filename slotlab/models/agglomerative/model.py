@@ -98,7 +98,7 @@ class AgglomerativeModel(Model):
         apart = distances(self.grid)
         close = (apart > 0) & (apart < 1.5 * max(1.0, CLOSE * side(self.grid)))  # (N, N)
         found = [1 - affinity(self.keys(self.normaliser(frames)), self.grid).cpu()[:, close] for frames in videos]
-        if found:
+        if found and bool(close.any()):
             self.spread.fill_(torch.cat(found).median(1).values.mean() / SAMPLE_DISTANCE)
 
     def of_earlier_version(self, tensors: dict[str, Tensor]) -> list[str]:
@@ -139,8 +139,12 @@ class AgglomerativeModel(Model):
 
     def keys(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N S"]:
         """Unit keys of normalised tokens."""
-        directions = unit(tokens - self.config.centre * tokens.mean(1, keepdim=True))
+        directions = self.directions(tokens)
         return unit((self.line(directions) + self.bend(directions)).float())
+
+    def directions(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Unit vectors of what sets tokens apart from their frame's mean."""
+        return unit(tokens - self.config.centre * tokens.mean(1, keepdim=True))
 
     def before_compiling(self) -> None:
         # Not a decorator: it would import torch's compiler, two seconds, wherever a model is imported.
