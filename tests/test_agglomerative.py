@@ -171,40 +171,6 @@ def test_a_seed_gives_one_run_and_the_run_is_read_back(tmp_path: Path, store: Fe
     assert torch.equal(output.masks, load_run(two).segment(split, split.videos[0]).masks)
 
 
-def test_cuts_follow_how_far_apart_close_patches_of_the_training_set_are() -> None:
-    """The median, over pairs of neighbours, of what the linkage takes for their distance; and it scales the cut."""
-    tokens, _ = video(*THREE, noise=0.1)
-    of = model(tracking=False)
-    plain = masks_of(of, tokens)
-    of.calibrate([tokens])
-    rows, columns = GRID
-    with torch.no_grad():
-        keys = of.keys(tokens).double()
-    smooth = smoothed(keys, GRID)
-    found = []
-    for frame, even in zip(keys, smooth, strict=True):
-        pairs = []
-        for a in range(rows * columns):
-            for b in range(rows * columns):
-                away = max(abs(a // columns - b // columns), abs(a % columns - b % columns))
-                if away == 1:
-                    far = ((a // columns - b // columns) ** 2 + (a % columns - b % columns) ** 2) ** 0.5
-                    penalty = 0.6 * far / (rows * columns) ** 0.5
-                    pairs.append(1 - float(frame[a] @ frame[b] + even[a] @ even[b]) / 2 + penalty)
-        found.append(torch.tensor(pairs).median())
-    assert float(of.spread) == pytest.approx(float(torch.stack(found).mean()) / 0.165, rel=1e-4)
-    of.spread.fill_(1e-3)
-    assert masks_of(of, tokens).amax(-1).gt(0).sum() > plain.amax(-1).gt(0).sum()
-
-
-def test_a_run_from_before_the_cuts_were_scaled_keeps_its_cut() -> None:
-    tensors = {name: value for name, value in model().state_dict().items() if name != "spread"}
-    of = model()
-    assert of.of_earlier_version(tensors) == []
-    of.load_state_dict(tensors)
-    assert float(of.spread) == 1
-
-
 # -- over a video ------------------------------------------------------------------------------------------
 
 

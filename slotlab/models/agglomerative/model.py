@@ -6,9 +6,8 @@ One frame, in training and in use:
   a small MLP that starts at zero. So an untrained model is a training-free one. A share of the frame's mean token is
   taken from its tokens first: pictures of another kind than the training set's have it in common, and it says little of
   what differs within them;
-- **segments** (:mod:`slotlab.models.segments`): average linkage of the keys' affinities, up to a cut, in units of how
-  far apart close patches of the training set are. They say how many slots the frame has; no part of it is taken for the
-  background;
+- **segments** (:mod:`slotlab.models.segments`): average linkage of the keys' affinities, up to a cut. They say how many
+  slots the frame has; no part of it is taken for the background;
 - **slots** (B, K, S): the mean key of each segment, as a unit vector;
 - **competition**: attention is the softmax over slots (Locatello et al., 2020, arXiv:2006.15055) of a mixture model's
   logits, by a slot's likeness and its share of a patch's surroundings::
@@ -31,8 +30,6 @@ the linkage knew by place.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -47,14 +44,12 @@ from slotlab.models.flow import patch_positions
 from slotlab.models.host import all_finite
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
-from slotlab.models.segments import affinity, distances, segments, side, smoothed
+from slotlab.models.segments import distances, segments, side, smoothed
 from slotlab.models.unit import unit
 
 NEVER = -1e4  # a cosine whose share is 0
 LEAST = 1e-6  # what a logarithm is taken of, at least
 TRAIN_TEMPERATURE = 0.1  # divisor of the cosines in training
-CLOSE = 1 / 16  # reach of patches that are close, in sides of the grid; at least the next ones
-SAMPLE_DISTANCE = 0.165  # of close patches of the embedded sample, the set that the cuts are given for
 NEAR = 1 / 8  # standard deviation of a patch's surroundings, in sides of the grid
 
 
@@ -66,8 +61,6 @@ class AgglomerativeModel(Model):
         normaliser: gives channels ordered by importance, as ``whiten=K`` does, so that the first ones are good keys.
         grid: rows and columns of patches.
     """
-
-    spread: Tensor  # () distance of close patches of the training set, over that of the embedded sample
 
     def __init__(self, config: AgglomerativeConfig, normaliser: Normaliser, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -81,29 +74,11 @@ class AgglomerativeModel(Model):
         assert isinstance(last, nn.Linear)
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
-        self.register_buffer("spread", torch.ones(()))
 
     @classmethod
     def of(cls, config: Config, normaliser: Normaliser, grid: tuple[int, int]) -> AgglomerativeModel:
         assert isinstance(config.model, AgglomerativeConfig)
         return cls(config.model, normaliser, grid)
-
-    @torch.no_grad()
-    def calibrate(self, videos: Iterable[Float[Tensor, "F N D"]]) -> None:
-        """Measure how far apart close patches are, by the keys that training starts from.
-
-        Whitening by pictures that differ much among themselves leaves the patches of one picture farther apart, and the
-        cuts with them.
-        """
-        apart = distances(self.grid)
-        close = (apart > 0) & (apart < 1.5 * max(1.0, CLOSE * side(self.grid)))  # (N, N)
-        found = [1 - affinity(self.keys(self.normaliser(frames)), self.grid).cpu()[:, close] for frames in videos]
-        if found and bool(close.any()):
-            self.spread.fill_(torch.cat(found).median(1).values.mean() / SAMPLE_DISTANCE)
-
-    def of_earlier_version(self, tensors: dict[str, Tensor]) -> list[str]:
-        tensors.setdefault("spread", self.spread)  # its cuts were those of the sample
-        return []
 
     def forward(self, features: Float[Tensor, "B N D"] | Float[Tensor, "B T N D"], draws: Draws) -> Output:
         """The training pass: the slots of a clip's last frame compete for the patches of its first.
@@ -158,7 +133,7 @@ class AgglomerativeModel(Model):
                 "the model's keys are not finite: the store holds NaN (slotlab verify), or the model diverged (train "
                 "again with a lower optim.learning_rate)"
             )
-        return F.one_hot(segments(keys, self.grid, cut * float(self.spread), self.slots), self.slots).float()
+        return F.one_hot(segments(keys, self.grid, cut, self.slots), self.slots).float()
 
     def compete(self, keys: Float[Tensor, "B N S"]) -> Float[Tensor, "B K N"]:
         """Logits of the slots that a frame's own segments give, by likeness and by what surrounds a patch."""
