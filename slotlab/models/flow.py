@@ -34,7 +34,10 @@ def patch_positions(grid: tuple[int, int]) -> Float[Tensor, "N 2"]:
 
 
 def flow(
-    directions: Float[Tensor, "N D"], position: Float[Tensor, "N 2"], past: Sequence[Seen]
+    directions: Float[Tensor, "N D"],
+    position: Float[Tensor, "N 2"],
+    past: Sequence[Seen],
+    temperature: float = FLOW_TEMPERATURE,
 ) -> Float[Tensor, "N K"]:
     """The past frames' attention, newest first, at the patches of this frame, whose tokens have these directions."""
     squared = squared_distance(position, position)  # (N, N)
@@ -46,7 +49,7 @@ def flow(
         ],
         -1,
     )  # (N, frames * N): similarity to each past token
-    share = (likeness / FLOW_TEMPERATURE).softmax(-1)
+    share = (likeness / temperature).softmax(-1)
     return share @ torch.cat([seen.attention for seen in past])
 
 

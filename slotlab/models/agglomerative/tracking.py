@@ -17,10 +17,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from featcache.machine import limited
-from slotlab.models.flow import PRIOR_FLOOR, Seen, flow
+from slotlab.models.flow import FLOW_TEMPERATURE, PRIOR_FLOOR, Seen, flow
 
 FLOW_FRAMES = 5  # past frames that attention flows from
 LEAST_OVERLAP = 0.02  # of a slot and what flows to it (Dice): less is another object; chosen on training videos
+PATCHES = 16  # a side of the grid that the flow's temperature was chosen at
 OTHER_OBJECT = 0.4  # cosine of keys below which a slot is another object, wherever it lies
 SAME_OBJECT = 0.8  # cosine of keys from which a new slot is an object that has been away
 
@@ -46,6 +47,8 @@ class Tracks:
 
     def __init__(self, slots: int, position: Float[Tensor, "N 2"], prior_weight: float) -> None:
         self.position, self.prior_weight = position, prior_weight
+        # A finer grid has more patches to flow from: at the same temperature the prior would blur.
+        self.temperature = FLOW_TEMPERATURE * min(1.0, PATCHES / len(position) ** 0.5)
         self.keys: Tensor | None = None  # (K, S); 0 for an identity that was never used
         self.absent = torch.full((slots,), 10**6)  # frames since each was seen
         self.past: deque[Seen] = deque(maxlen=FLOW_FRAMES)  # newest first
@@ -57,7 +60,7 @@ class Tracks:
         found = masks.amax(1) > 0  # (K,)
         identity = torch.full((len(masks),), -1)
         if self.past:
-            prior = flow(keys, self.position, self.past).T  # (K, N)
+            prior = flow(keys, self.position, self.past, self.temperature).T  # (K, N)
             mass = prior.sum(1).unsqueeze(1) + masks.sum(1)
             overlap = 2 * prior @ masks.T / mass.clamp_min(1e-6)
             alike = self.keys @ slots.T  # type: ignore[operator]
