@@ -32,12 +32,12 @@ from slotlab.scoring.tables import require_truth
 
 
 def keys_without_correction(self: AgglomerativeModel, tokens: Tensor) -> Tensor:
-    return F.normalize(self.line(F.normalize(tokens, dim=-1)).float(), dim=-1)
+    return F.normalize(self.line(self.directions(tokens)).float(), dim=-1)
 
 
 def keys_without_map(self: AgglomerativeModel, tokens: Tensor) -> Tensor:
-    unit = F.normalize(tokens, dim=-1)
-    return F.normalize((unit[..., : self.config.slot_dim] + self.bend(unit)).float(), dim=-1)
+    directions = self.directions(tokens)
+    return F.normalize((directions[..., : self.config.slot_dim] + self.bend(directions)).float(), dim=-1)
 
 
 def segments_alone(self: AgglomerativeModel, keys: Tensor) -> Tensor:
@@ -65,6 +65,7 @@ PARTS: Mapping[str, Part] = {
     "learnt correction": Part(((AgglomerativeModel, "keys", keys_without_correction),), trains=True),
     "another frame": Part(training=("data.clip=1",), trains=True),
     "coarser segments teach": Part(training=("model.train_cut=0.35",), trains=True),
+    "the mean taken away": Part(training=("model.centre=0",), trains=True),
     "place in the linkage": Part(((segments, "POSITION", 0.0),)),
     "neighbours in the linkage": Part(((segments, "smoothed", as_they_are),)),
     "competition": Part(((AgglomerativeModel, "compete", segments_alone),)),

@@ -224,11 +224,30 @@ def test_without_tracking_frames_know_nothing_of_each_other() -> None:
     torch.testing.assert_close(torch.cat([masks_of(apart, frame[None]) for frame in tokens]), masks_of(apart, tokens))
 
 
-def test_slots_are_only_reordered() -> None:
+def test_without_a_prior_slots_are_only_reordered() -> None:
     tokens, _ = video(*THREE)
-    keys = model().keys(tokens)
-    tracks = Tracks(4, patch_positions(GRID))
-    masks = torch.rand(2, 4, GRID[0] * GRID[1], generator=torch.Generator().manual_seed(0)).softmax(1)
+    tracks = Tracks(4, patch_positions(GRID), prior_weight=0.0)
+    logits = torch.randn(2, 4, GRID[0] * GRID[1], generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        for frame in zip(keys, masks, strict=True):
-            assert sorted(tracks.step(*frame).tolist()) == [0, 1, 2, 3]
+        for keys, of_frame in zip(model().keys(tokens), logits, strict=True):
+            followed = tracks.step(keys, of_frame)  # (K, N)
+            torch.testing.assert_close(followed.sort(0).values, of_frame.softmax(0).sort(0).values)
+
+
+def test_a_patch_in_doubt_stays_with_the_object_that_it_belonged_to() -> None:
+    """A patch like two slots at once goes half to each by itself, and to the one before that held it by the prior."""
+    tokens, labels = video([(0, 0), (0, 0)], [(0, 3), (0, 3)], noise=0)
+    edge = 2  # the last patch of the first object's first row
+    tokens[1, edge] = tokens[1, edge] + tokens[1, 3]
+    shares = [masks_of(model(prior_weight=weight, near_weight=0.0), tokens) for weight in (0.0, 0.3)]
+    first = slots_of(shares[0], labels, 1)[0]
+    assert float(shares[1][1, first, edge]) > float(shares[0][1, first, edge]) + 0.05
+
+
+def test_what_a_frame_has_in_common_is_no_likeness() -> None:
+    """With all of the mean taken away, a shift of all tokens of a frame changes nothing."""
+    tokens, _ = video(*THREE)
+    of = model(centre=1.0)
+    with torch.no_grad():
+        torch.testing.assert_close(of.keys(tokens), of.keys(tokens + torch.randn(DIM)))
+        assert not torch.allclose(model().keys(tokens), model().keys(tokens + 1))

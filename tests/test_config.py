@@ -119,9 +119,10 @@ def test_settings_that_became_constants_are_read_where_they_say_the_same() -> No
     assert validate({**plain.model_dump(), "model": {**plain.model.model_dump(), **OLD}}, "old") == plain
     assert load_config("image", None, ["model.lasting_threshold=0"]) == load_config("image")
     assert load_config("objects", None, ["model.share_weight=0.5"]) == load_config("objects")
+    assert load_config("objects", None, ["model.train_temperature=0.1"]) == load_config("objects")
     for name, value in OLD.items():
         constant = {"tracking_iterations": "iterations"}.get(name, name).upper()
-        owner = flow if name.startswith("flow") else tracking
+        owner = flow if name.startswith(("flow", "prior")) else tracking
         assert getattr(owner, constant, value) == value
         assert hasattr(owner, constant) or name.startswith("lasting")
 

@@ -315,13 +315,15 @@ class AgglomerativeConfig(KindConfig):
     slots: int = Field(64, ge=2, le=MOST_SLOTS, description="Most slots of a frame")
     slot_dim: int = Field(128, ge=1, description="Width of a key, and of a slot")
     hidden: int = Field(256, ge=1, description="Width of the learnt correction of the keys")
+    centre: float = Field(0.0, ge=0, le=1, description="Share of a frame's mean that is taken from its tokens")
     cut: float = Field(0.35, gt=0, description="Distance, 1 less the affinity, up to which segments are joined")
     temperature: float = Field(0.4, gt=0, description="Divisor of the cosines of slots and keys; smaller is sharper")
     near_weight: float = Field(0.5, ge=0, description="Weight of the logarithm of a slot's share around a patch")
     train_cut: float = Field(0.5, gt=0, description="Cut of the segments that teach; coarser, or parts are learnt")
-    train_temperature: float = Field(0.1, gt=0, description="Temperature in training")
     tracking: bool = Field(True, description="Slots carried from frame to frame of a video; false: frames apart")
+    prior_weight: float = Field(0.0, ge=0, description="Exponent of the prior that flows from the past; 0: no prior")
 
+    read_by: ClassVar[ReadBy] = {"prior_weight": ("tracking", ("True",))}
     remedies: ClassVar[Remedies] = {
         "one_slot": (Remedy("model.cut", factor=0.8),),
         "same_masks": (Remedy("model.temperature", factor=0.5),),
@@ -330,11 +332,12 @@ class AgglomerativeConfig(KindConfig):
     frames_a_step: ClassVar[int | None] = 2
     any_grid: ClassVar[bool] = True
     gone: ClassVar[Mapping[str, Gone]] = {
+        "train_temperature": Gone.fixed(0.1),
         "share_weight": Gone(
             (0.5,),
             "is gone: a slot's share around a patch counts, by near_weight",
             "made by a version in which a slot's share of the whole frame counted; its masks change a little",
-        )
+        ),
     }
 
     @property

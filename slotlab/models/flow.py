@@ -13,6 +13,7 @@ from torch import Tensor
 # Constants, not settings: no preset ever changed them. They were chosen on the sample's training videos.
 FLOW_RADIUS = 0.34  # reach of the flow, a frame's side being 2: 2.5 patches of 16; half as much more a frame back
 FLOW_TEMPERATURE = 0.1  # divisor of the tokens' cosines: a cosine 0.3 lower gets a twentieth of the weight
+PRIOR_FLOOR = 0.05  # a slot's share of patches that nothing flows to; at 0 no object could come into sight
 
 
 class Seen(NamedTuple):
@@ -33,7 +34,10 @@ def patch_positions(grid: tuple[int, int]) -> Float[Tensor, "N 2"]:
 
 
 def flow(
-    directions: Float[Tensor, "N D"], position: Float[Tensor, "N 2"], past: Sequence[Seen]
+    directions: Float[Tensor, "N D"],
+    position: Float[Tensor, "N 2"],
+    past: Sequence[Seen],
+    temperature: float = FLOW_TEMPERATURE,
 ) -> Float[Tensor, "N K"]:
     """The past frames' attention, newest first, at the patches of this frame, whose tokens have these directions."""
     squared = squared_distance(position, position)  # (N, N)
@@ -45,7 +49,7 @@ def flow(
         ],
         -1,
     )  # (N, frames * N): similarity to each past token
-    share = (likeness / FLOW_TEMPERATURE).softmax(-1)
+    share = (likeness / temperature).softmax(-1)
     return share @ torch.cat([seen.attention for seen in past])
 
 

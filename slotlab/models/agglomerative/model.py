@@ -3,7 +3,9 @@
 One frame, in training and in use:
 
 - **keys** (B, N, S): unit vectors; a linear map of the tokens' directions, which starts as their first S channels, plus
-  a small MLP that starts at zero. So an untrained model is a training-free one;
+  a small MLP that starts at zero. So an untrained model is a training-free one. A share of the frame's mean token is
+  taken from its tokens first: pictures of another kind than the training set's have it in common, and it says little of
+  what differs within them;
 - **segments** (:mod:`slotlab.models.segments`): average linkage of the keys' affinities, up to a cut. They say how many
   slots the frame has; no part of it is taken for the background;
 - **slots** (B, K, S): the mean key of each segment, as a unit vector;
@@ -47,6 +49,7 @@ from slotlab.models.unit import unit
 
 NEVER = -1e4  # a cosine whose share is 0
 LEAST = 1e-6  # what a logarithm is taken of, at least
+TRAIN_TEMPERATURE = 0.1  # divisor of the cosines in training
 NEAR = 1 / 8  # standard deviation of a patch's surroundings, in sides of the grid
 
 
@@ -89,7 +92,7 @@ class AgglomerativeModel(Model):
         held = self.segments(keys, self.config.train_cut)
         keys, held = (x.reshape(*pairs.shape[:3], -1) for x in (keys, held))  # (B, 2, N, S) and (B, 2, N, K)
         slots = slot_means(held[:, -1], keys[:, -1])
-        logits = likeness(slots, keys[:, 0], held[:, -1]) / self.config.train_temperature
+        logits = likeness(slots, keys[:, 0], held[:, -1]) / TRAIN_TEMPERATURE
         partners = likeness(slots, slot_means(held[:, 0], keys[:, 0]), held[:, -1]).argmax(1)  # (B, K)
         assigned = partners.gather(1, held[:, 0].argmax(-1))
         known = means(held[:, -1], tokens[:, -1])
@@ -99,18 +102,24 @@ class AgglomerativeModel(Model):
         """Slots and masks of all frames of a video in order; each slot stays with its object (:mod:`.tracking`)."""
         tokens = self.normaliser(features)
         keys = self.keys(tokens)
-        attention = self.compete(keys).softmax(1)  # (T, K, N)
+        logits = self.compete(keys)  # (T, K, N)
         if self.config.tracking:
-            order = follow(keys.cpu(), attention.cpu(), patch_positions(self.grid)).to(attention.device)  # (T, K)
-            attention = attention.gather(1, order.unsqueeze(-1).expand_as(attention))
+            place = patch_positions(self.grid)
+            attention = follow(keys.cpu(), logits.cpu(), place, self.config.prior_weight).to(keys.device)
+        else:
+            attention = logits.softmax(1)
         held = attention.mT
         logits = attention.clamp_min(LEAST).log()
         return self.output(tokens, attention, logits, slot_means(held, keys), means(held, tokens))
 
     def keys(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N S"]:
         """Unit keys of normalised tokens."""
-        directions = unit(tokens)
+        directions = self.directions(tokens)
         return unit((self.line(directions) + self.bend(directions)).float())
+
+    def directions(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Unit vectors of what sets tokens apart from their frame's mean."""
+        return unit(tokens - self.config.centre * tokens.mean(1, keepdim=True))
 
     def before_compiling(self) -> None:
         # Not a decorator: it would import torch's compiler, two seconds, wherever a model is imported.

@@ -2,7 +2,8 @@
 
 Online and causal. The attention of the last frames flows to the patches of this one (:mod:`slotlab.models.flow`): a new
 slot goes on with the identity that its patches get most from, by the Hungarian algorithm. One that goes on with none
-may be an object that has been away: it takes the identity whose key is like its own. Else it is new.
+may be an object that has been away: it takes the identity whose key is like its own. Else it is new. What flows is also
+a prior of each patch's slot, so that a patch in doubt stays with the object that it belonged to.
 """
 
 from __future__ import annotations
@@ -16,21 +17,23 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from featcache.machine import limited
-from slotlab.models.flow import Seen, flow
+from slotlab.models.flow import FLOW_TEMPERATURE, PRIOR_FLOOR, Seen, flow
 
 FLOW_FRAMES = 5  # past frames that attention flows from
-LEAST_OVERLAP = 0.1  # of a slot and what flows to it (Dice): less is another object; chosen on training videos
+LEAST_OVERLAP = 0.02  # of a slot and what flows to it (Dice): less is another object; chosen on training videos
+PATCHES = 16  # a side of the grid that the flow's temperature was chosen at
+OTHER_OBJECT = 0.4  # cosine of keys below which a slot is another object, wherever it lies
 SAME_OBJECT = 0.8  # cosine of keys from which a new slot is an object that has been away
 
 
 @torch.no_grad()
 def follow(
-    keys: Float[Tensor, "T N S"], masks: Float[Tensor, "T K N"], position: Float[Tensor, "N 2"]
-) -> Int[Tensor, "T K"]:
-    """The order of each frame's slots by which every slot of a video stays with its object; all on the host."""
-    tracks = Tracks(masks.shape[1], position)
+    keys: Float[Tensor, "T N S"], logits: Float[Tensor, "T K N"], position: Float[Tensor, "N 2"], prior_weight: float
+) -> Float[Tensor, "T K N"]:
+    """The attention of a video's frames, in which every slot stays with its object; all on the host."""
+    tracks = Tracks(logits.shape[1], position, prior_weight)
     with limited():  # one thread: hundreds of small operations a frame
-        return torch.stack([tracks.step(*frame) for frame in zip(keys, masks, strict=True)])
+        return torch.stack([tracks.step(*frame) for frame in zip(keys, logits, strict=True)])
 
 
 class Tracks:
@@ -39,33 +42,42 @@ class Tracks:
     Args:
         slots: K, the most slots of a frame, and the number of identities.
         position: places of the patches, in [-1, 1] along the shorter side.
+        prior_weight: exponent of the prior that flows from the past.
     """
 
-    def __init__(self, slots: int, position: Float[Tensor, "N 2"]) -> None:
-        self.position = position
+    def __init__(self, slots: int, position: Float[Tensor, "N 2"], prior_weight: float) -> None:
+        self.position, self.prior_weight = position, prior_weight
+        # A finer grid has more patches to flow from: at the same temperature the prior would blur.
+        self.temperature = FLOW_TEMPERATURE * min(1.0, PATCHES / len(position) ** 0.5)
         self.keys: Tensor | None = None  # (K, S); 0 for an identity that was never used
         self.absent = torch.full((slots,), 10**6)  # frames since each was seen
         self.past: deque[Seen] = deque(maxlen=FLOW_FRAMES)  # newest first
 
-    def step(self, keys: Float[Tensor, "N S"], masks: Float[Tensor, "K N"]) -> Int[Tensor, " K"]:
-        """Follow the slots of the next frame; return the order of them by which each is at its identity's place."""
+    def step(self, keys: Float[Tensor, "N S"], logits: Float[Tensor, "K N"]) -> Float[Tensor, "K N"]:
+        """Follow the slots of the next frame; return its attention, each slot at its identity's place."""
+        masks = logits.softmax(0)
         slots = F.normalize(masks @ keys, dim=-1)
         found = masks.amax(1) > 0  # (K,)
         identity = torch.full((len(masks),), -1)
         if self.past:
-            prior = flow(keys, self.position, self.past).T  # (K, N)
+            prior = flow(keys, self.position, self.past, self.temperature).T  # (K, N)
             mass = prior.sum(1).unsqueeze(1) + masks.sum(1)
-            pair(identity, 2 * prior @ masks.T / mass.clamp_min(1e-6), LEAST_OVERLAP)
-            away = self.keys @ slots.T  # type: ignore[operator]
-            pair(identity, away, SAME_OBJECT)
+            overlap = 2 * prior @ masks.T / mass.clamp_min(1e-6)
+            alike = self.keys @ slots.T  # type: ignore[operator]
+            pair(identity, overlap.masked_fill(alike < OTHER_OBJECT, 0), LEAST_OVERLAP)
+            pair(identity, alike, SAME_OBJECT)
         free = [k for k in self.absent.argsort(descending=True, stable=True).tolist() if k not in identity.tolist()]
         identity[identity < 0] = torch.tensor(free[: int((identity < 0).sum())], dtype=identity.dtype)
         order = identity.argsort()
         self.absent = torch.where(found[order], 0, self.absent + 1)
         before = torch.zeros_like(slots) if self.keys is None else self.keys
         self.keys = torch.where(found[order].unsqueeze(1), slots[order], before)
-        self.past.appendleft(Seen(keys, masks[order].T))
-        return order
+        logits = logits[order]
+        if self.past:
+            logits = logits + self.prior_weight * (prior + PRIOR_FLOOR).log()
+        attention = logits.softmax(0)
+        self.past.appendleft(Seen(keys, attention.T))
+        return attention
 
 
 def pair(identity: Int[Tensor, " K"], likeness: Float[Tensor, "K K"], least: float) -> None:

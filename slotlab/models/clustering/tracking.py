@@ -25,13 +25,12 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from slotlab.config.model import ClusteringConfig
-from slotlab.models.flow import Seen, flow, squared_distance
+from slotlab.models.flow import PRIOR_FLOOR, Seen, flow, squared_distance
 
 # Constants, not settings: no preset ever changed them. They were chosen on the sample's training videos.
 SEED_OBJECTNESS = 0.6  # objectness below which a token starts no slot
 ITERATIONS = 2  # rounds that refine carried slots; few are enough, as they start where they ended
 LEAST_MASS = 1.0  # patches that a slot must hold to be kept; masks cannot show less
-PRIOR_FLOOR = 0.05  # a slot's share of patches that nothing flows to; at 0 no object could come into sight
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # keys, objectness, slots, active -> (B, N, K)
 
