@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from scipy.stats import entropy as scipy_entropy
 
 from slotlab.models.base import Output
-from slotlab.pictures.sheet import HEADER, draw_sheet
+from slotlab.pictures.sheet import HEADER, SINGLE_SLOTS, TITLES, draw_sheet
 from slotlab.pictures.still import Still
 from slotlab.scoring.entropy import EntropyScorer, entropy_maps
 from slotlab.scoring.follow import Followed
@@ -67,6 +68,19 @@ def test_the_slope_over_spare_slots_is_the_least_squares_one(tmp_path: Path) -> 
     found = scorer.result()
     assert found["per_spare_slot"] == pytest.approx(expected)
     assert found["by_spare_slots"]["4"]["mean"] == pytest.approx(0.45) and math.isfinite(expected)
+
+
+def test_the_sheet_shows_the_slots_along_the_frames_edges(tmp_path: Path) -> None:
+    split = make_store(tmp_path / "store.zarr")["train"]
+    still = Still.of(followed_of(split, 0, undecided=-1))
+    coarse = replace(still, masks=torch.nn.functional.avg_pool2d(still.masks, 8))
+    with Image.open(draw_sheet(split, [coarse], tmp_path / "sheet.png")) as picture:
+        drawn = np.asarray(picture.convert("RGB")).astype(int)
+    cell = drawn.shape[1] / (len(TITLES) + SINGLE_SLOTS)
+    truth, plain, along = (drawn[-200:, round(cell * c + 9) : round(cell * c + cell - 9)] for c in (1, 2, 3))
+    width = min(part.shape[1] for part in (truth, plain, along))
+    off = [abs(part[:, :width] - truth[:, :width]).mean() for part in (plain, along)]
+    assert off[1] < off[0], "nearer to the truth than masks on the grid"
 
 
 def test_the_sheet_shows_the_entropy_below_the_masks(tmp_path: Path) -> None:

@@ -96,6 +96,17 @@ def test_a_grid_as_fine_as_the_frame_works() -> None:
     assert refine(masks, pictures, "guided", Guided(scales=(1,))).shape == (2, 3, 96, 96)
 
 
+def test_a_large_frame_is_seen_smaller() -> None:
+    pictures, truth = scene(256)
+    pictures, truth = pictures[:, :200], truth[:, :200]
+    masks = grid_masks(truth, (8, 10), 3)
+    small = refine(masks, pictures, "guided", Guided(pixels=2**14))
+    assert small.shape == (2, 3, 200, 256)
+    torch.testing.assert_close(small.sum(1), torch.ones(2, 200, 256))
+    agree = small.argmax(1) == refine(masks, pictures, "guided").argmax(1)
+    assert 0.98 < agree.float().mean() < 1
+
+
 def test_one_slot_and_wrong_inputs() -> None:
     pictures, _ = scene()
     assert torch.equal(refine(torch.ones(2, 1, 4, 4), pictures, "guided"), torch.ones(2, 1, 96, 96))

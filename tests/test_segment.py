@@ -146,10 +146,16 @@ def test_segment_writes_files_for_pictures_and_folders(
         Image.fromarray(frame).save(tmp_path / "walk" / f"{index}.png")
     files = [str(tmp_path / "walk" / "0.png"), str(tmp_path / "walk")]
     out = tmp_path / "out"
-    app(["segment", str(run), *files, "--out", str(out), "--format", "png", "--json"], standalone_mode=False)
-    assert json.loads(capsys.readouterr().out) == {"out": str(out), "files": 5}
-    written = [np.asarray(Image.open(path)) for path in sorted((out / "0001-walk").glob("*.png"))]
-    assert np.array_equal(np.stack(written), labels.numpy())
+    fine = slotlab.load(run).label(frames, refine="guided")
+    for options, expected in (([], fine), (["--refine", "none"], labels.numpy())):
+        app(
+            ["segment", str(run), *files, "--out", str(out), "--format", "png", "--json", *options],
+            standalone_mode=False,
+        )
+        assert json.loads(capsys.readouterr().out) == {"out": str(out), "files": 5}
+        written = [np.asarray(Image.open(path)) for path in sorted((out / "0001-walk").glob("*.png"))]
+        assert np.array_equal(np.stack(written), expected)
+    assert (fine != labels.numpy()).any(), "edges are guided unless told otherwise"
     with pytest.raises(UsageError, match="no such file"):
         app(["segment", str(run), str(tmp_path / "none.png"), "--out", str(out)], standalone_mode=False)
 

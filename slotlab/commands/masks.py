@@ -60,9 +60,9 @@ def segment(
         MaskFormat, typer.Option("--format", help="Format of the files; png: label maps, rle: one COCO file.")
     ] = "overlay-png",
     refine: Annotated[
-        Literal["none", Refinement] | None,
-        typer.Option(help="Method that refines masks along the frames' edges; default: none, without training guided."),
-    ] = None,
+        Literal["none", Refinement],
+        typer.Option(help="Method that refines masks along the frames' edges; none: as the model gives them."),
+    ] = "guided",
     frame_size: Annotated[
         int | None,
         typer.Option(min=1, help="Shorter side that larger pictures are scaled to; default: as they are."),
@@ -104,7 +104,7 @@ def segment(
         terminal.err.print(f"features whitened by {segmenter.measured}")
     else:
         segmenter = load(paths[0], input_size=size, device=device, weights=weights)
-    method = "guided" if refine is None and no_training else None if refine == "none" else refine
+    method = None if refine == "none" else refine
     with MaskWriter(out, form, fps) as writer:
         for index, path in enumerate(files):
             frames = read_path(path, frame_size)

@@ -38,6 +38,7 @@ class Guided:
     epsilon: float = 1e-5  # ridge on the colours, which are in [0, 1]
     flat: float = 3e-4  # variance of a window's colours, summed over channels, at which the filter has weight 1/2
     sharpening: float = 4.0  # power that masks are raised to between rounds
+    pixels: int = 2**21  # of a frame whose every pixel is seen; a larger one is seen smaller, to save time and memory
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ def _guided(masks: Tensor, frames: Tensor, parameters: Guided) -> Tensor:
     """Masks (B, K, h, w) and frames (B, H, W, 3) to masks (B, K, H, W), in one round for each scale."""
     guide = frames.permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
     rows, columns = masks.shape[-2:]
+    whole = guide.shape[-2:]
+    if (larger := (whole[0] * whole[1] / parameters.pixels) ** 0.5) > 1:
+        guide = F.interpolate(guide, size=[round(side / larger) for side in whole], mode="area")
     sizes = [(min(rows * scale, guide.shape[2]), min(columns * scale, guide.shape[3])) for scale in parameters.scales]
     guides = [F.interpolate(guide, size=size, mode="area") for size in sizes]
     for index, (coarse, fine) in enumerate(zip(guides, [*guides[1:], guide], strict=True)):
@@ -95,7 +99,7 @@ def _guided(masks: Tensor, frames: Tensor, parameters: Guided) -> Tensor:
         radius = max(1, round(parameters.radius * down)), max(1, round(parameters.radius * along))
         filtered = fast_guided_filter(masks, coarse, fine, radius, parameters.epsilon, parameters.flat)
         masks = _normalised(filtered.clamp(_SMALLEST, 1))
-    return masks
+    return F.interpolate(masks, size=whole, mode="bilinear") if larger > 1 else masks
 
 
 def fast_guided_filter(
