@@ -20,8 +20,7 @@ from featcache.errors import DataError
 from featcache.sources.video import Video
 from featcache.store.reading import FeatureStore, Split
 from slotlab.masks.binarise import threshold_labels
-from slotlab.masks.labels import masks_to_labels
-from slotlab.masks.refine import refine
+from slotlab.masks.labels import fine_labels, masks_to_labels
 from slotlab.models.kmeans import kmeans
 from slotlab.models.randomness import Draws
 from slotlab.pictures import palette
@@ -205,8 +204,8 @@ def test_outlines_are_known_ones(loaded: LoadedRun) -> None:
 def test_refined_and_binarised_masks_are_scored_alike(loaded: LoadedRun) -> None:
     split, fine, sure = loaded.split(), [], []
     for video, truth, known in known_pixels(split):
-        masks, pictures = loaded.segment(split, video).masks_on_grid, torch.from_numpy(split.video(video))
-        labels = masks_to_labels(refine(masks, pictures, "guided"), (SIZE, SIZE)).numpy()
+        masks = loaded.segment(split, video).masks_on_grid
+        labels = fine_labels(masks, split.video(video), "guided")
         seen = [t for t in range(len(truth)) if known[t].any()]
         fine += [reference(truth[t][known[t]], labels[t][known[t]]) for t in seen]
         sure.append(threshold_labels(masks, (SIZE, SIZE), 0.205).numpy()[known] == 5)

@@ -22,6 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import (
+    addmm_flop,
+    baddbmm_flop,
     conv_flop_count,
     flop_registry,
     sdpa_backward_flop_count,
@@ -289,15 +291,15 @@ CORRECTED: dict[Any, Callable[..., int]] = {  # formulas of shapes that torch's 
     aten.convolution_backward: convolution_backward_flops,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    aten._addmm_activation: addmm_flop,
+    aten.addmm_: addmm_flop,
+    aten.baddbmm_: baddbmm_flop,
 }
 
 CONVOLUTIONS = (aten.convolution, aten.convolution_backward)
 
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    aten._addmm_activation: flop_registry[aten.addmm],
-    aten.addmm_: flop_registry[aten.addmm],
-    aten.baddbmm_: flop_registry[aten.baddbmm],
     **{operator: shape_wrapper(formula) for operator, formula in CORRECTED.items()},  # type: ignore[no-untyped-call]
 }
 
