@@ -22,8 +22,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import (
-    addmm_flop,
-    baddbmm_flop,
     conv_flop_count,
     flop_registry,
     sdpa_backward_flop_count,
@@ -286,14 +284,18 @@ def _attention_backward_flops(
     return int(sdpa_backward_flop_count(gradient, query, key, value))  # type: ignore[no-untyped-call]
 
 
+def _product_flops(added: Shape, one: Shape, other: Shape, *rest: Any, out_shape: Any = None, **options: Any) -> int:
+    return 2 * math.prod(one) * other[-1]
+
+
 CORRECTED: dict[Any, Callable[..., int]] = {  # formulas of shapes that torch's counter has wrong, or lacks
     aten.convolution: convolution_flops,
     aten.convolution_backward: convolution_backward_flops,
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-    aten._addmm_activation: addmm_flop,
-    aten.addmm_: addmm_flop,
-    aten.baddbmm_: baddbmm_flop,
+    aten._addmm_activation: _product_flops,
+    aten.addmm_: _product_flops,
+    aten.baddbmm_: _product_flops,
 }
 
 CONVOLUTIONS = (aten.convolution, aten.convolution_backward)
