@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import zlib
 from base64 import b64decode
 from itertools import product
@@ -297,7 +298,8 @@ def test_masks_of_which_nothing_is_known_are_none(tmp_path: Path, loaded: Loaded
 def test_a_run_on_an_earlier_store_is_scored_on_a_new_one(tmp_path: Path) -> None:
     """And all of its frames are labelled in both."""
     new = make_store(tmp_path / "new.zarr", DiscSource({"train": (4, 3, 2), "validation": (3, 2)}))
-    one, other = (evaluate(load_run(MADE / "default", path)) for path in (MADE / "float16.zarr", new.path))
+    old = shutil.copytree(MADE / "float16.zarr", tmp_path / "old.zarr")  # references are kept in it
+    one, other = (evaluate(load_run(MADE / "default", path)) for path in (old, new.path))
     assert one.values == pytest.approx(other.values)
     for evaluation in (one, other):
         assert (evaluation.summary.labelled_frames, evaluation.ignored_pixels, evaluation.left_out) == (5, 0.0, "")
