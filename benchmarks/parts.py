@@ -1,11 +1,12 @@
 """What each part of `objects` is worth: the model on several sets, with one part left out at a time.
 
     python -m benchmarks.parts --home STORE[:SPLIT] NAME=STORE[:SPLIT] ... [--first NAME=N ...] [--stride 1]
-        [--steps 200] [--seed 0] [--only PART ...] [--folder runs/parts] [--json]
+        [--steps 200] [--seed 0] [--only PART ...] [--set KEY=VALUE ...] [--folder runs/parts] [--json]
 
 Parts of training are left out in training and in use, from runs of ``--steps`` steps; parts of use alone, from the
-whole model's run. ``--first moving=4`` scores the first 4 videos of a split. Scores are those of
-:mod:`benchmarks.sets`, of plain masks; frames are taken apart.
+whole model's run. ``--first moving=4`` scores the first 4 videos of a split. ``--set`` changes settings
+of all runs, which then want a folder of their own. Scores are those of :mod:`benchmarks.sets`, of plain masks; frames
+are taken apart.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     parser.add_argument("--folder", type=Path, default=Path("runs/parts"))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -108,7 +110,7 @@ def without(
     name: str, part: Part, sets: Mapping[str, tuple[Split, list[int]]], args: argparse.Namespace
 ) -> Iterator[tuple[str, Pair]]:
     """FG-ARI and mBO of each set without a part."""
-    options = [f"seed={args.seed}", f"optim.steps={args.steps}", *part.training]
+    options = [f"seed={args.seed}", f"optim.steps={args.steps}", *args.set, *part.training]
     with ExitStack() as stack:
         for owner, attribute, value in part.without:
             stack.enter_context(patch.object(owner, attribute, value))
