@@ -1,12 +1,12 @@
 """What each part of `objects` is worth: the model on several sets, with one part left out at a time.
 
     python -m benchmarks.parts --home STORE[:SPLIT] NAME=STORE[:SPLIT] ... [--first NAME=N ...] [--stride 1]
-        [--steps 200] [--seed 0] [--only PART ...] [--set KEY=VALUE ...] [--folder runs/parts] [--json]
+        [--steps 200] [--seed 0] [--video] [--only PART ...] [--set KEY=VALUE ...] [--folder runs/parts] [--json]
 
 Parts of training are left out in training and in use, from runs of ``--steps`` steps; parts of use alone, from the
 whole model's run. ``--first moving=4`` scores the first 4 videos of a split. ``--set`` changes settings
 of all runs, which then want a folder of their own. Scores are those of :mod:`benchmarks.sets`, of plain masks; frames
-are taken apart.
+are taken apart, or with ``--video`` followed: then scores are of whole videos, and the parts are the tracker's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.harness import report
 from benchmarks.sets import Pair, model_masks, scores, split_of, trained
 from featcache.store.reading import Split
 from slotlab.models import segments
-from slotlab.models.agglomerative import model
+from slotlab.models.agglomerative import model, tracking
 from slotlab.models.agglomerative.model import AgglomerativeModel
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.tables import require_truth
@@ -57,6 +57,7 @@ class Part:
     training: tuple[str, ...] = ()
     use: Mapping[str, object] = field(default_factory=dict)
     trains: bool = False  # whether training differs
+    tracks: bool = False  # whether it matters in videos alone
 
 
 PARTS: Mapping[str, Part] = {
@@ -72,6 +73,8 @@ PARTS: Mapping[str, Part] = {
     "competition": Part(((AgglomerativeModel, "compete", segments_alone),)),
     "surroundings in the competition": Part(use={"near_weight": 0.0}),
     "neighbours in the competition": Part(((model, "smoothed", as_they_are),)),
+    "the past as a prior": Part(use={"prior_weight": 0.0}, tracks=True),
+    "identities by small overlaps": Part(((tracking, "LEAST_OVERLAP", 0.1),), tracks=True),
 }
 
 
@@ -83,7 +86,8 @@ def main() -> None:
     parser.add_argument("--stride", type=int, default=1)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--video", action="store_true")
+    parser.add_argument("--only", nargs="*", choices=list(PARTS))
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     parser.add_argument("--folder", type=Path, default=Path("runs/parts"))
     parser.add_argument("--json", action="store_true")
@@ -96,7 +100,7 @@ def main() -> None:
         videos = range(len(split.manifest))
         sets[name] = split, list(videos[: int(first.get(name, len(videos)))])
     found = {}
-    for name in args.only:
+    for name in args.only or [name for name in PARTS if name == "whole" or PARTS[name].tracks == args.video]:
         found[name] = dict(without(name, PARTS[name], sets, args))
         if not args.json:
             print(
@@ -118,8 +122,9 @@ def without(
         for of, (split, videos) in sets.items():
             loaded = load_run(run, split.store.path)
             assert isinstance(loaded.model, AgglomerativeModel)
-            loaded.model.config = loaded.model.config.model_copy(update={"tracking": False, **part.use})
-            yield of, scores(model_masks(loaded, split, videos), split, videos, args.stride, plain=True)[""]
+            loaded.model.config = loaded.model.config.model_copy(update={"tracking": args.video, **part.use})
+            masks = model_masks(loaded, split, videos)
+            yield of, scores(masks, split, videos, args.stride, plain=True, by_video=args.video)[""]
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """One preset on many sets: training-free segments, the model untrained and trained, with and without guided edges.
 
     python -m benchmarks.sets --home STORE NAME=STORE[:SPLIT] ... [--own NAME=STORE[:SPLIT] ...] [--last NAME=N ...]
-        [--stride 1] [--preset objects] [--seeds 0 1 2] [--own-steps N] [--folder runs/sets] [--plain] [--json]
+        [--stride 1] [--video] [--preset objects] [--seeds 0 1 2] [--own-steps N] [--folder runs/sets] [--plain]
+        [--set KEY=VALUE ...] [--json]
 
 ``carried`` is trained on the store ``--home`` alone and scored on every set as it is; ``own`` is trained on the set's
 own videos of ``--own``, which must not be among those scored: ``--last moving=4`` scores the last 4 of a split alone.
-``--own-steps`` makes that shorter. Each stands beside its start, a step at a rate of next to nothing.
-Runs are kept in the folder and used again. With ``--stride N`` every N-th frame of a video counts; slots are followed
-over all of them. A set's store may have another input size than the home's, which the preset ``objects`` can read.
-FG-ARI is a mean over frames of two objects or more, mBO over all frames with objects; both at the store's frame size,
-of soft masks upsampled and, without ``--plain``, of the same after a guided filter.
+``--own-steps`` makes that shorter. Each stands beside its start, a step at a rate of next to nothing. ``--set`` changes
+settings of all runs. Runs are kept in the folder and used again: other settings want another folder. With ``--stride
+N`` every N-th frame of a video counts; slots are followed over all of them. A set's store may have another input size
+than the home's, which the preset ``objects`` can read. FG-ARI is a mean over frames of two objects or more, mBO over
+all frames with objects; both at the store's frame size, of soft masks upsampled and, without ``--plain``, of the same
+after a guided filter. With ``--video`` both are of whole videos, in which a slot must keep its object.
 """
 
 from __future__ import annotations
@@ -71,18 +73,26 @@ def free_masks(split: Split, videos: Iterable[int]) -> Iterator[Tensor]:
 
 
 def scores(
-    masks: Iterable[Tensor], split: Split, videos: list[int], stride: int, plain: bool = False
+    masks: Iterable[Tensor], split: Split, videos: list[int], stride: int, plain: bool = False, by_video: bool = False
 ) -> dict[str, Pair]:
-    """FG-ARI and mBO of plain masks and, as ", guided", of refined ones; of every ``stride``-th frame."""
+    """FG-ARI and mBO of plain masks and, as ", guided", of refined ones; of every ``stride``-th frame.
+
+    They are means over frames or, with ``by_video``, over videos, each of which counts as one large frame.
+    """
+
+    def counted(found: Tensor) -> Tensor:
+        of_frames = mask_tables(found, truth[known], labels)
+        return of_frames.sum(0, keepdim=True) if by_video else of_frames
+
     labels = count_labels(split)
     tables: dict[str, list[Tensor]] = {}
     for video, found in zip(videos, masks, strict=True):
         truth = ground_truth(split, video)
         known = labelled_frames(truth).nonzero().flatten()[::stride]
-        tables.setdefault("", []).extend(mask_tables(found[known], truth[known], labels))
+        tables.setdefault("", []).extend(counted(found[known]))
         if not plain:
             fine = refine(found[known], torch.from_numpy(split.video(video))[known], "guided")
-            tables.setdefault(", guided", []).extend(mask_tables(fine, truth[known], labels))
+            tables.setdefault(", guided", []).extend(counted(fine))
     return {edges: mean_scores(of_frames) for edges, of_frames in tables.items()}
 
 
@@ -103,8 +113,10 @@ def main() -> None:
     parser.add_argument("--preset", default="objects")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--own-steps", type=int, default=0)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     parser.add_argument("--folder", type=Path, default=Path("runs/sets"))
     parser.add_argument("--plain", action="store_true", help="without guided edges, which take the longest")
+    parser.add_argument("--video", action="store_true", help="scores of whole videos instead of frames")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     places, own, last = (dict(pair.split("=", 1) for pair in pairs) for pairs in (args.sets, args.own, args.last))
@@ -112,10 +124,13 @@ def main() -> None:
     for name, place in places.items():
         split = require_truth(split_of(place))
         videos = list(range(len(split.manifest)))[-int(last.get(name, 0)) :]
-        training = {"untrained": (args.home, "home", START), "carried": (args.home, "home", [])}
+        training = {"untrained": (args.home, "home", [*args.set, *START]), "carried": (args.home, "home", args.set)}
         if name in own:
             steps = [f"optim.steps={args.own_steps}"] if args.own_steps else []
-            training |= {"own-untrained": (own[name], name, START), "own": (own[name], name, steps)}
+            training |= {
+                "own-untrained": (own[name], name, [*args.set, *START]),
+                "own": (own[name], name, [*args.set, *steps]),
+            }
         found[name] = measured(split, videos, training, args)
         if not args.json:
             print(line(name, found[name]), flush=True)
@@ -130,12 +145,14 @@ def measured(
     rows: dict[str, list[Pair]] = {}
 
     def add(row: str, masks: Iterable[Tensor]) -> None:
-        for edges, pair in scores(masks, split, videos, args.stride, args.plain).items():
+        for edges, pair in scores(masks, split, videos, args.stride, args.plain, args.video).items():
             rows.setdefault(row + edges, []).append(pair)
 
     add("tfs", free_masks(split, videos))
     for seed in args.seeds:
         for row, (place, home, options) in training.items():
+            if row.endswith("untrained") and seed != args.seeds[0]:
+                continue  # all seeds start from the same keys
             run = trained(
                 args.preset, place, args.folder / f"{args.preset}-{row}-{home}-{seed}", f"seed={seed}", *options
             )
