@@ -36,7 +36,6 @@ from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import Attended
 from slotlab.models.slot_model import SlotModel
-from slotlab.training.losses import total
 from slotlab.training.processes import Ranks
 from slotlab.training.step import TrainStep
 
@@ -177,7 +176,7 @@ def main() -> None:
         name: make_step(config, VARIANTS[name], args.side, args.dim, device) for name in (REFERENCE, *args.variants)
     }
     # Warms up, compiles.
-    first = {name: total(step.gradients(features), config.loss).item() for name, step in steps.items()}
+    first = {name: step.gradients(features)[1].item() for name, step in steps.items()}
     peaks = {name: peak_bytes(partial(step.gradients, features), device) for name, step in steps.items()}
     rivals: dict[str, Callable[[], float]] = {name: partial(step_rate, step, features) for name, step in steps.items()}
     decoder = steps[REFERENCE].model.decode

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from slotlab.models.competition import EPSILON, Projected
+from slotlab.models.competition import EPSILON, TAIL, Projected
 from slotlab.training.cost import Tally
 
 B, T, N, K, S = 2, 3, 9, 4, 5
@@ -18,6 +19,11 @@ Found = tuple[Tensor, Tensor, Tensor, Tensor]
 
 def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).requires_grad_()
+
+
+def projected(key: Tensor, value: Tensor) -> Projected:
+    tail = F.pad(key.new_ones(*key.shape[:-1], 1), (0, TAIL - 1))
+    return Projected(torch.cat([key, value, tail], -1), key.shape[-1])
 
 
 def as_published(key: Tensor, value: Tensor, slots: Tensor, active: Tensor | None) -> Found:
@@ -37,7 +43,7 @@ def test_results_and_gradients_are_those_of_the_formula(active: Tensor | None, l
     """Over frames that take part in one, two and no rounds, one after the other, with each result in the loss."""
     key, value, slots = draw(B, T, N, S, seed=0), draw(B, T, N, S, seed=1), draw(B, K, S, seed=2)
     seen = torch.ones(B, K, 1) if active is None else active.unsqueeze(-1)
-    mine = [frame.shared_among for frame in Projected(key, value).frames(active)]
+    mine = [frame.shared_among for frame in projected(key, value).frames(active)]
     theirs = [lambda given, t=t: as_published(key[:, t], value[:, t], given, active) for t in range(T)]  # type: ignore[misc]
 
     def found(rounds: list) -> tuple[Found, list[Tensor]]:  # type: ignore[type-arg]
@@ -61,8 +67,9 @@ def test_a_further_round_adds_no_operation_for_the_gradients_of_keys_and_values(
     def operations(rounds: int) -> int:
         tally = Tally()
         with FakeTensorMode(), tally:
-            key, value, slots = (torch.empty(B, n, S, requires_grad=True) for n in (T * N, T * N, K))
-            frames = Projected(key.view(B, T, N, S), value.view(B, T, N, S)).frames()
+            rows = torch.empty(B, T, N, 2 * S + TAIL, requires_grad=True)
+            slots = torch.empty(B, K, S, requires_grad=True)
+            frames = Projected(rows, S).frames()
             tally.restart()
             for _ in range(rounds):
                 for frame in frames:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +16,7 @@ from slotlab.models.decoders import DECODERS
 from slotlab.models.initializers import INITIALIZERS, Saliency, Starts
 from slotlab.models.normalise import Normaliser
 from slotlab.models.randomness import Draws
-from slotlab.models.slot_attention import GRU, SlotAttention
+from slotlab.models.slot_attention import SlotAttention
 from slotlab.models.slot_model import SlotModel
 from slotlab.models.transformer import Attention
 from slotlab.training.losses import losses, total
@@ -225,26 +223,6 @@ def clustering(**options: object) -> ClusteringModel:
     torch.manual_seed(0)
     config = ClusteringConfig.model_validate({"slots": 6, "slot_dim": 12, "hidden": 16, **options})
     return ClusteringModel(config, Normaliser("none", 12), (8, 8))
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_the_gru_is_written_out_where_it_is_compiled() -> None:
-    """torch's cell is one CUDA kernel that nothing is fused with, and has no shapes for the compiler."""
-    ours, theirs, called = GRU(S, S), nn.GRUCell(S, S), []
-    ours.load_state_dict(theirs.state_dict())  # one checkpoint
-    tokens, slots = draw(B * K, S), draw(B * K, S, seed=1)
-
-    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
-        called.extend(str(node.target) for node in graph.graph.nodes)
-        return graph
-
-    compiled = torch.compile(ours, backend=backend, fullgraph=True)
-    for module in (ours, compiled):
-        torch.testing.assert_close(module(tokens, slots), theirs(tokens, slots), rtol=0, atol=1e-6)
-    assert sum("linear" in name for name in called) == 2 and not [name for name in called if "gru" in name]
-    wanted = torch.autograd.grad(theirs(tokens, slots).square().sum(), list(theirs.parameters()))
-    found = torch.autograd.grad(compiled(tokens, slots).square().sum(), list(ours.parameters()))
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_clustering_finds_the_objects_before_any_training() -> None:

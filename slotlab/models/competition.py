@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -15,15 +14,18 @@ from torch.autograd.function import once_differentiable
 from slotlab.models.repeated import joined
 
 EPSILON = 1e-8  # keeps the mean of a slot without patches finite
+TAIL = 4  # columns after keys and values
 NEVER = -1e9  # a logit whose softmax is 0; finite, so that a frame without any active slot gives no NaN
 
 
 @dataclass(frozen=True)
 class Projected:
-    """What slots attend to: of every patch a key, which holds the map of the queries and the scale too, and a value."""
+    """What slots attend to, as one product makes it: of every patch a key, which holds the map of the queries and the
+    scale too; a value, which may hold a map of what the means of values go to; and a 1, whose weighted sum is the sum
+    of the weights, with zeros after it, so that rows of float32 begin at multiples of 16 bytes."""
 
-    key: Float[Tensor, "B T N S"]
-    value: Float[Tensor, "B T N S"]
+    rows: Float[Tensor, "B T N W"]  # W = S + V + TAIL
+    width: int  # S, of a key
 
     def frames(self, active: Bool[Tensor, "B K"] | None = None) -> list[Patches]:
         """The patches of each frame; ``active``: False for slots that get none.
@@ -32,13 +34,13 @@ class Projected:
         wait, as in :mod:`slotlab.models.repeated`: at the end of the backward pass, two products give those of all
         rounds and frames.
         """
-        key, value, end = self.key, self.value, None
-        rounds: list[list[Round]] = [[] for _ in range(key.shape[1])]
-        if torch.is_grad_enabled() and key.requires_grad and not torch.compiler.is_compiling():
-            end = _End.apply(rounds, key, value)
-            key, value = key.detach(), value.detach()
-        value = F.pad(value, (0, 1), value=1.0)
-        least = value.sum(-2, keepdim=True)  # (B, T, 1, S + 1)
+        rows, end = self.rows, None
+        rounds: list[list[Round]] = [[] for _ in range(rows.shape[1])]
+        if torch.is_grad_enabled() and rows.requires_grad and not torch.compiler.is_compiling():
+            end = _End.apply(rounds, rows)
+            rows = rows.detach()
+        key, value = rows[..., : self.width], rows[..., self.width : 1 - TAIL]
+        least = value.sum(-2, keepdim=True)  # (B, T, 1, V + 1)
         padding = None if active is None else hide_padding(key.new_zeros(*active.shape, 1), active)
         frames = zip(key.unbind(1), value.unbind(1), least.unbind(1), rounds, strict=True)
         return [Patches(keys, values, sums, active, padding, end, of) for keys, values, sums, of in frames]
@@ -49,8 +51,8 @@ class Patches:
     """The patches of one frame."""
 
     key: Float[Tensor, "B N S"]
-    value: Float[Tensor, "B N S+1"]  # and a 1, whose weighted sum is the sum of the weights
-    least: Float[Tensor, "B 1 S+1"]  # their sum, of which every slot gets EPSILON
+    value: Float[Tensor, "B N U"]  # U = V + 1: and a 1
+    least: Float[Tensor, "B 1 U"]  # their sum, of which every slot gets EPSILON
     active: Bool[Tensor, "B K"] | None  # False: a slot that gets none
     padding: Float[Tensor, "B K 1"] | None  # what is added to the logits of each slot
     end: Tensor | None  # precedes all rounds, so that its gradient comes after theirs
@@ -58,7 +60,7 @@ class Patches:
 
     def shared_among(
         self, slots: Float[Tensor, "B K S"]
-    ) -> tuple[Float[Tensor, "B K S"], Float[Tensor, "B K N"], Float[Tensor, "B K N"], Float[Tensor, "B K S"]]:
+    ) -> tuple[Float[Tensor, "B K V"], Float[Tensor, "B K N"], Float[Tensor, "B K N"], Float[Tensor, "B K S"]]:
         """Each slot's mean value, weighted by its attention; the attention, which sums to one over the slots at every
         patch; the logits before it; and the slots as they are, for what follows: the product that gives their gradient
         then adds to that of what follows."""
@@ -72,7 +74,7 @@ class Patches:
         keys = self.key.mT
         logits = torch.bmm(slots, keys) if self.padding is None else torch.baddbmm(self.padding, slots, keys)
         attention = logits.softmax(1)
-        sums = torch.baddbmm(self.least, attention, self.value, beta=EPSILON)  # (B, K, S + 1)
+        sums = torch.baddbmm(self.least, attention, self.value, beta=EPSILON)  # (B, K, V + 1)
         weight = sums[..., -1:]
         return sums[..., :-1] / weight, attention, logits, weight
 
@@ -83,7 +85,7 @@ class Round(NamedTuple):
     slots: Float[Tensor, "B K S"]
     attention: Float[Tensor, "B K N"]
     of_logits: Float[Tensor, "B K N"]  # their gradient
-    of_sums: Float[Tensor, "B K S"]  # and that of the values' sums, before their division
+    of_sums: Float[Tensor, "B K V"]  # and that of the values' sums, before their division
 
 
 class _Shared(torch.autograd.Function):
@@ -128,31 +130,35 @@ class _End(torch.autograd.Function):
     """The node of a graph that gives keys and values their gradients, when all rounds have had theirs."""
 
     @staticmethod
-    def forward(ctx: Any, rounds: Sequence[list[Round]], key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, rounds: Sequence[list[Round]], rows: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.rounds, ctx.shape = rounds, key.shape
-        return key.new_empty(())
+        ctx.rounds, ctx.shape = rounds, rows.shape
+        return rows.new_empty(())
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Tensor | None) -> tuple[None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, _: Tensor | None) -> tuple[None, Tensor | None]:
         most = max(map(len, ctx.rounds))
         if most == 0:
-            return None, None, None
+            return None, None
         some = next(rounds[0] for rounds in ctx.rounds if rounds)
         if any(len(rounds) < most for rounds in ctx.rounds):  # rounds that others lack, and which add nothing
-            nothing = (torch.zeros_like(gradient) for gradient in (some.of_logits, some.of_sums))
-            some = Round(some.slots, some.attention, *nothing)
+            some = some._replace(of_logits=torch.zeros_like(some.of_logits), of_sums=torch.zeros_like(some.of_sums))
         filled = [round for rounds in ctx.rounds for round in [*rounds, *[some] * (most - len(rounds))]]
         for rounds in ctx.rounds:
             rounds.clear()
-        batch = ctx.shape[0] * ctx.shape[1]
+        clips, frames, *patch = ctx.shape
+        batch, count = clips * frames, most * some.slots.shape[1]
         slots, attention, of_logits, of_sums = (
-            joined(parts, 1).reshape(batch, most * parts[0].shape[1], -1) for parts in zip(*filled, strict=True)
+            joined(parts, 1).reshape(batch, count, -1) for parts in zip(*filled, strict=True)
         )
-        of_key = torch.bmm(of_logits.mT, slots)
-        of_value = torch.baddbmm(of_sums.sum(1, keepdim=True), attention.mT, of_sums, beta=EPSILON)
-        return None, of_key.view(ctx.shape), of_value.view(ctx.shape)
+        found = slots.new_empty(batch, *patch)
+        sizes = [slots.shape[-1], of_sums.shape[-1], TAIL]
+        of_key, of_value, of_tail = torch.split(found, sizes, -1)
+        torch.bmm(of_logits.mT, slots, out=of_key)
+        torch.baddbmm(of_sums.sum(1, keepdim=True), attention.mT, of_sums, beta=EPSILON, out=of_value)
+        of_tail.zero_()
+        return None, found.view(ctx.shape)
 
 
 def hide_padding(logits: Float[Tensor, "B K N"], active: Bool[Tensor, "B K"] | None) -> Float[Tensor, "B K N"]:

@@ -36,7 +36,7 @@ class Gaussian(nn.Module):
         self, tokens: Float[Tensor, "B N W"], clustered: Float[Tensor, "B N D"], draws: Draws
     ) -> Float[Tensor, "B K S"]:
         shape = (len(tokens), self.slots, self.mean.shape[-1])
-        return self.mean + self.log_std.exp() * draws.normal(shape, tokens.device)
+        return torch.addcmul(self.mean, self.log_std.exp(), draws.normal(shape, tokens.device))
 
 
 class GaussianMeans(Gaussian):

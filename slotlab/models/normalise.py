@@ -51,11 +51,11 @@ class Statistics:
 
 
 def _multiplied(x: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
-    return (x - shift) * weight
+    return (x - shift).float() * weight
 
 
 def _mapped(x: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
-    return (x - shift) @ weight
+    return (x - shift).float() @ weight
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Normaliser(nn.Module):
         if features.shape[-1] != self.shift.shape[-1]:
             raise ValueError(f"features have {features.shape[-1]} channels, the normaliser {self.shift.shape[-1]}")
         with torch.autocast(features.device.type, enabled=False):
-            return self.recipe.apply(features.float(), self.shift, self.weight)
+            return self.recipe.apply(features, self.shift, self.weight)
 
     def both(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised tokens to find slots in, and to reconstruct: the same, or, with a ``target``, those of its
@@ -223,6 +223,7 @@ def _inverse_root(variance: Tensor) -> Tensor:
 
 
 def _by_sample(x: Tensor, shift: Tensor, weight: Tensor) -> Tensor:
+    x = x.float()
     deviation, mean = torch.std_mean(x, dim=-2, correction=0, keepdim=True)
     return (x - mean) / (deviation + _EPSILON)
 
@@ -233,7 +234,7 @@ RECIPES: dict[str, Recipe] = {  # by the forms of data.normalize
     "slow=K": Recipe(lambda dim, kept: (dim, kept), _slow_directions, _mapped),
     "channel": Recipe(lambda dim, kept: (dim,), lambda of: _inverse_root(of.covariance.diagonal())),
     "scale": Recipe(lambda dim, kept: (), lambda of: of.covariance.diagonal().mean().rsqrt()),
-    "none": Recipe(apply=lambda x, shift, weight: x),
+    "none": Recipe(apply=lambda x, shift, weight: x.float()),
     "sample": Recipe(apply=_by_sample),
     "fixed=FACTOR": Recipe(),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -124,10 +125,10 @@ class Recurrence(nn.Module):
         more iterations than others begin before them.
         """
         assert self.predict is not None
-        keys, values = projected.key.unbind(1), projected.value.unbind(1)
-        count = len(keys)
+        frames = projected.rows.unbind(1)
+        count = len(frames)
         with torch.no_grad():
-            earlier = Projected(projected.key[:, :-1], projected.value[:, :-1])
+            earlier = replace(projected, rows=projected.rows[:, :-1])
             before = [frame.slots for frame in self._in_turn(earlier, starts, active)]
         later = [index for index in range(count) if index not in starts]
         given = joined([before[index - 1] for index in later])  # (frames * B, K, S)
@@ -140,11 +141,11 @@ class Recurrence(nn.Module):
         begun = dict(slots)
         for iterations, group in groups.items():
             if iterations > 1:
-                key, value, some = (joined([part[index] for index in group]) for part in (keys, values, slots))
-                (patches,) = Projected(key.unsqueeze(1), value.unsqueeze(1)).frames(_for_each(group, active))
+                rows, some = (joined([part[index] for index in group]) for part in (frames, slots))
+                (patches,) = replace(projected, rows=rows.unsqueeze(1)).frames(_for_each(group, active))
                 some = self.attend.begin(patches, layers, some, iterations - 1)
                 begun |= zip(group, some.chunk(len(group)), strict=True)
-        every = Projected(*(part.flatten(0, 1).unsqueeze(1) for part in (projected.key, projected.value)))
+        every = replace(projected, rows=projected.rows.flatten(0, 1).unsqueeze(1))
         (patches,) = every.frames(_of_frames(count, active))
         together, initial = (torch.stack([of[i] for i in range(count)], 1).flatten(0, 1) for of in (begun, slots))
         return self.attend.finish(patches, layers, together, initial)

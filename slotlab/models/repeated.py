@@ -40,7 +40,7 @@ class Repeated:
         return noted
 
     def parameter_gradients(self) -> Sequence[Tensor | None]:
-        """Gradients by the parameters, of all calls that were noted; forgets them."""
+        """Gradients by the parameters, of all calls that were noted; forgets them. None for one that has no part."""
         inputs, gradients = self.inputs, self.gradients
         self.inputs, self.gradients = [], []
         if not gradients:
@@ -48,7 +48,7 @@ class Repeated:
         together = [None if parts[0] is None else joined(parts) for parts in zip(*inputs, strict=True)]
         with torch.enable_grad():
             result = self.module(*together)
-        return torch.autograd.grad(result, self.parameters, joined(gradients))
+        return torch.autograd.grad(result, self.parameters, joined(gradients), allow_unused=True)
 
 
 def joined(parts: list[Tensor] | tuple[Tensor, ...], dim: int = 0) -> Tensor:

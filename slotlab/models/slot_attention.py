@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from slotlab.config.model import Gradient, GRUHidden
-from slotlab.models.competition import Patches, Projected
+from slotlab.models.competition import TAIL, Patches, Projected
+from slotlab.models.gru import GRU
 from slotlab.models.layers import MLP
 from slotlab.models.repeated import Repeated
 
@@ -35,19 +36,6 @@ class Attended:
     active: Bool[Tensor, "B K"] | None = None  # False: padding, which takes no patch and has no mask
 
 
-class GRU(nn.GRUCell):
-    """torch's GRU cell, written out for torch.compile, which cannot fuse torch's CUDA kernel with its neighbours."""
-
-    def forward(self, input: Float[Tensor, "B S"], hx: Float[Tensor, "B S"] | None = None) -> Float[Tensor, "B S"]:
-        if hx is None or not torch.compiler.is_compiling():  # one call is faster in eager mode
-            return super().forward(input, hx)
-        reset, update, new = F.linear(input, self.weight_ih, self.bias_ih).chunk(3, -1)
-        from_reset, from_update, from_new = F.linear(hx, self.weight_hh, self.bias_hh).chunk(3, -1)
-        update = torch.sigmoid(update + from_update)
-        new = torch.tanh(new + torch.sigmoid(reset + from_reset) * from_new)
-        return new + update * (hx - new)
-
-
 class SlotAttention(nn.Module):
     """Competitive attention of K slots over N patch tokens, refined over a few iterations.
 
@@ -62,6 +50,8 @@ class SlotAttention(nn.Module):
         gru_hidden: hidden state of the GRU: the slots of the round before (Locatello et al.), or these after their
             LayerNorm, as in the source of VideoSAUR and SlotContrast.
     """
+
+    one: Float[Tensor, " W"]  # after key and value; see Projected
 
     def __init__(
         self,
@@ -80,6 +70,7 @@ class SlotAttention(nn.Module):
         self.to_value = nn.Linear(input_dim, slot_dim, bias=False)
         self.to_query = nn.Linear(slot_dim, slot_dim, bias=False)
         self.gru = GRU(slot_dim, slot_dim)
+        self.register_buffer("one", F.pad(torch.ones(1), (4 * slot_dim, TAIL - 1)), persistent=False)
         self.mlp = (
             MLP(nn.LayerNorm(slot_dim), nn.Linear(slot_dim, mlp_hidden), nn.ReLU(), nn.Linear(mlp_hidden, slot_dim))
             if mlp_hidden
@@ -100,11 +91,16 @@ class SlotAttention(nn.Module):
     def project(self, inputs: Float[Tensor, "B T N D"]) -> Projected:
         """Keys and values of all tokens of clips.
 
-        A logit is (W_q q) . (W_k x), which is q . (W_q^T W_k x): the queries' map is applied here, once.
+        A logit is (W_q q) . (W_k x), which is q . (W_q^T W_k x): the queries' map is applied here, once. So may be the
+        GRU's map of its input, which is a mean of values.
         """
         inputs = self.norm_inputs(inputs)
         keys = self.to_query.weight.T @ self.to_key.weight * self.scale  # (S, D)
-        return Projected(F.linear(inputs, keys), self.to_value(inputs))
+        values, further = self.to_value.weight, self.gru.map_of_values(inputs.device)
+        if further is not None:
+            values = further @ values  # (3 S, D)
+        weight = F.pad(torch.cat([keys, values]), (0, 0, 0, TAIL))
+        return Projected(F.linear(inputs, weight, self.one[-len(weight) :]), len(keys))
 
     def layers(self, iterations: Sequence[int]) -> Layers:
         """The layers for refinements of so many rounds each in one pass, of which some have gradients."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,13 @@ from torch import Tensor, nn
 
 from slotlab.models.competition import NEVER
 from slotlab.models.layers import MLP
+
+
+class Memory(NamedTuple):
+    """The keys and values of what tokens attend to, by heads."""
+
+    key: Float[Tensor, "B H K E"]
+    value: Float[Tensor, "B H K E"]
 
 
 class Attention(nn.Module):
@@ -34,7 +42,7 @@ class Attention(nn.Module):
     def forward(
         self,
         tokens: Float[Tensor, "B M D"],
-        memory: Float[Tensor, "B K S"],
+        memory: Float[Tensor, "B K S"] | Memory,
         *,
         causal: bool = False,
         active: Bool[Tensor, "B K"] | None = None,
@@ -48,7 +56,7 @@ class Attention(nn.Module):
     def with_weights(
         self,
         tokens: Float[Tensor, "B M D"],
-        memory: Float[Tensor, "B K S"],
+        memory: Float[Tensor, "B K S"] | Memory,
         active: Bool[Tensor, "B K"] | None = None,
     ) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B K M"]]:
         """The attended tokens, and the attention weights: means over the heads, which sum to one over the memory."""
@@ -59,14 +67,17 @@ class Attention(nn.Module):
         weights = logits.softmax(-1)
         return self._merge(weights.to(value.dtype) @ value), weights.mean(1).transpose(1, 2)
 
-    def _heads(self, tokens: Tensor, memory: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def by_head(self, tokens: Float[Tensor, "B K D"]) -> Float[Tensor, "B H K E"]:
+        return tokens.view(*tokens.shape[:-1], self.heads, -1).transpose(1, 2)
+
+    def _heads(self, tokens: Tensor, memory: Tensor | Memory) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, heads, M, D / heads), keys and values (B, heads, K, D / heads)."""
-        if tokens is memory:
-            parts = applied((self.to_query, self.to_key, self.to_value), tokens)
-        else:
-            parts = (self.to_query(tokens), *applied((self.to_key, self.to_value), memory))
-        query, key, value = (part.view(*part.shape[:-1], self.heads, -1).transpose(1, 2) for part in parts)
-        return query, key, value
+        if memory is tokens:
+            query, key, value = map(self.by_head, applied((self.to_query, self.to_key, self.to_value), tokens))
+            return query, key, value
+        if not isinstance(memory, Memory):
+            (memory,) = memories([self], memory)
+        return self.by_head(self.to_query(tokens)), *memory
 
     def _merge(self, mixed: Tensor) -> Tensor:
         merged: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
@@ -103,7 +114,7 @@ class SelfBlock(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Tokens attend to slots, but not to each other."""
+    """Tokens attend to slots, whose keys and values are ``attend``'s, but not to each other."""
 
     def __init__(self, dim: int, heads: int, hidden: int, memory_dim: int, temperature: float = 1.0) -> None:
         super().__init__()
@@ -112,14 +123,14 @@ class CrossBlock(nn.Module):
         self.feed_forward = FeedForward(dim, hidden)
 
     def forward(
-        self, tokens: Float[Tensor, "B M D"], slots: Float[Tensor, "B K S"], active: Bool[Tensor, "B K"] | None
+        self, tokens: Float[Tensor, "B M D"], slots: Memory, active: Bool[Tensor, "B K"] | None
     ) -> Float[Tensor, "B M D"]:
         moved: Tensor = self.feed_forward(tokens + self.attend(self.norm(tokens), slots, active=active))
         return moved
 
 
 class CausalCrossBlock(nn.Module):
-    """Tokens attend to the tokens before them and to themselves, then to slots.
+    """Tokens attend to the tokens before them and to themselves, then to slots, by keys and values of ``to_slots``.
 
     ``bias`` is that of the attentions; ``opens`` adds what is seen of the past to the normed tokens, not to the tokens
     (the first block of SLATE and SPOT).
@@ -136,14 +147,14 @@ class CausalCrossBlock(nn.Module):
         self.feed_forward = FeedForward(dim, hidden)
 
     def forward(
-        self, tokens: Float[Tensor, "B M D"], slots: Float[Tensor, "B K S"], active: Bool[Tensor, "B K"] | None
+        self, tokens: Float[Tensor, "B M D"], slots: Memory, active: Bool[Tensor, "B K"] | None
     ) -> Float[Tensor, "B M D"]:
         tokens = self._past(tokens)
         moved: Tensor = self.feed_forward(tokens + self.to_slots(self.norm_slots(tokens), slots, active=active))
         return moved
 
     def with_weights(
-        self, tokens: Float[Tensor, "B M D"], slots: Float[Tensor, "B K S"], active: Bool[Tensor, "B K"] | None
+        self, tokens: Float[Tensor, "B M D"], slots: Memory, active: Bool[Tensor, "B K"] | None
     ) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B K M"]]:
         """The tokens after the block, and their attention to the slots, which sums to one over the slots."""
         tokens = self._past(tokens)
@@ -154,6 +165,13 @@ class CausalCrossBlock(nn.Module):
         normed = self.norm_past(tokens)
         seen: Tensor = (normed if self.opens else tokens) + self.to_past(normed, normed, causal=True)
         return seen
+
+
+def memories(attentions: Sequence[Attention], memory: Float[Tensor, "B K S"]) -> list[Memory]:
+    """The keys and values of the same memory for several attentions, by one product."""
+    layers = [layer for attention in attentions for layer in (attention.to_key, attention.to_value)]
+    parts = [attentions[0].by_head(part) for part in applied(layers, memory)]
+    return [Memory(*both) for both in zip(parts[::2], parts[1::2], strict=True)]
 
 
 def applied(layers: Sequence[nn.Linear], tokens: Float[Tensor, "*B D"]) -> tuple[Tensor, ...]:

@@ -13,7 +13,6 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +34,7 @@ from slotlab.models.base import Model
 from slotlab.models.build import empty_model
 from slotlab.models.clustering.model import ClusteringModel
 from slotlab.models.decoders.broadcast import ROWS, MLPDecoder
+from slotlab.models.gru import GRU
 from slotlab.models.inputs import ModelInput
 from slotlab.models.layers import MLP
 from slotlab.models.randomness import Undrawn
@@ -119,7 +119,7 @@ class Counted(TrainStep):
         super().__init__(config, model, Ranks(torch.device("cpu")))
         self.tally, self.passes = tally, 0
 
-    def gradients(self, features: Tensor) -> dict[str, Tensor]:
+    def gradients(self, features: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         found = super().gradients(features)
         self.passes = sum(self.tally.work.values())
         return found
@@ -197,23 +197,15 @@ class Tally(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def as_on_a_gpu(model: nn.Module) -> None:
     """Let a model compute on a CPU's tensors as it would on a GPU's: the broadcast decoder takes more rows at a time,
-    a linear layer and its ReLU are one kernel, frames pass the encoder of ``default`` together, and a GRU cell is two
-    products and one kernel."""
+    a linear layer and its ReLU are one kernel, frames pass the encoder of ``default`` together, and a GRU cell is a
+    product and one kernel."""
     for part in model.modules():
         if isinstance(part, MLPDecoder):
             part.rows = ROWS
         elif isinstance(part, ClusteringModel):
             part.by_turns = False
-        elif isinstance(part, MLP):
+        elif isinstance(part, MLP | GRU):
             part.few_kernels = True
-        elif isinstance(part, nn.GRUCell):
-            part.forward = partial(_fused_gru, part)  # type: ignore[method-assign]
-
-
-def _fused_gru(cell: nn.GRUCell, inputs: Tensor, state: Tensor) -> Tensor:
-    gates, hidden = inputs @ cell.weight_ih.T, state @ cell.weight_hh.T
-    fused: Tensor = aten._thnn_fused_gru_cell(gates, hidden, state.to(gates.dtype), cell.bias_ih, cell.bias_hh)[0]
-    return fused
 
 
 def _gru(gates: Tensor, hidden: Tensor, state: Tensor, *biases: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from slotlab.models.unit import unit
 from slotlab.training.processes import gathered, rank
 
 IGNORED = -100  # a target without a loss
+BELOW_ZERO = -torch.finfo(torch.float32).tiny
 
 
 def feature_mse(output: Output, config: LossConfig) -> Tensor:
@@ -51,32 +52,42 @@ def structure(output: Output, config: LossConfig) -> Tensor:
     """
     if output.positions is not None:
         raise UsageError("loss.structure: needs all patches; leave out model.decoder.patches")
-    volumes = [_volumes(tokens, output.grid) for tokens in (output.reconstruction.float(), output.target.float())]
+    found, true = (_volumes(tokens, output.grid) for tokens in (output.reconstruction, output.target))
     with torch.no_grad():
-        both = torch.cat([volume.flatten(1) for volume in volumes], 1)
-        least, most = (edge.view(-1, 1, 1, 1, 1) for edge in (both.amin(1), both.amax(1)))
-    found, true = ((volume - least) / (most - least + 1e-6) for volume in volumes)
-    mean, square, product = _window(torch.stack([found, found * found, found * true])).unbind()
-    mean_true, square_true = _window(torch.stack([true, true * true])).unbind()
-    covariance, spread = product - mean * mean_true, square + square_true - mean.square() - mean_true.square()
-    place = (2 * mean * mean_true + 1e-4) / (mean.square() + mean_true.square() + 1e-4)
-    return 1 - (place * (2 * covariance + 9e-4) / (spread + 9e-4)).mean()
+        edges = [torch.aminmax(tokens.flatten(1), dim=1) for tokens in (found, true)]
+        least = torch.minimum(*(edge.min for edge in edges)).view(-1, 1, 1, 1, 1)
+        span = torch.maximum(*(edge.max for edge in edges)).view(-1, 1, 1, 1, 1) - least + 1e-6
+    found, true = ((tokens - least) / span for tokens in (found, true))
+    taps = {length: _means_of_three(length, found) for length in {found.shape[1], *output.grid}}
+    with torch.autocast(found.device.type, enabled=False):
+        mean_true = _window(true, taps)
+        squares, products = torch.addcmul(found * found, true, true), found * (2 * true)
+        mean, square, product = _window(torch.stack([found, squares, products]), taps).unbind()
+    means, squared = mean * (2 * mean_true), torch.addcmul(mean * mean, mean_true, mean_true)
+    place = (means + 1e-4) / (squared + 1e-4)
+    return 1 - (place * (product - means + 9e-4) / (square - squared + 9e-4)).mean()
 
 
-def _volumes(tokens: Float[Tensor, "*B N D"], grid: tuple[int, int]) -> Float[Tensor, "B D T rows columns"]:
+def _volumes(tokens: Float[Tensor, "*B N D"], grid: tuple[int, int]) -> Float[Tensor, "B T rows columns D"]:
     clips = tokens if tokens.ndim == 4 else tokens.unsqueeze(1)
-    return clips.reshape(*clips.shape[:2], *grid, -1).permute(0, 4, 1, 2, 3)
+    return torch.unflatten(clips.float(), 2, grid)
 
 
-def _window(volumes: Float[Tensor, "*B T rows columns"]) -> Float[Tensor, "*B t r c"]:
-    """Means under a Gaussian window of 3, of standard deviation 1.5, without padding."""
-    side = math.exp(-0.5 / 1.5**2)
-    weights = [side / (1 + 2 * side), 1 / (1 + 2 * side)]
-    for axis in (-3, -2, -1):
-        if (length := volumes.shape[axis] - 2) > 0:
-            before, middle, after = (volumes.narrow(axis, start, length) for start in range(3))
-            volumes = weights[0] * (before + after) + weights[1] * middle
+def _window(volumes: Float[Tensor, "*B T rows columns D"], taps: Mapping[int, Tensor]) -> Float[Tensor, "*B t r c D"]:
+    """Means under a Gaussian window of 3, of standard deviation 1.5, without padding: a product along each axis."""
+    for axis in (-4, -3, -2):
+        rest = volumes.shape[axis + 1 :]
+        volumes = torch.unflatten(taps[volumes.shape[axis]] @ volumes.flatten(axis + 1), -1, rest)
     return volumes
+
+
+def _means_of_three(length: int, like: Tensor) -> Float[Tensor, "l L"]:
+    """The matrix of that window along an axis; the identity along a shorter one."""
+    alone = torch.eye(length, dtype=like.dtype, device=like.device)
+    if length < 3:
+        return alone
+    side = math.exp(-0.5 / 1.5**2)
+    return (alone[:-2] + alone[2:]) * (side / (1 + 2 * side)) + alone[1:-1] * (1 / (1 + 2 * side))
 
 
 def temporal_similarity(output: Output, config: LossConfig) -> Tensor:
@@ -90,15 +101,18 @@ def temporal_similarity(output: Output, config: LossConfig) -> Tensor:
         raise UsageError("loss.temporal_similarity: needs model.kind = slot_attention with a predictor, on clips")
     shift = config.similarity_shift
     predicted = output.similarity[:, :-shift].float()  # (B, T - shift, M, N)
-    with torch.no_grad(), torch.autocast(predicted.device.type, enabled=False):
-        directions = unit(output.target.float())  # (B, T, N, D)
-        decoded = directions if output.positions is None else directions[..., output.positions, :]
-        closeness = decoded[:, :-shift] @ directions[:, shift:].transpose(-2, -1)  # (B, T - shift, M, N)
-        away = closeness < 0
-        lost = away.all(-1, keepdim=True)
-        logits = closeness.masked_fill(away, -torch.inf).masked_fill(lost, 0.0) / config.similarity_temperature
-        share = logits.softmax(-1)
-    return -(share * predicted.log_softmax(-1)).sum(-1).mean()
+    with torch.autocast(predicted.device.type, enabled=False):
+        with torch.no_grad():
+            target = output.target.float()  # (B, T, N, D)
+            length = torch.linalg.vector_norm(target, dim=-1, keepdim=True).clamp_min(1e-12)
+            earlier = target[:, :-shift] / length[:, :-shift]
+            later = target[:, shift:] / (length[:, shift:] * config.similarity_temperature)
+            if output.positions is not None:
+                earlier = earlier[..., output.positions, :]
+            logits = earlier @ later.mT  # (B, T - shift, M, N)
+            share = F.threshold(logits, BELOW_ZERO, NEVER).softmax(-1)  # if all are NEVER, they have equal shares
+        alike = share.unsqueeze(-2) @ predicted.log_softmax(-1).unsqueeze(-1)  # (B, T - shift, M, 1, 1)
+    return -alike.mean()
 
 
 def slot_contrast(output: Output, config: LossConfig) -> Tensor:

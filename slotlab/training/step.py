@@ -113,13 +113,13 @@ class TrainStep:
     def __call__(self, features: Tensor) -> Taken:
         """Train on this rank's share of a batch, stored features (B, ...). Returns before the device has finished."""
         optim = self.config.optim
-        components = self.gradients(features)
+        components, whole = self.gradients(features)
         # Named, as torch takes the slow way for tensors of other classes, such as fake ones.
         foreach = self.ranks.device.type != "mps" or None
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), optim.clip_norm, foreach=foreach)
         taken = Taken(components, norm, float(self.schedule.get_last_lr()[0]))
         self.count += 1
-        finite = (norm + total(components, self.config.loss)).abs() < torch.inf  # nor NaN
+        finite = (norm + whole).abs() < torch.inf  # nor NaN
         self._bad_since = torch.where(finite, self._bad_since, self._bad_since.clamp(max=self.count))
         self.optimizer.step()
         self.schedule.step()
@@ -130,8 +130,9 @@ class TrainStep:
             self.average.load_state_dict(self.model.state_dict())  # it starts anew
         return taken
 
-    def gradients(self, features: Tensor) -> dict[str, Tensor]:
-        """The losses of a batch, computed in parts. Sets the parameters' gradients to that of the weighted sum."""
+    def gradients(self, features: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """The losses of a batch and their weighted sum, computed in parts. Sets the parameters' gradients to that of
+        the sum."""
         optim = self.config.optim
         if len(features) % optim.accumulate:  # parts of different sizes would count equally
             raise ValueError(f"a batch of {len(features)} has no {optim.accumulate} equal parts")
@@ -139,6 +140,7 @@ class TrainStep:
         if optim.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         parts: list[dict[str, Tensor]] = []
+        wholes: list[Tensor] = []
         if optim.compile and self.forward is not self.as_written and self._requests is None:
             self._requests = self._rehearse(features)
         for part, some in enumerate(features.chunk(optim.accumulate)):
@@ -152,14 +154,13 @@ class TrainStep:
             if optim.cuda_graphs:  # the next step's graph writes to the same memory
                 found = {name: value.clone() for name, value in found.items()}
             parts.append({name: value.detach() for name, value in found.items()})
+            wholes.append(whole.detach())
         if self._drawing is not None:
             if self._requests is None:
                 self._requests = draws.requests
             following = [(self.count + 1, part) for part in range(optim.accumulate)]
             self._drawn = {which: self._drawing.submit(self._draw, *which) for which in following}
-        if optim.accumulate == 1:
-            return parts[0]
-        return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+        return {name: _mean([part[name] for part in parts]) for name in parts[0]}, _mean(wholes)
 
     @torch.no_grad()
     def loss(self, features: Tensor) -> Tensor:
@@ -251,6 +252,11 @@ def freeze_unreached(model: Model, config: Config, features: Tensor, draws: Draw
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
+
+
+def _mean(values: list[Tensor]) -> Tensor:
+    """Of scalars; a single one is not copied."""
+    return values[0] if len(values) == 1 else torch.stack(values).mean()
 
 
 def _sample(config: Config, store: FeatureStore) -> Tensor:

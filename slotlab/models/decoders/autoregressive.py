@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from slotlab.config.parts import DecoderConfig
 from slotlab.models.decoders.base import Decoded, Decoder, Heads, Sizes, positions_parameter
 from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import Attended
-from slotlab.models.transformer import CausalCrossBlock, xavier
+from slotlab.models.transformer import CausalCrossBlock, Memory, memories, xavier
 
 
 class TransformerDecoder(Decoder):
@@ -77,7 +79,8 @@ class TransformerDecoder(Decoder):
         else:
             count = len(self.orders) if self.config.scans == "all" else 1
             scans = [(self.orders[scan], self.begin[scan : scan + 1]) for scan in range(count)]
-        slots = self.norm_slots(attended.slots)
+        attentions = [block.to_slots for block in (*self.blocks, self.last)]
+        slots = memories(attentions, self.norm_slots(attended.slots))
         passes = [self._scan(order, begin, slots, attended, target) for order, begin in scans]
         tokens, masks = (
             torch.stack(parts).mean(0) if len(parts) > 1 else parts[0] for parts in zip(*passes, strict=True)
@@ -89,15 +92,15 @@ class TransformerDecoder(Decoder):
         self,
         order: Int[Tensor, N],
         begin: Float[Tensor, "1 W"],
-        slots: Float[Tensor, "B K W"],
+        slots: Sequence[Memory],
         attended: Attended,
         target: Float[Tensor, "B N D"],
     ) -> tuple[Float[Tensor, "B N W"], Float[Tensor, "B K N"]]:
-        """What the blocks give of all patches, and the masks, by one scan."""
+        """What the blocks give of all patches, and the masks, by one scan. ``slots`` as each block attends to them."""
         tokens = self._before(target[:, order], begin.expand(len(target), 1, -1), order)  # (B, N, W)
-        for block in self.blocks:
-            tokens = block(tokens, slots, attended.active)
-        tokens, masks = self.last.with_weights(tokens, slots, attended.active)
+        for block, memory in zip(self.blocks, slots[:-1], strict=True):
+            tokens = block(tokens, memory, attended.active)
+        tokens, masks = self.last.with_weights(tokens, slots[-1], attended.active)
         back = order.argsort()
         return self.norm(tokens)[:, back], masks[..., back]
 

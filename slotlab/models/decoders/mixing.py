@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -12,7 +16,7 @@ from slotlab.models.decoders.base import Decoded, Decoder, Heads, Sizes, hidden_
 from slotlab.models.layers import MLP
 from slotlab.models.randomness import Draws
 from slotlab.models.slot_attention import Attended
-from slotlab.models.transformer import CrossBlock, xavier
+from slotlab.models.transformer import CrossBlock, memories, xavier
 
 
 class MixDecoder(Decoder):
@@ -32,7 +36,7 @@ class MixDecoder(Decoder):
         masks = attended.attention  # (B, K, M)
         if positions is not None:
             masks = masks[..., positions]
-        tokens, similarity = self.render(mix(masks, attended.slots) + select(self.position, positions))
+        tokens, similarity = self.render(mix(masks, attended.slots, select(self.position, positions)))
         return Decoded(tokens, masks, similarity, positions)
 
 
@@ -60,13 +64,17 @@ class SlotMixerDecoder(Decoder):
         positions = self.draw_positions(draws, attended.slots.device)
         slots, active = attended.slots, attended.active
         position = select(self.position, positions)  # (M, S)
-        query, memory = position.expand(len(slots), -1, -1), self.norm_slots(slots)
-        for block in self.blocks:
+        query = position.expand(len(slots), -1, -1)
+        blocks = cast(Sequence[CrossBlock], self.blocks)
+        seen = memories([block.attend for block in blocks], self.norm_slots(slots))
+        for block, memory in zip(blocks, seen, strict=True):
             query = block(query, memory, active)
-        query = self.to_query(query) * query.shape[-1] ** -0.5  # (B, M, S)
-        logits = torch.einsum("bks,bms->bkm", self.to_key(slots), query).float()
-        masks = hide_padding(logits, active).softmax(dim=1)  # (B, K, M)
-        tokens, similarity = self.render(mix(masks, slots) + position)
+        norm_query, to_query = self.to_query
+        # As in slot attention, keys hold the map of the queries and the scale.
+        keys = F.linear(self.to_key(slots), to_query.weight.T * slots.shape[-1] ** -0.5)  # (B, K, S)
+        logits = (norm_query(query) @ keys.mT).float()  # (B, M, K)
+        masks = hide_padding(logits.mT, active).mT.softmax(-1).mT  # (B, K, M)
+        tokens, similarity = self.render(mix(masks, slots, position))
         return Decoded(tokens, masks, similarity, positions)
 
 
@@ -83,6 +91,8 @@ class Render(nn.Module):
         return decoded
 
 
-def mix(masks: Float[Tensor, "B K M"], slots: Float[Tensor, "B K S"]) -> Float[Tensor, "B M S"]:
-    """The mean of the slots at each patch, weighted by the masks."""
-    return masks.transpose(1, 2).to(slots.dtype) @ slots
+def mix(
+    masks: Float[Tensor, "B K M"], slots: Float[Tensor, "B K S"], position: Float[Tensor, "M S"]
+) -> Float[Tensor, "B M S"]:
+    """The mean of the slots at each patch, weighted by the masks, and the patch's position."""
+    return torch.baddbmm(position, masks.mT.to(slots.dtype), slots)
