@@ -202,8 +202,9 @@ def test_operations_do_not_grow_with_the_batch_and_flops_do() -> None:
 @pytest.mark.slow
 def test_a_gpu_launches_fewer_for_a_recurrent_cell() -> None:
     config = load_config("log-2026-video", None, ["optim.batch_size=2", "data.clip=2"])
-    assert counted(config, on_gpu=True).operations < 0.8 * counted(config).operations
-    assert counted(config, on_gpu=True).flops == counted(config).flops
+    there, here = counted(config, on_gpu=True), counted(config)
+    assert there.operations < 0.8 * here.operations
+    assert here.flops < there.flops < 1.2 * here.flops, "values hold the cell's gates: three times as wide"
 
 
 @pytest.mark.slow
