@@ -39,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
+import slotlab
 from featcache.store.reading import FeatureStore
 from featcache.stream.residence import Home
 from featcache.stream.rows import TORCH_DTYPES
@@ -53,6 +54,7 @@ from slotlab.training.processes import Ranks
 from slotlab.training.step import TrainStep
 from slotlab.training.train import batch_samples, train, training_stream
 
+PACKAGE = Path(slotlab.__file__).parent  # not every folder of that name: a checkout may have it, too
 GPU = "absent:0"
 aten = torch.ops.aten
 
@@ -108,8 +110,9 @@ class Waits(TorchDispatchMode):
         return result
 
     def note(self, func: Any) -> None:
-        ours = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_stack() if "/slotlab/" in f.filename]
-        self.found.append(f"{func} at {' < '.join(reversed(ours))}")
+        frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).is_relative_to(PACKAGE)]
+        ours = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames)]
+        self.found.append(f"{func} at {' < '.join(ours)}")
 
 
 def batch_form(config: Config, store: FeatureStore) -> tuple[tuple[int, ...], torch.dtype]:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from benchmarks.trajectories import main, stores
+from featcache.errors import IncompatibleError
 from featcache.store.reading import FeatureStore
 from featcache.upkeep.verify import verify
 from slotlab.dynamics.rollout import features_at
+from slotlab.runs.folder import check_store
 
 
 @pytest.fixture
@@ -36,6 +38,17 @@ def test_of_a_stride_every_frame_is_in_one_video(run: Path, tmp_path: Path) -> N
     moments = features_at(part)["train"].statistics("block1")
     np.testing.assert_array_equal(training.statistics("block1").mean, moments.mean)
     assert verify(part.path) == []
+
+
+def test_a_predictor_keeps_the_pace_that_it_learnt(
+    run: Path, predicting: Path, tracked_run: Path, tmp_path: Path
+) -> None:
+    slower = FeatureStore.open(stores(run, tmp_path, videos=2, stride=2, hold_out=0, burn_in=3))
+    with pytest.raises(IncompatibleError, match="not the features that") as caught:
+        check_store(predicting, slower)
+    assert [row.setting for row in caught.value.differences] == ["frame_stride"]
+    check_store(predicting, FeatureStore.open(run / "tracks.zarr"))
+    check_store(tracked_run, features_at(slower))  # a model that finds slots reads any frames
 
 
 def test_videos_that_are_held_out_are_scored(run: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from featcache.store.durable import make_directory, write_durably
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import READABLE, StoreSpec, flatten
 from featcache.stream.stream import VIDEO
+from slotlab.config.model import ForecastConfig
 from slotlab.config.schema import Config
 from slotlab.runs import checkpoint
 from slotlab.runs.imported import wanted_store
@@ -187,12 +188,13 @@ def _check_features(run: Path, config: Config, noted: Mapping[str, Any], store: 
     ignored: tuple[str, ...] = (
         "dtype",
         "precision",
-        "frame_stride",
         "taps.",
         "schema",
         "preprocessing.fit",
         "preprocessing.margin",
     )
+    if not isinstance(config.model, ForecastConfig):  # a predictor has learnt how far things go from frame to frame
+        ignored += ("frame_stride",)
     if config.any_grid:
         ignored += ("preprocessing.size", "model.grid", *(f"{name} grid" for name in names))
 
