@@ -21,6 +21,7 @@ from featcache.sources import open_source
 from featcache.sources.video import Instance, Video
 from featcache.store.reading import FeatureStore
 from slotlab.masks.labels import masks_to_labels
+from slotlab.masks.refine import refine
 from slotlab.protocols.clevrtex import pairs
 from slotlab.protocols.detections import Detections, confidence
 from slotlab.protocols.protocol import ANY, Protocol, Terms, Void
@@ -31,7 +32,9 @@ from slotlab.protocols.store import Applied, apply
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.evaluate import evaluate
 from slotlab.scoring.follow import follow
-from slotlab.scoring.tables import contingency
+from slotlab.scoring.metrics import mean_best_overlap
+from slotlab.scoring.refined import Refined
+from slotlab.scoring.tables import contingency, labelled_frames
 from slotlab.scoring.tracks import track_scores
 from tests.commands import Slotlab
 from tests.published import annotation, coco, coco_image, voc
@@ -425,6 +428,49 @@ def test_eval_by_protocol(slotlab: Slotlab, run: Path) -> None:
     assert ended.code == 0 and "J&F" in ended.out and "may stand" in ended.out
     assert "masks of 32x32; 2 videos, 4 objects, 0 tracks left out" in " ".join(ended.out.split())
     assert "not scored: " in ended.said and "protocol spot is for coco, voc, movi" in " ".join(ended.said.split())
+
+
+def test_refined_masks_are_scored_beside_the_plain_ones(slotlab: Slotlab, run: Path) -> None:
+    words = ("eval", run, "--protocol", "slotlab", "--protocol", "davis-unsupervised", "--protocol", "class-agnostic")
+    plain = slotlab(*words, "--json").json["protocols"]
+    found = slotlab(*words, "--refine", "guided", "--json").json
+    told = found["protocols"]
+    refined = {name: of.pop("refined") for name, of in told.items()}
+    assert told == plain and {of["method"] for of in refined.values()} == {"guided"}
+    for key in ("fg_ari", "mbo", "miou"):  # by the scorer of outlines, which knows no protocols
+        assert refined["slotlab"]["scores"]["frame"][key] == pytest.approx(found["refined"][key], abs=1e-12)
+    loaded = load_run(run)
+    split = loaded.split("validation")
+    tracks = []
+    for followed in follow(loaded, split):
+        assert followed.truth is not None
+        fine = refine(followed.masks, torch.from_numpy(split.video(followed.video)), "guided").argmax(1)
+        tracks.append(track_scores(fine.numpy(), followed.truth.numpy(), np.zeros_like(followed.truth.numpy(), bool)))
+    j = np.concatenate([each.j for each in tracks]).mean()
+    scores = refined["davis-unsupervised"]["scores"]["video"]
+    assert scores["j"] == pytest.approx(float(j)) and scores["j"] != plain["davis-unsupervised"]["scores"]["video"]["j"]
+    assert refined["class-agnostic"]["scores"]["frame"].keys() == plain["class-agnostic"]["scores"]["frame"].keys()
+    ended = slotlab(*words, "--refine", "guided")
+    assert ended.code == 0 and ended.out.count("guided") >= 3
+
+
+def test_refined_masks_at_another_size_are_read_where_pixels_lie(shared_run: Path, partly: FeatureStore) -> None:
+    loaded = load_run(shared_run, partly.path)
+    split = loaded.split("validation")
+    applied = protocol({"frame": ("mbo",)}, 16)  # half the size of the stored frames
+    scorer = ProtocolScorer(split, [applied], loaded.model.slots, Refined(split, "guided"))
+    overlaps = []
+    for followed in follow(loaded, split):
+        scorer.add(followed)
+        assert followed.truth is not None
+        known = labelled_frames(followed.truth)
+        if not known.any():
+            continue
+        fine = refine(followed.masks[known], torch.from_numpy(split.video(followed.video))[known], "guided").argmax(1)
+        half, truth = fine[:, 1::2, 1::2], followed.truth[known][:, 1::2, 1::2]
+        overlaps.append(mean_best_overlap(contingency(half.flatten(1), truth.flatten(1), SLOTS, followed.labels)))
+    values = torch.cat(overlaps)
+    assert scorer.result()["mine"]["refined"]["scores"]["frame"]["mbo"] == pytest.approx(float(values.nanmean()))
 
 
 def test_a_missing_evaluator_is_one_line(slotlab: Slotlab, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ def evaluate(
     ] = False,
     refine: Annotated[
         Refinement | None,
-        typer.Option(help="Method that refines masks along edges; refined and plain masks are scored."),
+        typer.Option(help="Method that refines masks along edges; these are then scored beside the plain ones."),
     ] = None,
     binarise: Annotated[
         list[str] | None, typer.Option(help="Binarisation to score as well: argmax, threshold=T, gumbel=T; repeatable.")
@@ -59,6 +59,7 @@ def evaluate(
     from slotlab.scoring.evaluate import evaluate as run_evaluate
     from slotlab.scoring.fine import OutlineScorer
     from slotlab.scoring.paired import paired
+    from slotlab.scoring.refined import Refined
     from slotlab.scoring.tables import count_labels, require_truth
 
     wanted = asked(protocol or ())
@@ -68,15 +69,16 @@ def evaluate(
         require_masks(each)
     loaded = load_run(run, cache, pick_device(device))
     chosen = require_truth(chosen_split(loaded, split))
+    refined = Refined(chosen, refine) if refine else None
     also: list[Callable[[Followed], None]] = []
     if fine := boundaries or refine is not None or bool(binarise):
-        outlines = OutlineScorer(loaded, chosen, refine, binarise or ())
+        outlines = OutlineScorer(loaded, chosen, refined, binarise or ())
         also.append(outlines.add)
     if entropy:
         entropies = EntropyScorer(chosen, count_labels(chosen))
         also.append(entropies.add)
     applied, left_out = apply_all(wanted, chosen)
-    protocols = ProtocolScorer(chosen, applied, loaded.model.slots)
+    protocols = ProtocolScorer(chosen, applied, loaded.model.slots, refined)
     if applied:
         also.append(protocols.add)
     if sheet:

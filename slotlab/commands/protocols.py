@@ -22,16 +22,18 @@ def protocols_table(found: Evaluation) -> Table:
     for column in COLUMNS:
         table.add_column(column, justify="right" if column in ("value", "95% interval") else "left")
     for name, of in scored.items():
-        for row in _rows(name, of):
+        for row in _rows(name, of, of["beside"] or "nothing published"):
             table.add_row(*row)
+        if refined := of.get("refined"):
+            for row in _rows(f"  {refined['method']}", of | refined, "nothing published"):
+                table.add_row(*row)
         table.add_section()
     table.caption = "\n".join(f"{name}: {printable('; '.join(_counts(of)))}" for name, of in scored.items())
     table.caption_justify = "left"
     return table
 
 
-def _rows(name: str, of: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    beside = of["beside"] or "nothing published"
+def _rows(name: str, of: Mapping[str, Any], beside: str) -> Iterator[tuple[str, ...]]:
     for unit, scores in of["scores"].items():
         per = f"{of['chunk']} frames" if unit == "chunk" else unit
         for key in filter(SCORES.__contains__, scores):

@@ -22,8 +22,9 @@ from slotlab.protocols.store import Applied
 from slotlab.scoring.follow import Followed
 from slotlab.scoring.intervals import Bootstrap
 from slotlab.scoring.metrics import visible
+from slotlab.scoring.refined import Refined
 from slotlab.scoring.scores import mean
-from slotlab.scoring.tables import labelled_frames, mask_tables
+from slotlab.scoring.tables import contingency, labelled_frames, mask_tables
 from slotlab.scoring.tracks import track_scores
 
 
@@ -33,14 +34,14 @@ class Sized:
 
     followed: Followed
     size: Size
+    fine: Tensor | None = None  # the slot of each pixel (T, H, W) of refined masks, at the size of the store's frames
 
     @cached_property
     def truth(self) -> Tensor:
         """Labels (T, H, W) int16: of each pixel, the stored one that its centre lies in."""
         truth = self.followed.truth
         assert truth is not None
-        rows, columns = map(_nearest, truth.shape[1:], self.size)
-        return truth[:, rows][:, :, columns]
+        return _resized(truth, self.size)
 
     @cached_property
     def labelled(self) -> Tensor:
@@ -53,13 +54,21 @@ class Sized:
 
         Frames of which nothing is known have no pixels.
         """
-        counts = mask_tables(self.followed.masks, self.truth + 1, self.followed.labels + 1)
+        masks, labels, truth = self.followed.masks, self.followed.labels + 1, self.truth + 1
+        if self.fine is None:
+            counts = mask_tables(masks, truth, labels)
+        else:
+            pairs = zip(self.slots.flatten(1), truth.flatten(1), strict=True)
+            counts = torch.cat([contingency(one[None], true[None], masks.shape[1], labels) for one, true in pairs])
         return counts * self.labelled.view(-1, 1, 1)
 
     @cached_property
     def slots(self) -> Tensor:
-        """The slot of each pixel (T, H, W): soft masks bilinearly to the size, then argmax."""
-        return masks_to_labels(self.followed.masks, self.size)
+        """The slot of each pixel (T, H, W): soft masks bilinearly to the size, then argmax; of refined ones, the
+        pixel of the stored frame that it lies in."""
+        if self.fine is None:
+            return masks_to_labels(self.followed.masks, self.size)
+        return _resized(self.fine, self.size).long()
 
 
 class Collector(Protocol):
@@ -69,6 +78,9 @@ class Collector(Protocol):
 
     def result(self) -> dict[str, Any]:
         """Counts and scores by key, JSON-able."""
+
+
+Collectors = dict[Unit, list[Collector]]
 
 
 class Tables:
@@ -192,30 +204,45 @@ class Classes:
 
 
 class ProtocolScorer:
-    """Collects the scores of a run on a split under several protocols, one followed video at a time."""
+    """Collects the scores of a run on a split under several protocols, one followed video at a time.
 
-    def __init__(self, split: Split, applied: Sequence[Applied], slots: int) -> None:
+    The masks as the model gives them are what published figures are of; those of ``refined``, if given, come beside.
+    """
+
+    def __init__(self, split: Split, applied: Sequence[Applied], slots: int, refined: Refined | None = None) -> None:
         """``slots`` is the number that the model has."""
-        self._applied, self._slots = applied, slots
+        self._applied, self._slots, self._refined = applied, slots, refined
         classes, films = Classes(split), max(split.spec.lengths) > 1
-        self._collectors = [
-            {unit: list(_collectors(each, unit, classes)) for unit in each.terms.scores if films or unit == "frame"}
-            for each in applied
-        ]
+
+        def collectors(of: Applied) -> Collectors:
+            units = [unit for unit in of.terms.scores if films or unit == "frame"]
+            return {unit: list(_collectors(of, unit, classes)) for unit in units}
+
+        self._plain = [collectors(each) for each in applied]
+        self._fine = [collectors(each) for each in applied if refined]
 
     def add(self, followed: Followed) -> None:
-        sized = {size: Sized(followed, size) for size in {each.size for each in self._applied}}
-        for each, units in zip(self._applied, self._collectors, strict=True):
+        self._add(self._plain, followed)
+        if self._refined and self._applied:
+            self._add(self._fine, followed, self._refined.slots(followed))
+
+    def _add(self, collected: Sequence[Collectors], followed: Followed, fine: Tensor | None = None) -> None:
+        sized = {size: Sized(followed, size, fine) for size in {each.size for each in self._applied}}
+        for each, units in zip(self._applied, collected, strict=True):
             for collectors in units.values():
                 for collector in collectors:
                     collector.add(sized[each.size])
 
     def result(self) -> dict[str, Any]:
         """Scores, and what they are of, by the protocol's name; JSON-able."""
-        return {
-            each.protocol.name: self._told(each, {unit: _joined(of) for unit, of in units.items()})
-            for each, units in zip(self._applied, self._collectors, strict=True)
-        }
+        found = {of.protocol.name: self._told(of, _scores(units)) for of, units in self._of(self._plain)}
+        if self._refined:
+            for of, units in self._of(self._fine):
+                found[of.protocol.name]["refined"] = {"method": self._refined.method, "scores": _scores(units)}
+        return found
+
+    def _of(self, collected: Sequence[Collectors]) -> Iterator[tuple[Applied, Collectors]]:
+        yield from zip(self._applied, collected, strict=True)
 
     def _told(self, applied: Applied, units: dict[Unit, dict[str, Any]]) -> dict[str, Any]:
         terms = applied.terms
@@ -233,9 +260,19 @@ class ProtocolScorer:
         }
 
 
+def _resized(labels: Tensor, size: Size) -> Tensor:
+    """Labels (T, H, W) at another size, (T, *size)."""
+    rows, columns = map(_nearest, labels.shape[1:], size)
+    return labels[:, rows][:, :, columns]
+
+
 def _nearest(stored: int, scored: int) -> Tensor:
     """The stored row or column under the centre of each that is scored, (scored,): torch's ``nearest-exact``."""
     return (2 * torch.arange(scored) + 1) * stored // (2 * scored)
+
+
+def _scores(units: Collectors) -> dict[Unit, dict[str, Any]]:
+    return {unit: _joined(of) for unit, of in units.items()}
 
 
 def _joined(collectors: Sequence[Collector]) -> dict[str, Any]:

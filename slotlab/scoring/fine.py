@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,13 +10,14 @@ from torch import Tensor
 
 from featcache.store.reading import Split
 from slotlab.masks.binarise import parse_binarisation
-from slotlab.masks.labels import fine_labels, masks_to_labels
+from slotlab.masks.labels import masks_to_labels
 from slotlab.models.randomness import Draws
 from slotlab.runs.loaded import StoreModel
 from slotlab.scoring.boundaries import BoundaryScores
 from slotlab.scoring.follow import Followed, follow
 from slotlab.scoring.metrics import adjusted_rand_index, object_iou, shown
 from slotlab.scoring.references import grid_masks
+from slotlab.scoring.refined import Refined
 from slotlab.scoring.scores import Scores, mean
 from slotlab.scoring.tables import contingency, labelled_frames, require_truth
 from slotlab.words import Refinement
@@ -55,19 +55,18 @@ class OutlineScorer:
     """Scores the outlines of a run's masks and of its grid's reference; if asked, also refined and binarised masks.
 
     The reference is the ground truth averaged to the grid and upsampled again, as in :mod:`slotlab.scoring.references`.
-    ``refined`` are the scores of the masks after ``method``, their ``gain`` over the plain ones, and the seconds that
-    refinement took.
+    ``refined`` are the scores of the refined masks, their ``gain`` over the plain ones, and the seconds that refinement
+    took.
     """
 
     def __init__(
-        self, model: StoreModel, split: Split, method: Refinement | None = None, binarisations: Sequence[str] = ()
+        self, model: StoreModel, split: Split, refined: Refined | None = None, binarisations: Sequence[str] = ()
     ) -> None:
         """``UsageError`` for an unknown binarisation."""
-        self._split, self._method, self._seed, self._slots = split, method, model.config.seed, model.model.slots
+        self._split, self._edges, self._seed, self._slots = split, refined, model.config.seed, model.model.slots
         self._plain, self._reference, self._refined = (BoundaryScores(split.spec.frame_size) for _ in range(3))
         self._refined_scores, self._plain_scores = Scores(), Scores()
         self._binarised = {way: BinarisedScores() for way in map(parse_binarisation, binarisations)}
-        self._seconds, self._frames = 0.0, 0
 
     def add(self, followed: Followed) -> None:
         """Add the labelled frames of one video. ``UsageError`` if the method's package is not installed."""
@@ -81,32 +80,26 @@ class OutlineScorer:
         self._plain_scores.add_video(plain, video)
         ideal = grid_masks(truth, followed.output.grid, labels)
         self._reference.add(masks_to_labels(ideal, size), truth, labels, labels)
-        if self._method:
-            pictures = self._split.video(video)[labelled.numpy()]
-            began = time.perf_counter()
-            coarse = followed.shown.masks_on_grid[labelled.to(followed.shown.masks.device)]
-            fine = torch.from_numpy(fine_labels(coarse, pictures, self._method))  # waits for the device
-            self._seconds += time.perf_counter() - began
-            refined = self._refined.add(fine, truth, slots, labels)
+        if self._edges:
+            refined = self._refined.add(self._edges.slots(followed)[labelled], truth, slots, labels)
             self._refined_scores.add_video(refined, video)
         for way, scores in self._binarised.items():
             scores.add(way.label(masks, size, Draws.of_step(self._seed, video)), truth, slots, labels)
-        self._frames += len(truth)
 
     def result(self) -> dict[str, Any]:
         """JSON-able."""
         boundaries = {"tolerance_px": self._plain.tolerance, **self._plain.summary()}
         result: dict[str, Any] = {"boundaries": boundaries | {"reference": self._reference.summary()}}
-        if self._method:
+        if edges := self._edges:
             before = {**self._plain_scores.summary().values, "boundary_f": self._plain.mean_f()}
             after = {**self._refined_scores.summary().values, "boundary_f": self._refined.mean_f()}
             result["refined"] = {
-                "method": self._method,
+                "method": edges.method,
                 **{key: after[key] for key in GAINS},
                 "gain": {key: _difference(after[key], before[key]) for key in GAINS},
                 "boundaries": self._refined.summary(),
-                "seconds": self._seconds,
-                "ms_per_frame": 1e3 * self._seconds / max(self._frames, 1),
+                "seconds": edges.seconds,
+                "ms_per_frame": 1e3 * edges.seconds / max(edges.frames, 1),
             }
         if self._binarised:
             result["binarised"] = {way.name: scores.summary() for way, scores in self._binarised.items()}
@@ -121,7 +114,7 @@ def outline_scores(
 ) -> dict[str, Any]:
     """The result of :class:`OutlineScorer` on a split, JSON-able. ``DataError`` if it has no masks."""
     split = require_truth(model.split(split_name))
-    scorer = OutlineScorer(model, split, method, binarisations)
+    scorer = OutlineScorer(model, split, Refined(split, method) if method else None, binarisations)
     for followed in follow(model, split):
         scorer.add(followed)
     return scorer.result()
