@@ -6,7 +6,8 @@
 
 ``carried`` is trained on the store ``--home`` alone and scored on every set as it is; ``own`` is trained on the set's
 own videos of ``--own``, which must not be among those scored: ``--last moving=4`` scores the last 4 of a split alone.
-``--own-steps`` makes that shorter. Each stands beside its start, a step at a rate of next to nothing. ``--set`` changes
+``--own-steps`` makes that shorter; ``continued`` is the same, begun from the run ``carried``, statistics and all. Each
+of the others stands beside its start, a step at a rate of next to nothing. ``--set`` changes
 settings of all runs. Runs are kept in the folder and used again: other settings want another folder. With ``--stride
 N`` every N-th frame of a video counts; slots are followed over all of them. A set's store may have another input size
 than the home's, which the preset ``objects`` can read. FG-ARI is a mean over frames of two objects or more, mBO over
@@ -47,12 +48,12 @@ def split_of(place: str) -> Split:
     return store[name or ("validation" if "validation" in store.splits else next(iter(store.splits)))]
 
 
-def trained(preset: str, place: str, folder: Path, *overrides: str) -> Path:
-    """The run of a preset on a split, made unless it is there."""
+def trained(preset: str, place: str, folder: Path, *overrides: str, init_from: Path | None = None) -> Path:
+    """The run of a preset on a split, made unless it is there; it starts from another, if one is named."""
     if not (folder / "metrics.jsonl").exists():
         split = split_of(place)
         options = [f"data.train_split={split.name}", f"data.eval_split={split.name}", *overrides]
-        train(load_config(preset, None, options), split.store, folder)
+        train(load_config(preset, None, options), split.store, folder, init_from=init_from)
     return folder
 
 
@@ -130,6 +131,7 @@ def main() -> None:
             training |= {
                 "own-untrained": (own[name], name, [*args.set, *START]),
                 "own": (own[name], name, [*args.set, *steps]),
+                "continued": (own[name], name, [*args.set, *steps]),
             }
         found[name] = measured(split, videos, training, args)
         if not args.json:
@@ -143,6 +145,7 @@ def measured(
 ) -> dict[str, list[Pair]]:
     """FG-ARI and mBO of each row and kind of edges, by seed. ``training`` has a store, its name and settings by row."""
     rows: dict[str, list[Pair]] = {}
+    runs: dict[tuple[str, int], Path] = {}
 
     def add(row: str, masks: Iterable[Tensor]) -> None:
         for edges, pair in scores(masks, split, videos, args.stride, args.plain, args.video).items():
@@ -153,10 +156,10 @@ def measured(
         for row, (place, home, options) in training.items():
             if row.endswith("untrained") and seed != args.seeds[0]:
                 continue  # all seeds start from the same keys
-            run = trained(
-                args.preset, place, args.folder / f"{args.preset}-{row}-{home}-{seed}", f"seed={seed}", *options
-            )
-            add(row, model_masks(load_run(run, split.store.path), split, videos))
+            folder = args.folder / f"{args.preset}-{row}-{home}-{seed}"
+            start = runs["carried", seed] if row == "continued" else None
+            runs[row, seed] = trained(args.preset, place, folder, f"seed={seed}", *options, init_from=start)
+            add(row, model_masks(load_run(runs[row, seed], split.store.path), split, videos))
     return rows
 
 

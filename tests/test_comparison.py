@@ -9,7 +9,7 @@ import pytest
 
 from featcache.backbones.registry import get_spec
 from featcache.errors import DataError, IncompatibleError, UsageError
-from slotlab.experiments.comparison import Settings, plan_comparison
+from slotlab.experiments.comparison import Comparison, Settings, plan_comparison
 from slotlab.experiments.plan import opened, require_free
 from tests.commands import Slotlab
 from tests.synthetic import DiscSource
@@ -44,6 +44,21 @@ def test_a_comparison_matches_the_grid_and_trains_pixels_once(tmp_path: Path, di
     assert not (tmp_path / "cache").exists() and not (tmp_path / "out").exists()
     sixteen = [16 * get_spec(name).patch for name in ("dinov2_vits14", "dino_vits16")]
     assert sixteen == [224, 256]
+
+
+def test_a_comparison_scores_the_split_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(*splits: str, **more: Any) -> Comparison:
+        source = DiscSource(dict.fromkeys(splits, (5, 6)))
+        monkeypatch.setattr("slotlab.experiments.comparison.open_source", lambda *_: source)
+        return plan_comparison(changed(**more), tmp_path / "out", tmp_path / "cache")
+
+    named = of("train", "val")
+    assert named.plan.split == "val" and named.missing[0].splits == ("train", "val")
+    assert {cell.config.data.eval_split for cell in named.plan.cells} == {"val"}
+    assert of("train", "val", "test", split="test").plan.split == "test"
+    for splits in (("train",), ("train", "val", "test")):
+        with pytest.raises(UsageError, match="no split 'validation'; it has: train.*choose one to score with --split"):
+            of(*splits)
 
 
 def test_stores_that_fit_are_found_and_others_are_not(tmp_path: Path, discs: DiscSource) -> None:

@@ -28,7 +28,7 @@ from slotlab.experiments.execute import check_stores, conduct
 from slotlab.experiments.plan import ERROR, PLAN, Plan, cell_name, opened, read_plan
 from slotlab.experiments.table import build_table, to_csv, to_markdown
 from tests.commands import Ended, Slotlab
-from tests.synthetic import make_store
+from tests.synthetic import DiscSource, make_store
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -205,6 +205,21 @@ def test_stores_are_checked_before_anything_is_trained(tmp_path: Path, place: Pa
             conduct(plan_of(tmp_path, f"{text}\n[[cells]]", cache=None), tmp_path / "out", RunsProgress())
         assert not (tmp_path / "out").exists()
     check_stores(read_ablation(place / "tiny.toml", cache=place / "synthetic.zarr"))
+
+
+def test_an_ablation_scores_the_split_that_is_there(tmp_path: Path) -> None:
+    def planned(*splits: str) -> Plan:
+        path = tmp_path / f"{'-'.join(splits)}.zarr"
+        make_store(path, DiscSource(dict.fromkeys(splits, (5, 6))))
+        return plan_of(tmp_path, "[[cells]]", cache=path)
+
+    plan = planned("train", "val")  # as published data sets call it
+    assert plan.split == "val" and {cell.config.data.eval_split for cell in plan.cells} == {"val"}
+    check_stores(plan)
+    assert planned("train", "val", "validation").split == "validation"
+    for splits in (("train",), ("train", "val", "test")):
+        with pytest.raises(UsageError, match="no split 'validation'; choose one with --split: .*train"):
+            check_stores(planned(*splits))
 
 
 def test_another_plan_is_refused_and_more_of_the_same_is_not(tmp_path: Path) -> None:

@@ -34,7 +34,9 @@ def compare(
     mask_colours: MaskColours = False,
     ignore_label: IgnoreLabel = None,
     frames_as: AsFrames = None,
-    split: Annotated[str | None, typer.Option(help="Split to score; default: validation.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split to score; default: validation, or the other than train.")
+    ] = None,
     weights: Annotated[list[str] | None, typer.Option(help="Weights as BACKBONE=FILE, or random; repeatable.")] = None,
     grid: Annotated[int, typer.Option(min=1, help="Patches per side, the same for all backbones.")] = 16,
     max_videos: Annotated[int | None, typer.Option(min=1, help="Largest number of videos of each split.")] = None,
@@ -99,7 +101,9 @@ def ablate(
     override: Override = None,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds: 0 to N - 1, instead of the file's.")] = None,
     steps: Steps = None,
-    split: Annotated[str | None, typer.Option(help="Split to score; default: validation.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split to score; default: validation, or the other than train.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the experiment; default: ablate/FILE.")] = None,
     devices: Devices = "auto",
     workers: Workers = None,

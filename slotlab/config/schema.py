@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import tomli_w
@@ -85,6 +86,14 @@ class DataConfig(Section):
     def taps(self) -> tuple[str, ...]:
         """The taps that are read, by name; none where the store's first is."""
         return tuple(tap for tap in (self.tap, self.target) if tap is not None)
+
+    def scored(self, known: Sequence[str]) -> str:
+        """The split to score of data with the splits ``known``, where nobody names one.
+
+        It is ``eval_split``; of data that lack it (DAVIS names it ``val``), the only one besides the training split.
+        """
+        others = [split for split in known if split != self.train_split]
+        return others[0] if self.eval_split not in known and len(others) == 1 else self.eval_split
 
     def chosen(self, key: str) -> str:
         return parse_normalisation(self.normalize)[0] if key == "normalize" else super().chosen(key)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -174,6 +174,9 @@ def plan_comparison(settings: Settings, out: Path, cache_folder: Path) -> Compar
     if not specs:
         raise UsageError("nothing to compare; name a --backbone")
     source = open_source(settings.data, settings.reading)
+    if settings.split is None:
+        settings = replace(settings, split=next(iter(configs.values())).data.scored(source.splits()))
+        configs = {preset: _config(settings, preset) for preset in configs}
     data = [config.data for config in configs.values()]
     splits = tuple(dict.fromkeys([*(d.train_split for d in data), *(d.eval_split for d in data)]))
     for name in splits:

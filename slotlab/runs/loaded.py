@@ -29,11 +29,11 @@ def evaluation_split(
     one; with ``or_training``, for looks and reports, at last the training split. ``UsageError`` if none of these is
     there.
     """
-    data, known, chosen = config.data, store.splits, name or config.data.eval_split
+    data, known = config.data, store.splits
+    chosen = name or data.scored(known)
     if name is None and chosen not in known:
-        others = [split for split in known if split != data.train_split] or known
-        if len(others) == 1:
-            chosen = others[0]
+        if len(known) == 1:
+            chosen = known[0]
         elif or_training and data.train_split in known:
             chosen = data.train_split
     if chosen not in known:
