@@ -22,10 +22,10 @@ def protocols_table(found: Evaluation) -> Table:
     for column in COLUMNS:
         table.add_column(column, justify="right" if column in ("value", "95% interval") else "left")
     for name, of in scored.items():
-        for row in _rows(name, of, of["beside"] or "nothing published"):
+        for row in _rows(name, of, of["beside"] or "nothing"):
             table.add_row(*row)
         if refined := of.get("refined"):
-            for row in _rows(f"  {refined['method']}", of | refined, "nothing published"):
+            for row in _rows(f"  {refined['method']}", of | refined, "nothing"):
                 table.add_row(*row)
         table.add_section()
     table.caption = "\n".join(f"{name}: {printable('; '.join(_counts(of)))}" for name, of in scored.items())
