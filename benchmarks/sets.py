@@ -7,10 +7,10 @@
 ``carried`` is trained on the store ``--home`` alone and scored on every set as it is; ``own`` is trained on the set's
 own videos of ``--own``, which must not be among those scored: ``--last moving=4`` scores the last 4 of a split alone.
 ``--own-steps`` makes that shorter; ``continued`` is the same, begun from the run ``carried``, statistics and all. Each
-of the others stands beside its start, a step at a rate of next to nothing. ``--set`` changes
-settings of all runs. Runs are kept in the folder and used again: other settings want another folder. With ``--stride
-N`` every N-th frame of a video counts; slots are followed over all of them. A set's store may have another input size
-than the home's, which the preset ``objects`` can read. FG-ARI is a mean over frames of two objects or more, mBO over
+of the others stands beside its start, a step at a rate of next to nothing. ``--set`` changes settings of all runs. Runs
+are kept in the folder and used again: other settings want another folder. With ``--stride N`` every N-th frame of a
+video counts; slots are followed over all of them. A set's store may have another input size than the home's, which the
+preset ``objects`` can read. FG-ARI is a mean over frames of two objects or more, mBO over
 all frames with objects; both at the store's frame size, of soft masks upsampled and, without ``--plain``, of the same
 after a guided filter. With ``--video`` both are of whole videos, in which a slot must keep its object.
 """

@@ -56,6 +56,9 @@ def test_a_comparison_scores_the_split_that_is_there(tmp_path: Path, monkeypatch
     assert named.plan.split == "val" and named.missing[0].splits == ("train", "val")
     assert {cell.config.data.eval_split for cell in named.plan.cells} == {"val"}
     assert of("train", "val", "test", split="test").plan.split == "test"
+    (tmp_path / "named.toml").write_text('[data]\neval_split = "vall"')
+    with pytest.raises(UsageError, match="no split 'vall'"):  # a name is taken at its word
+        of("train", "val", config=tmp_path / "named.toml")
     for splits in (("train",), ("train", "val", "test")):
         with pytest.raises(UsageError, match="no split 'validation'; it has: train.*choose one to score with --split"):
             of(*splits)

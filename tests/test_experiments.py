@@ -217,6 +217,8 @@ def test_an_ablation_scores_the_split_that_is_there(tmp_path: Path) -> None:
     assert plan.split == "val" and {cell.config.data.eval_split for cell in plan.cells} == {"val"}
     check_stores(plan)
     assert planned("train", "val", "validation").split == "validation"
+    with pytest.raises(UsageError, match="no split 'vall'"):  # a name is taken at its word
+        check_stores(plan_of(tmp_path, '[set]\ndata.eval_split = "vall"\n[[cells]]', cache=tmp_path / "train-val.zarr"))
     for splits in (("train",), ("train", "val", "test")):
         with pytest.raises(UsageError, match="no split 'validation'; choose one with --split: .*train"):
             check_stores(planned(*splits))

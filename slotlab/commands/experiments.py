@@ -11,6 +11,9 @@ from slotlab.commands.options import CACHE_FOLDER, AsFrames, IgnoreLabel, Json, 
 
 Override = Annotated[list[str] | None, typer.Option("--set", help="Setting of all cells as key=value; repeatable.")]
 Steps = Annotated[int | None, typer.Option(help="Number of optimiser steps of every run.")]
+Scored = Annotated[
+    str | None, typer.Option("--split", help="Split to score; default: validation, or the only one besides train.")
+]
 Devices = Annotated[str, typer.Option(help="Devices: auto, or a list such as cuda:0,cuda:1.")]
 Workers = Annotated[
     int | None, typer.Option(help="Number of processes; default: one per GPU, or one per core of the CPU.")
@@ -34,9 +37,7 @@ def compare(
     mask_colours: MaskColours = False,
     ignore_label: IgnoreLabel = None,
     frames_as: AsFrames = None,
-    split: Annotated[
-        str | None, typer.Option(help="Split to score; default: validation, or the other than train.")
-    ] = None,
+    split: Scored = None,
     weights: Annotated[list[str] | None, typer.Option(help="Weights as BACKBONE=FILE, or random; repeatable.")] = None,
     grid: Annotated[int, typer.Option(min=1, help="Patches per side, the same for all backbones.")] = 16,
     max_videos: Annotated[int | None, typer.Option(min=1, help="Largest number of videos of each split.")] = None,
@@ -101,9 +102,7 @@ def ablate(
     override: Override = None,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds: 0 to N - 1, instead of the file's.")] = None,
     steps: Steps = None,
-    split: Annotated[
-        str | None, typer.Option(help="Split to score; default: validation, or the other than train.")
-    ] = None,
+    split: Scored = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the experiment; default: ablate/FILE.")] = None,
     devices: Devices = "auto",
     workers: Workers = None,

@@ -31,7 +31,7 @@ from featcache.errors import FeatcacheError, UsageError
 from featcache.store.reading import FeatureStore
 from featcache.store.spec import flatten
 from slotlab.config.load import load_config, read_toml
-from slotlab.experiments.plan import Cell, Plan, cell_name
+from slotlab.experiments.plan import Cell, Plan, cell_name, split_to_score
 
 KEYS = ("preset", "config", "cache", "seeds", "split", "set", "grid", "cells")
 
@@ -78,8 +78,8 @@ def read_ablation(
                 shorthands["data.eval_split"] = split
             kept = [text for text in overrides if _keys([text])[0] not in settings]
             config = load_config(preset, file, kept, **{k.replace(".", "__"): v for k, v in shorthands.items()})
-            if split is None and Path(store).exists():  # what is missing is told with all that stores lack
-                scored = config.data.scored(FeatureStore.open(store).splits)
+            if Path(store).exists():  # what is missing is told with all that stores lack
+                scored = split_to_score(config, FeatureStore.open(store).splits)
                 config = config.model_copy(update={"data": config.data.model_copy(update={"eval_split": scored})})
         except FeatcacheError as error:
             raise type(error)(f"{where}: {error}") from error

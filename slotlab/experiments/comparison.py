@@ -20,7 +20,7 @@ from featcache.sources.video import Source
 from featcache.store.reading import FeatureStore
 from slotlab.config.load import load_config
 from slotlab.config.schema import Config
-from slotlab.experiments.plan import PLAN, Cell, Plan, cell_name, read_plan
+from slotlab.experiments.plan import PLAN, Cell, Plan, cell_name, read_plan, split_to_score
 
 if TYPE_CHECKING:  # model libraries take seconds to import, and are not needed if the stores exist
     import torch
@@ -175,7 +175,7 @@ def plan_comparison(settings: Settings, out: Path, cache_folder: Path) -> Compar
         raise UsageError("nothing to compare; name a --backbone")
     source = open_source(settings.data, settings.reading)
     if settings.split is None:
-        settings = replace(settings, split=next(iter(configs.values())).data.scored(source.splits()))
+        settings = replace(settings, split=split_to_score(next(iter(configs.values())), source.splits()))
         configs = {preset: _config(settings, preset) for preset in configs}
     data = [config.data for config in configs.values()]
     splits = tuple(dict.fromkeys([*(d.train_split for d in data), *(d.eval_split for d in data)]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,12 @@ Kind = Literal["compare", "ablate"]
 SCHEMA = 1
 PLAN, ERROR = "plan.json", "error.json"
 _SHOWN_DIFFERENCES = 6
+
+
+def split_to_score(config: Config, known: Sequence[str]) -> str:
+    """The split of ``known`` that an experiment scores: the one that its configuration names, or, if it names none, the
+    one that ``eval`` would take."""
+    return config.data.eval_split if "eval_split" in config.data.model_fields_set else config.data.scored(known)
 
 
 @dataclass(frozen=True)

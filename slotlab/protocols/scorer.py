@@ -80,7 +80,8 @@ class Collector(Protocol):
         """Counts and scores by key, JSON-able."""
 
 
-Collectors = dict[Unit, list[Collector]]
+ByUnit = dict[Unit, list[Collector]]
+Collected = tuple[Applied, ByUnit]
 
 
 class Tables:
@@ -211,38 +212,36 @@ class ProtocolScorer:
 
     def __init__(self, split: Split, applied: Sequence[Applied], slots: int, refined: Refined | None = None) -> None:
         """``slots`` is the number that the model has."""
-        self._applied, self._slots, self._refined = applied, slots, refined
+        self._slots, self._refined = slots, refined
         classes, films = Classes(split), max(split.spec.lengths) > 1
 
-        def collectors(of: Applied) -> Collectors:
+        def collectors(of: Applied) -> ByUnit:
             units = [unit for unit in of.terms.scores if films or unit == "frame"]
             return {unit: list(_collectors(of, unit, classes)) for unit in units}
 
-        self._plain = [collectors(each) for each in applied]
-        self._fine = [collectors(each) for each in applied if refined]
+        self._plain = [(each, collectors(each)) for each in applied]
+        self._fine = [(each, collectors(each)) for each in applied if refined]
 
     def add(self, followed: Followed) -> None:
         self._add(self._plain, followed)
-        if self._refined and self._applied:
+        if self._refined and self._fine:
             self._add(self._fine, followed, self._refined.slots(followed))
 
-    def _add(self, collected: Sequence[Collectors], followed: Followed, fine: Tensor | None = None) -> None:
-        sized = {size: Sized(followed, size, fine) for size in {each.size for each in self._applied}}
-        for each, units in zip(self._applied, collected, strict=True):
+    @staticmethod
+    def _add(collected: Sequence[Collected], followed: Followed, fine: Tensor | None = None) -> None:
+        sized = {size: Sized(followed, size, fine) for size in {each.size for each, _ in collected}}
+        for each, units in collected:
             for collectors in units.values():
                 for collector in collectors:
                     collector.add(sized[each.size])
 
     def result(self) -> dict[str, Any]:
         """Scores, and what they are of, by the protocol's name; JSON-able."""
-        found = {of.protocol.name: self._told(of, _scores(units)) for of, units in self._of(self._plain)}
+        found = {each.protocol.name: self._told(each, _scores(units)) for each, units in self._plain}
         if self._refined:
-            for of, units in self._of(self._fine):
-                found[of.protocol.name]["refined"] = {"method": self._refined.method, "scores": _scores(units)}
+            for each, units in self._fine:
+                found[each.protocol.name]["refined"] = {"method": self._refined.method, "scores": _scores(units)}
         return found
-
-    def _of(self, collected: Sequence[Collectors]) -> Iterator[tuple[Applied, Collectors]]:
-        yield from zip(self._applied, collected, strict=True)
 
     def _told(self, applied: Applied, units: dict[Unit, dict[str, Any]]) -> dict[str, Any]:
         terms = applied.terms
@@ -271,7 +270,7 @@ def _nearest(stored: int, scored: int) -> Tensor:
     return (2 * torch.arange(scored) + 1) * stored // (2 * scored)
 
 
-def _scores(units: Collectors) -> dict[Unit, dict[str, Any]]:
+def _scores(units: ByUnit) -> dict[Unit, dict[str, Any]]:
     return {unit: _joined(of) for unit, of in units.items()}
 
 

@@ -16,7 +16,10 @@ from slotlab.words import Refinement
 
 
 class Refined:
-    """The slot of each pixel after ``method``, of the video that was asked for last, and the time that it took."""
+    """The slot of each pixel after ``method``, in one pass of one run over a split, whichever scores ask for it.
+
+    The last video's are kept; ``seconds`` and ``frames`` count what was refined.
+    """
 
     def __init__(self, split: Split, method: Refinement) -> None:
         self.method, self.seconds, self.frames = method, 0.0, 0
