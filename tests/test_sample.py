@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from featcache.errors import DataError
-from featcache.sources import SAMPLE, open_source, sample_dir
+from featcache.sources import SAMPLE, open_source
 from featcache.sources.masks import visibility
 from featcache.sources.movi import MoviSource
+from featcache.sources.sample import sample_dir
 from featcache.sources.tfrecord import TFRecordFile
 from tests.movi_files import write_movi
 
@@ -83,7 +84,7 @@ def test_tfds_accepts_the_folder_and_reads_the_same() -> None:
 
 
 def test_missing_sample_says_where_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("featcache.sources.__file__", str(tmp_path / "featcache" / "sources" / "__init__.py"))
+    monkeypatch.setattr("featcache.sources.sample.__file__", str(tmp_path / "featcache" / "sources" / "sample.py"))
     with pytest.raises(DataError, match="clone of the repository"):
         sample_dir()
     packed = tmp_path / "featcache" / "_sample" / "movi_a" / "256x256" / "1.0.0"

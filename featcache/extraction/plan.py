@@ -108,6 +108,11 @@ def plan(path: Path, source: Source, backbone: Backbone, options: ExtractOptions
     names = options.splits or source.usual_splits()
     if unknown := [name for name in names if name not in source.splits()]:
         raise UsageError(f"{source.location}: no split {unknown[0]!r}; it has: {', '.join(source.splits())}")
+    if options.frame_stride > 1 and source.views > 1:
+        raise UsageError(
+            f"--frame-stride {options.frame_stride}: {source.location} has {source.views} views of a frame, which "
+            "follow each other; leave one of the two out"
+        )
     store = FeatureStore.open(path) if (path / "zarr.json").exists() else None
     if store is None and (question := source.question()):
         raise UsageError(question)

@@ -20,10 +20,10 @@ __all__ = [
     "layouts",
     "open_source",
     "place_of",
-    "sample_dir",
 ]
 
 SAMPLE = "sample:movi_a"
+VIEWS = "views"  # the option that every layout has
 
 
 @cache
@@ -38,9 +38,9 @@ def published() -> tuple[Layout, ...]:
 @cache
 def layouts() -> tuple[Layout, ...]:
     """Every layout that is read, in the order in which a place is tried: the first that it fits reads it."""
-    from featcache.sources import folder, hdf5, movi, tfds
+    from featcache.sources import folder, hdf5, movi, sample, tfds
 
-    return (*published(), hdf5.LAYOUT, movi.LAYOUT, tfds.LAYOUT, folder.LAYOUT)
+    return (*published(), hdf5.LAYOUT, movi.LAYOUT, tfds.LAYOUT, sample.LAYOUT, folder.LAYOUT)
 
 
 def open_source(location: str | Path | None = None, reading: Reading | None = None) -> Source:
@@ -48,28 +48,28 @@ def open_source(location: str | Path | None = None, reading: Reading | None = No
 
     A location is ``[LAYOUT:]PATH[?option[=value]&...]``: a folder or a file in one of ``layouts()``, which is found by
     what lies there unless it is named. ``tfds:NAME?data_dir=DIR`` goes through TensorFlow, ``sample:movi_a`` is the
-    embedded sample.
+    embedded sample. Any layout takes the option ``views=N`` (:mod:`featcache.sources.views`).
 
     Raises ``DataError`` if nothing readable is there, ``UsageError`` if the location itself is wrong.
     """
     reading = reading or Reading()
-    if location is None or str(location) == SAMPLE:
-        from featcache.sources.movi import MoviSource
-
-        _require_numbers(SAMPLE, reading)
-        return MoviSource(sample_dir(), location=SAMPLE, reading=reading)
-    place = place_of(str(location))
+    place = place_of(SAMPLE if location is None else str(location))
     layout = _layout(place)
-    if unknown := sorted(place.options.keys() - set(layout.options)):
-        known = ", ".join(layout.options) or "none"
+    options = (*layout.options, VIEWS)
+    if unknown := sorted(place.options.keys() - set(options)):
         raise UsageError(
-            f"{location}: no option {unknown[0]!r} after the question mark for {layout.of}; known: {known}"
+            f"{location}: no option {unknown[0]!r} after the question mark for {layout.of}; known: {', '.join(options)}"
         )
     if not place.layout and layout is layouts()[-1] and place.path.is_dir():
         _refuse_inner(place)
     if not layout.colours:
         _require_numbers(place.location, reading)
-    return layout.open(place, reading)
+    source, views = layout.open(place, reading), place.number(VIEWS) or 1
+    if views == 1:
+        return source
+    from featcache.sources.views import Views
+
+    return Views(source, views)
 
 
 def absolute(location: str) -> str:
@@ -86,9 +86,9 @@ def place_of(location: str) -> Place:
 
 def layout_of(location: str) -> str:
     """The name of the layout that a location is read in; empty where nothing is there any more to tell."""
-    if location == SAMPLE:
-        return "movi"
     place = place_of(location)
+    if place.layout == "sample":
+        return "movi"
     if place.layout or not location or not place.path.exists():
         return place.layout
     return _layout(place).name
@@ -125,15 +125,3 @@ def _refuse_inner(place: Place) -> None:
 def _require_numbers(location: str, reading: Reading) -> None:
     if reading.mask_colours:
         raise UsageError(f"{location}: --mask-colours is for folders of mask images; here masks are numbers")
-
-
-def sample_dir() -> Path:
-    """Folder of the embedded sample: in the repository, or packed in the wheel. ``DataError`` if in neither."""
-    package = Path(__file__).resolve().parents[1]
-    for root in (package.parent / "data" / "movi_a", package / "_sample" / "movi_a"):
-        if found := sorted(root.glob("*/*/features.json")):
-            return found[-1].parent
-    raise DataError(
-        f"the embedded sample is missing beside {package}: run from a clone of the repository (data/movi_a), "
-        "reinstall the wheel, or name your own videos with --data"
-    )

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from featcache.errors import DataError
 from featcache.sources.splits import check_index
 from featcache.sources.video import Size, Source, Video
+from featcache.sources.wrapped import Wrapped
 from featcache.text import printable
 
 logger = logging.getLogger(__name__)
@@ -17,20 +18,16 @@ READERS = 2
 SHRINK = 8.0  # the frames are not kept, and a size is no damage
 
 
-class SoundVideos(Source):
+class SoundVideos(Wrapped):
     """The readable videos of a source. All videos of a split are read once, when the split is first used."""
 
     def __init__(self, source: Source) -> None:
-        self.location = source.location
-        self._source = source
+        super().__init__(source)
         self._sound: dict[str, dict[int, int]] = {}  # split -> position in the source -> frames
         self._damaged: dict[str, dict[str, str]] = {}  # split -> name -> what is wrong
 
-    def splits(self) -> tuple[str, ...]:
-        return self._source.splits()
-
-    def usual_splits(self) -> tuple[str, ...]:
-        return self._source.usual_splits()
+    def videos(self, split: str) -> int:
+        return len(self._look(split))
 
     def lengths(self, split: str) -> Sequence[int]:
         return tuple(self._look(split).values())
@@ -41,30 +38,15 @@ class SoundVideos(Source):
     def names(self, split: str) -> Sequence[str]:
         return self._of_sound(split, self._source.names(split))
 
-    def fingerprint(self, split: str) -> str:
-        return self._source.fingerprint(split)
-
     def size(self, split: str, index: int) -> Size | None:
         return self._source.size(split, tuple(self._look(split))[index])
 
     def where(self, split: str, index: int) -> str:
         return self._source.where(split, tuple(self._look(split))[index])
 
-    def remarks(self, split: str) -> Sequence[str]:
-        return self._source.remarks(split)
-
-    def left_out(self) -> Mapping[str, int]:
-        return self._source.left_out()
-
-    def question(self) -> str:
-        return self._source.question()
-
     def damaged(self, split: str) -> Mapping[str, str]:
         self._look(split)
         return self._damaged[split]
-
-    def read(self, split: str, index: int) -> Video:
-        return self.read_smaller(split, index, 1.0)
 
     def read_smaller(self, split: str, index: int, shrink: float) -> Video:
         sound = tuple(self._look(split))

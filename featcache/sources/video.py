@@ -70,6 +70,7 @@ class Source(Protocol):
 
     location: str  # ``open_source(location)`` opens the same source again
     edition: str = ""  # of a data set that comes in several: its year, variant or letter
+    views: int = 1  # of each training frame, which follow each other (featcache.sources.views)
 
     @abstractmethod
     def splits(self) -> tuple[str, ...]:
