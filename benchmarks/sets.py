@@ -1,18 +1,19 @@
 """One preset on many sets: training-free segments, the model untrained and trained, with and without guided edges.
 
     python -m benchmarks.sets --home STORE NAME=STORE[:SPLIT] ... [--own NAME=STORE[:SPLIT] ...] [--last NAME=N ...]
-        [--stride 1] [--video] [--preset objects] [--seeds 0 1 2] [--own-steps N] [--folder runs/sets] [--plain]
-        [--set KEY=VALUE ...] [--json]
+        [--stride 1] [--video] [--preset objects] [--seeds 0 1 2] [--own-steps N] [--then STORE[:SPLIT]]
+        [--then-steps N] [--folder runs/sets] [--plain] [--set KEY=VALUE ...] [--json]
 
 ``carried`` is trained on the store ``--home`` alone and scored on every set as it is; ``own`` is trained on the set's
 own videos of ``--own``, which must not be among those scored: ``--last moving=4`` scores the last 4 of a split alone.
-``--own-steps`` makes that shorter; ``continued`` is the same, begun from the run ``carried``, statistics and all. Each
-of the others stands beside its start, a step at a rate of next to nothing. ``--set`` changes settings of all runs. Runs
-are kept in the folder and used again: other settings want another folder. With ``--stride N`` every N-th frame of a
-video counts; slots are followed over all of them. A set's store may have another input size than the home's, which the
-preset ``objects`` can read. FG-ARI is a mean over frames of two objects or more, mBO over
-all frames with objects; both at the store's frame size, of soft masks upsampled and, without ``--plain``, of the same
-after a guided filter. With ``--video`` both are of whole videos, in which a slot must keep its object.
+``--own-steps`` makes that shorter; ``continued`` is the same, begun from the run ``carried``, statistics and all, and
+so is ``then``, on one more store for all sets. ``carried`` and ``own`` stand beside their start, a step at a rate of
+next to nothing. ``--set`` changes settings of all runs. Runs are kept in the folder and used again: other settings want
+another folder. With ``--stride N`` every N-th frame of a video counts; slots are followed over all of them. A set's
+store may have another input size than the home's, which the preset ``objects`` can read. FG-ARI is a mean over frames
+of two objects or more, mBO over all frames with objects; both at the store's frame size, of soft masks upsampled and,
+without ``--plain``, of the same after a guided filter. With ``--video`` both are of whole videos, in which a slot must
+keep its object.
 """
 
 from __future__ import annotations
@@ -114,6 +115,8 @@ def main() -> None:
     parser.add_argument("--preset", default="objects")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--own-steps", type=int, default=0)
+    parser.add_argument("--then", default="", metavar="STORE[:SPLIT]")
+    parser.add_argument("--then-steps", type=int, default=0)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     parser.add_argument("--folder", type=Path, default=Path("runs/sets"))
     parser.add_argument("--plain", action="store_true", help="without guided edges, which take the longest")
@@ -126,18 +129,25 @@ def main() -> None:
         split = require_truth(split_of(place))
         videos = list(range(len(split.manifest)))[-int(last.get(name, 0)) :]
         training = {"untrained": (args.home, "home", [*args.set, *START]), "carried": (args.home, "home", args.set)}
+        if args.then:
+            training["then"] = (args.then, Path(args.then).stem, [*args.set, *lasting(args.then_steps)])
         if name in own:
-            steps = [f"optim.steps={args.own_steps}"] if args.own_steps else []
+            shorter = [*args.set, *lasting(args.own_steps)]
             training |= {
                 "own-untrained": (own[name], name, [*args.set, *START]),
-                "own": (own[name], name, [*args.set, *steps]),
-                "continued": (own[name], name, [*args.set, *steps]),
+                "own": (own[name], name, shorter),
+                "continued": (own[name], name, shorter),
             }
         found[name] = measured(split, videos, training, args)
         if not args.json:
             print(line(name, found[name]), flush=True)
     if args.json:
         report("sets", found)
+
+
+def lasting(steps: int) -> list[str]:
+    """Settings of a run of so many steps; 0: as many as the preset's."""
+    return [f"optim.steps={steps}"] if steps else []
 
 
 def measured(
@@ -157,7 +167,7 @@ def measured(
             if row.endswith("untrained") and seed != args.seeds[0]:
                 continue  # all seeds start from the same keys
             folder = args.folder / f"{args.preset}-{row}-{home}-{seed}"
-            start = runs["carried", seed] if row == "continued" else None
+            start = runs["carried", seed] if row in ("then", "continued") else None
             runs[row, seed] = trained(args.preset, place, folder, f"seed={seed}", *options, init_from=start)
             add(row, model_masks(load_run(runs[row, seed], split.store.path), split, videos))
     return rows

@@ -77,6 +77,25 @@ def test_a_run_starts_from_another_s_parameters(tmp_path: Path, store: FeatureSt
     assert not (tmp_path / "third").exists()
 
 
+@pytest.mark.parametrize("kind", ["whiten=4", "slow=4"])
+def test_directions_go_with_the_parameters_that_are_in_them(tmp_path: Path, store: FeatureStore, kind: str) -> None:
+    """Begun from a run, another gives the same masks before it has learnt anything, on any store of such features."""
+    first = train(small(f"data.normalize={kind}"), store, tmp_path / "first")
+    other = make_store(tmp_path / "other.zarr", scale=10.0)
+    frozen = small(f"data.normalize={kind}", "optim.learning_rate=1e-12", optim__steps=1)
+    second = train(frozen, other, tmp_path / "second", init_from=first)
+    a, b = (load_file(run / "checkpoint/model.safetensors") for run in (first, second))
+    assert all(torch.equal(a[key], b[key]) for key in a if key.startswith("normaliser"))
+    ours, theirs = (load_run(run, other.path).segment(other["validation"], 0).masks for run in (first, second))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    with pytest.raises(IncompatibleError, match=f"--init-from .*first: has data.normalize={kind}, not whiten=3; add"):
+        train(small("data.normalize=whiten=3"), other, tmp_path / "third", init_from=first)
+    centred = small(f"data.normalize={kind}", "data.center=position")
+    with pytest.raises(IncompatibleError, match="has data.center=channel, not position"):
+        train(centred, other, tmp_path / "third", init_from=first)
+    assert not (tmp_path / "third").exists()
+
+
 def test_a_resumed_start_begins_where_it_had_begun(tmp_path: Path, store: FeatureStore) -> None:
     """Before its first checkpoint a run starts again, with the parameters that --init-from had given it."""
     source = train(small(optim__steps=3, seed=5), store, tmp_path / "source")

@@ -98,6 +98,11 @@ class DataConfig(Section):
     def chosen(self, key: str) -> str:
         return parse_normalisation(self.normalize)[0] if key == "normalize" else super().chosen(key)
 
+    @property
+    def directions(self) -> bool:
+        """Whether channels are directions of the training set, so that parameters mean nothing in another set's."""
+        return parse_normalisation(self.normalize)[0].endswith("=K")
+
     @model_validator(mode="after")
     def _named(self) -> Self:
         if self.target is not None and self.tap is None:

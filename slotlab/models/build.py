@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from featcache.errors import IncompatibleError
 from featcache.store.reading import FeatureStore
 from slotlab.config.schema import Config
 from slotlab.models.agglomerative.model import AgglomerativeModel
@@ -24,10 +29,11 @@ MODELS: dict[str, type[Model]] = {  # by model.kind
 }
 
 
-def build_model(config: Config, store: FeatureStore) -> Model:
+def build_model(config: Config, store: FeatureStore, directions: Mapping[str, Tensor] | None = None) -> Model:
     """A fresh model, normalised by the statistics of the store's training split and calibrated on a sample of it.
 
-    ``IncompatibleError`` if the store lacks the tap, ``UsageError`` if sizes do not fit it.
+    ``directions`` are a normaliser's tensors, in place of those statistics. ``IncompatibleError`` if they do not fit or
+    the store lacks the tap, ``UsageError`` if sizes do not fit it.
     """
     data, inputs, split = config.data, ModelInput.of(config, store), store[config.data.train_split]
     moments = inputs.moments(split)
@@ -35,6 +41,11 @@ def build_model(config: Config, store: FeatureStore) -> Model:
     if inputs.target is not None:
         of_target = inputs.target.moments(split)
         normaliser.target = Normaliser.from_moments(data.normalize, of_target, data.shrinkage, data.center)
+    if directions is not None:
+        try:
+            normaliser.load_state_dict(directions)
+        except RuntimeError as error:
+            raise IncompatibleError(f"{store.path}: {str(error).splitlines()[-1].strip()}") from error
     model = MODELS[config.model.kind].of(config, normaliser, inputs.grid)
     model.take(moments)
     model.calibrate(inputs.sample(split))

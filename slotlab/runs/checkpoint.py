@@ -30,7 +30,7 @@ from featcache.errors import DataError, IncompatibleError, UsageError
 from featcache.store.durable import make_directory, write_durably
 from featcache.text import in_utf8
 from slotlab.config.load import read_toml, validate
-from slotlab.config.schema import Config
+from slotlab.config.schema import Config, DataConfig
 from slotlab.models.base import Model
 
 CONFIG = "config.toml"
@@ -119,8 +119,25 @@ def load_model(run: Path, model: Model, name: str | None = None) -> list[str]:
     return differs
 
 
+def directions(run: Path, data: DataConfig) -> dict[str, Tensor] | None:
+    """The normaliser's tensors of a run that another begins from, if its parameters are in directions of its data set;
+    None if they are not.
+
+    ``IncompatibleError`` where the other's ``data`` wants other directions.
+    """
+    theirs = load_run_config(run).data
+    if not (theirs.directions or data.directions):
+        return None
+    for key in ("normalize", "center"):
+        if (has := getattr(theirs, key)) != (wants := getattr(data, key)):
+            raise IncompatibleError(f"--init-from {run}: has data.{key}={has}, not {wants}; add --set data.{key}={has}")
+    start = "normaliser."
+    tensors = _tensors(folder(run) / _to_use(run))
+    return {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+
+
 def load_parameters(run: Path, model: nn.Module) -> None:
-    """Copy another run's parameters into ``model``; statistics of the store (normalisation, thresholds) stay.
+    """Copy another run's parameters into ``model``; what is measured on the store (normalisation, thresholds) stays.
 
     ``IncompatibleError`` if that run has another model.
     """

@@ -22,6 +22,7 @@ from slotlab.models.build import build_model
 from slotlab.models.inputs import ModelInput
 from slotlab.models.randomness import DrawnAhead, Draws, Request, Share
 from slotlab.runs import checkpoint
+from slotlab.runs.folder import check_store
 from slotlab.training.losses import losses, total
 from slotlab.training.processes import Ranks, before_compiling
 from slotlab.training.schedule import learning_rate, make_schedule, plain_state, update_average
@@ -95,10 +96,13 @@ class TrainStep:
     def fresh(cls, config: Config, store: FeatureStore, ranks: Ranks, init_from: Path | None = None) -> TrainStep:
         """The step of a new model, drawn by the seed, or with the parameters of the run ``init_from``.
 
-        ``IncompatibleError`` if that run has another model.
+        The directions that parameters are in go with them. ``IncompatibleError`` if that run has another model.
         """
         torch.manual_seed(config.seed)
-        model = build_model(config, store).to(ranks.device)
+        begun = None if init_from is None else checkpoint.directions(init_from, config.data)
+        if init_from is not None and begun is not None:
+            check_store(init_from, store)  # directions of other features would fit as well, and mean nothing
+        model = build_model(config, store, begun).to(ranks.device)
         if init_from is not None:
             checkpoint.load_parameters(init_from, model)
         if not config.loss.reconstructs:
