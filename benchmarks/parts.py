@@ -124,7 +124,7 @@ def without(
             assert isinstance(loaded.model, AgglomerativeModel)
             loaded.model.config = loaded.model.config.model_copy(update={"tracking": args.video, **part.use})
             masks = model_masks(loaded, split, videos)
-            yield of, scores(masks, split, videos, args.stride, plain=True, by_video=args.video)[""]
+            yield of, scores(masks, split, videos, args.stride, plain=True, by_video=args.video)[""].pair
 
 
 if __name__ == "__main__":

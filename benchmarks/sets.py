@@ -13,14 +13,16 @@ another folder. With ``--stride N`` every N-th frame of a video counts; slots ar
 store may have another input size than the home's, which the preset ``objects`` can read. FG-ARI is a mean over frames
 of two objects or more, mBO over all frames with objects; both at the store's frame size, of soft masks upsampled and,
 without ``--plain``, of the same after a guided filter. With ``--video`` both are of whole videos, in which a slot must
-keep its object.
+keep its object. What training adds comes with a 95 % interval: a bootstrap over videos, or single pictures, of the
+difference that each has, its mean over the seeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,12 +36,27 @@ from slotlab.models.normalise import Normaliser
 from slotlab.models.segments import SHRINKAGE, soft_segments
 from slotlab.runs.loaded import LoadedRun, load_run
 from slotlab.scoring.follow import follow
+from slotlab.scoring.intervals import Bootstrap
 from slotlab.scoring.metrics import adjusted_rand_index, mean_best_overlap
 from slotlab.scoring.tables import count_labels, ground_truth, labelled_frames, mask_tables, require_truth
 from slotlab.training.train import train
 
 Pair = tuple[float, float]  # FG-ARI and mBO
 START = ["optim.steps=1", "optim.learning_rate=1e-12"]  # settings of an untrained run
+STARTS = {"carried": "untrained", "then": "carried", "own": "own-untrained", "continued": "carried"}  # of each row
+
+
+@dataclass(frozen=True)
+class Scored:
+    """FG-ARI and mBO (F,) of frames, NaN where there is none, and the video (F,) of each."""
+
+    fg_ari: Tensor
+    mbo: Tensor
+    videos: Tensor
+
+    @property
+    def pair(self) -> Pair:
+        return float(self.fg_ari.nanmean()), float(self.mbo.nanmean())
 
 
 def split_of(place: str) -> Split:
@@ -76,10 +93,10 @@ def free_masks(split: Split, videos: Iterable[int]) -> Iterator[Tensor]:
 
 def scores(
     masks: Iterable[Tensor], split: Split, videos: list[int], stride: int, plain: bool = False, by_video: bool = False
-) -> dict[str, Pair]:
+) -> dict[str, Scored]:
     """FG-ARI and mBO of plain masks and, as ", guided", of refined ones; of every ``stride``-th frame.
 
-    They are means over frames or, with ``by_video``, over videos, each of which counts as one large frame.
+    They are of frames or, with ``by_video``, of videos, each of which counts as one large frame.
     """
 
     def counted(found: Tensor) -> Tensor:
@@ -88,21 +105,47 @@ def scores(
 
     labels = count_labels(split)
     tables: dict[str, list[Tensor]] = {}
+    numbers: list[int] = []
     for video, found in zip(videos, masks, strict=True):
         truth = ground_truth(split, video)
         known = labelled_frames(truth).nonzero().flatten()[::stride]
         tables.setdefault("", []).extend(counted(found[known]))
+        numbers += [video] * (len(tables[""]) - len(numbers))
         if not plain:
             fine = refine(found[known], torch.from_numpy(split.video(video))[known], "guided")
             tables.setdefault(", guided", []).extend(counted(fine))
-    return {edges: mean_scores(of_frames) for edges, of_frames in tables.items()}
+    return {edges: Scored(*frame_scores(of_frames), torch.tensor(numbers)) for edges, of_frames in tables.items()}
+
+
+def frame_scores(tables: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """FG-ARI (F,) of frames of two objects or more, NaN for others, and mBO (F,), of counts (objects, slots)."""
+    several = [int((table[1:].sum(-1) > 0).sum()) > 1 for table in tables]
+    ari = [
+        adjusted_rand_index(table[None], foreground=True) if more else torch.full((1,), torch.nan)
+        for table, more in zip(tables, several, strict=True)
+    ]
+    return torch.cat(ari).double(), torch.cat([mean_best_overlap(table[None]) for table in tables]).double()
 
 
 def mean_scores(tables: list[Tensor]) -> Pair:
-    several = [table for table in tables if int((table[1:].sum(-1) > 0).sum()) > 1]
-    ari = [float(adjusted_rand_index(table[None], foreground=True)) for table in several]
-    overlap = torch.cat([mean_best_overlap(table[None]) for table in tables])
-    return statistics.fmean(ari) if ari else float("nan"), float(overlap.nanmean())
+    ari, overlap = frame_scores(tables)
+    return float(ari.nanmean()), float(overlap.nanmean())
+
+
+def added(rows: Mapping[str, Sequence[Scored]]) -> dict[str, dict[str, list[float]]]:
+    """What the runs of a row have more than those that they started as: mean, low and high of each score."""
+    found = {}
+    for row, of_seeds in rows.items():
+        name, comma, edges = row.partition(",")
+        if (start := rows.get(f"{STARTS.get(name)}{comma}{edges}")) is None:
+            continue
+        values = {}
+        for score in ("fg_ari", "mbo"):
+            after, before = (torch.stack([getattr(x, score) for x in each]).mean(0) for each in (of_seeds, start))
+            values[score] = after - before
+        sure = Bootstrap().intervals(values, of_seeds[0].videos)
+        found[row] = {score: [float(of.nanmean()), *(sure[score] or ())] for score, of in values.items()}
+    return found
 
 
 def main() -> None:
@@ -124,7 +167,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     places, own, last = (dict(pair.split("=", 1) for pair in pairs) for pairs in (args.sets, args.own, args.last))
-    found = {}
+    found: dict[str, dict[str, object]] = {}
     for name, place in places.items():
         split = require_truth(split_of(place))
         videos = list(range(len(split.manifest)))[-int(last.get(name, 0)) :]
@@ -138,9 +181,11 @@ def main() -> None:
                 "own": (own[name], name, shorter),
                 "continued": (own[name], name, shorter),
             }
-        found[name] = measured(split, videos, training, args)
+        rows = measured(split, videos, training, args)
+        found[name] = {row: [one.pair for one in of_seeds] for row, of_seeds in rows.items()}
+        found[name]["adds"] = added(rows)
         if not args.json:
-            print(line(name, found[name]), flush=True)
+            print(line(name, rows), flush=True)
     if args.json:
         report("sets", found)
 
@@ -152,14 +197,14 @@ def lasting(steps: int) -> list[str]:
 
 def measured(
     split: Split, videos: list[int], training: dict[str, tuple[str, str, list[str]]], args: argparse.Namespace
-) -> dict[str, list[Pair]]:
-    """FG-ARI and mBO of each row and kind of edges, by seed. ``training`` has a store, its name and settings by row."""
-    rows: dict[str, list[Pair]] = {}
+) -> dict[str, list[Scored]]:
+    """The scores of each row and kind of edges, by seed. ``training`` has a store, its name and settings by row."""
+    rows: dict[str, list[Scored]] = {}
     runs: dict[tuple[str, int], Path] = {}
 
     def add(row: str, masks: Iterable[Tensor]) -> None:
-        for edges, pair in scores(masks, split, videos, args.stride, args.plain, args.video).items():
-            rows.setdefault(row + edges, []).append(pair)
+        for edges, scored in scores(masks, split, videos, args.stride, args.plain, args.video).items():
+            rows.setdefault(row + edges, []).append(scored)
 
     add("tfs", free_masks(split, videos))
     for seed in args.seeds:
@@ -173,15 +218,17 @@ def measured(
     return rows
 
 
-def line(name: str, rows: dict[str, list[Pair]]) -> str:
-    """A row of Markdown: FG-ARI/mBO, means over seeds and the spread of each."""
-    cells = []
-    for row, pairs in rows.items():
-        if pairs:
-            means, spreads = zip(
-                *((statistics.fmean(x), max(x) - min(x)) for x in zip(*pairs, strict=True)), strict=True
-            )
-            cells.append(f"{row} {means[0]:.3f}/{means[1]:.3f} (±{spreads[0] / 2:.3f}/{spreads[1] / 2:.3f})")
+def line(name: str, rows: Mapping[str, Sequence[Scored]]) -> str:
+    """A row of Markdown: FG-ARI/mBO, means over seeds and the spread of each, and what was added, with its interval."""
+    adds, cells = added(rows), []
+    for row, of_seeds in rows.items():
+        means, spreads = zip(
+            *((statistics.fmean(x), max(x) - min(x)) for x in zip(*(one.pair for one in of_seeds), strict=True)),
+            strict=True,
+        )
+        more = (f"{of[0]:+.3f} [{', '.join(f'{x:+.3f}' for x in of[1:])}]" for of in adds.get(row, {}).values())
+        spread = f"(±{spreads[0] / 2:.3f}/{spreads[1] / 2:.3f})"
+        cells.append(" ".join([f"{row} {means[0]:.3f}/{means[1]:.3f} {spread}", *more]))
     return f"| {name} | {' | '.join(cells)} |"
 
 

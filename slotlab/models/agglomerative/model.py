@@ -24,8 +24,8 @@ Training is swapped prediction (Caron et al., 2020, arXiv:2006.09882) of segment
 the patches of another frame of the clip, by their likeness alone, and that frame's own segments say which one should
 have won: the one whose segment is the likeliest for theirs. The keys so learn what stays the same within an object and
 over time, and what differs between objects. The segments are those of the keys as they are, without gradient; nothing
-else is kept from step to step. A single image is paired with itself: its keys learn what a segment has in common, which
-the linkage knew by place.
+else is kept from step to step. A single image is best stored in views (:mod:`featcache.sources.views`): paired with
+itself, it teaches its keys to tell apart what its segments happen to be.
 """
 
 from __future__ import annotations
