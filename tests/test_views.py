@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import cli
-from featcache.errors import UsageError
+from featcache.errors import DataError, UsageError
 from featcache.sources import Reading, open_source
 from featcache.sources.damaged import SoundVideos
 from featcache.sources.masks import visibility
@@ -111,7 +111,11 @@ def test_a_crop_s_masks_are_pillow_s_nearest_pixels(seed: int, height: int, widt
     np.testing.assert_array_equal(numbers[WHOLE.places((height, width))], numbers)
 
 
-def test_what_cannot_have_views_is_refused(photos: Path) -> None:
+def test_what_cannot_have_views_is_refused(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featcache.sources.images.MAX_BYTES", VIEWS * 3 * HEIGHT * WIDTH)
+    open_source(f"{photos}?views={VIEWS}").read("train", 0)
+    with pytest.raises(DataError, match=r"a.png: 8 views of its 1 frames are over .* have fewer"):
+        open_source(f"{photos}?views={VIEWS + 1}").read("train", 0)
     with pytest.raises(UsageError, match=r"views=0: give a number of at least 1"):
         open_source(f"{photos}?views=0")
     with pytest.raises(UsageError, match=r"no option 'view' .*; known: views"):

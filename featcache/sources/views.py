@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from featcache.errors import UsageError
+from featcache.errors import DataError, UsageError
+from featcache.sources import images
 from featcache.sources.fingerprint import digest
 from featcache.sources.masks import counted
 from featcache.sources.splits import check_index, check_split
@@ -72,7 +73,7 @@ class Views(Wrapped):
     """A source, each frame of whose training split comes ``views`` times; the other splits as they are.
 
     The crops are drawn by the video's name, so that they are the same whenever it is read.
-    ``UsageError`` if there is no training split.
+    ``UsageError`` if there is no training split, ``DataError`` for views that are too many to be held.
     """
 
     def __init__(self, source: Source, views: int) -> None:
@@ -106,6 +107,11 @@ class Views(Wrapped):
         draws = np.random.default_rng(zlib.crc32(self._names[index].encode("utf-8", "surrogateescape")))
         # A crop is enlarged, so that it needs more pixels than the frame does.
         video = self._source.read_smaller(split, index, max(1.0, shrink * LEAST**0.5))
+        if video.frames.nbytes * self.views > images.MAX_BYTES:
+            raise DataError(
+                f"{self.where(split, index)}: {self.views} views of its {len(video.frames)} frames are over "
+                f"{images.MAX_BYTES >> 30} GiB; have fewer, or scale them down (--frame-size 512)"
+            )
         return seen(video, [[WHOLE, *(Crop.drawn(draws) for _ in range(self.views - 1))] for _ in video.frames])
 
 
