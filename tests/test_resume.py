@@ -88,6 +88,8 @@ def test_directions_go_with_the_parameters_that_are_in_them(tmp_path: Path, stor
     assert all(torch.equal(a[key], b[key]) for key in a if key.startswith("normaliser"))
     ours, theirs = (load_run(run, other.path).segment(other["validation"], 0).masks for run in (first, second))
     assert torch.allclose(ours, theirs, atol=1e-5)
+    stills = make_store(tmp_path / "stills.zarr", DiscSource(lengths={"train": (1,) * 8, "validation": (1,)}))
+    train(small(f"data.normalize={kind}"), stills, tmp_path / "on_stills", init_from=first)  # in which nothing moves
     with pytest.raises(IncompatibleError, match=f"--init-from .*first: has data.normalize={kind}, not whiten=3; add"):
         train(small("data.normalize=whiten=3"), other, tmp_path / "third", init_from=first)
     centred = small(f"data.normalize={kind}", "data.center=position")

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from featcache.errors import IncompatibleError
-from featcache.store.reading import FeatureStore
+from featcache.moments import Moments
+from featcache.store.reading import FeatureStore, Split
 from slotlab.config.schema import Config
 from slotlab.models.agglomerative.model import AgglomerativeModel
 from slotlab.models.base import Model
@@ -35,13 +36,12 @@ def build_model(config: Config, store: FeatureStore, directions: Mapping[str, Te
     ``directions`` are a normaliser's tensors, in place of those statistics. ``IncompatibleError`` if they do not fit or
     the store lacks the tap, ``UsageError`` if sizes do not fit it.
     """
-    data, inputs, split = config.data, ModelInput.of(config, store), store[config.data.train_split]
+    inputs, split = ModelInput.of(config, store), store[config.data.train_split]
     moments = inputs.moments(split)
-    normaliser = Normaliser.from_moments(data.normalize, moments, data.shrinkage, data.center)
-    if inputs.target is not None:
-        of_target = inputs.target.moments(split)
-        normaliser.target = Normaliser.from_moments(data.normalize, of_target, data.shrinkage, data.center)
-    if directions is not None:
+    if directions is None:
+        normaliser = _measured(config, inputs, split, moments)
+    else:
+        normaliser = _empty(config, inputs)
         try:
             normaliser.load_state_dict(directions)
         except RuntimeError as error:
@@ -54,8 +54,21 @@ def build_model(config: Config, store: FeatureStore, directions: Mapping[str, Te
 
 def empty_model(config: Config, inputs: ModelInput) -> Model:
     """The model before a checkpoint is loaded into it: statistics of the store are saved with the weights."""
+    return MODELS[config.model.kind].of(config, _empty(config, inputs), inputs.grid)
+
+
+def _measured(config: Config, inputs: ModelInput, split: Split, moments: Moments) -> Normaliser:
+    data = config.data
+    normaliser = Normaliser.from_moments(data.normalize, moments, data.shrinkage, data.center)
+    if inputs.target is not None:
+        of_target = inputs.target.moments(split)
+        normaliser.target = Normaliser.from_moments(data.normalize, of_target, data.shrinkage, data.center)
+    return normaliser
+
+
+def _empty(config: Config, inputs: ModelInput) -> Normaliser:
     positions = inputs.patches if config.data.center == "position" else 1
     normaliser = Normaliser(config.data.normalize, inputs.dim, positions)
     if inputs.target is not None:
         normaliser.target = Normaliser(config.data.normalize, inputs.target.dim, positions)
-    return MODELS[config.model.kind].of(config, normaliser, inputs.grid)
+    return normaliser
