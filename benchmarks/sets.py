@@ -6,7 +6,7 @@
 
 ``carried`` is trained on the store ``--home`` alone and scored on every set as it is; ``own`` is trained on the set's
 own videos of ``--own``, which must not be among those scored: ``--last moving=4`` scores the last 4 of a split alone.
-``--own-steps`` makes that shorter; ``continued`` is the same, begun from the run ``carried``, statistics and all, and
+``--own-steps`` makes that shorter; ``continued`` is the same, begun from the run ``carried``, directions and all, and
 so is ``then``, on one more store for all sets. ``carried`` and ``own`` stand beside their start, a step at a rate of
 next to nothing. ``--set`` changes settings of all runs. Runs are kept in the folder and used again: other settings want
 another folder. With ``--stride N`` every N-th frame of a video counts; slots are followed over all of them. A set's

@@ -88,6 +88,14 @@ def test_directions_go_with_the_parameters_that_are_in_them(tmp_path: Path, stor
     assert all(torch.equal(a[key], b[key]) for key in a if key.startswith("normaliser"))
     ours, theirs = (load_run(run, other.path).segment(other["validation"], 0).masks for run in (first, second))
     assert torch.allclose(ours, theirs, atol=1e-5)
+    by_place = (f"data.normalize={kind}", "data.center=position")
+    start = train(small(*by_place), store, tmp_path / "start")
+    placed = train(
+        small(*by_place, "optim.learning_rate=1e-12", optim__steps=1), other, tmp_path / "p", init_from=start
+    )
+    a, b = (load_file(run / "checkpoint/model.safetensors") for run in (start, placed))
+    assert torch.equal(a["normaliser.weight"], b["normaliser.weight"])
+    assert not torch.allclose(a["normaliser.shift"], b["normaliser.shift"]), "what a place looks like is the store's"
     stills = make_store(tmp_path / "stills.zarr", DiscSource(lengths={"train": (1,) * 8, "validation": (1,)}))
     train(small(f"data.normalize={kind}"), stills, tmp_path / "on_stills", init_from=first)  # in which nothing moves
     with pytest.raises(IncompatibleError, match=f"--init-from .*first: has data.normalize={kind}, not whiten=3; add"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from featcache.errors import IncompatibleError
@@ -33,8 +34,8 @@ MODELS: dict[str, type[Model]] = {  # by model.kind
 def build_model(config: Config, store: FeatureStore, directions: Mapping[str, Tensor] | None = None) -> Model:
     """A fresh model, normalised by the statistics of the store's training split and calibrated on a sample of it.
 
-    ``directions`` are a normaliser's tensors, in place of those statistics. ``IncompatibleError`` if they do not fit or
-    the store lacks the tap, ``UsageError`` if sizes do not fit it.
+    ``directions`` are a normaliser's tensors, in place of those statistics; means of patch positions are always the
+    store's. ``IncompatibleError`` if they do not fit or the store lacks the tap, ``UsageError`` if sizes do not.
     """
     inputs, split = ModelInput.of(config, store), store[config.data.train_split]
     moments = inputs.moments(split)
@@ -42,6 +43,11 @@ def build_model(config: Config, store: FeatureStore, directions: Mapping[str, Te
         normaliser = _measured(config, inputs, split, moments)
     else:
         normaliser = _empty(config, inputs)
+        if config.data.center == "position":
+            places = {"shift": moments}
+            if inputs.target is not None:
+                places["target.shift"] = inputs.target.moments(split)
+            directions = {**directions, **{name: torch.from_numpy(of.position_mean) for name, of in places.items()}}
         try:
             normaliser.load_state_dict(directions)
         except RuntimeError as error:

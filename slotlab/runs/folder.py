@@ -166,17 +166,20 @@ def store_path(run: Path, option: str = "--cache") -> Path:
     raise DataError(f"{run}: was trained on {places[0]}, which is not there; say where its store is with {option}")
 
 
-def check_store(run: Path, store: FeatureStore) -> None:
+def check_store(run: Path, store: FeatureStore, any_grid: bool = False) -> None:
     """Raise ``IncompatibleError`` unless the store holds the kind of features that the run was trained on.
 
-    A run on the stored frames fits any store: it reads no features.
+    Another grid of patches fits a model that learns nothing of it, or all with ``any_grid``. A run on the stored frames
+    fits any store: it reads no features.
     """
     config = checkpoint.load_run_config(run)
     if config.data.tap != VIDEO:
-        _check_features(run, config, trained_on(run), store)
+        _check_features(run, config, trained_on(run), store, any_grid)
 
 
-def _check_features(run: Path, config: Config, noted: Mapping[str, Any], store: FeatureStore) -> None:
+def _check_features(
+    run: Path, config: Config, noted: Mapping[str, Any], store: FeatureStore, any_grid: bool = False
+) -> None:
     names = config.data.taps or (store.tap(None),)
     for tap in names:
         if tap not in store.spec.taps:
@@ -195,7 +198,7 @@ def _check_features(run: Path, config: Config, noted: Mapping[str, Any], store: 
     )
     if not isinstance(config.model, ForecastConfig):  # a predictor has learnt how far things go from frame to frame
         ignored += ("frame_stride",)
-    if config.any_grid:
+    if any_grid or config.any_grid:
         ignored += ("preprocessing.size", "model.grid", *(f"{name} grid" for name in names))
 
     def deciding(identity: Mapping[str, Any], taps: Mapping[str, Any]) -> dict[str, Any]:

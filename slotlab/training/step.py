@@ -101,7 +101,8 @@ class TrainStep:
         torch.manual_seed(config.seed)
         begun = None if init_from is None else checkpoint.directions(init_from, config.data)
         if init_from is not None and begun is not None:
-            check_store(init_from, store)  # directions of other features would fit as well, and mean nothing
+            # Directions of other features would fit as well, and mean nothing.
+            check_store(init_from, store, any_grid=True)
         model = build_model(config, store, begun).to(ranks.device)
         if init_from is not None:
             checkpoint.load_parameters(init_from, model)
