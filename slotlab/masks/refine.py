@@ -2,13 +2,16 @@
 
 - ``guided``: the guided filter (He, Sun & Tang 2013, IEEE TPAMI 35(6)) in its fast form (He & Sun 2015,
   arXiv:1505.00996): in every window of about two patches, each mask is a linear function of the colour; the
-  functions are found at three times the patch grid and applied to every pixel. Two rounds, with the masks sharpened
-  between them. Windows without any colour contrast, where the filter would only blur, leave the masks as they are.
+  functions are found at three times the patch grid and applied to every pixel. Three rounds, the last on six times the
+  grid, with the masks sharpened between them. Windows without any colour contrast, where the filter would only blur,
+  leave the masks as they are. Where colours are mixed the filter leaves specks: in the end the pixels around each one
+  vote for its slot, and a slot's share of the votes is its mask.
 - ``crf``: mean field inference in a fully connected CRF (Krähenbühl & Koltun 2011, arXiv:1210.5644), by pydensecrf2
   on the CPU, frame by frame; needs the extra ``slotlab[crf]``.
 
-The defaults were chosen on training videos of the embedded sample (benchmarks/refinement.py); lengths are in patches,
-so that they hold for other grids and frame sizes.
+The defaults were chosen on training videos of the embedded sample (benchmarks/refinement.py), rounds and votes on
+training pictures of all kinds (docs/benchmarks-edges.md); lengths are in patches, so that they hold for other grids and
+frame sizes.
 """
 
 from __future__ import annotations
@@ -33,11 +36,12 @@ _SMALLEST = 1e-6  # least mask value, so that masks have a logarithm and a sum a
 class Guided:
     """Parameters of the guided filter."""
 
-    scales: tuple[int, ...] = (3, 3)  # each round's grid, as a multiple of the patch grid
+    scales: tuple[int, ...] = (3, 3, 6)  # each round's grid, as a multiple of the patch grid
     radius: float = 1.0  # half side of the window, in patches
     epsilon: float = 1e-5  # ridge on the colours, which are in [0, 1]
     flat: float = 3e-4  # variance of a window's colours, summed over channels, at which the filter has weight 1/2
     sharpening: float = 4.0  # power that masks are raised to between rounds
+    votes: float = 0.08  # half side of the window that votes for a pixel, in patches; 0: the filter's masks
     pixels: int = 2**21  # of a frame whose every pixel is seen; a larger one is seen smaller, to save time and memory
 
 
@@ -99,6 +103,9 @@ def _guided(masks: Tensor, frames: Tensor, parameters: Guided) -> Tensor:
         radius = max(1, round(parameters.radius * down)), max(1, round(parameters.radius * along))
         filtered = fast_guided_filter(masks, coarse, fine, radius, parameters.epsilon, parameters.flat)
         masks = _normalised(filtered.clamp(_SMALLEST, 1))
+    reach = round(parameters.votes * masks.shape[-2] / rows), round(parameters.votes * masks.shape[-1] / columns)
+    if any(reach):
+        masks = _voted(masks, reach)
     return F.interpolate(masks, size=whole, mode="bilinear") if larger > 1 else masks
 
 
@@ -140,9 +147,30 @@ def fast_guided_filter(
 
 def _window_mean(x: Tensor, radius: tuple[int, int]) -> Tensor:
     """Mean over the window around each cell of (B, C, r, c); at the border, over the cells inside."""
-    up, left = radius
-    rows = F.avg_pool2d(x, (2 * up + 1, 1), stride=1, padding=(up, 0), count_include_pad=False)
-    return F.avg_pool2d(rows, (1, 2 * left + 1), stride=1, padding=(0, left), count_include_pad=False)
+    # Products with matrices of averages: of a few hundred cells a side, ten times faster than pooling on a CPU.
+    rows, columns = (_averages(size, reach, x.device) for size, reach in zip(x.shape[-2:], radius, strict=True))
+    return rows @ x @ columns.mT
+
+
+def _averages(size: int, radius: int, device: torch.device) -> Tensor:
+    """The matrix (size, size) that takes the mean over at most ``radius`` cells to either side."""
+    cells = torch.arange(size, device=device)
+    near = ((cells - cells.unsqueeze(1)).abs() <= radius).float()
+    return near / near.sum(1, keepdim=True)
+
+
+def _voted(masks: Tensor, radius: tuple[int, int]) -> Tensor:
+    """The share of the pixels around each that go to each slot: masks (B, K, H, W) to masks (B, K, H, W)."""
+    slots = torch.arange(masks.shape[1], device=masks.device).view(-1, 1, 1)
+    votes = (masks.argmax(1, keepdim=True) == slots).short()  # (B, K, H, W): small numbers, which are summed fast
+    for dim, reach in zip((-2, -1), radius, strict=True):
+        size, own = votes.shape[dim], votes
+        votes = own.clone()
+        for step in range(1, min(reach + 1, size)):
+            here, there = ((0, size - step), (step, size - step))
+            votes.narrow(dim, *here).add_(own.narrow(dim, *there))
+            votes.narrow(dim, *there).add_(own.narrow(dim, *here))
+    return _normalised(votes.float())
 
 
 def _normalised(masks: Tensor) -> Tensor:
