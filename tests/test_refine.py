@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from cli import app
@@ -15,7 +18,7 @@ from featcache.errors import UsageError
 from featcache.store.reading import FeatureStore
 from slotlab.config.load import load_config
 from slotlab.masks.labels import fine_labels, masks_to_labels
-from slotlab.masks.refine import METHODS, Guided, refine
+from slotlab.masks.refine import METHODS, Guided, _window_mean, refine
 from slotlab.runs.loaded import load_run
 from slotlab.scoring.boundaries import boundary_f
 from slotlab.scoring.evaluate import evaluate
@@ -88,6 +91,29 @@ def test_labels_along_edges_are_those_of_the_refined_masks_without_the_slots_tha
     assert not fine_labels(torch.zeros(2, 9, 8, 8), pictures.numpy(), "guided").any()  # as where all tie
     with pytest.raises(ValueError, match="NaN"):
         fine_labels(masks.where(masks > 0, torch.nan), pictures.numpy(), "guided")
+
+
+def test_specks_are_outvoted_and_masks_are_shares_of_the_votes() -> None:
+    truth = (torch.arange(256) >= 120).expand(1, 256, 256).long()  # halves, but their edge is not between two patches
+    specks = torch.rand(truth.shape, generator=torch.Generator().manual_seed(0)) < 0.02  # of the other half's colour
+    pictures = torch.tensor(((90, 90, 90), (200, 60, 50)), dtype=torch.uint8)[truth ^ specks.long()]
+    masks = grid_masks(truth, (8, 8), 2)
+    filtered = refine(masks, pictures, "guided", Guided(votes=0)).argmax(1)
+    refined = refine(masks, pictures, "guided")
+    inside = slice(3, -3)  # 32 pixels a patch: 7 x 7 of them vote
+    shares = F.avg_pool2d(F.one_hot(filtered, 2).permute(0, 3, 1, 2).float(), 7, stride=1)
+    torch.testing.assert_close(refined[..., inside, inside], shares)
+    assert (filtered != truth)[specks].float().mean() > 0.1, "near the edge the filter takes specks for the other half"
+    assert (refined.argmax(1) != truth).float().mean() < 0.01
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 7), st.integers(0, 7))
+def test_a_windows_mean_is_that_of_pooling(rows: int, columns: int, up: int, left: int) -> None:
+    x = torch.rand(1, 2, rows, columns, generator=torch.Generator().manual_seed(rows))
+    inside = F.pad(torch.ones_like(x), (left, left, up, up))  # cells beyond the border do not count
+    window = {"kernel_size": (2 * up + 1, 2 * left + 1), "stride": 1}
+    expected = F.avg_pool2d(F.pad(x, (left, left, up, up)), **window) / F.avg_pool2d(inside, **window)
+    torch.testing.assert_close(_window_mean(x, (up, left)), expected)
 
 
 def test_a_grid_as_fine_as_the_frame_works() -> None:

@@ -29,6 +29,7 @@ from slotlab.words import Refinement
 
 # Mask values held at once, as in slotlab.masks.labels: what a cache or a share of a GPU's memory holds.
 _VALUES_A_CHUNK = {"cpu": 2**22, "cuda": 2**27}
+_WIDEST = 90  # half side of a window of votes, in pixels, at most: an int16 counts to 181 * 181
 _SMALLEST = 1e-6  # least mask value, so that masks have a logarithm and a sum above 0
 
 
@@ -103,7 +104,8 @@ def _guided(masks: Tensor, frames: Tensor, parameters: Guided) -> Tensor:
         radius = max(1, round(parameters.radius * down)), max(1, round(parameters.radius * along))
         filtered = fast_guided_filter(masks, coarse, fine, radius, parameters.epsilon, parameters.flat)
         masks = _normalised(filtered.clamp(_SMALLEST, 1))
-    reach = round(parameters.votes * masks.shape[-2] / rows), round(parameters.votes * masks.shape[-1] / columns)
+    down, along = masks.shape[-2] / rows, masks.shape[-1] / columns  # pixels a patch
+    reach = round(parameters.votes * down), round(parameters.votes * along)
     if any(reach):
         masks = _voted(masks, reach)
     return F.interpolate(masks, size=whole, mode="bilinear") if larger > 1 else masks
@@ -161,12 +163,10 @@ def _averages(size: int, radius: int, device: torch.device) -> Tensor:
 
 def _voted(masks: Tensor, radius: tuple[int, int]) -> Tensor:
     """The share of the pixels around each that go to each slot: masks (B, K, H, W) to masks (B, K, H, W)."""
-    slots = torch.arange(masks.shape[1], device=masks.device).view(-1, 1, 1)
-    votes = (masks.argmax(1, keepdim=True) == slots).short()  # (B, K, H, W): small numbers, which are summed fast
+    votes = (masks == masks.amax(1, keepdim=True)).short()  # small numbers are summed fast; slots that tie all get one
     for dim, reach in zip((-2, -1), radius, strict=True):
-        size, own = votes.shape[dim], votes
-        votes = own.clone()
-        for step in range(1, min(reach + 1, size)):
+        size, own, votes = votes.shape[dim], votes, votes.clone()
+        for step in range(1, min(reach, _WIDEST, size - 1) + 1):
             here, there = ((0, size - step), (step, size - step))
             votes.narrow(dim, *here).add_(own.narrow(dim, *there))
             votes.narrow(dim, *there).add_(own.narrow(dim, *here))
