@@ -28,11 +28,12 @@ from slotlab.words import Refinement
 
 CHANGES: dict[type[Guided] | type[Crf], dict[str, tuple[Any, ...]]] = {
     Guided: {
-        "scales": ((2,), (4,), (2, 2), (2, 4), (4, 4), (3, 3, 3)),
+        "scales": ((3,), (3, 3), (4, 4), (3, 3, 3), (3, 6, 6), (3, 3, 6, 12)),
         "radius": (0.67, 1.33),
         "epsilon": (1e-6, 1e-4, 1e-3),
         "flat": (0.0, 1e-4, 1e-3),
         "sharpening": (1.0, 2.0, 8.0),
+        "votes": (0.0, 0.2),
     },
     Crf: {
         "position": (0.6, 1.9),
