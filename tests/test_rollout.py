@@ -177,9 +177,10 @@ def test_a_film_has_the_frames_of_its_video(loaded: LoadedRun, tmp_path: Path, k
             frames = [np.asarray(page.convert("RGB")) for page in ImageSequence.Iterator(image)]
     assert len(frames) == 6 and frames[0].shape == (18 + 32, 4 * 32, 3)
     _, *seen = np.split(frames[2][18:].astype(int), 4, axis=1)
-    assert max(np.abs(seen[0] - other).mean() for other in seen[1:]) < 12
+    coding = max(np.abs(seen[0] - other).mean() for other in seen[1:])  # levels of 255 that a film's coding changes
+    assert coding < 4
     truth, *predicted = np.split(frames[5][18:].astype(int), 4, axis=1)
-    assert min(np.abs(truth - other).mean() for other in predicted) > 12
+    assert min(np.abs(truth - other).mean() for other in predicted) > 2 * coding + 2
 
 
 # -- scores ------------------------------------------------------------------------------------------------
