@@ -141,7 +141,11 @@ def ways_of(model: Upsampler) -> dict[str, Way]:
     def learnt(masks: Tensor, frames: Tensor) -> Tensor:
         return model(masks, as_guide(frames), CELLS)
 
-    after = Guided(scales=(1, 1), radius=CELLS)  # the same windows, in pixels
+    usual = Guided()
+    # The same windows, in pixels: what is upsampled has finer patches.
+    after = Guided(
+        scales=tuple(scale // CELLS for scale in usual.scales), radius=CELLS * usual.radius, votes=CELLS * usual.votes
+    )
     return {
         "plain": lambda masks, frames: masks,
         "guided": lambda masks, frames: refine(masks, frames, "guided"),
